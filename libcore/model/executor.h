@@ -1,0 +1,89 @@
+/* executor.h: whatever can run a model: the reference forward pass, the tile program on the CPU, later the GPU.
+ *
+ *     struct us_executor *ex;
+ *     us_executor_create_reference(model, opt_draft, pool, US_ROUND_BF16, &ex, &err);
+ *     struct us_row rows[8] = {{.token = t, .position = p, .kv = kv}, ...};
+ *     ex->ops->forward(ex, &(struct us_pass){.rows = rows, .R = 8, .logits = logits, .taps = taps}, &err);
+ *     ex->ops->free(ex);
+ *
+ * Decoding is written once against this table. Every executor gives the same bits for a row, however many rows run with
+ * it and whatever their neighbours are.
+ */
+#ifndef US_MODEL_EXECUTOR_H
+#define US_MODEL_EXECUTOR_H
+
+#include "base/pool.h"
+#include "model/kv.h"
+#include "model/model.h"
+
+/* Where activations are rounded to bf16 (docs/numerics.md); NONE keeps FP32 throughout, for parity tests. */
+enum us_rounding { US_ROUND_BF16, US_ROUND_NONE };
+
+/* One token row of a pass: the token, its position, and the cache of its sequence. */
+struct us_row {
+  int32_t token;
+  uint32_t position;
+  struct us_kv *kv;
+};
+
+/* Called after each operation of each layer when set: `op` is the operation's name ("attn_norm", "qkv", "attention",
+ * "o_proj", "mlp_norm", "router", "experts", "residual", "final_norm", "head"), values its (R, width) FP32 output.
+ * Returning false stops the pass there: stop-after-op. */
+struct us_observer {
+  bool (*after_op)(void *arg, const char *op, uint32_t layer, const float *values, size_t R, size_t width);
+  void *arg;
+};
+
+/* A target pass: K/V of all rows are appended first, then each row attends to positions <= its own. */
+struct us_pass {
+  const struct us_row *rows; /* (R) rows of one or several sequences; rows of one sequence have ascending positions */
+  size_t R;
+  float *logits;             /* (R, N) written; NULL if not wanted */
+  const uint8_t *want_logits; /* (R) 1: compute this row's logits; NULL: all rows */
+  float *taps;               /* (R, taps * D) residual stream after the drafter's tap layers; NULL if not wanted */
+  uint32_t *routed;          /* (L, R, K) expert ids chosen, ascending; UINT32_MAX in dense layers; NULL if not wanted */
+  const struct us_observer *observer; /* NULL if not wanted */
+};
+
+/* Drafter context: features of committed tokens at positions [position, position + R) become context K/V. */
+struct us_draft_context {
+  struct us_kv *kv;   /* the drafter's cache of this sequence */
+  uint32_t position;
+  size_t R;
+  const float *taps;  /* (R, taps * D) */
+};
+
+/* A draft pass: block rows [anchor, mask x (B-1)] at positions p .. p+B-1; context strictly before p. The block's own
+ * K/V are temporary. */
+struct us_draft_pass {
+  struct us_kv *kv;
+  int32_t anchor;
+  uint32_t position; /* p, the anchor's */
+  uint32_t block;    /* B, at most the drafter's block */
+  float *logits;     /* (B-1, N): row j-1 predicts the token at p+j */
+  float *hidden;     /* (B, D) final normed hidden rows; NULL if not wanted */
+};
+
+struct us_executor;
+
+struct us_executor_ops {
+  enum us_status (*forward)(struct us_executor *ex, const struct us_pass *pass, struct us_err *err);
+  enum us_status (*draft_context)(struct us_executor *ex, const struct us_draft_context *context, struct us_err *err);
+  enum us_status (*draft)(struct us_executor *ex, const struct us_draft_pass *pass, struct us_err *err);
+  void (*free)(struct us_executor *ex);
+};
+
+struct us_executor {
+  const struct us_executor_ops *ops;
+  const char *name;             /* "reference", "tiles" */
+  const struct us_model *model; /* borrowed */
+  const struct us_draft *draft; /* borrowed; NULL without a drafter */
+  enum us_rounding rounding;
+};
+
+/* The reference forward pass: operation by operation, in the order of the formulas. Borrows model, draft and pool. */
+US_CHECKED enum us_status us_executor_create_reference(const struct us_model *model, const struct us_draft *opt_draft,
+                                                       struct us_pool *pool, enum us_rounding rounding,
+                                                       struct us_executor **ret_executor, struct us_err *err);
+
+#endif

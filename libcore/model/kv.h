@@ -1,0 +1,54 @@
+/* kv.h: the key/value cache of one sequence.
+ *
+ *     us_kv_create(us_kv_spec_of(&model->shape), 4096, US_KV_BF16, &kv, &err);
+ *     us_kv_write(kv, layer, position, g, k_row, v_row);    // k (Q), v (V), already rotated and scaled
+ *     us_kv_fork(kv, &sample_kv, &err);                     // shares the full pages of the prompt
+ *
+ * Full layers keep pages of US_KV_PAGE positions, reference-counted and copied on write, so that samples of one prompt
+ * share it. Windowed layers keep a ring of at least window + US_MAX_BLOCK - 1 slots, since a rejected draft must not
+ * have overwritten what a later row still needs. A position may be written again: rejected drafts are simply replaced.
+ */
+#ifndef US_MODEL_KV_H
+#define US_MODEL_KV_H
+
+#include "model/shape.h"
+
+#define US_KV_PAGE 64
+
+enum us_kv_type { US_KV_BF16, US_KV_F32 /* parity runs without rounding */ };
+
+/* Cache geometry of up to US_MAX_LAYERS layers. */
+struct us_kv_spec {
+  uint32_t layers;
+  struct us_attention_shape attention[2]; /* [0] and [1], chosen by kind */
+  uint8_t kind[US_MAX_LAYERS];
+};
+
+struct us_kv;
+
+struct us_kv_spec us_kv_spec_of(const struct us_shape *shape);
+struct us_kv_spec us_kv_spec_of_draft(const struct us_draft_shape *draft);
+
+US_CHECKED enum us_status us_kv_create(const struct us_kv_spec *spec, uint32_t max_positions, enum us_kv_type type,
+                                       struct us_kv **ret_kv, struct us_err *err);
+US_CHECKED enum us_status us_kv_fork(struct us_kv *parent, struct us_kv **ret_child, struct us_err *err);
+void us_kv_free(struct us_kv *kv);
+
+/* Make room for positions [position, position + rows) in every layer before a pass writes them (allocates or un-shares
+ * pages; not thread-safe). US_ERR_USAGE past max_positions. */
+US_CHECKED enum us_status us_kv_reserve(struct us_kv *kv, uint32_t position, uint32_t rows, struct us_err *err);
+
+/* Store one head's key (Q) and value (V) rows, rounded to the cache's type. Thread-safe for distinct (layer, position, g). */
+void us_kv_write(struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, const float *k, const float *v);
+
+/* The stored rows of one head as FP32. */
+void us_kv_read_k(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, float *k);
+void us_kv_read_v(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, float *v);
+
+/* Pointers to the stored bf16 (uint16_t) or f32 rows of one position of one head, for kernels. */
+const void *us_kv_k(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g);
+const void *us_kv_v(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g);
+enum us_kv_type us_kv_type_of(const struct us_kv *kv);
+size_t us_kv_bytes(const struct us_kv *kv);
+
+#endif
