@@ -31,7 +31,8 @@ int us_pool_threads(const struct us_pool *pool);
 /* Run body(arg, worker, workers) once on every worker; returns when all have returned. A NULL pool runs it here. */
 void us_pool_run(struct us_pool *pool, void (*body)(void *arg, int worker, int workers), void *arg);
 
-/* Cut [0, n) into pieces of at least `grain` (at least 1) and run body on each; pieces are claimed dynamically. */
+/* Cut [0, n) into pieces of at least `grain` (at least 1) and run body on each; pieces are claimed dynamically.
+ * Every piece begins at a multiple of grain; only the last may end elsewhere. */
 void us_pool_for(struct us_pool *pool, size_t n, size_t grain,
                  void (*body)(void *arg, size_t begin, size_t end, int worker), void *arg);
 
