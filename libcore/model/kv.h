@@ -11,11 +11,8 @@
 #ifndef US_MODEL_KV_H
 #define US_MODEL_KV_H
 
+#include "kernels/attention/attention.h" /* US_KV_PAGE, enum us_kv_type, the page layout */
 #include "model/shape.h"
-
-#define US_KV_PAGE 64
-
-enum us_kv_type { US_KV_BF16, US_KV_F32 /* parity runs without rounding */ };
 
 /* Cache geometry of up to US_MAX_LAYERS layers. */
 struct us_kv_spec {
@@ -48,6 +45,11 @@ void us_kv_read_v(const struct us_kv *kv, uint32_t layer, uint32_t position, uin
 /* Pointers to the stored bf16 (uint16_t) or f32 rows of one position of one head, for kernels. */
 const void *us_kv_k(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g);
 const void *us_kv_v(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g);
+
+/* The layer's page table, for us_attention; valid until the next us_kv_reserve. */
+struct us_attention_keys us_kv_keys(const struct us_kv *kv, uint32_t layer);
+const struct us_kv_spec *us_kv_spec_used(const struct us_kv *kv);
+uint32_t us_kv_max_positions(const struct us_kv *kv);
 enum us_kv_type us_kv_type_of(const struct us_kv *kv);
 size_t us_kv_bytes(const struct us_kv *kv);
 
