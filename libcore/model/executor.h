@@ -43,6 +43,7 @@ struct us_pass {
   float *taps;               /* (R, taps * D) residual stream after the drafter's tap layers; NULL if not wanted */
   uint32_t *routed;          /* (L, R, K) expert ids chosen, ascending; UINT32_MAX in dense layers; NULL if not wanted */
   const struct us_observer *observer; /* NULL if not wanted */
+  bool prefill; /* prompt rows, for the prefill kernels: one sequence, one chunk between absolute multiples of 512 */
 };
 
 /* Drafter context: features of committed tokens at positions [position, position + R) become context K/V. */
