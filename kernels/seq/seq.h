@@ -1,0 +1,94 @@
+/* seq.h: what the sequence operations (forward and backward over many rows) share: pool, scratch, rounding.
+ *
+ *     struct us_seq seq;
+ *     us_seq_init(&seq, pool, US_SEQ_ROUND_BF16);
+ *     us_linear_seq(&seq, x, w, &dims, y);             // operations never fail one by one:
+ *     if (seq.failed) return us_err_memory(...);       // out of scratch memory is sticky and checked once a step
+ *     us_seq_release(&seq);
+ *
+ * Rows are FP32 in memory; where DESIGN says bf16 the value is rounded to bf16 and kept in FP32, so that OpenBLAS can
+ * multiply it. Every reduction is cut by shape alone (row blocks of US_SEQ_BLOCK), never by the number of threads, and
+ * every dense product is a single-threaded sgemm on one such block: results are the same bits for any pool.
+ */
+#ifndef US_KERNELS_SEQ_H
+#define US_KERNELS_SEQ_H
+
+#include "base/pool.h"
+#include "formats/bf16.h"
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Rows of one task and of one partial sum. 256 rows x 128 columns of FP32 fill 128 KB of L2 and amortise the packing
+ * that sgemm does. */
+#define US_SEQ_BLOCK 256
+
+enum us_seq_rounding {
+  US_SEQ_ROUND_BF16, /* outputs of norm, attention, SwiGLU and the K/V rows are rounded once to bf16; gradient straight through */
+  US_SEQ_ROUND_NONE, /* FP32 throughout: gradient checks, parity */
+};
+
+struct us_seq {
+  struct us_pool *pool; /* borrowed; NULL: this thread alone */
+  enum us_seq_rounding rounding;
+  bool failed; /* scratch memory ran out: some operation did nothing */
+  float *scratch;
+  size_t scratch_floats;
+};
+
+/* Prepare a context and tell OpenBLAS to use one thread a call (process-wide): the pool is what parallelises. */
+void us_seq_init(struct us_seq *seq, struct us_pool *pool, enum us_seq_rounding rounding);
+void us_seq_release(struct us_seq *seq);
+
+/* At least `floats` of 64-byte aligned scratch, valid until the next call; NULL (and seq->failed) when memory is out. */
+float *us_seq_scratch(struct us_seq *seq, size_t floats);
+
+/* Run body over [0, n) in blocks of `block` items: block b covers [b * block, min(n, (b + 1) * block)). */
+static inline size_t us_seq_blocks(size_t n, size_t block) {
+  return (n + block - 1) / block;
+}
+
+/* C (M, N) = alpha * op(A) op(B) + beta * C, row-major, single-threaded sgemm. */
+void us_seq_gemm(bool transpose_a, bool transpose_b, size_t M, size_t N, size_t K, float alpha,
+                 const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c, size_t ldc);
+
+/* exp(x) to 2 ulp in plain float arithmetic that a compiler can vectorise: 2^n * P(r), |r| <= ln 2 / 2, Cephes
+ * coefficients. Below -87.3 the result is 0, above 88.3 it is +inf. */
+static inline float us_seq_exp(float x) {
+  float clamped = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
+  float shifted =
+      clamped * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
+  float n = shifted - 12582912.0f;
+  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t half = (int32_t)n / 2,
+          rest = (int32_t)n - half; /* two factors, so that 2^128 and 2^-126 are both reached */
+  uint32_t bits_a = (uint32_t)(half + 127) << 23, bits_b = (uint32_t)(rest + 127) << 23;
+  float a, b;
+  memcpy(&a, &bits_a, sizeof a);
+  memcpy(&b, &bits_b, sizeof b);
+  float y = p * a * b;
+  return x < -87.3f ? 0.0f : x > 88.72f ? INFINITY : y;
+}
+
+/* Vector bodies: the same plain C compiled for each instruction set and chosen at load time. Without contraction or
+ * reassociation all clones give the same bits. Sanitizers dislike the resolver, so they get the plain function. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) &&     \
+    !defined(__SANITIZE_THREAD__)
+#define US_SEQ_CLONES                                                                                        \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3")))
+#else
+#define US_SEQ_CLONES
+#endif
+
+#define US_SEQ_LANES 16
+
+#endif
