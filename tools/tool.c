@@ -1,0 +1,125 @@
+/* tool.c: what every tool's main does. */
+#include "tools/tool.h"
+#include "base/optdoc.h"
+#include "base/version.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXIT_SIGPIPE 141 /* 128 + SIGPIPE: what the shell reports for a reader that left */
+
+static volatile sig_atomic_t interrupted_flag;
+
+static void on_signal(int signal_number) {
+  (void)signal_number;
+  interrupted_flag = 1;
+}
+
+bool us_tool_interrupted(void) {
+  return interrupted_flag != 0;
+}
+
+/* SIGINT and SIGTERM set a flag once; then the default action is back. A reader that left ends the tool quietly. */
+static void install_signals(void) {
+  struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, NULL);
+  sigaction(SIGTERM, &action, NULL);
+  signal(SIGPIPE, SIG_DFL);
+}
+
+static void print_error(const char *name, const char *message) {
+  char clean[US_ERR_MESSAGE_MAX];
+  us_log_clean(message, clean, sizeof clean);
+  fflush(stdout);
+  fprintf(stderr, "%s: %s\n", name, clean);
+}
+
+/* Flush and close stdout: a full disk often shows only here. Returns the exit code, `status` if all went well. */
+static int close_stdout(const char *name, int status) {
+  errno = 0;
+  bool failed = ferror(stdout) != 0;
+  failed = fclose(stdout) != 0 || failed;
+  if (!failed || errno == EBADF) return status; /* EBADF: started without a stdout */
+  if (errno == EPIPE) return status ? status : EXIT_SIGPIPE;
+  char message[256];
+  snprintf(message, sizeof message, "cannot write standard output%s%s", errno ? ": " : "",
+           errno ? strerror(errno) : "");
+  fprintf(stderr, "%s: %s\n", name, message);
+  return status ? status : US_ERR_IO;
+}
+
+/* The words that print a page instead of running; they stand alone on the command line. */
+static bool print_page(const struct us_tool *tool, const struct us_optdoc *doc, int argc, char *const *argv) {
+  if (argc != 2) return false;
+  if (strcmp(argv[1], "--man") == 0)
+    us_optdoc_man(doc, stdout);
+  else if (strcmp(argv[1], "--completion") == 0)
+    us_optdoc_completion(doc, stdout);
+  else
+    return false;
+  return true;
+}
+
+static bool has_flag(const struct us_tool *tool, struct us_opts *opts, const char *name) {
+  for (const struct us_opt *opt = tool->opts; opt->kind; opt++)
+    if (opt->kind == US_OPT_KIND_FLAG && strcmp(opt->name, name) == 0) return us_opt_flag(opts, name);
+  return false;
+}
+
+static size_t verbosity(const struct us_tool *tool, struct us_opts *opts) {
+  return has_flag(tool, opts, "verbose") ? us_opt_count(opts, "verbose") : 0;
+}
+
+static enum us_status run_tool(const struct us_tool *tool, struct us_opts *opts, int argc, char *const *argv,
+                               struct us_err *err) {
+  bool quiet = has_flag(tool, opts, "quiet");
+  size_t verbose = verbosity(tool, opts);
+  enum us_log_level level = quiet          ? US_LOG_WARNING
+                            : verbose >= 2 ? US_LOG_DEBUG
+                            : verbose == 1 ? US_LOG_INFO
+                                           : US_LOG_NOTICE;
+  struct us_log log = {.out = stderr, .level = level, .name = tool->name};
+  struct us_tool_run run = {.opts = opts,
+                            .log = &log,
+                            .out = stdout,
+                            .quiet = quiet,
+                            .name = tool->name,
+                            .argc = argc,
+                            .argv = argv};
+  enum us_status status = tool->run(&run, err);
+  const char *misuse = us_opts_misuse(opts);
+  if (status == US_OK && misuse)
+    status = us_err_set(err, US_ERR_CHECK, "bug: the option table has no '%s' of the kind asked for", misuse);
+  return status;
+}
+
+int us_tool_main(const struct us_tool *tool, int argc, char **argv) {
+  struct us_optdoc doc = {.tool = tool->name,
+                          .summary = tool->summary,
+                          .description = tool->description,
+                          .examples = tool->examples,
+                          .version = us_version(),
+                          .table = tool->opts};
+  install_signals();
+  if (print_page(tool, &doc, argc, argv)) return close_stdout(tool->name, 0);
+  struct us_err err = {0};
+  struct us_opts *opts = NULL;
+  enum us_status status = us_opts_parse(tool->opts, argc, argv, &opts, &err);
+  if (status == US_ERR_USAGE) {
+    print_error(tool->name, err.message);
+    fprintf(stderr, "try '%s --help'\n", tool->name);
+    return close_stdout(tool->name, status);
+  }
+  if (status == US_OK && has_flag(tool, opts, "help"))
+    us_optdoc_help(&doc, stdout);
+  else if (status == US_OK && has_flag(tool, opts, "version"))
+    fprintf(stdout, "%s %s (%s)\n", tool->name, us_version(), us_revision());
+  else if (status == US_OK)
+    status = run_tool(tool, opts, argc, argv, &err);
+  us_opts_free(opts);
+  if (status != US_OK) print_error(tool->name, err.message[0] ? err.message : "failed without a message");
+  return close_stdout(tool->name, status);
+}
