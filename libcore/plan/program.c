@@ -1,0 +1,21 @@
+/* program.c: names of the tile program's operations. */
+#include "plan/program.h"
+
+const char *us_task_op_name(enum us_task_op op) {
+  static const char *const names[US_TASK_OP_COUNT] = {[US_TASK_EMBED_NORM] = "embed_norm",
+                                                      [US_TASK_QKV] = "qkv",
+                                                      [US_TASK_ATTENTION] = "attention",
+                                                      [US_TASK_O_PROJ] = "o_proj",
+                                                      [US_TASK_RESIDUAL_NORM] = "residual_norm",
+                                                      [US_TASK_ROUTER] = "router",
+                                                      [US_TASK_ROUTE] = "route",
+                                                      [US_TASK_EXPERT_UP] = "expert_up",
+                                                      [US_TASK_EXPERT_DOWN] = "expert_down",
+                                                      [US_TASK_DENSE_UP] = "dense_up",
+                                                      [US_TASK_DENSE_DOWN] = "dense_down",
+                                                      [US_TASK_HEAD] = "head",
+                                                      [US_TASK_CONTEXT_FC] = "context_fc",
+                                                      [US_TASK_CONTEXT_NORM] = "context_norm",
+                                                      [US_TASK_CONTEXT_KV] = "context_kv"};
+  return op >= 0 && op < US_TASK_OP_COUNT ? names[op] : "unknown";
+}
