@@ -199,9 +199,11 @@ static enum us_status check_write(struct checker *c, uint32_t index, const struc
 }
 
 static enum us_status check_task(struct checker *c, uint32_t index) {
+  const struct us_task *task = &c->program->tasks[index];
+  if (task->begin >= task->end) return fail(c, index, "has an empty tile");
   enum us_status status = learn_from_waits(c, index);
   if (status != US_OK) return status;
-  size_t count = us_task_accesses(c->program, &c->program->tasks[index], c->accesses);
+  size_t count = us_task_accesses(c->program, task, c->accesses);
   for (size_t i = 0; i < count && status == US_OK; i++)
     status = c->accesses[i].writes ? check_write(c, index, &c->accesses[i])
                                    : check_read(c, index, &c->accesses[i]);
