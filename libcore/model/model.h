@@ -41,6 +41,7 @@ struct us_model {
   char *tokenizer_json; /* the tokenizer.json that goes with the weights, NUL-terminated; NULL if there is none */
   size_t tokenizer_bytes;
   char *provenance_json; /* provenance record of the file; NULL if there is none */
+  char *notes;           /* what opening it should tell the user (MTP tensors skipped), lines; NULL: nothing */
   char path[1024];       /* where it was opened from; "" if it was built in memory */
   void *owner;           /* what us_model_free releases: arena and mappings */
 };
@@ -61,6 +62,7 @@ struct us_draft {
   float *mask_embedding;   /* (D): embedding of a mask slot */
   struct us_draft_layer *layers;
   char *provenance_json;
+  char *notes;
   char path[1024];
   void *owner;
 };
@@ -88,7 +90,8 @@ struct us_tensor_ref {
   size_t rows, cols;         /* expected shape: (N, K), or (n, 1) for a vector */
 };
 
-/* List every tensor of the model in file order; *ret_refs is malloc'ed (count in *ret_count), freed by the caller. */
+/* List every tensor of the model in file order (the drafter's last is the vector "mask_embedding", which the published
+ * layout keeps in a side file); *ret_refs is malloc'ed (count in *ret_count), freed by the caller. */
 US_CHECKED enum us_status us_model_tensors(struct us_model *model, struct us_tensor_ref **ret_refs, size_t *ret_count,
                                            struct us_err *err);
 US_CHECKED enum us_status us_draft_tensors(struct us_draft *draft, struct us_tensor_ref **ret_refs, size_t *ret_count,
