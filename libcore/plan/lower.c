@@ -83,13 +83,15 @@ static struct us_lower_options with_defaults(const struct us_lower_options *opti
   return o;
 }
 
-/* Residual add and norm on every rank, after `after`; sets lw->normed. */
-static void lower_residual_norm(struct lowering *lw, enum us_task_op op, uint32_t layer, uint32_t after) {
+/* Residual add (of attention: 0, of the MLP: 1) and norm on every rank, after `after`; sets lw->normed. */
+static void lower_residual_norm(struct lowering *lw, enum us_task_op op, uint32_t layer, uint32_t of,
+                                uint32_t after) {
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
     uint32_t done = us_builder_event(&lw->builder);
     us_builder_tiles(&lw->builder, &(struct us_tiling){.op = op,
                                                        .layer = layer,
                                                        .rank = rank,
+                                                       .slot = of,
                                                        .end = lw->options.rows,
                                                        .tile = lw->options.row_tile,
                                                        .waits = us_wait1(after),
@@ -128,7 +130,7 @@ static void lower_attention(struct lowering *lw, uint32_t layer, const struct us
                                                        .waits = us_wait1(attended),
                                                        .signal = partial});
   }
-  lower_residual_norm(lw, US_TASK_RESIDUAL_NORM, layer, partial);
+  lower_residual_norm(lw, US_TASK_RESIDUAL_NORM, layer, 0, partial);
 }
 
 static uint32_t lower_dense(struct lowering *lw, uint32_t layer, const struct us_program_dims *dims,
@@ -302,7 +304,7 @@ enum us_status us_lower_target(const struct us_shape *shape, const struct us_low
   memcpy(program->moe_layer, shape->moe_layer, shape->layers);
 
   us_builder_init(&lw.builder, program);
-  lower_residual_norm(&lw, US_TASK_EMBED_NORM, 0, US_EVENT_NONE);
+  lower_residual_norm(&lw, US_TASK_EMBED_NORM, 0, 0, US_EVENT_NONE);
   for (uint32_t l = 0; l < shape->layers; l++) {
     bool moe = shape->moe_layer[l];
     struct layer_bytes bytes =
@@ -310,7 +312,7 @@ enum us_status us_lower_target(const struct us_shape *shape, const struct us_low
     lower_attention(&lw, l, &program->dims, shape->swa_layer[l], &bytes);
     uint32_t partial =
         moe ? lower_moe(&lw, l, &program->dims, &bytes) : lower_dense(&lw, l, &program->dims, &bytes);
-    lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, partial);
+    lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, 1, partial);
   }
   if (!options->no_head) lower_head(&lw, &program->dims, head_bytes(shape, options));
   return finish_program(&lw, ret_program, err);
@@ -357,11 +359,11 @@ enum us_status us_lower_draft(const struct us_draft_shape *draft, const struct u
   memset(program->swa_layer, 1, draft->layers);
 
   us_builder_init(&lw.builder, program);
-  lower_residual_norm(&lw, US_TASK_EMBED_NORM, 0, US_EVENT_NONE);
+  lower_residual_norm(&lw, US_TASK_EMBED_NORM, 0, 0, US_EVENT_NONE);
   for (uint32_t l = 0; l < draft->layers; l++) {
     struct layer_bytes bytes = draft_layer_bytes(draft, target, options, l);
     lower_attention(&lw, l, &program->dims, 1, &bytes);
-    lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, lower_dense(&lw, l, &program->dims, &bytes));
+    lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, 1, lower_dense(&lw, l, &program->dims, &bytes));
   }
   lower_head(&lw, &program->dims, head_bytes(target, options));
   return finish_program(&lw, ret_program, err);
@@ -392,7 +394,7 @@ enum us_status us_lower_context(const struct us_draft_shape *draft, const struct
                                                       .tile = lw.options.tile,
                                                       .bytes = share(fc_bytes, rank, lw.options.ranks),
                                                       .signal = fused});
-  lower_residual_norm(&lw, US_TASK_CONTEXT_NORM, US_LAYER_NONE, fused);
+  lower_residual_norm(&lw, US_TASK_CONTEXT_NORM, US_LAYER_NONE, 0, fused);
   for (uint32_t l = 0; l < draft->layers; l++) {
     /* k and v rows only: the context has no queries. */
     uint64_t kv_rows = (uint64_t)a->kv_heads * (a->qk_dim + a->v_dim);

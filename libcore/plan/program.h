@@ -50,7 +50,8 @@ struct us_task {
   uint16_t op;                   /* enum us_task_op */
   uint16_t rank;                 /* whose shard of the weights */
   uint32_t layer;                /* US_LAYER_NONE outside the layers */
-  uint32_t slot;                 /* EXPERT_UP: the slot-th active expert; a slot past the last does nothing */
+  uint32_t slot;                 /* EXPERT_UP: the slot-th active expert; a slot past the last does nothing.
+                                    RESIDUAL_NORM: 0 after attention, 1 after the MLP */
   uint32_t begin, end;           /* the tile */
   uint32_t waits[US_TASK_WAITS]; /* events to be complete first; US_EVENT_NONE fills up */
   uint32_t signal;               /* event this task counts towards; US_EVENT_NONE for a last task */

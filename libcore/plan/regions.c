@@ -45,21 +45,10 @@ static struct us_region token_rows(enum us_buffer buffer, uint32_t rank, const s
       .buffer = buffer, .rank = rank, .row0 = task->begin, .row1 = task->end, .col1 = width};
 }
 
-/* Which partial sums a residual add of this layer consumes: attention's and the MLP's alternate. */
-static enum us_buffer partials_of(const struct us_program *p, const struct us_task *task) {
-  size_t i = (size_t)(task - p->tasks);
-  while (i > 0) {
-    enum us_task_op op = p->tasks[--i].op;
-    if (op == US_TASK_O_PROJ) return US_BUFFER_PARTIAL_ATTENTION;
-    if (op == US_TASK_EXPERT_DOWN || op == US_TASK_DENSE_DOWN) return US_BUFFER_PARTIAL_MLP;
-  }
-  return US_BUFFER_PARTIAL_ATTENTION;
-}
-
 static void residual_accesses(const struct us_program *p, const struct us_task *task,
                               struct access_list *list) {
   uint32_t D = p->dims.hidden;
-  enum us_buffer partials = partials_of(p, task);
+  enum us_buffer partials = task->slot ? US_BUFFER_PARTIAL_MLP : US_BUFFER_PARTIAL_ATTENTION;
   for (uint32_t rank = 0; rank < p->ranks; rank++) add(list, false, token_rows(partials, rank, task, D));
   add(list, false, token_rows(US_BUFFER_RESIDUAL, task->rank, task, D));
   add(list, true, token_rows(US_BUFFER_RESIDUAL, task->rank, task, D));
