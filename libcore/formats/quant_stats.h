@@ -1,10 +1,11 @@
 /* quant_stats.h: what storing a tensor in fewer bits did to it.
  *
  *     us_quant_stats_init(&stats);
- *     us_quant_stats_add(&stats, w_before, &w_stored, row_begin, row_end);      // any number of times, in row order
- *     us_quant_stats_finish(&stats);                                           // stats.sqnr_db, stats.cosine, ...
+ *     us_quant_stats_add(&stats, w_before, &w_stored, row_begin, row_end);      // any number of times
+ *     us_quant_stats_finish(&stats);                                           // stats.sqnr_db, ...
  *
- * Sums are FP64 in row order, so that a report does not depend on threads; to use threads give each its rows and
+ * Sums are FP64 in row order, so that a report does not depend on threads; to use threads give each its
+ * rows and
  * us_quant_stats_merge the parts in row order (equal to within FP64 rounding).
  */
 #ifndef US_FORMATS_QUANT_STATS_H
@@ -38,7 +39,8 @@ struct us_quant_stats {
 /* Start empty: all zero but the minima and maxima. */
 void us_quant_stats_init(struct us_quant_stats *stats);
 
-/* Compare rows [row_begin, row_end) of the stored matrix `w` with the original `values` (N, K), whole matrix. row_begin is a
+/* Compare rows [row_begin, row_end) of the stored matrix `w` with the original `values` (N, K), whole
+ * matrix. row_begin is a
  * multiple of us_matrix_row_grain, and of 128 for MXFP4 if the tile spans are to be right. */
 void us_quant_stats_add(struct us_quant_stats *stats, const float *values, const struct us_matrix *w,
                         size_t row_begin, size_t row_end);

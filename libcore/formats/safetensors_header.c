@@ -9,19 +9,23 @@ static const struct {
   const char *name;
   size_t bytes;
 } dtypes[US_DTYPE_COUNT] = {
-    [US_DTYPE_BOOL] = {"BOOL", 1},       [US_DTYPE_U8] = {"U8", 1},           [US_DTYPE_I8] = {"I8", 1},
-    [US_DTYPE_F8_E5M2] = {"F8_E5M2", 1}, [US_DTYPE_F8_E4M3] = {"F8_E4M3", 1}, [US_DTYPE_F8_E8M0] = {"F8_E8M0", 1},
-    [US_DTYPE_I16] = {"I16", 2},         [US_DTYPE_U16] = {"U16", 2},         [US_DTYPE_F16] = {"F16", 2},
-    [US_DTYPE_BF16] = {"BF16", 2},       [US_DTYPE_I32] = {"I32", 4},         [US_DTYPE_U32] = {"U32", 4},
-    [US_DTYPE_F32] = {"F32", 4},         [US_DTYPE_F64] = {"F64", 8},         [US_DTYPE_I64] = {"I64", 8},
-    [US_DTYPE_U64] = {"U64", 8},
+    [US_DTYPE_BOOL] = {"BOOL", 1},       [US_DTYPE_U8] = {"U8", 1},
+    [US_DTYPE_I8] = {"I8", 1},           [US_DTYPE_F8_E5M2] = {"F8_E5M2", 1},
+    [US_DTYPE_F8_E4M3] = {"F8_E4M3", 1}, [US_DTYPE_F8_E8M0] = {"F8_E8M0", 1},
+    [US_DTYPE_I16] = {"I16", 2},         [US_DTYPE_U16] = {"U16", 2},
+    [US_DTYPE_F16] = {"F16", 2},         [US_DTYPE_BF16] = {"BF16", 2},
+    [US_DTYPE_I32] = {"I32", 4},         [US_DTYPE_U32] = {"U32", 4},
+    [US_DTYPE_F32] = {"F32", 4},         [US_DTYPE_F64] = {"F64", 8},
+    [US_DTYPE_I64] = {"I64", 8},         [US_DTYPE_U64] = {"U64", 8},
 };
 
 const char *us_dtype_name(enum us_dtype dtype) {
   return (unsigned)dtype < US_DTYPE_COUNT ? dtypes[dtype].name : "?";
 }
 
-size_t us_dtype_bytes(enum us_dtype dtype) { return (unsigned)dtype < US_DTYPE_COUNT ? dtypes[dtype].bytes : 0; }
+size_t us_dtype_bytes(enum us_dtype dtype) {
+  return (unsigned)dtype < US_DTYPE_COUNT ? dtypes[dtype].bytes : 0;
+}
 
 int us_st_name_ok(const char *name) {
   size_t n = strlen(name);
@@ -86,7 +90,8 @@ static int by_offset(const void *left, const void *right) {
   return strcmp(a->name, b->name);
 }
 
-/* Sort by offset, then demand that each tensor begins where the one before ended, and that the last ends the file. */
+/* Sort by offset, then demand that each tensor begins where the one before ended, and that the last ends
+ * the file. */
 static enum us_status check_cover(struct us_st_header *header, const uint8_t *data, uint64_t data_bytes,
                                   const char *name, struct us_err *err) {
   if (header->count) qsort(header->tensors, header->count, sizeof *header->tensors, by_offset);
@@ -95,14 +100,15 @@ static enum us_status check_cover(struct us_st_header *header, const uint8_t *da
     const struct us_safetensor *t = &header->tensors[i];
     uint64_t begin = (uint64_t)((const uint8_t *)t->data - data);
     if (begin != expected)
-      return us_err_set(err, US_ERR_INPUT, "%s: %s: begins at byte %llu, %s the tensor before, which ends at %llu", name,
-                        t->name, (unsigned long long)begin, begin < expected ? "overlapping" : "leaving a hole after",
-                        (unsigned long long)expected);
+      return us_err_set(
+          err, US_ERR_INPUT, "%s: %s: begins at byte %llu, %s the tensor before, which ends at %llu", name,
+          t->name, (unsigned long long)begin, begin < expected ? "overlapping" : "leaving a hole after",
+          (unsigned long long)expected);
     expected = begin + t->bytes;
   }
   if (expected != data_bytes)
-    return us_err_set(err, US_ERR_INPUT, "%s: tensors end at byte %llu of %llu", name, (unsigned long long)expected,
-                      (unsigned long long)data_bytes);
+    return us_err_set(err, US_ERR_INPUT, "%s: tensors end at byte %llu of %llu", name,
+                      (unsigned long long)expected, (unsigned long long)data_bytes);
   return US_OK;
 }
 
@@ -110,11 +116,13 @@ static enum us_status parse_metadata(json_t *value, const char *name, struct us_
                                      struct us_err *err) {
   if (!json_is_object(value)) return us_err_set(err, US_ERR_INPUT, "%s: __metadata__ is not an object", name);
   header->metadata = calloc(2 * json_object_size(value) + 1, sizeof *header->metadata);
-  if (!header->metadata) return us_err_memory(err, name, 2 * json_object_size(value) * sizeof *header->metadata);
+  if (!header->metadata)
+    return us_err_memory(err, name, 2 * json_object_size(value) * sizeof *header->metadata);
   const char *key;
   json_t *text;
   json_object_foreach(value, key, text) {
-    if (!json_is_string(text)) return us_err_set(err, US_ERR_INPUT, "%s: __metadata__ holds a non-string", name);
+    if (!json_is_string(text))
+      return us_err_set(err, US_ERR_INPUT, "%s: __metadata__ holds a non-string", name);
     char **pair = header->metadata + 2 * header->metadata_count++;
     pair[0] = strdup(key);
     pair[1] = strdup(json_string_value(text));
@@ -139,7 +147,8 @@ static enum us_status parse_entries(json_t *root, const uint8_t *data, uint64_t 
       continue;
     }
     if (!us_st_name_ok(key))
-      return us_err_set(err, US_ERR_INPUT, "%s: a tensor name is empty, too long, or has control characters", name);
+      return us_err_set(err, US_ERR_INPUT, "%s: a tensor name is empty, too long, or has control characters",
+                        name);
     struct us_safetensor *t = &header->tensors[header->count];
     const char *problem = parse_tensor(key, value, data, data_bytes, t);
     if (problem) return us_err_set(err, US_ERR_INPUT, "%s: %s: %s", name, key, problem);
@@ -149,11 +158,12 @@ static enum us_status parse_entries(json_t *root, const uint8_t *data, uint64_t 
   return check_cover(header, data, data_bytes, name, err);
 }
 
-enum us_status us_st_header_parse(const void *bytes, size_t n, const char *name, struct us_st_header *ret_header,
-                                  struct us_err *err) {
+enum us_status us_st_header_parse(const void *bytes, size_t n, const char *name,
+                                  struct us_st_header *ret_header, struct us_err *err) {
   *ret_header = (struct us_st_header){0};
   const uint8_t *file = bytes;
-  if (n < 8) return us_err_set(err, US_ERR_INPUT, "%s: %zu bytes are too few for a safetensors file", name, n);
+  if (n < 8)
+    return us_err_set(err, US_ERR_INPUT, "%s: %zu bytes are too few for a safetensors file", name, n);
   uint64_t header_bytes = 0;
   for (int i = 0; i < 8; i++) header_bytes |= (uint64_t)file[i] << (8 * i);
   if (header_bytes > US_SAFETENSORS_MAX_HEADER || header_bytes > n - 8)
@@ -163,8 +173,11 @@ enum us_status us_st_header_parse(const void *bytes, size_t n, const char *name,
     return us_err_set(err, US_ERR_INPUT, "%s: header does not begin with {", name);
   json_error_t problem;
   json_t *root = json_loadb((const char *)file + 8, (size_t)header_bytes, JSON_REJECT_DUPLICATES, &problem);
-  if (!root)
+  if (!root) {
+    for (char *c = problem.text; *c; c++) /* jansson quotes the file, which may hold anything */
+      if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
     return us_err_set(err, US_ERR_INPUT, "%s: header: %s at byte %d", name, problem.text, problem.position);
+  }
   enum us_status status =
       parse_entries(root, file + 8 + header_bytes, n - 8 - header_bytes, name, ret_header, err);
   json_decref(root);

@@ -1,0 +1,392 @@
+/* safetensors_writer.c: stream tensors into one safetensors file or into shards with an index.
+ *
+ * One file is open at a time: its header is known from the declarations, so it is written first and the
+ * data follows.
+ * Every file is written under a temporary name; commit renames them all, the index last.
+ */
+#include "formats/safetensors.h"
+
+#include "formats/safetensors_header.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define HEADER_ALIGN 64 /* the format wants 8; 64 lets vector loads of a mapped file be aligned */
+
+struct declared {
+  char *name;
+  enum us_dtype dtype;
+  uint32_t ndim;
+  uint64_t dims[US_SAFETENSORS_MAX_DIMS];
+  uint64_t bytes;
+  size_t shard;
+};
+
+struct shard {
+  char *path, *temporary; /* final and temporary name */
+  size_t first, end;      /* tensors */
+  uint64_t bytes;
+  int written; /* a temporary file exists */
+};
+
+struct us_safetensors_writer {
+  char *path;
+  int folder; /* path is a folder */
+  struct declared *tensors;
+  size_t count, capacity;
+  json_t *metadata;
+  struct shard *shards;
+  size_t shard_count, shard; /* shard: the one being written */
+  char *index_path, *index_temporary;
+  FILE *file;
+  uint64_t left; /* bytes still missing in the open shard */
+};
+
+enum us_status us_safetensors_writer_create(const char *path, struct us_safetensors_writer **ret_writer,
+                                            struct us_err *err) {
+  *ret_writer = NULL;
+  struct us_safetensors_writer *writer = calloc(1, sizeof *writer);
+  if (writer) {
+    writer->path = strdup(path);
+    writer->metadata = json_object();
+  }
+  if (!writer || !writer->path || !writer->metadata) {
+    us_safetensors_writer_free(writer);
+    return us_err_memory(err, "a safetensors writer", sizeof *writer);
+  }
+  size_t n = strlen(path), suffix = strlen(".safetensors");
+  writer->folder = n < suffix || strcmp(path + n - suffix, ".safetensors") != 0;
+  if (writer->folder && mkdir(path, 0777) != 0 && errno != EEXIST) {
+    us_safetensors_writer_free(writer);
+    return us_err_errno(err, US_ERR_IO, "%s: cannot create the folder", path);
+  }
+  *ret_writer = writer;
+  return US_OK;
+}
+
+enum us_status us_safetensors_writer_metadata(struct us_safetensors_writer *writer, const char *key,
+                                              const char *value, struct us_err *err) {
+  if (json_object_set_new(writer->metadata, key, json_string(value)) != 0)
+    return us_err_set(err, US_ERR_USAGE, "%s: metadata %s is not UTF-8", writer->path, key);
+  return US_OK;
+}
+
+static enum us_status grow(struct us_safetensors_writer *writer, struct us_err *err) {
+  if (writer->count < writer->capacity) return US_OK;
+  size_t capacity = writer->capacity ? 2 * writer->capacity : 256;
+  struct declared *tensors = realloc(writer->tensors, capacity * sizeof *tensors);
+  if (!tensors) return us_err_memory(err, "the tensor list", capacity * sizeof *tensors);
+  writer->tensors = tensors;
+  writer->capacity = capacity;
+  return US_OK;
+}
+
+enum us_status us_safetensors_writer_declare(struct us_safetensors_writer *writer, const char *name,
+                                             enum us_dtype dtype, uint32_t ndim, const uint64_t *dims,
+                                             struct us_err *err) {
+  if (writer->shards) return us_err_set(err, US_ERR_USAGE, "%s: declared after writing began", name);
+  if (!us_st_name_ok(name) || strcmp(name, "__metadata__") == 0)
+    return us_err_set(err, US_ERR_USAGE, "%s: a tensor name is empty, too long, reserved, or not printable",
+                      writer->path);
+  if (!us_dtype_bytes(dtype) || ndim > US_SAFETENSORS_MAX_DIMS || writer->count >= US_SAFETENSORS_MAX_TENSORS)
+    return us_err_set(err, US_ERR_USAGE, "%s: dtype, dimensions or number of tensors out of range", name);
+  json_t *utf8 = json_string(name);
+  if (!utf8) return us_err_set(err, US_ERR_USAGE, "%s: a tensor name is not UTF-8", writer->path);
+  json_decref(utf8);
+  struct declared t = {.dtype = dtype, .ndim = ndim, .bytes = us_dtype_bytes(dtype)};
+  for (uint32_t d = 0; d < ndim; d++) {
+    t.dims[d] = dims[d];
+    if (__builtin_mul_overflow(t.bytes, dims[d], &t.bytes) || t.bytes > INT64_MAX)
+      return us_err_set(err, US_ERR_USAGE, "%s: shape times dtype overflows", name);
+  }
+  enum us_status status = grow(writer, err);
+  if (status != US_OK) return status;
+  t.name = strdup(name);
+  if (!t.name) return us_err_memory(err, name, strlen(name));
+  writer->tensors[writer->count++] = t;
+  return US_OK;
+}
+
+/* ---- cutting into shards ---- */
+
+static int by_name(const void *left, const void *right) {
+  return strcmp((*(const struct declared *const *)left)->name,
+                (*(const struct declared *const *)right)->name);
+}
+
+static enum us_status refuse_duplicates(const struct us_safetensors_writer *writer, struct us_err *err) {
+  const struct declared **sorted = calloc(writer->count + 1, sizeof *sorted);
+  if (!sorted) return us_err_memory(err, "the tensor list", writer->count * sizeof *sorted);
+  for (size_t i = 0; i < writer->count; i++) sorted[i] = &writer->tensors[i];
+  if (writer->count) qsort(sorted, writer->count, sizeof *sorted, by_name);
+  const char *twice = NULL;
+  for (size_t i = 1; i < writer->count && !twice; i++)
+    if (strcmp(sorted[i - 1]->name, sorted[i]->name) == 0) twice = sorted[i]->name;
+  free(sorted);
+  return twice ? us_err_set(err, US_ERR_USAGE, "%s: %s: declared twice", writer->path, twice) : US_OK;
+}
+
+/* Assign tensors to shards greedily; sets shard numbers and returns how many there are. */
+static size_t assign(struct us_safetensors_writer *writer, uint64_t limit) {
+  size_t shard = 0;
+  uint64_t used = 0;
+  for (size_t i = 0; i < writer->count; i++) {
+    struct declared *t = &writer->tensors[i];
+    if (limit && used && t->bytes > limit - (used < limit ? used : limit)) {
+      shard++;
+      used = 0;
+    }
+    t->shard = shard;
+    used += t->bytes;
+  }
+  return shard + 1;
+}
+
+/* path and a temporary name beside it, unique to this process and writer; both malloc'ed. */
+static enum us_status name_file(const struct us_safetensors_writer *writer, const char *base, char **ret_path,
+                                char **ret_temporary, struct us_err *err) {
+  char path[PATH_MAX], temporary[PATH_MAX];
+  int n = snprintf(path, sizeof path, "%s%s%s", writer->path, base ? "/" : "", base ? base : "");
+  int m = snprintf(temporary, sizeof temporary, "%s.%ld-%zx.tmp", path, (long)getpid(), (size_t)writer);
+  if (n >= (int)sizeof path || m >= (int)sizeof temporary)
+    return us_err_set(err, US_ERR_USAGE, "%s: the path is too long", writer->path);
+  *ret_path = strdup(path);
+  *ret_temporary = strdup(temporary);
+  return *ret_path && *ret_temporary ? US_OK : us_err_memory(err, path, (unsigned long long)(n + m));
+}
+
+static enum us_status name_shards(struct us_safetensors_writer *writer, struct us_err *err) {
+  for (size_t s = 0; s < writer->shard_count; s++) {
+    char base[64] = "model.safetensors";
+    if (writer->shard_count > 1)
+      snprintf(base, sizeof base, "model-%05zu-of-%05zu.safetensors", s + 1, writer->shard_count);
+    struct shard *shard = &writer->shards[s];
+    enum us_status status =
+        name_file(writer, writer->folder ? base : NULL, &shard->path, &shard->temporary, err);
+    if (status != US_OK) return status;
+  }
+  if (writer->shard_count == 1) return US_OK;
+  return name_file(writer, "model.safetensors.index.json", &writer->index_path, &writer->index_temporary,
+                   err);
+}
+
+/* ---- one shard ---- */
+
+/* {"__metadata__": ..., "name": {"dtype", "shape", "data_offsets"}, ...}; malloc'ed, NULL when out of
+ * memory. */
+static char *print_header(const struct us_safetensors_writer *writer, const struct shard *shard) {
+  json_t *root = json_object();
+  if (json_object_size(writer->metadata)) json_object_set(root, "__metadata__", writer->metadata);
+  uint64_t offset = 0;
+  int failed = 0;
+  for (size_t i = shard->first; i < shard->end; i++) {
+    const struct declared *t = &writer->tensors[i];
+    json_t *shape = json_array();
+    for (uint32_t d = 0; d < t->ndim; d++) json_array_append_new(shape, json_integer((json_int_t)t->dims[d]));
+    json_t *entry = json_pack("{s:s, s:o, s:[I, I]}", "dtype", us_dtype_name(t->dtype), "shape", shape,
+                              "data_offsets", (json_int_t)offset, (json_int_t)(offset + t->bytes));
+    failed |= json_object_set_new(root, t->name, entry) != 0;
+    offset += t->bytes;
+  }
+  char *text = failed ? NULL : json_dumps(root, JSON_COMPACT);
+  json_decref(root);
+  return text;
+}
+
+static enum us_status write_bytes(FILE *file, const void *data, size_t bytes, const char *path,
+                                  struct us_err *err) {
+  if (bytes && fwrite(data, 1, bytes, file) != bytes)
+    return us_err_errno(err, US_ERR_IO, "%s: cannot write", path);
+  return US_OK;
+}
+
+static enum us_status write_header(struct us_safetensors_writer *writer, struct shard *shard,
+                                   struct us_err *err) {
+  char *text = print_header(writer, shard);
+  if (!text) return us_err_memory(err, "a safetensors header", (shard->end - shard->first) * 128);
+  size_t n = strlen(text), padded = (8 + n + HEADER_ALIGN - 1) / HEADER_ALIGN * HEADER_ALIGN - 8;
+  uint8_t length[8];
+  char spaces[HEADER_ALIGN];
+  for (int i = 0; i < 8; i++) length[i] = (uint8_t)((uint64_t)padded >> (8 * i));
+  memset(spaces, ' ', sizeof spaces);
+  enum us_status status = US_OK;
+  if (padded > US_SAFETENSORS_MAX_HEADER)
+    status =
+        us_err_set(err, US_ERR_USAGE, "%s: a header of %zu bytes; use smaller shards", shard->path, padded);
+  if (status == US_OK) status = write_bytes(writer->file, length, 8, shard->path, err);
+  if (status == US_OK) status = write_bytes(writer->file, text, n, shard->path, err);
+  if (status == US_OK) status = write_bytes(writer->file, spaces, padded - n, shard->path, err);
+  free(text);
+  return status;
+}
+
+static enum us_status create_file(const char *path, const char *temporary, FILE **ret_file,
+                                  struct us_err *err) {
+  int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  *ret_file = fd < 0 ? NULL : fdopen(fd, "wb");
+  if (*ret_file) return US_OK;
+  enum us_status status = us_err_errno(err, US_ERR_IO, "%s: cannot create", path);
+  if (fd >= 0) {
+    close(fd);
+    unlink(temporary);
+  }
+  return status;
+}
+
+static enum us_status open_shard(struct us_safetensors_writer *writer, struct us_err *err) {
+  struct shard *shard = &writer->shards[writer->shard];
+  enum us_status status = create_file(shard->path, shard->temporary, &writer->file, err);
+  if (status != US_OK) return status;
+  shard->written = 1;
+  writer->left = shard->bytes;
+  return write_header(writer, shard, err);
+}
+
+/* Flush, sync and close: a full disk shows here at the latest. */
+static enum us_status close_file(FILE **file, const char *path, struct us_err *err) {
+  int failed = fflush(*file) != 0 || fsync(fileno(*file)) != 0, cause = errno;
+  if (fclose(*file) != 0 && !failed) {
+    failed = 1;
+    cause = errno;
+  }
+  *file = NULL;
+  errno = cause;
+  return failed ? us_err_errno(err, US_ERR_IO, "%s: cannot write", path) : US_OK;
+}
+
+/* Close finished shards and open the next one that has something to say. */
+static enum us_status advance(struct us_safetensors_writer *writer, struct us_err *err) {
+  while (writer->file && writer->left == 0) {
+    enum us_status status = close_file(&writer->file, writer->shards[writer->shard].path, err);
+    if (status != US_OK) return status;
+    if (++writer->shard == writer->shard_count) return US_OK;
+    status = open_shard(writer, err);
+    if (status != US_OK) return status;
+  }
+  return US_OK;
+}
+
+enum us_status us_safetensors_writer_begin(struct us_safetensors_writer *writer, uint64_t max_shard_bytes,
+                                           struct us_err *err) {
+  if (writer->shards) return us_err_set(err, US_ERR_USAGE, "%s: writing began twice", writer->path);
+  enum us_status status = refuse_duplicates(writer, err);
+  if (status != US_OK) return status;
+  writer->shard_count = assign(writer, writer->folder ? max_shard_bytes : 0);
+  if (writer->shard_count > US_SAFETENSORS_MAX_SHARDS)
+    return us_err_set(err, US_ERR_USAGE, "%s: %zu shards; allow more bytes a shard", writer->path,
+                      writer->shard_count);
+  writer->shards = calloc(writer->shard_count, sizeof *writer->shards);
+  if (!writer->shards) return us_err_memory(err, "the shards", writer->shard_count * sizeof *writer->shards);
+  for (size_t i = 0; i < writer->count; i++) {
+    struct shard *shard = &writer->shards[writer->tensors[i].shard];
+    if (shard->end == 0) shard->first = i;
+    shard->end = i + 1;
+    if (__builtin_add_overflow(shard->bytes, writer->tensors[i].bytes, &shard->bytes) ||
+        shard->bytes > INT64_MAX)
+      return us_err_set(err, US_ERR_USAGE, "%s: more bytes than a file can have", writer->path);
+  }
+  status = name_shards(writer, err);
+  if (status == US_OK) status = open_shard(writer, err);
+  return status == US_OK ? advance(writer, err) : status;
+}
+
+enum us_status us_safetensors_writer_write(struct us_safetensors_writer *writer, const void *data,
+                                           size_t bytes, struct us_err *err) {
+  const uint8_t *next = data;
+  while (bytes) {
+    if (!writer->file)
+      return us_err_set(err, US_ERR_USAGE, "%s: %zu bytes more than declared", writer->path, bytes);
+    size_t n = bytes < writer->left ? bytes : (size_t)writer->left;
+    enum us_status status = write_bytes(writer->file, next, n, writer->shards[writer->shard].path, err);
+    if (status != US_OK) return status;
+    next += n;
+    bytes -= n;
+    writer->left -= n;
+    status = advance(writer, err);
+    if (status != US_OK) return status;
+  }
+  return US_OK;
+}
+
+/* ---- commit ---- */
+
+static enum us_status write_index(struct us_safetensors_writer *writer, struct us_err *err) {
+  json_t *map = json_object();
+  uint64_t total = 0;
+  for (size_t i = 0; i < writer->count; i++) {
+    const char *path = writer->shards[writer->tensors[i].shard].path;
+    json_object_set_new(map, writer->tensors[i].name, json_string(strrchr(path, '/') + 1));
+    total += writer->tensors[i].bytes;
+  }
+  json_t *root = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
+  char *text = json_dumps(root, JSON_INDENT(2));
+  json_decref(root);
+  if (!text) return us_err_memory(err, "the index", writer->count * 128);
+  FILE *file = NULL;
+  enum us_status status = create_file(writer->index_path, writer->index_temporary, &file, err);
+  if (status == US_OK) {
+    status = write_bytes(file, text, strlen(text), writer->index_path, err);
+    enum us_status closed = close_file(&file, writer->index_path, status == US_OK ? err : NULL);
+    if (status == US_OK) status = closed;
+  }
+  free(text);
+  return status;
+}
+
+/* Make the renames themselves durable. */
+static void sync_folder(const struct us_safetensors_writer *writer) {
+  char folder[PATH_MAX];
+  const char *slash = strrchr(writer->path, '/');
+  if (writer->folder)
+    snprintf(folder, sizeof folder, "%s", writer->path);
+  else
+    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - writer->path) + 1 : 1,
+             slash ? writer->path : ".");
+  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return;
+  fsync(fd);
+  close(fd);
+}
+
+enum us_status us_safetensors_writer_commit(struct us_safetensors_writer *writer, struct us_err *err) {
+  if (!writer->shards || writer->file || writer->shard != writer->shard_count)
+    return us_err_set(err, US_ERR_USAGE, "%s: %llu bytes of a file are missing", writer->path,
+                      (unsigned long long)writer->left);
+  enum us_status status = writer->index_path ? write_index(writer, err) : US_OK;
+  for (size_t s = 0; s < writer->shard_count && status == US_OK; s++) {
+    struct shard *shard = &writer->shards[s];
+    if (rename(shard->temporary, shard->path) != 0)
+      return us_err_errno(err, US_ERR_IO, "%s: cannot rename", shard->path);
+    shard->written = 0;
+  }
+  if (status == US_OK && writer->index_path && rename(writer->index_temporary, writer->index_path) != 0)
+    return us_err_errno(err, US_ERR_IO, "%s: cannot rename", writer->index_path);
+  if (status == US_OK) sync_folder(writer);
+  return status;
+}
+
+void us_safetensors_writer_free(struct us_safetensors_writer *writer) {
+  if (!writer) return;
+  if (writer->file) fclose(writer->file);
+  for (size_t s = 0; writer->shards && s < writer->shard_count; s++) {
+    if (writer->shards[s].written) unlink(writer->shards[s].temporary);
+    free(writer->shards[s].path);
+    free(writer->shards[s].temporary);
+  }
+  if (writer->index_temporary) unlink(writer->index_temporary);
+  for (size_t i = 0; i < writer->count; i++) free(writer->tensors[i].name);
+  free(writer->tensors);
+  free(writer->shards);
+  free(writer->index_path);
+  free(writer->index_temporary);
+  json_decref(writer->metadata);
+  free(writer->path);
+  free(writer);
+}
