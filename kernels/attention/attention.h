@@ -9,7 +9,8 @@
  * tiles of 64 at fixed absolute positions (tile t holds positions 64t .. 64t+63). A score is scale * dot(k,
  * q) with the canonical dot of linear.h. Within a tile: m = max score; weight_j = us_expf(score_j - m); s =
  * sum of weights in 16 lanes (lane j % 16) and the tree; o[d] = fmaf(weight_j, v_j[d], o[d]) in ascending j.
- * Tiles combine in ascending order by us_attention_merge; the drafter's own block is one more tile after the
+ * Tiles combine in ascending order: M = max(m, m_t), a =
+ * us_expf(m - M), b = us_expf(m_t - M), s = fmaf(s_t, b, s a), o = fmaf(o_t, b, o a); the drafter's own block is one more tile after the
  * cached ones. Last, the sink joins the denominator: M = max(m, sink), out = o * e / (s * e + us_expf(sink -
  * M)), e = us_expf(m - M). Keys outside the window are never read. (MiMo-V2: the sink is a logit a query
  * head, not scaled, without a value.)
