@@ -1,10 +1,10 @@
-/* t_schedule.c: claiming in order by many workers. Run under TSan too.
+/* t_runner.c: claiming in order by many workers. Run under TSan too.
  *
  * Independent truth: the body itself checks, through plain (non-atomic) cells that only correct ordering makes safe, that
  * every task its events stand for has run; a data race here is what ThreadSanitizer reports.
  */
 #include "plan/lower.h"
-#include "plan/schedule.h"
+#include "plan/runner.h"
 #include "suite.h"
 
 #include <string.h>
@@ -52,16 +52,16 @@ static void run_with(int threads, struct us_trace *trace) {
                    US_OK);
   struct us_pool *pool;
   ck_assert_int_eq(us_pool_create(threads, &pool, NULL), US_OK);
-  struct us_schedule schedule = {.trace = trace};
+  struct us_runner runner = {.trace = trace};
   struct pass pass = {.program = program, .done = calloc(program->task_count, sizeof *pass.done)};
   for (int round = 1; round <= 20; round++) {
     memset(pass.done, 0, program->task_count * sizeof *pass.done);
-    ck_assert_int_eq(us_schedule_run(&schedule, program, pool, body, &pass, NULL), US_OK);
+    ck_assert_int_eq(us_runner_run(&runner, program, pool, body, &pass, NULL), US_OK);
     ck_assert(!pass.wrong);
     for (size_t i = 0; i < program->task_count; i++) ck_assert_uint_eq(pass.done[i], 1);
   }
   if (trace) ck_assert_uint_eq(us_trace_count(trace) + us_trace_dropped(trace), 20 * program->task_count);
-  us_schedule_release(&schedule);
+  us_runner_release(&runner);
   us_pool_free(pool);
   us_program_free(program);
   free(pass.done);
@@ -88,9 +88,9 @@ START_TEST(a_trace_keeps_spans_in_order_and_counts_what_it_drops) {
 END_TEST
 
 static Suite *make_suite(void) {
-  TCase *c = tcase_create("schedule");
+  TCase *c = tcase_create("runner");
   tcase_add_test(c, every_task_runs_once_and_after_its_events);
   tcase_add_test(c, a_trace_keeps_spans_in_order_and_counts_what_it_drops);
-  return us_suite("schedule", c);
+  return us_suite("runner", c);
 }
 US_TEST_MAIN(make_suite)
