@@ -1,0 +1,140 @@
+/* json.c: parsing with caps, typed getters. */
+#include "base/json.h"
+#include "base/buffer.h"
+
+#include <math.h>
+#include <string.h>
+
+/* jansson recurses; its own limit of 2048 levels is more stack than a pool thread may have. */
+static bool too_deep(const char *text, size_t size) {
+  size_t depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < size; i++) {
+    char c = text[i];
+    if (in_string) {
+      if (c == '\\')
+        i++;
+      else if (c == '"')
+        in_string = false;
+    } else if (c == '"')
+      in_string = true;
+    else if (c == '{' || c == '[') {
+      if (++depth > US_JSON_DEPTH_MAX) return true;
+    } else if ((c == '}' || c == ']') && depth)
+      depth--;
+  }
+  return false;
+}
+
+enum us_status us_json_parse(const char *text, size_t size, const char *name, json_t **ret_root,
+                             struct us_err *err) {
+  if (too_deep(text, size))
+    return us_err_set(err, US_ERR_INPUT, "%s: nested deeper than %d levels", name, US_JSON_DEPTH_MAX);
+  json_error_t why;
+  json_t *root = json_loadb(text, size, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &why);
+  if (root) {
+    *ret_root = root;
+    return US_OK;
+  }
+  if (json_error_code(&why) == json_error_out_of_memory) return us_err_memory(err, name, size);
+  return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why.line, why.column, why.text);
+}
+
+enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_root, struct us_err *err) {
+  struct us_buffer text = {0};
+  enum us_status status = us_buffer_read_file(&text, path, max_bytes, err);
+  if (status == US_OK) status = us_json_parse(text.data ? text.data : "", text.size, path, ret_root, err);
+  us_buffer_release(&text);
+  return status;
+}
+
+bool us_json_has(const json_t *object, const char *key) {
+  const json_t *value = json_object_get(object, key);
+  return value && !json_is_null(value);
+}
+
+static const char *type_name(const json_t *value) {
+  switch (json_typeof(value)) {
+  case JSON_OBJECT:
+    return "an object";
+  case JSON_ARRAY:
+    return "an array";
+  case JSON_STRING:
+    return "a string";
+  case JSON_INTEGER:
+    return "an integer";
+  case JSON_REAL:
+    return "a real number";
+  case JSON_TRUE:
+  case JSON_FALSE:
+    return "a boolean";
+  default:
+    return "null";
+  }
+}
+
+static enum us_status wrong_type(const json_t *value, const char *where, const char *key,
+                                 const char *expected, struct us_err *err) {
+  if (!value) return us_err_set(err, US_ERR_INPUT, "%s: %s: missing", where, key);
+  return us_err_set(err, US_ERR_INPUT, "%s: %s: expected %s, found %s", where, key, expected,
+                    type_name(value));
+}
+
+enum us_status us_json_int(const json_t *object, const char *where, const char *key, int64_t min, int64_t max,
+                           int64_t *ret_value, struct us_err *err) {
+  const json_t *node = json_object_get(object, key);
+  if (!json_is_integer(node)) return wrong_type(node, where, key, "an integer", err);
+  int64_t value = json_integer_value(node);
+  if (value < min || value > max)
+    return us_err_set(err, US_ERR_INPUT, "%s: %s: %lld is not in %lld to %lld", where, key, (long long)value,
+                      (long long)min, (long long)max);
+  *ret_value = value;
+  return US_OK;
+}
+
+enum us_status us_json_num(const json_t *object, const char *where, const char *key, double min, double max,
+                           double *ret_value, struct us_err *err) {
+  const json_t *node = json_object_get(object, key);
+  if (!json_is_number(node)) return wrong_type(node, where, key, "a number", err);
+  double value = json_number_value(node);
+  if (!(value >= min && value <= max))
+    return us_err_set(err, US_ERR_INPUT, "%s: %s: %.10g is not in %.10g to %.10g", where, key, value, min,
+                      max);
+  *ret_value = value;
+  return US_OK;
+}
+
+enum us_status us_json_bool(const json_t *object, const char *where, const char *key, bool *ret_value,
+                            struct us_err *err) {
+  const json_t *node = json_object_get(object, key);
+  if (!json_is_boolean(node)) return wrong_type(node, where, key, "a boolean", err);
+  *ret_value = json_is_true(node);
+  return US_OK;
+}
+
+enum us_status us_json_str(const json_t *object, const char *where, const char *key, const char **ret_value,
+                           struct us_err *err) {
+  const json_t *node = json_object_get(object, key);
+  if (!json_is_string(node)) return wrong_type(node, where, key, "a string", err);
+  *ret_value = json_string_value(node);
+  return US_OK;
+}
+
+enum us_status us_json_object(const json_t *object, const char *where, const char *key, json_t **ret_value,
+                              struct us_err *err) {
+  json_t *node = json_object_get(object, key);
+  if (!json_is_object(node)) return wrong_type(node, where, key, "an object", err);
+  *ret_value = node;
+  return US_OK;
+}
+
+enum us_status us_json_array(const json_t *object, const char *where, const char *key, size_t max_items,
+                             json_t **ret_value, struct us_err *err) {
+  json_t *node = json_object_get(object, key);
+  if (!json_is_array(node)) return wrong_type(node, where, key, "an array", err);
+  if (json_array_size(node) > max_items)
+    return us_err_set(err, US_ERR_INPUT, "%s: %s: %zu items, at most %zu are allowed", where, key,
+                      json_array_size(node), max_items);
+  *ret_value = node;
+  return US_OK;
+}
