@@ -2,6 +2,7 @@
 #include "base/atomic.h"
 #include "base/h5.h"
 #include "base/h5_block.h"
+#include "base/h5_driver.h"
 
 #include <errno.h>
 #include <hdf5.h>
@@ -100,14 +101,12 @@ static hid_t stored_type(enum us_h5_type type) {
 
 static hid_t create_hdf5(int fd) {
   hid_t create = H5Pcreate(H5P_FILE_CREATE), access = H5Pcreate(H5P_FILE_ACCESS), file = H5I_INVALID_HID;
-  char name[64];
-  snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
   if (create >= 0 && access >= 0 && H5Pset_userblock(create, US_H5_BLOCK_BYTES) >= 0 &&
-      H5Pset_alignment(access, 1, US_H5_ALIGNMENT) >= 0 && H5Pset_file_locking(access, false, true) >= 0 &&
+      H5Pset_alignment(access, 1, US_H5_ALIGNMENT) >= 0 &&
       H5Pset_small_data_block_size(access, 0) >= 0 && /* every dataset gets an aligned place of its own */
       H5Pset_libver_bounds(access, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >=
           0) /* the subset that h5_read.c parses */
-    file = H5Fcreate(name, H5F_ACC_TRUNC, create, access);
+    file = us_h5_driver_create(fd, create, access);
   if (create >= 0) H5Pclose(create);
   if (access >= 0) H5Pclose(access);
   return file;
