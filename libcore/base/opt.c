@@ -1,22 +1,20 @@
 /* opt.c: the option table.
  *
- *   1. Values: checking and converting
- *   2. Slots: what each row was given
- *   3. Command line
- *   4. Config file
- *   5. Getters
- *   6. The recorded run
+ *   1. Slots: what each row was given
+ *   2. Command line
+ *   3. Config file
+ *   4. Getters
+ *   5. The recorded run
  */
 #include "base/opt.h"
+#include "base/opt_value.h"
 #include "base/suggest.h"
 
 #include <errno.h>
 #include <jansson.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 
 enum source { SOURCE_NONE, SOURCE_DEFAULT, SOURCE_CONFIG, SOURCE_COMMAND };
 
@@ -33,129 +31,7 @@ struct us_opts {
   const char *misuse;
 };
 
-/* --- 1. Values: checking and converting --- */
-
-static bool is_true(const char *text) {
-  return !strcasecmp(text, "true") || !strcasecmp(text, "yes") || !strcasecmp(text, "on") ||
-         !strcmp(text, "1");
-}
-
-static bool is_false(const char *text) {
-  return !strcasecmp(text, "false") || !strcasecmp(text, "no") || !strcasecmp(text, "off") ||
-         !strcmp(text, "0");
-}
-
-static bool to_int(const char *text, int64_t *ret_value) {
-  const char *digits = text + (*text == '-');
-  if (*digits < '0' || *digits > '9') return false; /* no blanks, no second sign */
-  char *end;
-  errno = 0;
-  long long value = strtoll(text, &end, digits[0] == '0' && (digits[1] | 32) == 'x' ? 16 : 10);
-  if (end == text || errno) return false;
-  const char *letters = "KMG", *letter = *end ? strchr(letters, *end) : NULL;
-  int64_t unit = 1;
-  if (letter) {
-    unit <<= 10 * (letter - letters + 1);
-    end++;
-  }
-  return !*end && !__builtin_mul_overflow(value, unit, ret_value);
-}
-
-static bool to_num(const char *text, double *ret_value) {
-  if (!*text || strchr(" \t\n\v\f\r", *text)) return false;
-  char *end;
-  *ret_value = strtod(text, &end);
-  return !*end && isfinite(*ret_value);
-}
-
-/* Index of `word` among "a|b|c"; -1 when it is none of them. */
-static int choice_index(const char *words, const char *word) {
-  size_t length = strlen(word);
-  for (int i = 0;; i++) {
-    size_t n = strcspn(words, "|");
-    if (n == length && strncmp(words, word, n) == 0) return i;
-    if (!words[n]) return -1;
-    words += n + 1;
-  }
-}
-
-static bool to_device(const char *text, int *ret_ordinal) {
-  *ret_ordinal = -1;
-  if (!strcmp(text, "cpu")) return true;
-  if (strncmp(text, "cuda", 4) != 0) return false;
-  *ret_ordinal = 0;
-  if (!text[4]) return true;
-  int64_t ordinal;
-  if (text[4] != ':' || !to_int(text + 5, &ordinal) || ordinal < 0 || ordinal > 1023) return false;
-  *ret_ordinal = (int)ordinal;
-  return true;
-}
-
-static bool rules_are_well_formed(const char *text) {
-  if (!*text) return false;
-  for (;;) {
-    size_t rule = strcspn(text, ","), key = strcspn(text, "=,");
-    if (key == 0 || text[key] != '=' || rule <= key + 1) return false;
-    if (!text[rule]) return true;
-    text += rule + 1;
-  }
-}
-
-static enum us_status check_range(const struct us_opt *opt, const char *text, double value,
-                                  struct us_err *err) {
-  bool low = opt->above_min ? value <= opt->min : value < opt->min;
-  bool high = opt->max != 0 && value > opt->max;
-  if (!low && !high) return US_OK;
-  const char *relation = opt->above_min ? "above" : "at least";
-  if (opt->max != 0)
-    return us_err_set(err, US_ERR_USAGE, "%s is out of range: %s %.10g, at most %.10g", text, relation,
-                      opt->min, opt->max);
-  return us_err_set(err, US_ERR_USAGE, "%s is out of range: %s %.10g", text, relation, opt->min);
-}
-
-static enum us_status bad_choice(const struct us_opt *opt, const char *value, struct us_err *err) {
-  char words[512];
-  const char *names[64];
-  size_t n = 0;
-  snprintf(words, sizeof words, "%s", opt->value_name);
-  for (char *rest = words, *word; n < 64 && (word = strsep(&rest, "|"));) names[n++] = word;
-  const char *near = us_suggest(value, names, n);
-  return us_err_set(err, US_ERR_USAGE, "'%s' is none of %s%s%s%s", value, opt->value_name,
-                    near ? "; did you mean '" : "", near ? near : "", near ? "'?" : "");
-}
-
-enum us_status us_opt_check(const struct us_opt *opt, const char *value, struct us_err *err) {
-  int64_t integer;
-  double number;
-  int ordinal;
-  switch (opt->kind) {
-  case US_OPT_KIND_INT:
-    if (!to_int(value, &integer)) return us_err_set(err, US_ERR_USAGE, "'%s' is not an integer", value);
-    return check_range(opt, value, (double)integer, err);
-  case US_OPT_KIND_NUM:
-    if (!to_num(value, &number)) return us_err_set(err, US_ERR_USAGE, "'%s' is not a number", value);
-    return check_range(opt, value, number, err);
-  case US_OPT_KIND_FLAG:
-    if (is_true(value) || is_false(value)) return US_OK;
-    return us_err_set(err, US_ERR_USAGE, "'%s' is neither true nor false", value);
-  case US_OPT_KIND_ENUM:
-    return choice_index(opt->value_name, value) >= 0 ? US_OK : bad_choice(opt, value, err);
-  case US_OPT_KIND_DEVICE:
-    if (to_device(value, &ordinal)) return US_OK;
-    return us_err_set(err, US_ERR_USAGE, "'%s' is no device: cpu, cuda or cuda:N", value);
-  case US_OPT_KIND_RULES:
-    if (rules_are_well_formed(value)) return US_OK;
-    return us_err_set(err, US_ERR_USAGE, "'%s' is not of the form key=value,key=value", value);
-  case US_OPT_KIND_FILE:
-  case US_OPT_KIND_ARG:
-    if (*value) return US_OK;
-    return us_err_set(err, US_ERR_USAGE, "the value is empty");
-  default:
-    return US_OK;
-  }
-}
-
-/* --- 2. Slots: what each row was given --- */
+/* --- 1. Slots: what each row was given --- */
 
 static bool is_option(const struct us_opt *opt) {
   return opt->kind != US_OPT_KIND_ARG && opt->kind != US_OPT_KIND_GROUP && opt->kind != US_OPT_KIND_END;
@@ -172,7 +48,7 @@ static enum us_status give(struct us_opts *opts, size_t row, const char *value, 
                            struct us_err *err) {
   struct slot *slot = &opts->slots[row];
   const struct us_opt *opt = &opts->table[row];
-  bool takes_back = opt->kind == US_OPT_KIND_FLAG && is_false(value);
+  bool takes_back = opt->kind == US_OPT_KIND_FLAG && us_opt_value_is_false(value);
   if (slot->source != source || !opt->repeat || takes_back) clear_slot(slot);
   slot->source = source;
   if (takes_back) return US_OK;
@@ -212,7 +88,7 @@ static enum us_status unknown_option(const struct us_opts *opts, const char *nam
   return us_err_set(err, status, "unknown option '%s%s'; did you mean '%s%s'?", dashes, word, dashes, near);
 }
 
-/* --- 3. Command line --- */
+/* --- 2. Command line --- */
 
 /* The words still to be read, and the next positional's row. */
 struct reader {
@@ -292,7 +168,7 @@ static enum us_status read_command_line(struct us_opts *opts, int argc, char *co
   return US_OK;
 }
 
-/* --- 4. Config file --- */
+/* --- 3. Config file --- */
 
 static char *trim(char *text) {
   while (*text == ' ' || *text == '\t') text++;
@@ -337,7 +213,7 @@ static enum us_status read_config(struct us_opts *opts, const char *path, struct
   return status;
 }
 
-/* --- 5. Getters --- */
+/* --- 4. Getters --- */
 
 static enum us_status fill_defaults(struct us_opts *opts, bool excused, struct us_err *err) {
   for (size_t i = 0; i < opts->rows; i++) {
@@ -421,7 +297,7 @@ const char *us_opt_str(struct us_opts *opts, const char *name) {
 int64_t us_opt_int(struct us_opts *opts, const char *name) {
   int64_t value = 0;
   const char *text = last_value(opts, name, KIND(INT), NULL);
-  return text && to_int(text, &value) ? value : 0;
+  return text && us_opt_value_int(text, &value) ? value : 0;
 }
 
 double us_opt_num(struct us_opts *opts, const char *name) {
@@ -430,8 +306,8 @@ double us_opt_num(struct us_opts *opts, const char *name) {
   if (!text) return 0;
   int64_t integer = 0;
   double number = 0;
-  if (opts->table[row].kind == US_OPT_KIND_INT) return to_int(text, &integer) ? (double)integer : 0;
-  return to_num(text, &number) ? number : 0;
+  if (opts->table[row].kind == US_OPT_KIND_INT) return us_opt_value_int(text, &integer) ? (double)integer : 0;
+  return us_opt_value_num(text, &number) ? number : 0;
 }
 
 bool us_opt_flag(struct us_opts *opts, const char *name) {
@@ -441,13 +317,13 @@ bool us_opt_flag(struct us_opts *opts, const char *name) {
 int us_opt_choice(struct us_opts *opts, const char *name) {
   int row = 0;
   const char *text = last_value(opts, name, KIND(ENUM), &row);
-  return text ? choice_index(opts->table[row].value_name, text) : -1;
+  return text ? us_opt_value_choice(opts->table[row].value_name, text) : -1;
 }
 
 int us_opt_device(struct us_opts *opts, const char *name) {
   int ordinal = -1;
   const char *text = last_value(opts, name, KIND(DEVICE), NULL);
-  return text && to_device(text, &ordinal) ? ordinal : -1;
+  return text && us_opt_value_device(text, &ordinal) ? ordinal : -1;
 }
 
 bool us_opt_given(struct us_opts *opts, const char *name) {
@@ -469,13 +345,13 @@ const char *us_opts_misuse(const struct us_opts *opts) {
   return opts->misuse;
 }
 
-/* --- 6. The recorded run --- */
+/* --- 5. The recorded run --- */
 
 static json_t *value_to_json(const struct us_opt *opt, const char *text) {
   int64_t integer = 0;
   double number = 0;
-  if (opt->kind == US_OPT_KIND_INT && to_int(text, &integer)) return json_integer(integer);
-  if (opt->kind == US_OPT_KIND_NUM && to_num(text, &number)) return json_real(number);
+  if (opt->kind == US_OPT_KIND_INT && us_opt_value_int(text, &integer)) return json_integer(integer);
+  if (opt->kind == US_OPT_KIND_NUM && us_opt_value_num(text, &number)) return json_real(number);
   json_t *string = json_string(text);
   return string ? string : json_string("(not UTF-8)");
 }
