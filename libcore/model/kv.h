@@ -1,6 +1,7 @@
 /* kv.h: the key/value cache of one sequence.
  *
- *     us_kv_create(us_kv_spec_of(&model->shape), 4096, US_KV_BF16, &kv, &err);
+ *     struct us_kv_spec spec = us_kv_spec_of(&model->shape);
+ *     us_kv_create(&spec, 4096, US_KV_BF16, &kv, &err);
  *     us_kv_write(kv, layer, position, g, k_row, v_row);    // k (Q), v (V), already rotated and scaled
  *     us_kv_fork(kv, &sample_kv, &err);                     // shares the full pages of the prompt
  *
@@ -26,17 +27,23 @@ struct us_kv;
 struct us_kv_spec us_kv_spec_of(const struct us_shape *shape);
 struct us_kv_spec us_kv_spec_of_draft(const struct us_draft_shape *draft);
 
-US_CHECKED enum us_status us_kv_create(const struct us_kv_spec *spec, uint32_t max_positions, enum us_kv_type type,
-                                       struct us_kv **ret_kv, struct us_err *err);
+US_CHECKED enum us_status us_kv_create(const struct us_kv_spec *spec, uint32_t max_positions,
+                                       enum us_kv_type type, struct us_kv **ret_kv, struct us_err *err);
 US_CHECKED enum us_status us_kv_fork(struct us_kv *parent, struct us_kv **ret_child, struct us_err *err);
 void us_kv_free(struct us_kv *kv);
 
 /* Make room for positions [position, position + rows) in every layer before a pass writes them (allocates or un-shares
  * pages; not thread-safe). US_ERR_USAGE past max_positions. */
-US_CHECKED enum us_status us_kv_reserve(struct us_kv *kv, uint32_t position, uint32_t rows, struct us_err *err);
+US_CHECKED enum us_status us_kv_reserve(struct us_kv *kv, uint32_t position, uint32_t rows,
+                                        struct us_err *err);
 
 /* Store one head's key (Q) and value (V) rows, rounded to the cache's type. Thread-safe for distinct (layer, position, g). */
-void us_kv_write(struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, const float *k, const float *v);
+void us_kv_write(struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, const float *k,
+                 const float *v);
+
+/* The same into slot `slot` of a page that is not in a cache: a drafter's temporary block. */
+void us_kv_store(const struct us_attention_keys *keys, void *page, uint32_t slot, uint32_t g, const float *k,
+                 const float *v);
 
 /* The stored rows of one head as FP32. */
 void us_kv_read_k(const struct us_kv *kv, uint32_t layer, uint32_t position, uint32_t g, float *k);
@@ -48,9 +55,12 @@ const void *us_kv_v(const struct us_kv *kv, uint32_t layer, uint32_t position, u
 
 /* The layer's page table, for us_attention; valid until the next us_kv_reserve. */
 struct us_attention_keys us_kv_keys(const struct us_kv *kv, uint32_t layer);
+
 const struct us_kv_spec *us_kv_spec_used(const struct us_kv *kv);
 uint32_t us_kv_max_positions(const struct us_kv *kv);
 enum us_kv_type us_kv_type_of(const struct us_kv *kv);
+
+/* Bytes of the pages that this cache reads, shared ones included. */
 size_t us_kv_bytes(const struct us_kv *kv);
 
 #endif
