@@ -15,6 +15,8 @@
 #include "model/shape.h"
 #include <jansson.h>
 
+#define US_MAX_CONFIG_BYTES ((size_t)1 << 24)
+
 struct us_config {
   const json_t *root;
   const char *name;   /* of the file, for messages */

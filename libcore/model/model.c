@@ -157,6 +157,11 @@ void us_draft_free(struct us_draft *draft) {
 
 /* --- names --- */
 
+size_t us_tensor_scale_chunk_rows(const struct us_shape *shape, const struct us_tensor_ref *ref) {
+  bool fused = shape->qkv_chunks && strcmp(ref->family, "qkv") == 0;
+  return fused ? ref->rows / shape->qkv_chunks : 0;
+}
+
 struct listing {
   struct us_tensor_ref *refs;
   size_t count;

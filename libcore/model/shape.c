@@ -1,5 +1,7 @@
 /* shape.c: checking shapes, and finding them by name. */
 #include "model/shape.h"
+#include "model/config.h"
+#include "base/buffer.h"
 #include "us_version.h"
 
 #include <errno.h>
@@ -17,7 +19,6 @@ enum {
   MAX_HEADS = 1 << 12,
   MAX_HEAD_DIM = 1 << 11,
   MAX_EXPERTS = 1 << 13,
-  MAX_CONFIG_BYTES = 1 << 24,
 };
 
 /* --- checks --- */
@@ -201,41 +202,11 @@ enum us_status us_draft_shape_check(const struct us_draft_shape *d, const struct
 
 /* --- loading --- */
 
-static enum us_status read_file(const char *path, char **ret_text, size_t *ret_bytes, struct us_err *err) {
-  FILE *file = fopen(path, "rb");
-  if (!file) return us_err_errno(err, US_ERR_IO, "cannot open '%s'", path);
-  char *text = NULL;
-  size_t used = 0, size = 1 << 14;
-  enum us_status status = US_OK;
-  while (status == US_OK) {
-    char *larger = realloc(text, size);
-    if (!larger) {
-      status = us_err_memory(err, path, size);
-      break;
-    }
-    text = larger;
-    used += fread(text + used, 1, size - used, file);
-    if (ferror(file)) status = us_err_errno(err, US_ERR_IO, "cannot read '%s'", path);
-    if (used < size) break;
-    if (size >= MAX_CONFIG_BYTES) status = us_err_set(err, US_ERR_INPUT, "%s: longer than 16 MiB", path);
-    size *= 2;
-  }
-  fclose(file);
-  if (status != US_OK) {
-    free(text);
-    return status;
-  }
-  *ret_text = text;
-  *ret_bytes = used;
-  return US_OK;
-}
-
 static enum us_status load_path(const char *path, struct us_shape *ret_shape, struct us_err *err) {
-  char *text = NULL;
-  size_t bytes = 0;
-  enum us_status status = read_file(path, &text, &bytes, err);
-  if (status == US_OK) status = us_shape_parse(text, bytes, path, ret_shape, err);
-  free(text);
+  struct us_buffer text = {0};
+  enum us_status status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
+  if (status == US_OK) status = us_shape_parse(text.data ? text.data : "", text.size, path, ret_shape, err);
+  us_buffer_release(&text);
   return status;
 }
 

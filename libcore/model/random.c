@@ -1,0 +1,129 @@
+/* random.c: models and drafters with random weights. */
+#include "model/random.h"
+#include "base/philox.h"
+#include "model/precision.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Counter = (row, column / 4, FNV-1a of the name, stream): tensors of different names never share a number unless their
+ * hashes collide, which for the 160,000 names of the largest model would repeat a few tensors and harm nothing. */
+static uint32_t hash_name(const char *name) {
+  uint32_t hash = 2166136261u;
+  for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 16777619u;
+  return hash;
+}
+
+static void range_of(const struct us_tensor_ref *ref, float *ret_middle, float *ret_half) {
+  *ret_middle = 0;
+  if (ref->matrix)
+    *ret_half = sqrtf(3.0f / (strcmp(ref->family, "embed") == 0 ? 1.0f : (float)ref->cols));
+  else if (strcmp(ref->family, "norm") == 0)
+    *ret_middle = 1, *ret_half = 0.1f;
+  else if (strcmp(ref->family, "router") == 0)
+    *ret_half = 0.01f;
+  else
+    *ret_half = 1;
+}
+
+struct stream {
+  struct us_philox_key key;
+  uint32_t name;
+  size_t cols;
+  float middle, half;
+};
+
+static struct stream stream_of(uint64_t seed, const struct us_tensor_ref *ref) {
+  struct stream s = {.key = us_philox_key(seed), .name = hash_name(ref->name), .cols = ref->cols};
+  range_of(ref, &s.middle, &s.half);
+  return s;
+}
+
+static void stream_row(void *arg, size_t row, float *out) {
+  const struct stream *s = arg;
+  for (size_t c = 0; c < s->cols; c += 4) {
+    uint32_t words[4];
+    us_philox_quad(s->key, (uint32_t)row, (uint32_t)(c / 4), s->name, US_STREAM_INIT, words);
+    for (size_t i = 0; i < 4 && c + i < s->cols; i++) {
+      out[c + i] = fmaf(2.0f * us_uniform(words[i]) - 1.0f, s->half, s->middle);
+    }
+  }
+}
+
+void us_random_row(uint64_t seed, const struct us_tensor_ref *ref, size_t row, float *ret_values) {
+  struct stream s = stream_of(seed, ref);
+  stream_row(&s, row, ret_values);
+}
+
+static enum us_status fill(const struct us_tensor_ref *ref, enum us_format format, size_t chunk,
+                           uint64_t seed, void *owner, struct us_pool *pool, struct us_err *err) {
+  struct stream s = stream_of(seed, ref);
+  if (!ref->matrix) {
+    for (size_t row = 0; row < ref->rows; row++) stream_row(&s, row, *ref->vector + row);
+    return US_OK;
+  }
+  struct us_matrix_encoding encoding = {.format = format,
+                                        .scale_chunk_rows = format == US_FORMAT_FP8 ? chunk : 0};
+  enum us_status status =
+      us_matrix_build(owner, ref->rows, ref->cols, &encoding, stream_row, &s, pool, ref->matrix, err);
+  if (status != US_OK) us_err_prefix(err, "%s", ref->name);
+  return status;
+}
+
+static enum us_format format_of(const struct us_precision *p, const struct us_tensor_ref *ref) {
+  const struct {
+    const char *family;
+    enum us_format format;
+  } formats[] = {{"embed", p->embed}, {"head", p->head},       {"qkv", p->qkv},      {"o_proj", p->o_proj},
+                 {"dense", p->dense}, {"experts", p->experts}, {"router", p->router}};
+  for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
+    if (strcmp(formats[i].family, ref->family) == 0) return formats[i].format;
+  }
+  return US_FORMAT_F32;
+}
+
+enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, struct us_pool *pool,
+                               struct us_model **ret_model, struct us_err *err) {
+  struct us_tensor_ref *refs = NULL;
+  struct us_model *model = NULL;
+  size_t count = 0;
+  *ret_model = NULL;
+  enum us_status status = us_model_create(shape, &model, err);
+  if (status == US_OK) status = us_model_tensors(model, &refs, &count, err);
+  for (size_t i = 0; status == US_OK && i < count; i++) {
+    status = fill(&refs[i], format_of(&shape->precision, &refs[i]),
+                  us_tensor_scale_chunk_rows(shape, &refs[i]), seed, model->owner, pool, err);
+  }
+  free(refs);
+  if (status != US_OK) {
+    us_model_free(model);
+    return status;
+  }
+  if (shape->precision.experts == US_FORMAT_MXFP4)
+    strcpy(model->scale_rule, us_scale_rule_name(US_SCALE_MSE));
+  *ret_model = model;
+  return US_OK;
+}
+
+enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_format format, uint64_t seed,
+                               struct us_pool *pool, struct us_draft **ret_draft, struct us_err *err) {
+  struct us_tensor_ref *refs = NULL;
+  struct us_draft *draft = NULL;
+  size_t count = 0;
+  *ret_draft = NULL;
+  enum us_status status = us_draft_create(shape, &draft, err);
+  if (status == US_OK) status = us_draft_tensors(draft, &refs, &count, err);
+  for (size_t i = 0; status == US_OK && i < count; i++) {
+    status = fill(&refs[i], format, 0, seed, draft->owner, pool, err);
+  }
+  free(refs);
+  if (status != US_OK) {
+    us_draft_free(draft);
+    return status;
+  }
+  /* What a folder can hold of it: the side file is BF16. */
+  us_bf16_round_all(draft->mask_embedding, shape->hidden, draft->mask_embedding);
+  *ret_draft = draft;
+  return US_OK;
+}

@@ -1,0 +1,27 @@
+/* random.h: models and drafters with random weights, for tests and synthetic runs.
+ *
+ *     us_shape_load("tiny", &shape, &err);
+ *     us_model_random(&shape, 7, pool, &model, &err);          // stored as shape.precision says
+ *
+ * A weight is a function of (seed, tensor name, row, column): any tensor can be made again by itself, in any order and by
+ * any number of threads. Matrices are uniform with variance 1 / fan_in (embeddings: variance 1), norms lie in [0.9, 1.1),
+ * sinks in [-1, 1), router biases in [-0.01, 0.01). A synthetic model has no tokenizer.
+ */
+#ifndef US_MODEL_RANDOM_H
+#define US_MODEL_RANDOM_H
+
+#include "base/pool.h"
+#include "model/model.h"
+
+US_CHECKED enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, struct us_pool *pool,
+                                          struct us_model **ret_model, struct us_err *err);
+
+/* All matrices in `format`. */
+US_CHECKED enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_format format,
+                                          uint64_t seed, struct us_pool *pool, struct us_draft **ret_draft,
+                                          struct us_err *err);
+
+/* One row of FP32 values (ref->cols), before storage rounds them; a vector is `rows` rows of one column. */
+void us_random_row(uint64_t seed, const struct us_tensor_ref *ref, size_t row, float *ret_values);
+
+#endif
