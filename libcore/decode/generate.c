@@ -248,7 +248,7 @@ static enum us_status prefill_chunk(struct decoder *d, const struct us_request *
 }
 
 static enum us_status check_interrupt(const struct decoder *d) {
-  if (d->options->interrupt && *d->options->interrupt)
+  if (d->options->interrupted && d->options->interrupted())
     return us_err_set(d->err, US_INTERRUPTED, "interrupted");
   return US_OK;
 }

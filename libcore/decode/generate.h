@@ -26,7 +26,6 @@
 #include "decode/verify.h"
 #include "formats/tokenizer.h"
 #include "model/executor.h"
-#include <signal.h>
 
 #define US_PREFILL_CHUNK 512
 #define US_MAX_BATCH     8
@@ -89,8 +88,7 @@ struct us_generate_options {
   size_t accept_count; /* 0: always kept */
   bool (*on_text)(void *arg, const struct us_text_event *event); /* may be NULL; false cancels the sample */
   void *arg;
-  const volatile sig_atomic_t
-      *interrupt; /* checked every round; nonzero returns US_INTERRUPTED; may be NULL */
+  bool (*interrupted)(void); /* asked every round; true returns US_INTERRUPTED; may be NULL */
 };
 
 struct us_decode_stats {
