@@ -2,21 +2,19 @@
  *
  * One file is open at a time: its header is known from the declarations, so it is written first and the
  * data follows.
- * Every file is written under a temporary name; commit renames them all, the index last.
+ * No file has its name before commit, which puts them all in place, the index last.
  */
 #include "formats/safetensors.h"
 
+#include "base/atomic.h"
 #include "formats/safetensors_header.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #define HEADER_ALIGN 64 /* the format wants 8; 64 lets vector loads of a mapped file be aligned */
 
@@ -30,10 +28,10 @@ struct declared {
 };
 
 struct shard {
-  char *path, *temporary; /* final and temporary name */
-  size_t first, end;      /* tensors */
-  uint64_t bytes;
-  int written; /* a temporary file exists */
+  char *path;
+  struct us_atomic out; /* fd -1 before its data begins and after commit */
+  size_t first, end;    /* tensors */
+  uint64_t bytes;       /* of tensor data */
 };
 
 struct us_safetensors_writer {
@@ -44,9 +42,8 @@ struct us_safetensors_writer {
   json_t *metadata;
   struct shard *shards;
   size_t shard_count, shard; /* shard: the one being written */
-  char *index_path, *index_temporary;
-  FILE *file;
-  uint64_t left; /* bytes still missing in the open shard */
+  char *index_path;          /* NULL without an index */
+  uint64_t at, left;         /* the next byte's place in the open shard; data bytes it still misses */
 };
 
 enum us_status us_safetensors_writer_create(const char *path, struct us_safetensors_writer **ret_writer,
@@ -149,17 +146,13 @@ static size_t assign(struct us_safetensors_writer *writer, uint64_t limit) {
   return shard + 1;
 }
 
-/* path and a temporary name beside it, unique to this process and writer; both malloc'ed. */
-static enum us_status name_file(const struct us_safetensors_writer *writer, const char *base, char **ret_path,
-                                char **ret_temporary, struct us_err *err) {
-  char path[PATH_MAX], temporary[PATH_MAX];
-  int n = snprintf(path, sizeof path, "%s%s%s", writer->path, base ? "/" : "", base ? base : "");
-  int m = snprintf(temporary, sizeof temporary, "%s.%ld-%zx.tmp", path, (long)getpid(), (size_t)writer);
-  if (n >= (int)sizeof path || m >= (int)sizeof temporary)
-    return us_err_set(err, US_ERR_USAGE, "%s: the path is too long", writer->path);
-  *ret_path = strdup(path);
-  *ret_temporary = strdup(temporary);
-  return *ret_path && *ret_temporary ? US_OK : us_err_memory(err, path, (unsigned long long)(n + m));
+static enum us_status name_file(const struct us_safetensors_writer *writer, const char *opt_base, char **ret_path,
+                                struct us_err *err) {
+  size_t size = strlen(writer->path) + (opt_base ? strlen(opt_base) : 0) + 2;
+  *ret_path = malloc(size);
+  if (!*ret_path) return us_err_memory(err, writer->path, size);
+  snprintf(*ret_path, size, "%s%s%s", writer->path, opt_base ? "/" : "", opt_base ? opt_base : "");
+  return US_OK;
 }
 
 static enum us_status name_shards(struct us_safetensors_writer *writer, struct us_err *err) {
@@ -167,14 +160,11 @@ static enum us_status name_shards(struct us_safetensors_writer *writer, struct u
     char base[64] = "model.safetensors";
     if (writer->shard_count > 1)
       snprintf(base, sizeof base, "model-%05zu-of-%05zu.safetensors", s + 1, writer->shard_count);
-    struct shard *shard = &writer->shards[s];
-    enum us_status status =
-        name_file(writer, writer->folder ? base : NULL, &shard->path, &shard->temporary, err);
+    enum us_status status = name_file(writer, writer->folder ? base : NULL, &writer->shards[s].path, err);
     if (status != US_OK) return status;
   }
   if (writer->shard_count == 1) return US_OK;
-  return name_file(writer, "model.safetensors.index.json", &writer->index_path, &writer->index_temporary,
-                   err);
+  return name_file(writer, "model.safetensors.index.json", &writer->index_path, err);
 }
 
 /* ---- one shard ---- */
@@ -200,74 +190,51 @@ static char *print_header(const struct us_safetensors_writer *writer, const stru
   return text;
 }
 
-static enum us_status write_bytes(FILE *file, const void *data, size_t bytes, const char *path,
-                                  struct us_err *err) {
-  if (bytes && fwrite(data, 1, bytes, file) != bytes)
-    return us_err_errno(err, US_ERR_IO, "%s: cannot write", path);
+static enum us_status append(struct us_safetensors_writer *writer, const void *data, size_t bytes,
+                             struct us_err *err) {
+  const struct shard *shard = &writer->shards[writer->shard];
+  if (!us_atomic_write(shard->out.fd, data, bytes, writer->at))
+    return us_err_errno(err, US_ERR_IO, "%s: cannot write", shard->path);
+  writer->at += bytes;
   return US_OK;
 }
 
-static enum us_status write_header(struct us_safetensors_writer *writer, struct shard *shard,
-                                   struct us_err *err) {
+/* Length, JSON, and spaces up to the alignment, in one piece. */
+static enum us_status write_header(struct us_safetensors_writer *writer, struct us_err *err) {
+  const struct shard *shard = &writer->shards[writer->shard];
   char *text = print_header(writer, shard);
   if (!text) return us_err_memory(err, "a safetensors header", (shard->end - shard->first) * 128);
   size_t n = strlen(text), padded = (8 + n + HEADER_ALIGN - 1) / HEADER_ALIGN * HEADER_ALIGN - 8;
-  uint8_t length[8];
-  char spaces[HEADER_ALIGN];
-  for (int i = 0; i < 8; i++) length[i] = (uint8_t)((uint64_t)padded >> (8 * i));
-  memset(spaces, ' ', sizeof spaces);
+  uint8_t *whole = malloc(8 + padded);
   enum us_status status = US_OK;
-  if (padded > US_SAFETENSORS_MAX_HEADER)
-    status =
-        us_err_set(err, US_ERR_USAGE, "%s: a header of %zu bytes; use smaller shards", shard->path, padded);
-  if (status == US_OK) status = write_bytes(writer->file, length, 8, shard->path, err);
-  if (status == US_OK) status = write_bytes(writer->file, text, n, shard->path, err);
-  if (status == US_OK) status = write_bytes(writer->file, spaces, padded - n, shard->path, err);
-  free(text);
-  return status;
-}
-
-static enum us_status create_file(const char *path, const char *temporary, FILE **ret_file,
-                                  struct us_err *err) {
-  int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  *ret_file = fd < 0 ? NULL : fdopen(fd, "wb");
-  if (*ret_file) return US_OK;
-  enum us_status status = us_err_errno(err, US_ERR_IO, "%s: cannot create", path);
-  if (fd >= 0) {
-    close(fd);
-    unlink(temporary);
+  if (!whole) status = us_err_memory(err, "a safetensors header", padded);
+  else if (padded > US_SAFETENSORS_MAX_HEADER)
+    status = us_err_set(err, US_ERR_USAGE, "%s: a header of %zu bytes; use smaller shards", shard->path, padded);
+  if (status == US_OK) {
+    for (int i = 0; i < 8; i++) whole[i] = (uint8_t)((uint64_t)padded >> (8 * i));
+    memcpy(whole + 8, text, n);
+    memset(whole + 8 + n, ' ', padded - n);
+    status = append(writer, whole, 8 + padded, err);
   }
+  free(whole);
+  free(text);
   return status;
 }
 
 static enum us_status open_shard(struct us_safetensors_writer *writer, struct us_err *err) {
   struct shard *shard = &writer->shards[writer->shard];
-  enum us_status status = create_file(shard->path, shard->temporary, &writer->file, err);
+  enum us_status status = us_atomic_open(shard->path, &shard->out, err);
   if (status != US_OK) return status;
-  shard->written = 1;
+  writer->at = 0;
   writer->left = shard->bytes;
-  return write_header(writer, shard, err);
+  return write_header(writer, err);
 }
 
-/* Flush, sync and close: a full disk shows here at the latest. */
-static enum us_status close_file(FILE **file, const char *path, struct us_err *err) {
-  int failed = fflush(*file) != 0 || fsync(fileno(*file)) != 0, cause = errno;
-  if (fclose(*file) != 0 && !failed) {
-    failed = 1;
-    cause = errno;
-  }
-  *file = NULL;
-  errno = cause;
-  return failed ? us_err_errno(err, US_ERR_IO, "%s: cannot write", path) : US_OK;
-}
-
-/* Close finished shards and open the next one that has something to say. */
+/* Step over finished shards to the next one that wants data. */
 static enum us_status advance(struct us_safetensors_writer *writer, struct us_err *err) {
-  while (writer->file && writer->left == 0) {
-    enum us_status status = close_file(&writer->file, writer->shards[writer->shard].path, err);
-    if (status != US_OK) return status;
-    if (++writer->shard == writer->shard_count) return US_OK;
-    status = open_shard(writer, err);
+  while (writer->left == 0) {
+    if (++writer->shard >= writer->shard_count) return US_OK;
+    enum us_status status = open_shard(writer, err);
     if (status != US_OK) return status;
   }
   return US_OK;
@@ -284,6 +251,7 @@ enum us_status us_safetensors_writer_begin(struct us_safetensors_writer *writer,
                       writer->shard_count);
   writer->shards = calloc(writer->shard_count, sizeof *writer->shards);
   if (!writer->shards) return us_err_memory(err, "the shards", writer->shard_count * sizeof *writer->shards);
+  for (size_t s = 0; s < writer->shard_count; s++) writer->shards[s].out.fd = -1;
   for (size_t i = 0; i < writer->count; i++) {
     struct shard *shard = &writer->shards[writer->tensors[i].shard];
     if (shard->end == 0) shard->first = i;
@@ -301,10 +269,10 @@ enum us_status us_safetensors_writer_write(struct us_safetensors_writer *writer,
                                            size_t bytes, struct us_err *err) {
   const uint8_t *next = data;
   while (bytes) {
-    if (!writer->file)
+    if (!writer->shards || writer->left == 0)
       return us_err_set(err, US_ERR_USAGE, "%s: %zu bytes more than declared", writer->path, bytes);
     size_t n = bytes < writer->left ? bytes : (size_t)writer->left;
-    enum us_status status = write_bytes(writer->file, next, n, writer->shards[writer->shard].path, err);
+    enum us_status status = append(writer, next, n, err);
     if (status != US_OK) return status;
     next += n;
     bytes -= n;
@@ -329,63 +297,37 @@ static enum us_status write_index(struct us_safetensors_writer *writer, struct u
   char *text = json_dumps(root, JSON_INDENT(2));
   json_decref(root);
   if (!text) return us_err_memory(err, "the index", writer->count * 128);
-  FILE *file = NULL;
-  enum us_status status = create_file(writer->index_path, writer->index_temporary, &file, err);
-  if (status == US_OK) {
-    status = write_bytes(file, text, strlen(text), writer->index_path, err);
-    enum us_status closed = close_file(&file, writer->index_path, status == US_OK ? err : NULL);
-    if (status == US_OK) status = closed;
+  struct us_atomic out;
+  enum us_status status = us_atomic_open(writer->index_path, &out, err);
+  if (status == US_OK && !us_atomic_write(out.fd, text, strlen(text), 0)) {
+    status = us_err_errno(err, US_ERR_IO, "%s: cannot write", writer->index_path);
+    us_atomic_abandon(&out);
   }
   free(text);
-  return status;
-}
-
-/* Make the renames themselves durable. */
-static void sync_folder(const struct us_safetensors_writer *writer) {
-  char folder[PATH_MAX];
-  const char *slash = strrchr(writer->path, '/');
-  if (writer->folder)
-    snprintf(folder, sizeof folder, "%s", writer->path);
-  else
-    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - writer->path) + 1 : 1,
-             slash ? writer->path : ".");
-  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return;
-  fsync(fd);
-  close(fd);
+  return status == US_OK ? us_atomic_commit(&out, err) : status;
 }
 
 enum us_status us_safetensors_writer_commit(struct us_safetensors_writer *writer, struct us_err *err) {
-  if (!writer->shards || writer->file || writer->shard != writer->shard_count)
+  if (!writer->shards || writer->shard < writer->shard_count)
     return us_err_set(err, US_ERR_USAGE, "%s: %llu bytes of a file are missing", writer->path,
                       (unsigned long long)writer->left);
-  enum us_status status = writer->index_path ? write_index(writer, err) : US_OK;
-  for (size_t s = 0; s < writer->shard_count && status == US_OK; s++) {
-    struct shard *shard = &writer->shards[s];
-    if (rename(shard->temporary, shard->path) != 0)
-      return us_err_errno(err, US_ERR_IO, "%s: cannot rename", shard->path);
-    shard->written = 0;
+  for (size_t s = 0; s < writer->shard_count; s++) {
+    enum us_status status = us_atomic_commit(&writer->shards[s].out, err);
+    if (status != US_OK) return status;
   }
-  if (status == US_OK && writer->index_path && rename(writer->index_temporary, writer->index_path) != 0)
-    return us_err_errno(err, US_ERR_IO, "%s: cannot rename", writer->index_path);
-  if (status == US_OK) sync_folder(writer);
-  return status;
+  return writer->index_path ? write_index(writer, err) : US_OK;
 }
 
 void us_safetensors_writer_free(struct us_safetensors_writer *writer) {
   if (!writer) return;
-  if (writer->file) fclose(writer->file);
   for (size_t s = 0; writer->shards && s < writer->shard_count; s++) {
-    if (writer->shards[s].written) unlink(writer->shards[s].temporary);
+    us_atomic_abandon(&writer->shards[s].out);
     free(writer->shards[s].path);
-    free(writer->shards[s].temporary);
   }
-  if (writer->index_temporary) unlink(writer->index_temporary);
   for (size_t i = 0; i < writer->count; i++) free(writer->tensors[i].name);
   free(writer->tensors);
   free(writer->shards);
   free(writer->index_path);
-  free(writer->index_temporary);
   json_decref(writer->metadata);
   free(writer->path);
   free(writer);

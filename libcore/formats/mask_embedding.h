@@ -1,4 +1,4 @@
-/* torchzip.h: the DFlash drafter's mask_embedding.pt, without PyTorch.
+/* mask_embedding.h: the DFlash drafter's mask_embedding.pt, without PyTorch.
  *
  *     struct us_mask_embedding mask;
  *     if (us_mask_embedding_read("draft/mask_embedding.pt", &mask, &err) != US_OK) return err.status;
@@ -11,8 +11,8 @@
  * contains and the one
  * constructor (torch._utils._rebuild_tensor_v2) and refuses everything else. Nothing is ever executed.
  */
-#ifndef US_FORMATS_TORCHZIP_H
-#define US_FORMATS_TORCHZIP_H
+#ifndef US_FORMATS_MASK_EMBEDDING_H
+#define US_FORMATS_MASK_EMBEDDING_H
 
 #include "base/err.h"
 #include <stddef.h>
