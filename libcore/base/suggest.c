@@ -1,6 +1,7 @@
 /* suggest.c: nearest name by edit distance. */
 #include "base/suggest.h"
 
+#include <stdint.h>
 #include <string.h>
 
 #define LENGTH_MAX 64
@@ -13,7 +14,7 @@ static size_t min3(size_t a, size_t b, size_t c) {
 /* Optimal string alignment distance; words over LENGTH_MAX are far from everything. */
 static size_t distance(const char *a, const char *b) {
   size_t n = strlen(a), m = strlen(b);
-  if (n > LENGTH_MAX || m > LENGTH_MAX) return LENGTH_MAX;
+  if (n > LENGTH_MAX || m > LENGTH_MAX) return SIZE_MAX;
   size_t d[3][LENGTH_MAX + 1];
   for (size_t j = 0; j <= m; j++) d[0][j] = j;
   for (size_t i = 1; i <= n; i++) {
