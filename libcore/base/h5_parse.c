@@ -21,6 +21,7 @@ enum message {
   MESSAGE_LINK = 0x06,
   MESSAGE_EXTERNAL_FILES = 0x07,
   MESSAGE_LAYOUT = 0x08,
+  MESSAGE_GROUP_INFO = 0x0a,
   MESSAGE_FILTERS = 0x0b,
   MESSAGE_ATTRIBUTE = 0x0c,
   MESSAGE_CONTINUATION = 0x10,
@@ -204,6 +205,7 @@ static enum us_status parse_message(struct parser *p, unsigned kind, const uint8
     object->heap = us_h5_load(body + 8, 8);
     return US_OK;
   case MESSAGE_LINK:
+  case MESSAGE_GROUP_INFO:
   case MESSAGE_LINK_INFO:
     return refuse(p, "soft, external or user-defined links");
   case MESSAGE_EXTERNAL_FILES:
@@ -339,7 +341,7 @@ static enum us_status parse_heap(struct parser *p, uint64_t address, struct heap
 static enum us_status parse_child(struct parser *p, const char *name, uint64_t address, int depth) {
   size_t before = strlen(p->name);
   int added = snprintf(p->name + before, sizeof p->name - before, "%s%s", before ? "/" : "", name);
-  bool fits = added > 0 && before + (size_t)added < sizeof p->name;
+  bool fits = !strchr(name, '/') && added > 0 && before + (size_t)added < sizeof p->name;
   const char *checked = p->name[0] == '@' ? p->name + 1 : p->name; /* "@name" holds a long text */
   if (!fits || !us_h5_name_valid(checked) || (checked != p->name && before)) {
     p->name[before] = 0;
@@ -486,8 +488,9 @@ static enum us_status sort_catalogue(struct parser *p) {
 
 enum us_status us_h5_parse(const uint8_t *file, const struct us_h5_block *block,
                            struct us_h5_catalogue *catalogue, struct us_err *err) {
-  struct parser p = {
-      .file = file, .block = block, .catalogue = catalogue, .budget = block->table_offset, .err = err};
+  struct parser p = {.file = file, .block = block, .catalogue = catalogue, .err = err};
+  p.budget = block->table_offset - US_H5_BLOCK_BYTES;
+  for (uint64_t i = 0; i < block->extents; i++) p.budget -= us_h5_block_extent(file, block, i).bytes;
   uint64_t root;
   enum us_status status = parse_superblock(&p, &root);
   if (status == US_OK) status = parse_object(&p, root, 0);
