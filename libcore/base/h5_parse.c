@@ -491,7 +491,7 @@ enum us_status us_h5_parse(const uint8_t *file, const struct us_h5_block *block,
   struct parser p = {.file = file, .block = block, .catalogue = catalogue, .err = err};
   p.budget = block->table_offset - US_H5_BLOCK_BYTES;
   for (uint64_t i = 0; i < block->extents; i++) p.budget -= us_h5_block_extent(file, block, i).bytes;
-  uint64_t root;
+  uint64_t root = 0;
   enum us_status status = parse_superblock(&p, &root);
   if (status == US_OK) status = parse_object(&p, root, 0);
   if (status == US_OK) status = match_extents(&p);
