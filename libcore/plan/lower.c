@@ -365,7 +365,7 @@ enum us_status us_lower_draft(const struct us_draft_shape *draft, const struct u
     lower_attention(&lw, l, &program->dims, 1, &bytes);
     lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, 1, lower_dense(&lw, l, &program->dims, &bytes));
   }
-  lower_head(&lw, &program->dims, head_bytes(target, options));
+  if (!options->no_head) lower_head(&lw, &program->dims, head_bytes(target, options));
   return finish_program(&lw, ret_program, err);
 }
 
