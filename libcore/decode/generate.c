@@ -451,7 +451,7 @@ static enum us_status prepare(struct decoder *d) {
   }
   if (status != US_OK) return status;
   if (d->drafting) d->taps_width = (size_t)d->ex->draft->shape.taps * d->ex->model->shape.hidden;
-  d->cost = us_verify_cost_of(d->ex->model, d->drafting ? d->ex->draft : NULL);
+  if (d->options->adaptive) d->cost = us_verify_cost_of(d->ex->model, d->drafting ? d->ex->draft : NULL);
   d->rules = (struct us_round_rules){.rule = d->options->rule,
                                      .N = d->N,
                                      .adaptive = d->options->adaptive ? &d->cost : NULL,
