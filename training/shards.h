@@ -51,6 +51,9 @@ int32_t us_shards_vocab(const struct us_shards *shards);
 /* SHA-256, in hexadecimal, of the tokenizer.json the ids were made with: compare with the model's. */
 const char *us_shards_tokenizer_sha256(const struct us_shards *shards);
 
+/* That tokenizer.json itself, NUL-terminated: a model trained on the shards takes it along. */
+const char *us_shards_tokenizer(const struct us_shards *shards);
+
 /* Text bytes that the tokens of a part came from: bits a byte = nats a token * tokens / bytes / ln 2. */
 uint64_t us_shards_text_bytes(const struct us_shards *shards, enum us_part part);
 
