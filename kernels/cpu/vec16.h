@@ -179,7 +179,8 @@ VEC16_INLINE vec16 vec16_exp(vec16 x) {
   vec16 t = vec16_fma(x, vec16_set1(US_EXP_LOG2E), vec16_set1(US_EXP_MAGIC));
   vec16 n = vec16_sub(t, vec16_set1(US_EXP_MAGIC));
   vec16 r = vec16_fma(n, vec16_set1(-US_EXP_LN2_LO), vec16_fma(n, vec16_set1(-US_EXP_LN2_HI), x));
-  vec16 p = vec16_fma(r, vec16_set1(US_EXP_C6), vec16_set1(US_EXP_C5));
+  vec16 p = vec16_fma(r, vec16_set1(US_EXP_C7), vec16_set1(US_EXP_C6));
+  p = vec16_fma(p, r, vec16_set1(US_EXP_C5));
   p = vec16_fma(p, r, vec16_set1(US_EXP_C4));
   p = vec16_fma(p, r, vec16_set1(US_EXP_C3));
   p = vec16_fma(p, r, vec16_set1(0.5f));

@@ -1,10 +1,8 @@
-/* experts.h: the routed experts of a MoE layer: y[r] = sum over r's experts e, ascending, of weight *
- * down(swiglu(x)).
+/* experts.h: the routed experts of a MoE layer: y[r] = sum over r's experts e, ascending, of weight * expert_e(x[r]).
  *
- *     us_experts_group(ids, weights, R, K, E, &groups);                     // groups.active experts, rows of
- * each for each active expert i, each tile of F: us_experts_inner(&args, i, f0, f1, scratch);
- *     --- everything above is done ---
- *     for each tile of D: us_experts_outer(&args, d0, d1, scratch);
+ *     us_experts_group(ids, weights, R, K, E, &groups);              // active experts and their rows
+ *     us_experts_inner(&args, i, f0, f1, scratch);                   // each active expert i, each tile of F
+ *     us_experts_outer(&args, d0, d1, scratch);                      // then each tile of D
  *
  * An expert multiplies its own rows only, so a weight that is Inf or NaN in an expert a row does not use
  * cannot reach it. Rows add fmaf(weight, expert output, sum) from 0 in ascending expert id, FP32. Inner
@@ -26,7 +24,7 @@ struct us_expert_groups {
 };
 
 struct us_experts_args {
-  const struct us_matrix (*experts)[3]; /* (E) gate (F, D), up (F, D), down (D, F): a struct us_expert each */
+  const struct us_matrix *experts; /* (E, 3) gate (F, D), up (F, D), down (D, F): &layer->experts[0].gate */
   const struct us_expert_groups *groups;
   const float *x; /* packed rows (R, packed D), us_linear_pack */
   size_t x_stride;

@@ -36,7 +36,7 @@ size_t us_experts_scratch(size_t R, size_t width) {
 void us_experts_inner(const struct us_experts_args *args, uint32_t i, size_t begin, size_t end,
                       float *scratch) {
   const struct us_expert_groups *groups = args->groups;
-  const struct us_matrix *expert = args->experts[groups->expert[i]];
+  const struct us_matrix *expert = &args->experts[3 * (size_t)groups->expert[i]];
   uint32_t first = groups->begin[i], rows = groups->begin[i + 1] - first;
   size_t width = end - begin, packed = us_linear_packed_width(args->F);
   float *gate = scratch, *up = scratch + rows * width;
@@ -70,7 +70,7 @@ void us_experts_outer(const struct us_experts_args *args, size_t begin, size_t e
     memset(args->y + r * args->y_stride + begin, 0, width * sizeof *args->y);
   for (uint32_t i = 0; i < groups->active; i++) {
     uint32_t first = groups->begin[i], rows = groups->begin[i + 1] - first;
-    us_linear(&(struct us_linear_args){.w = &args->experts[groups->expert[i]][2],
+    us_linear(&(struct us_linear_args){.w = &args->experts[3 * (size_t)groups->expert[i] + 2],
                                        .x = args->inner + first * packed,
                                        .x_stride = packed,
                                        .y = scratch,

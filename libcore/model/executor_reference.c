@@ -230,7 +230,7 @@ static enum us_status run_experts(struct target_pass *p, uint32_t l) {
   if (!observe(p, "router", l, p->router, R, s->experts)) return US_OK;
   route_rows(p, l);
   us_experts_group(p->ids, p->weights, R, s->top_k, s->experts, &p->groups);
-  struct experts_job job = {.args = {.experts = (const struct us_matrix(*)[3])(const void *)layer->experts,
+  struct experts_job job = {.args = {.experts = &layer->experts[0].gate,
                                      .groups = &p->groups,
                                      .x = p->packed,
                                      .x_stride = us_linear_packed_width(s->hidden),
