@@ -36,8 +36,6 @@ struct us_train_taps {
   float *out; /* (R, count * D) written */
 };
 
-struct us_layer_roles; /* which us_param is which, model_train.c */
-
 struct us_model_train {
   struct us_shape shape;
   struct us_params *params; /* borrowed */
@@ -68,6 +66,9 @@ US_CHECKED enum us_status us_model_train_backward(struct us_model_train *train, 
 
 /* Move the router biases by rate * sign(mean load - load) and clear the loads. */
 void us_model_train_balance(struct us_model_train *train, float rate);
+
+/* Forget the loads: after a forward pass that was no training step. */
+void us_model_train_clear_load(struct us_model_train *train);
 
 /* Expert ids that layer l's rows chose in the last forward pass (R, K); NULL for a dense layer or if not kept. */
 const uint32_t *us_model_train_routed(const struct us_model_train *train, uint32_t layer);

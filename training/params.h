@@ -50,8 +50,7 @@ struct us_param {
 struct us_params {
   struct us_param *items;
   size_t count;
-  size_t floats; /* of each arena */
-  size_t moment2_floats;
+  size_t floats;                                     /* of each arena */
   float *value, *grad, *compute, *moment1, *moment2; /* arenas; grad and moments are NULL in a frozen set */
 };
 

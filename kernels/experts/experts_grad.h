@@ -43,7 +43,7 @@ struct us_experts_grads {
   float *const *down;    /* (E) of (D, F), added to */
 };
 
-/* dy (R, D); dx (R, D) written; dweight (R, K) written. Overwrites saved->gate_up. */
+/* dy (R, D); dx (R, D) written; dweight (R, K) written. Overwrites saved->gate_up and a. */
 void us_experts_grad(struct us_seq *seq, const struct us_experts_rows *ex, const struct us_experts_plan *plan,
                      const float *weight, struct us_experts_saved *saved, const float *dy, float *dx,
                      float *dweight, const struct us_experts_grads *opt_grads);

@@ -13,8 +13,6 @@
 
 #include "kernels/seq/seq.h"
 
-#define US_HEAD_CHUNK 512
-
 /* Where the teacher's logits come from: its normed hidden rows and its head. */
 struct us_head_teacher {
   const float *x; /* (rows, D) */

@@ -24,9 +24,9 @@ struct us_router_rows {
 void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
                    const float *bias, float *scores, uint32_t *id, float *weight);
 
-/* dweight (R, K). dx (R, D) is added to; dw (E, D) is added to, NULL if frozen. */
+/* dweight (R, K). scores become the gradient of the logits. dx (R, D) is added to; dw (E, D) is added to, NULL if frozen. */
 void us_router_grad(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
-                    const float *scores, const uint32_t *id, const float *dweight, float *dx, float *dw);
+                    float *scores, const uint32_t *id, const float *dweight, float *dx, float *dw);
 
 /* Add how often each expert occurs in id (n) to load (E). */
 void us_router_load(const uint32_t *id, size_t n, uint32_t E, uint64_t *load);

@@ -54,6 +54,9 @@ static inline size_t us_seq_blocks(size_t n, size_t block) {
 void us_seq_gemm(bool transpose_a, bool transpose_b, size_t M, size_t N, size_t K, float alpha,
                  const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c, size_t ldc);
 
+/* out = a + b over n values; out may be either. */
+void us_seq_add(struct us_seq *seq, size_t n, const float *a, const float *b, float *out);
+
 /* exp(x) to 2 ulp in plain float arithmetic that a compiler can vectorise: 2^n * P(r), |r| <= ln 2 / 2, Cephes
  * coefficients. Below -87.3 the result is 0, above 88.3 it is +inf. */
 static inline float us_seq_exp(float x) {

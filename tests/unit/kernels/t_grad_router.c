@@ -1,0 +1,103 @@
+/* t_grad_router.c: expert choice against sorting, gradients against differences, and the balancing rule. */
+#include "kernels/router/router_grad.h"
+#include "gradcheck.h"
+
+enum { R = 5, D = 6, E = 7, K = 3 };
+
+struct router_case {
+  double *x, *w, *bias, *weight;
+  uint32_t id[R * K];
+  bool normalise;
+  double scaling;
+};
+
+static double score(const struct router_case *c, int r, uint32_t e) {
+  double logit = 0.0;
+  for (int k = 0; k < D; k++) logit += c->x[r * D + k] * c->w[e * D + (uint32_t)k];
+  return 1.0 / (1.0 + exp(-logit));
+}
+
+/* With the choice held: the gradient goes through the chosen scores only. */
+static double loss(void *arg) {
+  const struct router_case *c = arg;
+  double sum = 0.0;
+  for (int r = 0; r < R; r++) {
+    double total = 0.0;
+    for (int k = 0; k < K; k++) total += score(c, r, c->id[r * K + k]);
+    for (int k = 0; k < K; k++) {
+      double s = score(c, r, c->id[r * K + k]);
+      sum += c->weight[r * K + k] * (c->normalise ? s / (total + 1e-20) : s) * c->scaling;
+    }
+  }
+  return sum;
+}
+
+static void check_case(bool normalise, double scaling) {
+  struct router_case c = {gc_random(R * D, 1), gc_random(E * D, 1),    gc_random(E, 0.3),
+                          gc_random(R * K, 1), .normalise = normalise, .scaling = scaling};
+  struct us_seq seq;
+  us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
+  struct us_router_rows router = {
+      .R = R, .D = D, .E = E, .K = K, .normalise = normalise, .scaling = (float)scaling};
+  float *x = gc_float(c.x, R * D), *w = gc_float(c.w, E * D), *bias = gc_float(c.bias, E);
+  float scores[R * E], weight[R * K], *dweight = gc_float(c.weight, R * K), *dx = gc_zeros(R * D),
+                                      *dw = gc_zeros(E * D);
+  us_router_seq(&seq, &router, x, w, bias, scores, c.id, weight);
+  for (int r = 0; r < R; r++)
+    for (int k = 0; k < K; k++) {
+      uint32_t id = c.id[r * K + k];
+      ck_assert(k == 0 || id > c.id[r * K + k - 1]);
+      int better = 0;
+      for (uint32_t e = 0; e < E; e++) better += score(&c, r, e) + c.bias[e] > score(&c, r, id) + c.bias[id];
+      ck_assert_int_lt(better, K);
+    }
+  double sum = 0.0;
+  for (int i = 0; i < R * K; i++) sum += c.weight[i] * (double)weight[i];
+  ck_assert_double_eq_tol(sum, loss(&c), 1e-6);
+  us_router_grad(&seq, &router, x, w, scores, c.id, dweight, dx, dw);
+  gc_check("dx", loss, &c, c.x, R * D, dx, 5e-6);
+  gc_check("dw", loss, &c, c.w, E * D, dw, 5e-6);
+  us_seq_release(&seq);
+}
+
+START_TEST(normalised_weights) {
+  check_case(true, 1.0);
+}
+END_TEST
+
+START_TEST(plain_weights_with_a_scale) {
+  check_case(false, 2.5);
+}
+END_TEST
+
+START_TEST(ties_go_to_the_lowest_id) {
+  struct us_seq seq;
+  us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
+  float x[2] = {0, 0}, w[2 * E] = {0}, scores[E], weight[K];
+  uint32_t id[K];
+  struct us_router_rows router = {.R = 1, .D = 2, .E = E, .K = K, .normalise = true, .scaling = 1};
+  us_router_seq(&seq, &router, x, w, NULL, scores, id, weight);
+  for (uint32_t k = 0; k < K; k++) ck_assert_uint_eq(id[k], k);
+  us_seq_release(&seq);
+}
+END_TEST
+
+START_TEST(bias_moves_by_the_sign_of_the_missing_load) {
+  float bias[4] = {0, 0, 0, 0};
+  uint64_t load[4] = {0, 0, 0, 0};
+  us_router_load((const uint32_t[]){0, 0, 0, 1, 1, 2, 3, 3}, 8, 4, load);
+  us_router_balance(bias, load, 4, 0.25f);
+  ck_assert(bias[0] == -0.25f && bias[1] == 0.0f && bias[2] == 0.25f && bias[3] == 0.0f);
+}
+END_TEST
+
+static Suite *make_suite(void) {
+  TCase *c = tcase_create("router");
+  tcase_add_test(c, normalised_weights);
+  tcase_add_test(c, plain_weights_with_a_scale);
+  tcase_add_test(c, ties_go_to_the_lowest_id);
+  tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
+  return us_suite("grad_router", c);
+}
+
+US_TEST_MAIN(make_suite)

@@ -1,0 +1,452 @@
+/* model_train.c: forward pass of a whole model over packed sequences.
+ *
+ * Contents: roles; memory; creation; layers; forward; balance and cost.
+ */
+#include "training/model_train.h"
+#include "kernels/attention_seq/attention_seq.h"
+#include "kernels/embed/embed_grad.h"
+#include "kernels/linear/linear_grad.h"
+#include "kernels/rmsnorm/rmsnorm_grad.h"
+#include "kernels/rope/rope.h"
+#include "kernels/rope/rope_grad.h"
+#include "kernels/router/router_grad.h"
+#include "kernels/swiglu/swiglu_grad.h"
+#include "training/model_train_state.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+/* --- roles --- */
+
+static struct us_param *in_layer(const struct us_params *params, uint32_t l, const char *rest) {
+  char name[128];
+  snprintf(name, sizeof name, "model.layers.%u.%s", l, rest);
+  return us_params_find(params, name);
+}
+
+/* b lies right behind a, so that one product reads both. */
+static bool follows(const struct us_param *a, const struct us_param *b) {
+  return a && b && b->offset == a->offset + a->rows * a->cols && b->cols == a->cols;
+}
+
+static enum us_status bind_qkv(const struct us_shape *shape, const struct us_params *params, uint32_t l,
+                               struct us_layer_roles *roles, struct us_err *err) {
+  if (shape->qkv_chunks) {
+    roles->qkv = in_layer(params, l, "self_attn.qkv_proj.weight");
+    return US_OK;
+  }
+  struct us_param *k = in_layer(params, l, "self_attn.k_proj.weight");
+  roles->qkv = in_layer(params, l, "self_attn.q_proj.weight");
+  if (!follows(roles->qkv, k) || !follows(k, in_layer(params, l, "self_attn.v_proj.weight")))
+    return us_err_set(err, US_ERR_CHECK, "layer %u: q, k and v are not stored behind each other", l);
+  return US_OK;
+}
+
+static enum us_status bind_mlp(const struct us_shape *shape, const struct us_params *params, uint32_t l,
+                               struct us_layer_roles *roles, struct us_err *err) {
+  if (!shape->moe_layer[l]) {
+    roles->gate_up = in_layer(params, l, "mlp.gate_proj.weight");
+    roles->down = in_layer(params, l, "mlp.down_proj.weight");
+    if (!roles->down || !follows(roles->gate_up, in_layer(params, l, "mlp.up_proj.weight")))
+      return us_err_set(err, US_ERR_CHECK, "layer %u: gate and up are not stored behind each other", l);
+    return US_OK;
+  }
+  roles->router = in_layer(params, l, "mlp.gate.weight");
+  roles->router_bias = in_layer(params, l, "mlp.gate.e_score_correction_bias");
+  roles->experts = in_layer(params, l, "mlp.experts.0.gate_proj.weight");
+  if (!roles->router || !roles->router_bias || !roles->experts)
+    return us_err_set(err, US_ERR_CHECK, "layer %u: router or experts are missing", l);
+  for (uint32_t e = 0; e < shape->experts; e++) {
+    struct us_param *x = roles->experts + 3 * (size_t)e;
+    if (!follows(x, x + 1) || x[2].rows != shape->hidden)
+      return us_err_set(err, US_ERR_CHECK,
+                        "layer %u: expert %u: gate and up are not stored behind each other", l, e);
+    roles->expert_gate_up[e] = x->compute;
+    roles->expert_down[e] = x[2].compute;
+    roles->expert_gate_up_grad[e] = x->grad;
+    roles->expert_down_grad[e] = x[2].grad;
+  }
+  return US_OK;
+}
+
+static enum us_status bind_roles(struct us_model_train *train, struct us_err *err) {
+  struct us_model_train_state *s = train->state;
+  const struct us_params *params = train->params;
+  s->embed = us_params_find(params, "model.embed_tokens.weight");
+  s->final_norm = us_params_find(params, "model.norm.weight");
+  train->head = us_params_find(params, "lm_head.weight");
+  if (!s->embed || !s->final_norm || !train->head)
+    return us_err_set(err, US_ERR_CHECK, "embedding or head is missing");
+  for (uint32_t l = 0; l < train->shape.layers; l++) {
+    struct us_layer_roles *roles = &s->roles[l];
+    roles->input_norm = in_layer(params, l, "input_layernorm.weight");
+    roles->post_norm = in_layer(params, l, "post_attention_layernorm.weight");
+    roles->o_proj = in_layer(params, l, "self_attn.o_proj.weight");
+    roles->sink = in_layer(params, l, "self_attn.attention_sink_bias");
+    enum us_status status = bind_qkv(&train->shape, params, l, roles, err);
+    if (status == US_OK) status = bind_mlp(&train->shape, params, l, roles, err);
+    if (status != US_OK) return status;
+    if (!roles->input_norm || !roles->post_norm || !roles->o_proj || !roles->qkv)
+      return us_err_set(err, US_ERR_CHECK, "layer %u: a tensor is missing", l);
+  }
+  return US_OK;
+}
+
+/* --- memory --- */
+
+/* Takes 64-byte aligned pieces of one arena; with a NULL base it only counts. */
+struct taker {
+  char *base;
+  size_t used;
+};
+
+static void *take(struct taker *t, size_t count, size_t size) {
+  void *piece = t->base ? t->base + t->used : NULL;
+  t->used += (count * size + 63) / 64 * 64;
+  return piece;
+}
+
+#define TAKE(t, field, count) ((field) = take((t), (count), sizeof *(field)))
+
+static void take_layer(struct taker *t, const struct us_shape *shape, size_t R, uint32_t l,
+                       struct us_layer_saved *s) {
+  const struct us_attention_shape *a = us_shape_attention(shape, l);
+  size_t D = shape->hidden, slots = R * shape->top_k;
+  TAKE(t, s->norm1, R * D);
+  TAKE(t, s->inverse1, R);
+  TAKE(t, s->qkv, R * us_attention_qkv_rows(a));
+  TAKE(t, s->attention, R * a->q_heads * a->v_dim);
+  TAKE(t, s->max, R * a->q_heads);
+  TAKE(t, s->sum, R * a->q_heads);
+  TAKE(t, s->middle, R * D);
+  TAKE(t, s->norm2, R * D);
+  TAKE(t, s->inverse2, R);
+  if (!shape->moe_layer[l]) {
+    TAKE(t, s->gate_up, R * 2 * shape->dense_inner);
+    TAKE(t, s->a, R * shape->dense_inner);
+    return;
+  }
+  TAKE(t, s->scores, R * shape->experts);
+  TAKE(t, s->weight, slots);
+  TAKE(t, s->plan.start, shape->experts + 1);
+  TAKE(t, s->plan.row, slots);
+  TAKE(t, s->plan.slot, slots);
+  TAKE(t, s->experts.x, slots * D);
+  TAKE(t, s->experts.gate_up, slots * 2 * shape->expert_inner);
+  TAKE(t, s->experts.a, slots * shape->expert_inner);
+}
+
+/* Layers that share buffers start at the same place; the widest decides where the next piece begins. */
+static void take_layers(struct taker *t, const struct us_model_train *train, struct us_layer_saved *saved) {
+  struct us_layer_saved ignored = {0};
+  size_t start = t->used, widest = t->used;
+  for (uint32_t l = 0; l < train->shape.layers; l++) {
+    if (train->memory != US_TRAIN_SAVE) t->used = start;
+    take_layer(t, &train->shape, train->capacity, l, saved ? &saved[l] : &ignored);
+    if (t->used > widest) widest = t->used;
+  }
+  t->used = widest;
+}
+
+static void take_attention(struct taker *t, const struct us_shape *shape, size_t R,
+                           struct us_model_train_state *s) {
+  const struct us_attention_shape *shapes[2] = {&shape->full, &shape->swa};
+  for (int kind = 0; kind < 2; kind++) {
+    struct us_attention_roles *a = &s->attention[kind];
+    a->shape = shapes[kind];
+    a->width = us_attention_qkv_rows(a->shape);
+    TAKE(t, a->q_offset, a->shape->q_heads);
+    TAKE(t, a->k_offset, a->shape->kv_heads);
+    TAKE(t, a->v_offset, a->shape->kv_heads);
+    TAKE(t, a->qk_offset, a->shape->q_heads + a->shape->kv_heads);
+    TAKE(t, a->table, R * a->shape->rotary_dim);
+    TAKE(t, a->begin, R);
+  }
+}
+
+static size_t larger(size_t a, size_t b) {
+  return a > b ? a : b;
+}
+
+static void take_all(struct taker *t, struct us_model_train *train, struct us_model_train_state *s) {
+  const struct us_shape *shape = &train->shape;
+  size_t R = train->capacity, D = shape->hidden, L = shape->layers, E = shape->experts;
+  bool counting = t->base == NULL, backward = train->memory != US_TRAIN_FORWARD;
+  TAKE(t, s->roles, L);
+  TAKE(t, s->saved, L);
+  TAKE(t, s->id, L);
+  TAKE(t, s->residual, L + 1);
+  TAKE(t, train->load, L * larger(E, 1));
+  take_attention(t, shape, R, s);
+  TAKE(t, s->end, R);
+  for (size_t l = 0; l < L; l++) {
+    struct us_layer_roles ignored = {0}, *roles = counting ? &ignored : &s->roles[l];
+    uint32_t *ids = take(t, shape->moe_layer[l] ? R * shape->top_k : 0, sizeof *ids);
+    if (!counting) s->id[l] = ids;
+    if (!shape->moe_layer[l]) continue;
+    TAKE(t, roles->expert_gate_up, E);
+    TAKE(t, roles->expert_down, E);
+    TAKE(t, roles->expert_gate_up_grad, E);
+    TAKE(t, roles->expert_down_grad, E);
+  }
+  size_t streams = backward ? L + 1 : 2;
+  for (size_t i = 0; i < streams; i++) {
+    float *stream = take(t, R * D, sizeof *stream);
+    for (size_t l = i; !counting && l <= L; l += backward ? L + 1 : 2) s->residual[l] = stream;
+  }
+  take_layers(t, train, counting ? NULL : s->saved);
+  TAKE(t, train->hidden, R * D);
+  TAKE(t, s->final_inverse, R);
+  TAKE(t, s->branch, R * D);
+  if (!backward) return;
+  const struct us_attention_shape *full = &shape->full, *swa = &shape->swa;
+  TAKE(t, train->dhidden, R * D);
+  TAKE(t, s->dx, R * D);
+  TAKE(t, s->dqkv, R * larger(us_attention_qkv_rows(full), us_attention_qkv_rows(swa)));
+  TAKE(t, s->dattention, R * larger((size_t)full->q_heads * full->v_dim, (size_t)swa->q_heads * swa->v_dim));
+  TAKE(t, s->da, R * shape->dense_inner);
+  TAKE(t, s->dweight, R * shape->top_k);
+}
+
+/* --- creation --- */
+
+static void fill_attention(struct us_attention_roles *a, uint32_t chunks, size_t positions) {
+  for (uint32_t h = 0; h < a->shape->q_heads; h++)
+    a->q_offset[h] = a->qk_offset[h] = us_attention_q_row(a->shape, chunks, h);
+  for (uint32_t g = 0; g < a->shape->kv_heads; g++) {
+    a->k_offset[g] = a->qk_offset[a->shape->q_heads + g] = us_attention_k_row(a->shape, chunks, g);
+    a->v_offset[g] = us_attention_v_row(a->shape, chunks, g);
+  }
+  for (size_t p = 0; p < positions; p++)
+    us_rope_table(a->shape->rope_theta, a->shape->rotary_dim, (uint32_t)p,
+                  a->table + p * a->shape->rotary_dim);
+}
+
+enum us_status us_model_train_create(const struct us_shape *shape, struct us_params *params,
+                                     struct us_seq *seq, size_t capacity, enum us_train_memory memory,
+                                     struct us_model_train **ret_train, struct us_err *err) {
+  *ret_train = NULL;
+  if (!capacity || capacity > UINT32_MAX / 64)
+    return us_err_set(err, US_ERR_USAGE, "%zu rows a batch", capacity);
+  struct us_model_train *train = calloc(1, sizeof *train);
+  if (!train) return us_err_memory(err, "training state", sizeof *train);
+  *train = (struct us_model_train){
+      .shape = *shape, .params = params, .seq = seq, .capacity = capacity, .memory = memory};
+  struct us_model_train_state counted = {0};
+  struct taker t = {0};
+  take_all(&t, train, &counted);
+  train->state = calloc(1, sizeof *train->state);
+  if (train->state) train->state->arena = aligned_alloc(64, t.used);
+  enum us_status status = US_OK;
+  if (!train->state || !train->state->arena) status = us_err_memory(err, "activations", t.used);
+  if (status == US_OK) {
+    memset(train->state->arena, 0, t.used);
+    t = (struct taker){.base = (char *)train->state->arena};
+    take_all(&t, train, train->state);
+    for (int kind = 0; kind < 2; kind++)
+      fill_attention(&train->state->attention[kind], shape->qkv_chunks, capacity);
+    status = bind_roles(train, err);
+  }
+  if (status != US_OK) {
+    us_model_train_free(train);
+    return status;
+  }
+  *ret_train = train;
+  return US_OK;
+}
+
+void us_model_train_free(struct us_model_train *train) {
+  if (!train) return;
+  if (train->state) free(train->state->arena);
+  free(train->state);
+  free(train);
+}
+
+/* --- layers --- */
+
+struct us_attention_seq us_model_train_attention(const struct us_model_train *train, uint32_t l) {
+  const struct us_model_train_state *s = train->state;
+  const struct us_attention_roles *a = &s->attention[train->shape.swa_layer[l]];
+  const struct us_layer_saved *saved = &s->saved[l];
+  return (struct us_attention_seq){.queries = train->batch.R,
+                                   .keys = train->batch.R,
+                                   .q_heads = a->shape->q_heads,
+                                   .kv_heads = a->shape->kv_heads,
+                                   .qk_dim = a->shape->qk_dim,
+                                   .v_dim = a->shape->v_dim,
+                                   .q = saved->qkv,
+                                   .k = saved->qkv,
+                                   .v = saved->qkv,
+                                   .q_stride = a->width,
+                                   .k_stride = a->width,
+                                   .v_stride = a->width,
+                                   .q_offset = a->q_offset,
+                                   .k_offset = a->k_offset,
+                                   .v_offset = a->v_offset,
+                                   .context_begin = a->begin,
+                                   .context_end = s->end,
+                                   .scale = (float)(1.0 / sqrt((double)a->shape->qk_dim)),
+                                   .sink = s->roles[l].sink ? s->roles[l].sink->compute : NULL,
+                                   .out = saved->attention,
+                                   .max = saved->max,
+                                   .sum = saved->sum};
+}
+
+struct us_experts_rows us_model_train_experts(const struct us_model_train *train, uint32_t l) {
+  const struct us_shape *shape = &train->shape;
+  return (struct us_experts_rows){.R = train->batch.R,
+                                  .D = shape->hidden,
+                                  .F = shape->expert_inner,
+                                  .E = shape->experts,
+                                  .K = shape->top_k,
+                                  .gate_up = train->state->roles[l].expert_gate_up,
+                                  .down = train->state->roles[l].expert_down};
+}
+
+static void attention_layer(struct us_model_train *train, uint32_t l) {
+  struct us_model_train_state *s = train->state;
+  const struct us_attention_roles *a = &s->attention[train->shape.swa_layer[l]];
+  const struct us_layer_roles *roles = &s->roles[l];
+  const struct us_layer_saved *saved = &s->saved[l];
+  size_t R = train->batch.R, D = train->shape.hidden, heads = (size_t)a->shape->q_heads + a->shape->kv_heads;
+  us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
+                 s->residual[l], roles->input_norm->compute, saved->norm1, saved->inverse1);
+  us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = a->width, .K = D}, saved->norm1,
+                roles->qkv->compute, saved->qkv);
+  struct us_rope_rows qk = {
+      .R = R, .stride = a->width, .offset = a->qk_offset, .heads = heads, .rotary = a->shape->rotary_dim};
+  us_rope_seq(train->seq, &qk, a->table, train->batch.position, saved->qkv);
+  struct us_rope_rows k = {.R = R, .stride = a->width, .offset = a->k_offset, .heads = a->shape->kv_heads};
+  struct us_rope_rows v = {.R = R, .stride = a->width, .offset = a->v_offset, .heads = a->shape->kv_heads};
+  us_scale_heads_seq(train->seq, &k, a->shape->qk_dim, 1.0f, true, saved->qkv);
+  us_scale_heads_seq(train->seq, &v, a->shape->v_dim, (float)train->shape.value_scale, true, saved->qkv);
+  struct us_attention_seq attention = us_model_train_attention(train, l);
+  us_attention_seq(train->seq, &attention);
+  us_linear_seq(train->seq,
+                &(struct us_linear){.R = R, .N = D, .K = (size_t)a->shape->q_heads * a->shape->v_dim},
+                saved->attention, roles->o_proj->compute, s->branch);
+  us_seq_add(train->seq, R * D, s->residual[l], s->branch, saved->middle);
+}
+
+static void moe_layer(struct us_model_train *train, uint32_t l) {
+  struct us_model_train_state *s = train->state;
+  const struct us_shape *shape = &train->shape;
+  struct us_layer_saved *saved = &s->saved[l];
+  struct us_router_rows router = {.R = train->batch.R,
+                                  .D = shape->hidden,
+                                  .E = shape->experts,
+                                  .K = shape->top_k,
+                                  .normalise = shape->norm_topk_prob,
+                                  .scaling = (float)shape->routed_scaling};
+  us_router_seq(train->seq, &router, saved->norm2, s->roles[l].router->compute,
+                s->roles[l].router_bias->compute, saved->scores, s->id[l], saved->weight);
+  struct us_experts_rows experts = us_model_train_experts(train, l);
+  us_experts_sort(&experts, s->id[l], &saved->plan);
+  us_experts_seq(train->seq, &experts, &saved->plan, saved->norm2, saved->weight, &saved->experts, s->branch);
+}
+
+void us_model_train_layer(struct us_model_train *train, uint32_t l) {
+  struct us_model_train_state *s = train->state;
+  struct us_layer_saved *saved = &s->saved[l];
+  size_t R = train->batch.R, D = train->shape.hidden, F = train->shape.dense_inner;
+  attention_layer(train, l);
+  us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
+                 saved->middle, s->roles[l].post_norm->compute, saved->norm2, saved->inverse2);
+  if (train->shape.moe_layer[l]) {
+    moe_layer(train, l);
+  } else {
+    us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = 2 * F, .K = D}, saved->norm2,
+                  s->roles[l].gate_up->compute, saved->gate_up);
+    us_swiglu_seq(train->seq, R, F, saved->gate_up, saved->a);
+    us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = D, .K = F}, saved->a,
+                  s->roles[l].down->compute, s->branch);
+  }
+  us_seq_add(train->seq, R * D, saved->middle, s->branch, s->residual[l + 1]);
+}
+
+/* --- forward --- */
+
+static enum us_status accept_batch(struct us_model_train *train, const struct us_batch *batch,
+                                   struct us_err *err) {
+  struct us_model_train_state *s = train->state;
+  if (batch->R > train->capacity)
+    return us_err_set(err, US_ERR_USAGE, "%zu rows in a batch of at most %zu", batch->R, train->capacity);
+  for (size_t i = 0; i < batch->R; i++) {
+    if (batch->token[i] < 0 || (uint32_t)batch->token[i] >= train->shape.vocab)
+      return us_err_set(err, US_ERR_INPUT, "row %zu: token %d outside the vocabulary of %u", i,
+                        batch->token[i], train->shape.vocab);
+    if (batch->position[i] >= train->capacity || batch->document[i] > i)
+      return us_err_set(err, US_ERR_USAGE, "row %zu: position %u or document start %u out of range", i,
+                        batch->position[i], batch->document[i]);
+    s->end[i] = (uint32_t)i + 1;
+    for (int kind = 0; kind < 2; kind++) {
+      uint32_t window = s->attention[kind].shape->window, begin = batch->document[i];
+      if (window && i + 1 > begin + (size_t)window) begin = (uint32_t)(i + 1 - window);
+      s->attention[kind].begin[i] = begin;
+    }
+  }
+  train->batch = *batch;
+  return US_OK;
+}
+
+static void copy_taps(const struct us_model_train *train, const struct us_train_taps *taps, uint32_t l) {
+  size_t D = train->shape.hidden;
+  for (uint32_t i = 0; i < taps->count; i++) {
+    if (taps->layer[i] != l) continue;
+    for (size_t r = 0; r < train->batch.R; r++)
+      memcpy(taps->out + (r * taps->count + i) * D, train->state->residual[l + 1] + r * D, D * sizeof(float));
+  }
+}
+
+enum us_status us_model_train_forward(struct us_model_train *train, const struct us_batch *batch,
+                                      const struct us_train_taps *opt_taps, struct us_err *err) {
+  struct us_model_train_state *s = train->state;
+  const struct us_shape *shape = &train->shape;
+  enum us_status status = accept_batch(train, batch, err);
+  if (status != US_OK) return status;
+  us_embed_seq(train->seq, batch->token, batch->R, shape->hidden, s->embed->compute, s->residual[0]);
+  for (uint32_t l = 0; l < shape->layers; l++) {
+    us_model_train_layer(train, l);
+    if (shape->moe_layer[l])
+      us_router_load(s->id[l], batch->R * shape->top_k, shape->experts,
+                     train->load + (size_t)l * shape->experts);
+    if (opt_taps) copy_taps(train, opt_taps, l);
+  }
+  us_rmsnorm_seq(train->seq,
+                 &(struct us_rmsnorm_rows){.R = batch->R, .D = shape->hidden, .eps = (float)shape->norm_eps},
+                 s->residual[shape->layers], s->final_norm->compute, train->hidden, s->final_inverse);
+  return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
+}
+
+/* --- balance and cost --- */
+
+const uint32_t *us_model_train_routed(const struct us_model_train *train, uint32_t layer) {
+  return train->shape.moe_layer[layer] ? train->state->id[layer] : NULL;
+}
+
+void us_model_train_clear_load(struct us_model_train *train) {
+  memset(train->load, 0, (size_t)train->shape.layers * train->shape.experts * sizeof *train->load);
+}
+
+void us_model_train_balance(struct us_model_train *train, float rate) {
+  for (uint32_t l = 0; l < train->shape.layers; l++) {
+    struct us_param *bias = train->state->roles[l].router_bias;
+    if (bias && !bias->frozen)
+      us_router_balance(bias->value, train->load + (size_t)l * train->shape.experts, train->shape.experts,
+                        rate);
+  }
+  us_model_train_clear_load(train);
+}
+
+double us_model_train_flops(const struct us_shape *shape, double keys) {
+  double D = shape->hidden, flops = 2.0 * D * shape->vocab;
+  for (uint32_t l = 0; l < shape->layers; l++) {
+    const struct us_attention_shape *a = us_shape_attention(shape, l);
+    double seen = a->window && keys > a->window ? a->window : keys;
+    flops += 2.0 * D * (us_attention_qkv_rows(a) + (double)a->q_heads * a->v_dim);
+    flops += 2.0 * a->q_heads * seen * (a->qk_dim + a->v_dim);
+    flops += shape->moe_layer[l] ? 2.0 * D * (shape->experts + 3.0 * shape->top_k * shape->expert_inner)
+                                 : 6.0 * D * shape->dense_inner;
+  }
+  return flops;
+}
