@@ -146,8 +146,8 @@ static size_t assign(struct us_safetensors_writer *writer, uint64_t limit) {
   return shard + 1;
 }
 
-static enum us_status name_file(const struct us_safetensors_writer *writer, const char *opt_base, char **ret_path,
-                                struct us_err *err) {
+static enum us_status name_file(const struct us_safetensors_writer *writer, const char *opt_base,
+                                char **ret_path, struct us_err *err) {
   size_t size = strlen(writer->path) + (opt_base ? strlen(opt_base) : 0) + 2;
   *ret_path = malloc(size);
   if (!*ret_path) return us_err_memory(err, writer->path, size);
@@ -207,9 +207,11 @@ static enum us_status write_header(struct us_safetensors_writer *writer, struct 
   size_t n = strlen(text), padded = (8 + n + HEADER_ALIGN - 1) / HEADER_ALIGN * HEADER_ALIGN - 8;
   uint8_t *whole = malloc(8 + padded);
   enum us_status status = US_OK;
-  if (!whole) status = us_err_memory(err, "a safetensors header", padded);
+  if (!whole)
+    status = us_err_memory(err, "a safetensors header", padded);
   else if (padded > US_SAFETENSORS_MAX_HEADER)
-    status = us_err_set(err, US_ERR_USAGE, "%s: a header of %zu bytes; use smaller shards", shard->path, padded);
+    status =
+        us_err_set(err, US_ERR_USAGE, "%s: a header of %zu bytes; use smaller shards", shard->path, padded);
   if (status == US_OK) {
     for (int i = 0; i < 8; i++) whole[i] = (uint8_t)((uint64_t)padded >> (8 * i));
     memcpy(whole + 8, text, n);
