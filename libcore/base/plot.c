@@ -363,6 +363,7 @@ static void find_limits(const struct us_plot_axes *axes, const struct us_plot_se
 static void draw_line(struct canvas *canvas, const struct us_plot_series *series, size_t index) {
   bool drawing = false;
   set_line(canvas, index);
+  if (series->n > 500) cairo_set_line_width(canvas->cr, 1.2); /* a noisy curve must not become a band */
   cairo_new_path(canvas->cr);
   for (size_t i = 0; i < series->n; i++) {
     double x, y;
@@ -446,10 +447,10 @@ static void draw_bar(struct canvas *canvas, double x, double width, double value
   set_colour(canvas, colour);
   cairo_rectangle(canvas->cr, x, fmin(y0, y1), width, fabs(y1 - y0));
   cairo_fill(canvas->cr);
+  set_font(canvas, TEXT_SIZE - 2, false);
+  if (text_width(canvas, "0.888") > width + 4) return; /* all bars are labelled, or none */
   char label[16];
   snprintf(label, sizeof label, "%.3g", value);
-  set_font(canvas, TEXT_SIZE - 2, false);
-  if (text_width(canvas, label) > width + 4) return;
   set_gray(canvas, 0.2);
   bool inside = y1 - TEXT_SIZE - 2 < canvas->top || value < base;
   if (inside) set_gray(canvas, 1);
@@ -457,31 +458,35 @@ static void draw_bar(struct canvas *canvas, double x, double width, double value
             0, label);
 }
 
-/* Room below the frame for the group labels, which are slanted when they would touch. */
+#define UPRIGHT_MAX 200.0
+
+/* Room below the frame for the group labels, which stand upright when they would touch. */
 static double group_labels_height(struct canvas *canvas, const char *const *labels, size_t count, double slot,
-                                  bool *ret_slanted) {
+                                  bool *ret_upright) {
   double widest = 0;
   for (size_t i = 0; i < count; i++) widest = fmax(widest, text_width(canvas, labels[i]));
-  *ret_slanted = widest > slot - 8;
-  return *ret_slanted ? fmin(widest, 160) * 0.6 + TEXT_SIZE + 8 : TEXT_SIZE + 12;
+  *ret_upright = widest > slot - 8;
+  return *ret_upright ? fmin(widest, UPRIGHT_MAX) + 18 : TEXT_SIZE + 12;
 }
 
 static void draw_groups(struct canvas *canvas, const char *const *labels, size_t label_count,
-                        const struct us_plot_series *series, size_t series_count, bool slanted) {
+                        const struct us_plot_series *series, size_t series_count, bool upright) {
   double slot = (canvas->right - canvas->left) / (double)label_count;
   double width = 0.8 * slot / (double)series_count;
   if (width > 90) width = 90;
+  size_t every = upright ? (size_t)ceil((TEXT_SIZE + 2) / slot) : 1;
   for (size_t i = 0; i < label_count; i++) {
     double middle = canvas->left + ((double)i + 0.5) * slot, x = middle - width * (double)series_count / 2;
     for (size_t s = 0; s < series_count; s++)
       if (bar_visible(canvas->axes, series[s].y[i]))
         draw_bar(canvas, x + (double)s * width + 0.04 * width, 0.92 * width, series[s].y[i], s);
+    if (i % every) continue;
     char label[128];
     set_font(canvas, TEXT_SIZE, false);
     set_gray(canvas, 0.2);
-    shorten(canvas, labels[i], slanted ? 160 : slot, label, sizeof label);
-    if (slanted)
-      draw_text(canvas, middle + 6, canvas->bottom + 6 + TEXT_SIZE, ALIGN_RIGHT, -0.6, label);
+    shorten(canvas, labels[i], upright ? UPRIGHT_MAX : slot, label, sizeof label);
+    if (upright)
+      draw_text(canvas, middle + 0.36 * TEXT_SIZE, canvas->bottom + 8, ALIGN_RIGHT, -M_PI / 2, label);
     else
       draw_text(canvas, middle, canvas->bottom + 8 + TEXT_SIZE, ALIGN_CENTER, 0, label);
   }
@@ -504,11 +509,11 @@ enum us_status us_plot_bars(const char *path, const struct us_plot_axes *axes, c
   set_font(&canvas, TEXT_SIZE, false);
   double label_width = tick_width(&canvas, &canvas.y);
   set_frame(&canvas, label_width, 0);
-  bool slanted;
+  bool upright;
   double slot = (canvas.right - canvas.left) / (double)label_count;
-  set_frame(&canvas, label_width, group_labels_height(&canvas, labels, label_count, slot, &slanted));
+  set_frame(&canvas, label_width, group_labels_height(&canvas, labels, label_count, slot, &upright));
   draw_y_ticks(&canvas);
-  draw_groups(&canvas, labels, label_count, series, series_count, slanted);
+  draw_groups(&canvas, labels, label_count, series, series_count, upright);
   draw_axis_lines(&canvas);
   if (!axes->y_log && canvas.y.low < 0) { /* the line that bars stand on */
     double zero = floor(map_y(&canvas, 0)) + 0.5;
