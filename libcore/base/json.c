@@ -2,7 +2,8 @@
 #include "base/json.h"
 #include "base/buffer.h"
 
-#include <math.h>
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* jansson recurses; its own limit of 2048 levels is more stack than a pool thread may have. */
@@ -26,18 +27,38 @@ static bool too_deep(const char *text, size_t size) {
   return false;
 }
 
+/* The text as jansson reads it, a byte a call: when memory ends inside a token, jansson 2.14 goes on with a part of the
+ * token. errno is the only trace, and the next number resets it; so it is looked at before every byte. */
+struct source {
+  const char *text;
+  size_t size, next;
+  bool starved;
+};
+
+static size_t give_byte(void *buffer, size_t capacity, void *arg) {
+  struct source *source = arg;
+  if (errno == ENOMEM) source->starved = true;
+  if (source->starved || source->next == source->size || capacity == 0) return 0;
+  *(char *)buffer = source->text[source->next++];
+  return 1;
+}
+
 enum us_status us_json_parse(const char *text, size_t size, const char *name, json_t **ret_root,
                              struct us_err *err) {
   if (too_deep(text, size))
     return us_err_set(err, US_ERR_INPUT, "%s: nested deeper than %d levels", name, US_JSON_DEPTH_MAX);
+  struct source source = {.text = text, .size = size};
   json_error_t why;
-  json_t *root = json_loadb(text, size, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &why);
-  if (root) {
-    *ret_root = root;
-    return US_OK;
+  errno = 0;
+  json_t *root = json_load_callback(give_byte, &source, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &why);
+  if (source.starved || errno == ENOMEM || (!root && !why.text[0])) {
+    json_decref(root);
+    return us_err_memory(err, name, size);
   }
-  if (json_error_code(&why) == json_error_out_of_memory) return us_err_memory(err, name, size);
-  return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why.line, why.column, why.text);
+  if (!root)
+    return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why.line, why.column, why.text);
+  *ret_root = root;
+  return US_OK;
 }
 
 enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_root, struct us_err *err) {
@@ -46,6 +67,14 @@ enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_roo
   if (status == US_OK) status = us_json_parse(text.data ? text.data : "", text.size, path, ret_root, err);
   us_buffer_release(&text);
   return status;
+}
+
+char *us_json_text(const json_t *value) {
+  errno = 0;
+  char *text = json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY);
+  if (errno != ENOMEM) return text;
+  free(text); /* jansson 2.14 overlooks when a key could not be appended */
+  return NULL;
 }
 
 bool us_json_has(const json_t *object, const char *key) {

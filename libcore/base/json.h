@@ -28,6 +28,9 @@ US_CHECKED enum us_status us_json_parse(const char *text, size_t size, const cha
 US_CHECKED enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_root,
                                        struct us_err *err);
 
+/* One line of text for a value: malloc'd; NULL when out of memory. Keys keep their order. */
+char *us_json_text(const json_t *value);
+
 /* Present and not null. */
 bool us_json_has(const json_t *object, const char *key);
 

@@ -7,11 +7,11 @@
  *   5. The recorded run
  */
 #include "base/opt.h"
+#include "base/json.h"
 #include "base/opt_value.h"
 #include "base/suggest.h"
 
 #include <errno.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -386,7 +386,7 @@ char *us_opts_record(const struct us_opts *opts) {
     else
       ok = json_object_set_new(object, opt->name, row) == 0;
   }
-  char *text = ok ? json_dumps(object, JSON_COMPACT) : NULL;
+  char *text = ok ? us_json_text(object) : NULL;
   json_decref(object);
   return text;
 }

@@ -4,7 +4,7 @@
 #include "base/sha256.h"
 #include "base/version.h"
 
-#include <limits.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,8 +22,9 @@ static enum us_status no_memory(struct us_err *err) {
 
 /* A JSON string of any bytes: those that are not UTF-8 are replaced one by one. */
 static json_t *lenient_string(const char *text) {
+  errno = 0; /* tells bytes that are no UTF-8 from memory that is out */
   json_t *string = json_string(text);
-  if (string) return string;
+  if (string || errno == ENOMEM) return string;
   struct us_buffer clean = {0};
   for (const char *p = text; *p;) {
     size_t n = 1;
@@ -33,7 +34,7 @@ static json_t *lenient_string(const char *text) {
     const char *piece = probe ? p : "\xef\xbf\xbd";
     size_t size = probe ? n : 3;
     json_decref(probe);
-    if (us_buffer_append(&clean, piece, size, NULL) != US_OK) {
+    if (errno == ENOMEM || us_buffer_append(&clean, piece, size, NULL) != US_OK) {
       us_buffer_release(&clean);
       return NULL;
     }
@@ -120,7 +121,7 @@ enum us_status us_provenance_set_json(struct us_provenance *provenance, const ch
 }
 
 char *us_provenance_text(const struct us_provenance *provenance, struct us_err *err) {
-  char *text = json_dumps(provenance->root, JSON_COMPACT);
+  char *text = us_json_text(provenance->root);
   if (!text) (void)no_memory(err);
   return text;
 }
@@ -244,8 +245,8 @@ static char *show(const json_t *value) {
   if (!value) return strdup("not given");
   if (json_is_string(value)) return strdup(json_string_value(value));
   const json_t *by = json_object_get(value, "by"), *inner = json_object_get(value, "value");
-  if (!by || !inner) return json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY);
-  char *text = json_dumps(inner, JSON_COMPACT | JSON_ENCODE_ANY), *both = NULL;
+  if (!by || !inner) return us_json_text(value);
+  char *text = us_json_text(inner), *both = NULL;
   if (text && asprintf(&both, "%s (%s)", text, json_string_value(by)) < 0) both = NULL;
   free(text);
   return both;

@@ -81,7 +81,7 @@ START_TEST(broken_text_is_refused_with_its_line) {
   refuse("", 0, "line 1");
   refuse("{\"a\": 1, \"a\": 2}", 16, "duplicate");
   refuse("{} {}", 5, "end of file");
-  refuse("{\"a\": \"\xff\"}", 9, "unable to decode byte 0xff");
+  refuse("{\"a\": \"\xff\"}", 10, "unable to decode byte 0xff");
   refuse("{\"a\0\": 1}", 9, "line 1");
 }
 END_TEST

@@ -1,0 +1,107 @@
+#!/bin/sh
+# run.sh: build the toolkit and run its tests. Usage: tests/run.sh [--quick] [--no-install] [--cuda auto|enabled|disabled]
+#
+# Parts: unit, command-line and parity tests; the same under AddressSanitizer and UndefinedBehaviorSanitizer; pool and
+# executors under ThreadSanitizer; every fuzz target for 30 seconds (US_FUZZ_SECONDS). --quick runs only the first part.
+# Builds in build/, build-asan/, build-tsan/ and build-fuzz/. The last line is "N passed, N failed"; exit 0 if none failed.
+set -u
+US_ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$US_ROOT/data/recipes/common.sh"
+
+quick=no install=yes cuda=auto
+while [ $# -gt 0 ]; do
+  case $1 in
+  --quick) quick=yes ;;
+  --no-install) install=no ;;
+  --cuda) cuda=${2:?--cuda needs auto, enabled or disabled} && shift ;;
+  -h | --help) sed -n '2,6s/^# //p' "$0" && exit 0 ;;
+  *) us_say "run.sh: unknown option '$1'; see --help" && exit 2 ;;
+  esac
+  shift
+done
+
+passed=0 failed=0
+count() { # count OK FAIL: add to the sums
+  passed=$((passed + $1))
+  failed=$((failed + $2))
+}
+
+finish() {
+  echo "$passed passed, $failed failed"
+  [ "$failed" -eq 0 ]
+  exit
+}
+
+# run_tests FOLDER ARGUMENT...: meson test, its sums read from its own log.
+run_tests() {
+  folder=$1
+  shift
+  rm -f "$folder/meson-logs/testlog.json"
+  meson test -C "$folder" --no-rebuild --print-errorlogs "$@" >&2
+  log=$folder/meson-logs/testlog.json
+  if [ ! -s "$log" ]; then
+    us_say "no test ran in $folder"
+    count 0 1
+    return
+  fi
+  ok=$(grep -cE '"result": "(OK|EXPECTEDFAIL)"' "$log")
+  skipped=$(grep -c '"result": "SKIP"' "$log")
+  all=$(grep -c '"result": ' "$log")
+  [ "$skipped" -eq 0 ] || us_say "$skipped skipped"
+  count "$ok" $((all - ok - skipped))
+}
+
+# part NAME FOLDER OPTION...: build; a build that fails counts as one failure and ends the part.
+part() {
+  us_say "== $1"
+  folder=$2
+  shift 2
+  us_build "$folder" "$@" && return 0
+  us_say "the build in $folder failed"
+  count 0 1
+  return 1
+}
+
+fuzz() {
+  seconds=${US_FUZZ_SECONDS:-30}
+  for target in "$US_ROOT"/build-fuzz/tests/fuzz/f_*; do
+    if [ ! -f "$target" ] || [ ! -x "$target" ]; then continue; fi
+    name=$(basename "$target")
+    mkdir -p "$US_ROOT/build-fuzz/corpus/$name"
+    set -- "$US_ROOT/build-fuzz/corpus/$name"
+    [ ! -d "$US_ROOT/tests/fuzz/corpus/$name" ] || set -- "$@" "$US_ROOT/tests/fuzz/corpus/$name"
+    us_say "$name for $seconds s"
+    if (cd "$US_ROOT/build-fuzz" && "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=10 -verbosity=0 \
+      -print_final_stats=1 "$@" >"$name.log" 2>&1); then
+      count 1 0
+    else
+      tail -n 40 "$US_ROOT/build-fuzz/$name.log" >&2
+      count 0 1
+    fi
+  done
+}
+
+if [ "$install" = yes ]; then
+  # shellcheck disable=SC2086 # lists of words
+  if ! us_install_packages $US_BUILD_PACKAGES $US_TEST_PACKAGES; then
+    us_say "packages are missing"
+    count 0 1
+    finish
+  fi
+fi
+us_find_nvcc || [ "$cuda" != enabled ] || us_say "no nvcc found; the configuration will say so"
+
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:allocator_may_return_null=1
+export TSAN_OPTIONS=halt_on_error=1
+
+part "unit, command line, parity" "$US_ROOT/build" "-Dcuda=$cuda" && run_tests "$US_ROOT/build"
+if [ "$quick" = no ]; then
+  part "AddressSanitizer and UndefinedBehaviorSanitizer" "$US_ROOT/build-asan" -Dcuda=disabled \
+    -Db_sanitize=address,undefined -Db_lundef=false &&
+    run_tests "$US_ROOT/build-asan" --suite unit --suite cli --timeout-multiplier 5
+  part "ThreadSanitizer" "$US_ROOT/build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false &&
+    run_tests "$US_ROOT/build-tsan" --suite tsan --timeout-multiplier 5
+  CC=clang part "fuzz targets" "$US_ROOT/build-fuzz" -Dcuda=disabled -Dfuzz=true -Db_lundef=false && fuzz
+fi
+finish
