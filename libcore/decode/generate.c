@@ -38,6 +38,7 @@ struct decoder {
   struct prompt prompt; /* of next_request, if its samples have begun to start */
   size_t next_request;  /* what starts next */
   uint32_t next_sample;
+  uint32_t *samples_left; /* (n) of each request */
 
   struct us_row *rows; /* (max rows) */
   float *logits;       /* (max rows, N) */
@@ -195,8 +196,8 @@ static void drop_caches(struct us_kv **kv, struct us_kv **draft_kv) {
 static void release(struct decoder *d) {
   for (uint32_t i = 0; i < d->active; i++) drop_caches(&d->sequences[i].kv, &d->sequences[i].draft_kv);
   drop_caches(&d->prompt.kv, &d->prompt.draft_kv);
-  void *owned[] = {d->rows,   d->logits, d->prompt.logits, d->draft_logits, d->taps,
-                   d->routed, d->seen,   d->scratch.p,     d->scratch.q,    d->scratch.weights};
+  void *owned[] = {d->rows, d->logits,    d->prompt.logits, d->draft_logits,    d->taps,        d->routed,
+                   d->seen, d->scratch.p, d->scratch.q,     d->scratch.weights, d->samples_left};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
@@ -289,11 +290,21 @@ static enum us_status commit(struct decoder *d, struct us_sequence *s, int32_t t
   return us_sequence_commit(s, d->options->tokenizer, token, logprob, d->err);
 }
 
+static void choose_best(struct us_result *result) {
+  for (uint32_t i = 1; i < result->samples; i++)
+    if (result->outputs[i].mean_logprob > result->outputs[result->best].mean_logprob) result->best = i;
+}
+
 static void end_sequence(struct decoder *d, uint32_t slot) {
   struct us_sequence *s = &d->sequences[slot];
   s->output->stats.seconds = now() - s->first_token;
   drop_caches(&s->kv, &s->draft_kv);
+  struct us_result *result = &d->results[s->request_index];
+  size_t request = s->request_index;
   d->sequences[slot] = d->sequences[--d->active];
+  if (--d->samples_left[request]) return;
+  if (d->requests[request].logprobs) choose_best(result);
+  if (d->options->on_result) d->options->on_result(d->options->arg, request, result);
 }
 
 /* Start the next sample: prefill if it is its request's first, then draw and commit the token after the prompt. */
@@ -457,19 +468,16 @@ static enum us_status prepare(struct decoder *d) {
                                      .adaptive = d->options->adaptive ? &d->cost : NULL,
                                      .accept = d->options->accept,
                                      .accept_count = d->options->accept_count};
+  status = take(d, &d->samples_left, d->n, sizeof *d->samples_left, "requests");
+  if (status != US_OK) return status;
   for (size_t i = 0; i < d->n; i++) {
     struct us_result *result = &d->results[i];
     result->outputs = calloc(samples_of(&d->requests[i]), sizeof *result->outputs);
     if (!result->outputs)
       return us_err_memory(d->err, "outputs", samples_of(&d->requests[i]) * sizeof *result->outputs);
-    result->samples = samples_of(&d->requests[i]);
+    result->samples = d->samples_left[i] = samples_of(&d->requests[i]);
   }
   return take_buffers(d);
-}
-
-static void choose_best(struct us_result *result) {
-  for (uint32_t i = 1; i < result->samples; i++)
-    if (result->outputs[i].mean_logprob > result->outputs[result->best].mean_logprob) result->best = i;
 }
 
 enum us_status us_generate(struct us_executor *ex, const struct us_request *requests, size_t n,
@@ -490,10 +498,7 @@ enum us_status us_generate(struct us_executor *ex, const struct us_request *requ
       n && ret_results[0].outputs ? ret_results[0].outputs[0].stats.first_token_seconds : 0;
   if (opt_stats) *opt_stats = d->stats;
   for (size_t i = 0; i < n; i++) {
-    if (status != US_OK)
-      us_result_release(&ret_results[i]);
-    else if (requests[i].logprobs)
-      choose_best(&ret_results[i]);
+    if (status != US_OK) us_result_release(&ret_results[i]);
   }
   release(d);
   free(d);

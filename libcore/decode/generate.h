@@ -78,6 +78,8 @@ struct us_text_event {
   enum us_finish finish; /* other than NONE in the last event of a sample */
 };
 
+struct us_result;
+
 struct us_generate_options {
   const struct us_tokenizer *tokenizer; /* NULL: no text and no stop strings */
   enum us_verify_rule rule;
@@ -87,6 +89,8 @@ struct us_generate_options {
   const float *accept; /* replay: rate at which slot i keeps the recorded token; the last one repeats */
   size_t accept_count; /* 0: always kept */
   bool (*on_text)(void *arg, const struct us_text_event *event); /* may be NULL; false cancels the sample */
+  /* Called once a request when all of its samples have ended; the result is complete but still the call's. May be NULL. */
+  void (*on_result)(void *arg, size_t request, const struct us_result *result);
   void *arg;
   bool (*interrupted)(void); /* asked every round; true returns US_INTERRUPTED; may be NULL */
 };

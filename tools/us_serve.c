@@ -1,0 +1,288 @@
+/* us_serve.c: generate text with a model, plainly or with a drafter. */
+#include "base/record.h"
+#include "decode/serve.h"
+#include "model/checkpoint.h"
+#include "tools/tool.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const struct us_opt opts[] = {
+    US_OPT_GROUP("What runs"),
+    US_OPT_FILE("model", 'm', "FILE", "checkpoint: a folder or an .h5 file; - reads its record from stdin",
+                .required = true),
+    US_OPT_FILE("draft", 'd', "FILE", "drafter of this model; - reads its record from stdin"),
+    US_OPT_ARG("prompts", "PROMPTS", "prompts as JSON lines, or a folder of them; - is stdin",
+               .repeat = true),
+    US_OPT_STR("prompt", 'p', "TEXT", "prompt; may be repeated", .repeat = true),
+    US_OPT_FILE("file", 'f', "FILE", "text file that is one prompt; may be repeated", .repeat = true),
+    US_OPT_FLAG("chat", 0, "text prompts are user turns of the chat template"),
+    US_OPT_FLAG("raw", 0, "refuse prompts that need the chat template"),
+    US_OPT_FLAG("thinking", 0, "let a chat answer think first"),
+    US_OPT_FLAG("plain-turns", 0, "chat without a default system turn and empty think tags"),
+    US_OPT_GROUP("Sampling"),
+    US_OPT_INT("max-tokens", 0, "N", "generated tokens a sample", .def = "256", .min = 1, .max = 1 << 20),
+    US_OPT_NUM("temperature", 't', "T", "0 is greedy", .def = "0", .max = 100),
+    US_OPT_INT("top-k", 0, "K", "keep the K likeliest tokens; 0 is off", .def = "0", .max = 1 << 24),
+    US_OPT_NUM("top-p", 0, "P", "then the likeliest with mass P; 1 is off", .def = "1", .max = 1),
+    US_OPT_NUM("min-p", 0, "P", "then those at least P times as likely as the first; 0 is off", .def = "0",
+               .max = 1),
+    US_OPT_INT("samples", 'n', "N", "samples a prompt, which share its cache", .def = "1", .min = 1,
+               .max = US_MAX_SAMPLES),
+    US_OPT_FLAG("best", 0, "print only the sample with the largest mean log-probability"),
+    US_OPT_FLAG("logprobs", 0, "log-probabilities in the JSON lines"),
+    US_OPT_STR("stop", 0, "TEXT", "end before this text; may be repeated", .repeat = true),
+    US_OPT_FLAG("ignore-end", 0, "go on after end-of-turn tokens"),
+    US_OPT_FLAG("cut-loops", 0, "end a sample once a 24-gram occurs three times"),
+    US_OPT_GROUP("Speculation"),
+    US_OPT_INT("block", 0, "B", "anchor and drafts a round; 0 is the drafter's, 1 is plain", .def = "0",
+               .max = US_MAX_BLOCK),
+    US_OPT_ENUM("verify", 0, "match|reject|block", "which drafts survive; match equals plain decoding",
+                .def = "match"),
+    US_OPT_FLAG("adaptive", 0, "verify only as many drafts as pay for their bytes"),
+    US_OPT_FILE("draft-from", 0, "RUN",
+                "propose the tokens of a recorded plain run instead of the drafter's"),
+    US_OPT_STR("accept", 0, "P,P,...", "rates at which the recorded tokens are kept, by slot", .def = "1"),
+    US_OPT_INT("batch", 0, "N", "sequences that step together", .def = "1", .min = 1, .max = US_MAX_BATCH),
+    US_OPT_GROUP("Output"),
+    US_OPT_FLAG("json", 0, "JSON lines also to a terminal"),
+    US_OPT_FLAG("text", 0, "plain text also to a pipe"),
+    US_OPT_FLAG("stats", 0, "detailed statistics at the end"),
+    US_OPT_COMMON_RUN,
+    US_OPT_COMMON_TALK,
+    US_OPT_END};
+
+static const char description[] = "Answers every prompt with the model, on a terminal as text while it is "
+                                  "generated, else as JSON lines that record "
+                                  "the run. With a drafter, decoding is speculative; with --verify match, or "
+                                  "at temperature 0, the tokens are exactly "
+                                  "those of plain decoding. Without prompts on the command line, stdin is "
+                                  "one prompt. Statistics go to stderr.";
+
+static const char examples[] = "# continue a text\n"
+                               "us-serve -m pico.h5 -p 'def fibonacci(n):'\n"
+                               "# answer a prompt set with a drafter, four at a time, and record the run\n"
+                               "us-serve -m q.h5 -d d.h5 --batch 4 data/prompts/math.jsonl > run.jsonl\n"
+                               "# every accept length on any weights: replay a plain run\n"
+                               "us-serve -m q.h5 -d d.h5 --draft-from run.jsonl --accept 0.9,0.8,0.7 "
+                               "data/prompts/math.jsonl\n";
+
+/* Everything that main opens. */
+struct session {
+  struct us_tool_run *run;
+  struct us_record model_record, draft_record;
+  struct us_model *model;
+  struct us_draft *draft;
+  struct us_tokenizer *tokenizer;
+  struct us_pool *pool;
+  struct us_executor *ex;
+  struct us_run *replay;
+  struct us_prompt *prompts;
+  size_t n, capacity;
+  struct us_prompts **sets; /* own the prompts of files */
+  struct us_buffer *texts;  /* own the texts of files */
+  size_t n_sets, n_texts;
+  const char **stops;
+  float accept[US_MAX_BLOCK];
+  size_t accept_count;
+  bool as_text, streaming;
+};
+
+static enum us_status open_model(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  if (us_opt_device(o, "device") >= 0)
+    return us_err_set(err, US_ERR_DEVICE, "this build generates on the CPU only");
+  enum us_status status = us_record_resolve(us_opt_str(o, "model"), stdin, NULL, &s->model_record, err);
+  if (status == US_OK) status = us_model_open(s->model_record.path, &s->model, err);
+  if (status == US_OK && us_opt_given(o, "draft")) {
+    status = us_record_resolve(us_opt_str(o, "draft"), stdin, NULL, &s->draft_record, err);
+    if (status == US_OK) status = us_draft_open(s->draft_record.path, &s->draft, err);
+    if (status == US_OK) status = us_draft_shape_check(&s->draft->shape, &s->model->shape, err);
+  }
+  if (status != US_OK) return status;
+  if (!s->model->tokenizer_json)
+    return us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer", s->model_record.path);
+  status = us_tokenizer_parse(s->model->tokenizer_json, s->model->tokenizer_bytes, s->model_record.path,
+                              &s->tokenizer, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  if (status == US_OK)
+    status = us_executor_create_reference(s->model, s->draft, s->pool, US_ROUND_BF16, &s->ex, err);
+  return status;
+}
+
+static enum us_status add_prompts(struct session *s, const struct us_prompt *prompts, size_t n,
+                                  struct us_err *err) {
+  if (s->n + n > s->capacity) {
+    size_t capacity = 2 * (s->n + n);
+    struct us_prompt *grown = realloc(s->prompts, capacity * sizeof *grown);
+    if (!grown) return us_err_memory(err, "prompts", capacity * sizeof *grown);
+    s->prompts = grown;
+    s->capacity = capacity;
+  }
+  memcpy(s->prompts + s->n, prompts, n * sizeof *prompts);
+  s->n += n;
+  return US_OK;
+}
+
+static enum us_status add_text_file(struct session *s, const char *path, struct us_err *err) {
+  struct us_buffer *text = &s->texts[s->n_texts++];
+  enum us_status status = us_buffer_read_file(text, path, (size_t)64 << 20, err);
+  if (status != US_OK) return status;
+  struct us_prompt prompt = us_serve_text_prompt(path, text->data ? text->data : "");
+  return add_prompts(s, &prompt, 1, err);
+}
+
+static enum us_status open_prompts(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  size_t texts = us_opt_count(o, "prompt"), files = us_opt_count(o, "file"),
+         sets = us_opt_count(o, "prompts");
+  bool stdin_is_prompt = !texts && !files && !sets, record = !strcmp(us_opt_str(o, "model"), "-");
+  record |= us_opt_given(o, "draft") && !strcmp(us_opt_str(o, "draft"), "-");
+  for (size_t i = 0; i < files; i++) stdin_is_prompt |= !strcmp(us_opt_nth(o, "file", i), "-");
+  for (size_t i = 0; i < sets; i++) stdin_is_prompt |= !strcmp(us_opt_nth(o, "prompts", i), "-");
+  if (stdin_is_prompt && record)
+    return us_err_set(err, US_ERR_USAGE, "stdin brings a record, so prompts must come from -p, -f or a file");
+  s->texts = calloc(files + 1, sizeof *s->texts);
+  s->sets = calloc(sets + 1, sizeof *s->sets);
+  if (!s->texts || !s->sets) return us_err_memory(err, "prompts", (files + sets) * sizeof *s->texts);
+  enum us_status status = US_OK;
+  for (size_t i = 0; status == US_OK && i < texts; i++) {
+    struct us_prompt prompt = us_serve_text_prompt("prompt", us_opt_nth(o, "prompt", i));
+    status = add_prompts(s, &prompt, 1, err);
+  }
+  for (size_t i = 0; status == US_OK && i < files; i++)
+    status = add_text_file(s, us_opt_nth(o, "file", i), err);
+  for (size_t i = 0; status == US_OK && i < sets; i++) {
+    const char *path = us_opt_nth(o, "prompts", i);
+    struct us_prompts **set = &s->sets[s->n_sets];
+    status = strcmp(path, "-") ? us_prompts_open_dir(path, set, err) : us_prompts_open(path, set, err);
+    if (status != US_OK) return status;
+    s->n_sets++;
+    status = add_prompts(s, (*set)->items, (*set)->n, err);
+  }
+  if (status == US_OK && !texts && !files && !sets) status = add_text_file(s, "-", err);
+  return status;
+}
+
+static enum us_status parse_accept(struct session *s, struct us_err *err) {
+  const char *at = us_opt_str(s->run->opts, "accept");
+  for (;; at++) {
+    char *end;
+    float rate = strtof(at, &end);
+    if (end == at || !(rate >= 0.0f && rate <= 1.0f) || (*end && *end != ',') ||
+        s->accept_count == US_MAX_BLOCK)
+      return us_err_set(err, US_ERR_USAGE, "--accept: '%s' is not a list of at most %d rates between 0 and 1",
+                        us_opt_str(s->run->opts, "accept"), US_MAX_BLOCK);
+    s->accept[s->accept_count++] = rate;
+    at = end;
+    if (!*at) return US_OK;
+  }
+}
+
+static enum us_status print_entry(void *arg, const struct us_run_entry *entry, struct us_err *err) {
+  struct session *s = arg;
+  if (!s->as_text) return us_run_write(s->run->out, entry, err);
+  if (!s->streaming) fwrite(entry->text, 1, entry->text_bytes, s->run->out);
+  fputc('\n', s->run->out);
+  return US_OK;
+}
+
+static bool stream_text(void *arg, const struct us_text_event *event) {
+  struct session *s = arg;
+  fwrite(event->text, 1, event->bytes, s->run->out);
+  fflush(s->run->out);
+  return true;
+}
+
+static enum us_status fill(struct session *s, struct us_serve *serve, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  if (us_opt_flag(o, "chat") && us_opt_flag(o, "raw"))
+    return us_err_set(err, US_ERR_USAGE, "--chat excludes --raw");
+  if (us_opt_flag(o, "json") && us_opt_flag(o, "text"))
+    return us_err_set(err, US_ERR_USAGE, "--json excludes --text");
+  size_t stops = us_opt_count(o, "stop");
+  s->stops = calloc(stops + 1, sizeof *s->stops);
+  if (!s->stops) return us_err_memory(err, "stop strings", stops * sizeof *s->stops);
+  for (size_t i = 0; i < stops; i++) s->stops[i] = us_opt_nth(o, "stop", i);
+  s->as_text = us_opt_flag(o, "text") || (isatty(fileno(s->run->out)) && !us_opt_flag(o, "json"));
+  s->streaming = s->as_text && us_opt_int(o, "samples") == 1 && us_opt_int(o, "batch") == 1;
+  *serve = (struct us_serve){
+      .tokenizer = s->tokenizer,
+      .mode = us_opt_flag(o, "chat")  ? US_SERVE_CHAT
+              : us_opt_flag(o, "raw") ? US_SERVE_RAW
+                                      : US_SERVE_AUTO,
+      .chat = {.thinking = us_opt_flag(o, "thinking"), .plain_turns = us_opt_flag(o, "plain-turns")},
+      .sampling = {.temperature = (float)us_opt_num(o, "temperature"),
+                   .top_k = (uint32_t)us_opt_int(o, "top-k"),
+                   .top_p = (float)us_opt_num(o, "top-p"),
+                   .min_p = (float)us_opt_num(o, "min-p")},
+      .seed = (uint64_t)us_opt_int(o, "seed"),
+      .samples = (uint32_t)us_opt_int(o, "samples"),
+      .max_tokens = (uint32_t)us_opt_int(o, "max-tokens"),
+      .best = us_opt_flag(o, "best"),
+      .logprobs = us_opt_flag(o, "logprobs"),
+      .ignore_end = us_opt_flag(o, "ignore-end"),
+      .cut_loops = us_opt_flag(o, "cut-loops"),
+      .stop_strings = s->stops,
+      .stop_string_count = stops,
+      .replay = s->replay,
+      .generate = {.rule = (enum us_verify_rule)us_opt_choice(o, "verify"),
+                   .block = (uint32_t)us_opt_int(o, "block"),
+                   .adaptive = us_opt_flag(o, "adaptive"),
+                   .batch = (uint32_t)us_opt_int(o, "batch"),
+                   .accept = s->accept,
+                   .accept_count = s->accept_count,
+                   .on_text = s->streaming ? stream_text : NULL,
+                   .interrupted = us_tool_interrupted},
+      .on_entry = print_entry,
+      .arg = s};
+  return US_OK;
+}
+
+static enum us_status serve(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  struct us_serve settings;
+  struct us_generate_stats stats;
+  enum us_status status = parse_accept(s, err);
+  if (status == US_OK && us_opt_given(o, "draft-from"))
+    status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
+  if (status == US_OK) status = open_prompts(s, err);
+  if (status == US_OK) status = open_model(s, err);
+  if (status == US_OK) status = fill(s, &settings, err);
+  if (status == US_OK) status = us_serve_run(&settings, s->ex, s->prompts, s->n, &stats, err);
+  if (status != US_OK) return status;
+  if (!s->run->quiet) us_serve_write_stats(stderr, &stats, us_opt_flag(o, "stats"));
+  return US_OK;
+}
+
+static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
+  struct session s = {.run = tool_run};
+  enum us_status status = serve(&s, err);
+  if (s.ex) s.ex->ops->free(s.ex);
+  us_pool_free(s.pool);
+  us_tokenizer_free(s.tokenizer);
+  us_draft_free(s.draft);
+  us_model_free(s.model);
+  us_record_release(&s.model_record);
+  us_record_release(&s.draft_record);
+  us_run_free(s.replay);
+  for (size_t i = 0; i < s.n_sets; i++) us_prompts_free(s.sets[i]);
+  for (size_t i = 0; i < s.n_texts; i++) us_buffer_release(&s.texts[i]);
+  free(s.sets);
+  free(s.texts);
+  free(s.prompts);
+  free(s.stops);
+  return status;
+}
+
+static const struct us_tool tool = {.name = "us-serve",
+                                    .summary = "generate text, plainly or with a drafter",
+                                    .description = description,
+                                    .examples = examples,
+                                    .opts = opts,
+                                    .run = run};
+
+int main(int argc, char **argv) {
+  return us_tool_main(&tool, argc, argv);
+}
