@@ -1,0 +1,246 @@
+/* tile_profile.c: run a model and show where the time of its tile program goes. */
+#include "tool.h"
+
+#include "base/atomic.h"
+#include "base/bandwidth.h"
+#include "base/provenance.h"
+#include "base/record.h"
+#include "base/table.h"
+#include "decode/generate.h"
+#include "model/checkpoint.h"
+#include "plan/profile.h"
+#include "plan/profile_files.h"
+#include "plan/tiles.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define DEFAULT_PROMPT "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n"
+
+static const struct us_opt opts[] = {
+    US_OPT_FILE("model", 'm', "MODEL",
+                "checkpoint: an .h5 file, a Hugging Face folder, or - for a record on stdin",
+                .required = true),
+    US_OPT_FILE("draft", 'd', "DRAFT", "drafter of the model: speculative rounds are profiled"),
+    US_OPT_STR("prompt", 'p', "TEXT", "prompt", .def = DEFAULT_PROMPT),
+    US_OPT_INT("max-tokens", 'n', "N", "tokens to generate", .def = "32", .min = 1, .max = 65536),
+    US_OPT_INT("block", 'b', "B", "rows of a round, anchor included; 0: the drafter's block", .def = "0",
+               .max = US_MAX_BLOCK),
+    US_OPT_GROUP("Files"),
+    US_OPT_FILE("output", 'o', "FILE.h5", "trace as an HDF5 artefact"),
+    US_OPT_FILE("tsv", 0, "FILE", "trace as TSV, one task a line"),
+    US_OPT_FILE("perfetto", 0, "FILE.json", "trace for ui.perfetto.dev"),
+    US_OPT_FILE("plot", 0, "FILE.png", "timeline of the last --window milliseconds"),
+    US_OPT_NUM("window", 0, "MS", "milliseconds that the picture shows; 0 shows all", .def = "10"),
+    US_OPT_GROUP("Common options"),
+    US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
+    US_OPT_INT("spans", 0, "N", "most tasks to keep", .def = "1M", .min = 1),
+    US_OPT_INT("bandwidth-bytes", 0, "N", "bytes to read when measuring the machine's bandwidth",
+               .def = "512M", .min = 1048576),
+    US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
+    US_OPT_COMMON_TALK,
+    US_OPT_END};
+
+/* What a run owns. */
+struct session {
+  struct us_tool_run *run;
+  struct us_record model_record, draft_record;
+  struct us_pool *pool;
+  struct us_model *model;
+  struct us_draft *draft;
+  struct us_tokenizer *tokenizer;
+  struct us_executor *executor;
+  struct us_trace *trace;
+  char *provenance;
+};
+
+static void close_session(struct session *s) {
+  free(s->provenance);
+  us_trace_free(s->trace);
+  if (s->executor) s->executor->ops->free(s->executor);
+  us_tokenizer_free(s->tokenizer);
+  us_draft_free(s->draft);
+  us_model_free(s->model);
+  us_pool_free(s->pool);
+  us_record_release(&s->draft_record);
+  us_record_release(&s->model_record);
+}
+
+static enum us_status open_models(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  const char *draft = us_opt_str(o, "draft");
+  enum us_status status = us_record_resolve(us_opt_str(o, "model"), stdin, "model", &s->model_record, err);
+  if (status == US_OK && draft) status = us_record_resolve(draft, stdin, "draft", &s->draft_record, err);
+  if (status == US_OK) status = us_model_open(s->model_record.path, &s->model, err);
+  if (status == US_OK && draft) status = us_draft_open(s->draft_record.path, &s->draft, err);
+  if (status == US_OK && draft) status = us_draft_check_target(s->draft, s->model, err);
+  if (status == US_OK && !s->model->tokenizer_json)
+    status = us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer.json, so a prompt cannot be read",
+                        s->model_record.path);
+  if (status == US_OK)
+    status = us_tokenizer_parse(s->model->tokenizer_json, s->model->tokenizer_bytes, s->model_record.path,
+                                &s->tokenizer, err);
+  return status;
+}
+
+static enum us_status make_provenance(struct session *s, struct us_err *err) {
+  struct us_provenance *provenance = NULL;
+  char hex[US_SHA256_HEX], *options = us_opts_record(s->run->opts);
+  enum us_status status = options ? US_OK : us_err_memory(err, "options", 0);
+  if (status == US_OK)
+    status = us_provenance_create(s->run->name, s->run->argc, s->run->argv, options,
+                                  (uint64_t)us_opt_int(s->run->opts, "seed"), &provenance, err);
+  const char *paths[] = {s->model_record.path, s->draft_record.path}, *kinds[] = {"model", "draft"};
+  for (int i = 0; i < 2 && status == US_OK && paths[i]; i++) {
+    status = us_record_hash(paths[i], hex, err);
+    if (status == US_OK) status = us_provenance_add_parent(provenance, paths[i], hex, kinds[i], err);
+  }
+  if (status == US_OK && !(s->provenance = us_provenance_text(provenance, err))) status = err->status;
+  us_provenance_free(provenance);
+  free(options);
+  return status;
+}
+
+static enum us_status open_session(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  if (status == US_OK) status = open_models(s, err);
+  if (status == US_OK)
+    status = us_executor_create_tiles(s->model, s->draft, s->pool, US_ROUND_BF16, &s->executor, err);
+  if (status == US_OK) status = us_trace_create((size_t)us_opt_int(o, "spans"), &s->trace, err);
+  if (status == US_OK) status = make_provenance(s, err);
+  return status;
+}
+
+static enum us_status generate(struct session *s, struct us_generate_stats *stats, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  const char *prompt = us_opt_str(o, "prompt");
+  struct us_ids ids = {0};
+  enum us_status status = us_tokenizer_encode(s->tokenizer, prompt, strlen(prompt), true, &ids, err);
+  if (status != US_OK) return status;
+  struct us_request request = {.prompt = ids.ids,
+                               .prompt_count = ids.count,
+                               .seed = (uint64_t)us_opt_int(o, "seed"),
+                               .max_tokens = (uint32_t)us_opt_int(o, "max-tokens")};
+  struct us_generate_options options = {.tokenizer = s->tokenizer,
+                                        .interrupted = us_tool_interrupted,
+                                        .block = s->draft ? (uint32_t)us_opt_int(o, "block") : 1};
+  struct us_result result;
+  us_executor_tiles_trace(s->executor, s->trace);
+  status = us_generate(s->executor, &request, 1, &options, &result, stats, err);
+  us_executor_tiles_trace(s->executor, NULL);
+  if (status == US_OK) us_result_release(&result);
+  us_ids_release(&ids);
+  return status;
+}
+
+/* One line an operation, then the sums. */
+static enum us_status print_profile(struct session *s, const struct us_profile *p, double bandwidth,
+                                    struct us_err *err) {
+  static const char *const columns[] = {"program", "op",    "tasks",    "busy_ms",     "busy_share",
+                                        "wait_ms", "bytes", "gb_per_s", "of_bandwidth"};
+  struct us_table *table;
+  enum us_status status =
+      us_table_open(s->run->out, columns, 9, us_opt_flag(s->run->opts, "json"), &table, err);
+  if (status != US_OK) return status;
+  for (int kind = 0; kind < US_PROGRAM_KINDS; kind++)
+    for (int op = 0; op < US_TASK_OP_COUNT; op++) {
+      const struct us_profile_op *row = &p->ops[kind][op];
+      if (!row->tasks) continue;
+      /* While an op runs alone on all workers it streams bytes in busy / workers seconds. */
+      double rate = row->busy > 0 ? row->bytes * p->workers / row->busy : 0;
+      us_table_text(table, us_program_kind_name(kind));
+      us_table_text(table, us_task_op_name(op));
+      us_table_int(table, (int64_t)row->tasks);
+      us_table_num(table, 1e3 * row->busy);
+      us_table_num(table, p->busy > 0 ? row->busy / p->busy : 0);
+      us_table_num(table, 1e3 * row->wait);
+      us_table_num(table, row->bytes);
+      us_table_num(table, rate / 1e9);
+      us_table_num(table, rate / bandwidth);
+    }
+  return us_table_close(table, err);
+}
+
+/* Write one text form of the trace through an atomic file. */
+static enum us_status write_text(const struct us_trace *trace, const char *path,
+                                 enum us_status (*write)(const struct us_trace *, FILE *, struct us_err *),
+                                 struct us_err *err) {
+  struct us_atomic out;
+  enum us_status status = us_atomic_open(path, &out, err);
+  if (status != US_OK) return status;
+  FILE *file = fdopen(dup(out.fd), "w");
+  status = file ? write(trace, file, err) : us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
+  if (file && fclose(file) != 0 && status == US_OK)
+    status = us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
+  if (status == US_OK) return us_atomic_commit(&out, err);
+  us_atomic_abandon(&out);
+  return status;
+}
+
+static enum us_status write_files(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  const char *tsv = us_opt_str(o, "tsv"), *perfetto = us_opt_str(o, "perfetto"),
+             *plot = us_opt_str(o, "plot");
+  const char *output = us_opt_str(o, "output");
+  enum us_status status = US_OK;
+  if (tsv) status = write_text(s->trace, tsv, us_profile_write_tsv, err);
+  if (status == US_OK && perfetto) status = write_text(s->trace, perfetto, us_profile_write_perfetto, err);
+  if (status == US_OK && plot)
+    status = us_profile_plot(s->trace, us_pool_threads(s->pool), us_opt_num(o, "window"), plot, s->provenance,
+                             err);
+  if (status == US_OK && output) status = us_profile_write_h5(s->trace, output, s->provenance, err);
+  return status;
+}
+
+static enum us_status profile(struct session *s, struct us_err *err) {
+  struct us_generate_stats stats;
+  struct us_profile p;
+  double bandwidth;
+  enum us_status status =
+      us_bandwidth_measure(s->pool, (size_t)us_opt_int(s->run->opts, "bandwidth-bytes"), &bandwidth, err);
+  if (status == US_OK) status = generate(s, &stats, err);
+  if (status != US_OK) return status;
+  us_profile_summarise(s->trace, us_pool_threads(s->pool), &p);
+  status = print_profile(s, &p, bandwidth, err);
+  if (status == US_OK) status = write_files(s, err);
+  if (status != US_OK) return status;
+  us_log_notice(s->run->log, "%llu tokens in %.1f ms, %u passes, %zu tasks (%zu more not kept)",
+                (unsigned long long)stats.generated_tokens, 1e3 * stats.seconds, p.passes,
+                us_trace_count(s->trace), us_trace_dropped(s->trace));
+  us_log_notice(s->run->log,
+                "passes take %.1f %% of the time; in them workers idle %.1f %%, %.1f %% waiting for events",
+                100 * p.in_passes / p.span, 100 * p.idle_share, 100 * p.wait / (p.workers * p.in_passes));
+  us_log_notice(s->run->log, "weights stream at %.2f GB/s in passes, %.1f %% of the %.2f GB/s measured",
+                p.bytes / p.in_passes / 1e9, 100 * p.bytes / p.in_passes / bandwidth, bandwidth / 1e9);
+  return US_OK;
+}
+
+static enum us_status run_tool(struct us_tool_run *run, struct us_err *err) {
+  struct session session = {.run = run};
+  enum us_status status = open_session(&session, err);
+  if (status == US_OK) status = profile(&session, err);
+  close_session(&session);
+  return status;
+}
+
+static const struct us_tool tool = {
+    .name = "tile-profile",
+    .summary = "show where the time of a model's tile program goes",
+    .description = "Generates tokens and records every task of the tile program: when a worker claimed it, "
+                   "when its inputs were "
+                   "ready, when it ended, and the weight bytes it streamed. Prints a line an operation: "
+                   "worker time, waiting, bytes, "
+                   "and bytes a second against the read bandwidth of this machine, measured in the same run. "
+                   "A small model's weights "
+                   "lie in the caches, so it may exceed that.",
+    .examples = "# a picture of ten milliseconds of speculative decoding\n"
+                "tile-profile -m q.h5 -d d.h5 --plot timeline.png --perfetto timeline.json\n",
+    .opts = opts,
+    .run = run_tool};
+
+int main(int argc, char **argv) {
+  return us_tool_main(&tool, argc, argv);
+}
