@@ -1,4 +1,5 @@
-/* t_matrix: one door to the formats: fake-quantization equals the stored file, rows can be cut, bad values are named. */
+/* t_matrix: one door to the formats: fake-quantization equals the stored file, rows can be cut, bad values
+ * are named. */
 #include "formats/matrix.h"
 
 #include "gauss.h"
@@ -99,7 +100,7 @@ START_TEST(rows_cut_at_the_grain_give_the_same_bytes) {
 END_TEST
 
 START_TEST(sizes_are_the_published_bits_a_weight) {
-  /* mimo.md's tensors: an expert's gate of (2048, 6144) in MXFP4, a fused qkv of 216 x 48 scales in 27136 rows. */
+  /* MiMo-V2.5-Pro: an expert's gate of (2048, 6144) in MXFP4, a fused qkv of 216 x 48 scales in 27136 rows. */
   ck_assert_uint_eq(us_matrix_data_bytes(US_FORMAT_MXFP4, 2048, 6144), 2048u * 3072);
   ck_assert_uint_eq(us_matrix_scale_bytes(US_FORMAT_MXFP4, 2048, 6144, 0), 2048u * 192);
   ck_assert_uint_eq(us_matrix_data_bytes(US_FORMAT_FP8, 27136, 6144), 27136u * 6144);

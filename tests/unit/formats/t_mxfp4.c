@@ -1,4 +1,5 @@
-/* t_mxfp4: the MXFP4 codec against a slow definition in FP64, published golden values, and published statistics. */
+/* t_mxfp4: the MXFP4 codec against a slow definition in FP64, published golden values, and published
+ * statistics. */
 #include "formats/mxfp4.h"
 
 #include "gauss.h"
@@ -138,7 +139,8 @@ struct golden {
   int floor[2], even[2], rceil[2], r7_25[2], mse[2]; /* scale byte, code of the maximum */
 };
 
-/* A block of amax and 31 zeros. MSE takes the lower scale where both err alike (1.75, 3.5 and 7 lie in the middle). */
+/* A block of amax and 31 zeros. MSE takes the lower scale where both err alike (1.75, 3.5 and 7 lie in the
+ * middle). */
 static const struct golden goldens[] = {
     {1, {125, 6}, {125, 6}, {125, 6}, {125, 6}, {125, 6}},
     {1.75, {125, 7}, {126, 6}, {126, 6}, {125, 7}, {125, 7}},

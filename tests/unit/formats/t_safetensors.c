@@ -1,4 +1,5 @@
-/* t_safetensors: a file of the reference library, our own files in every cut, and everything that must be refused. */
+/* t_safetensors: a file of the reference library, our own files in every cut, and everything that must be
+ * refused. */
 #include "formats/safetensors.h"
 
 #include "fixture.h"
