@@ -28,6 +28,10 @@ void us_config_fail(struct us_config *c, const char *key, const char *format, ..
   va_start(args, format);
   vsnprintf(text, sizeof text, format, args);
   va_end(args);
+  /* Strings from the file are quoted in messages, and a message is one line. */
+  for (char *at = text; *at; at++) {
+    if ((unsigned char)*at < ' ' || *at == 0x7f) *at = '?';
+  }
   c->status =
       us_err_set(c->err, US_ERR_INPUT, "%s: %s%s: %s", c->name, c->prefix ? c->prefix : "", key, text);
 }

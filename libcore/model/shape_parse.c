@@ -233,22 +233,26 @@ static void parse_precision(struct us_config *c, struct us_precision *p) {
 
 /* --- the whole --- */
 
-/* The "name" key, else the file's own name, or its folder's if the file is a config.json. */
+/* The "name" key, else the file's own name, or its folder's if the file is a config.json. Names end up in messages, tables
+ * and JSON: anything but printable ASCII becomes '_'. */
 static void parse_name(struct us_config *c, char *name, size_t size) {
   const char *given = us_config_string_or(c, "name", NULL);
   if (given) {
     snprintf(name, size, "%s", given);
-    return;
+  } else {
+    size_t end = strlen(c->name);
+    const char *suffixes[] = {"/config.json", ".json", "/"};
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
+      size_t n = strlen(suffixes[i]);
+      if (end > n && strncmp(c->name + end - n, suffixes[i], n) == 0) end -= n;
+    }
+    size_t begin = end;
+    while (begin && c->name[begin - 1] != '/') begin--;
+    snprintf(name, size, "%.*s", (int)(end - begin), c->name + begin);
   }
-  size_t end = strlen(c->name);
-  const char *suffixes[] = {"/config.json", ".json", "/"};
-  for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
-    size_t n = strlen(suffixes[i]);
-    if (end > n && strncmp(c->name + end - n, suffixes[i], n) == 0) end -= n;
+  for (char *at = name; *at; at++) {
+    if (*at < ' ' || *at > '~') *at = '_';
   }
-  size_t begin = end;
-  while (begin && c->name[begin - 1] != '/') begin--;
-  snprintf(name, size, "%.*s", (int)(end - begin), c->name + begin);
 }
 
 static enum us_model_type parse_type(struct us_config *c) {

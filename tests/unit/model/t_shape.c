@@ -82,6 +82,7 @@ static const struct {
 } bad[] = {
     {"model_type", NULL, "model_type: missing"},
     {"model_type", "\"llama\"", "model_type: 'llama'"},
+    {"model_type", "\"a\\nb\"", "model_type: 'a?b'"},
     {"hidden_size", NULL, "hidden_size: missing"},
     {"hidden_size", "null", "hidden_size: is null"},
     {"hidden_size", "\"64\"", "hidden_size: expected an integer"},
@@ -264,6 +265,15 @@ START_TEST(a_precision_that_published_keys_cannot_say_survives) {
 }
 END_TEST
 
+START_TEST(a_name_is_kept_printable) {
+  char *json = edited("tiny", "name", "\"a\\n\xc3\xa4\"");
+  struct us_shape shape;
+  ck_assert_int_eq(us_shape_parse(json, strlen(json), "config.json", &shape, NULL), US_OK);
+  ck_assert_str_eq(shape.name, "a___");
+  free(json);
+}
+END_TEST
+
 START_TEST(an_unknown_name_says_where_it_looked) {
   struct us_shape shape;
   struct us_err err = {0};
@@ -384,6 +394,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, unknown_keys_are_ignored);
   tcase_add_test(c, the_form_that_transformers_saves_is_read);
   tcase_add_test(c, a_precision_that_published_keys_cannot_say_survives);
+  tcase_add_test(c, a_name_is_kept_printable);
   tcase_add_test(c, an_unknown_name_says_where_it_looked);
   tcase_add_test(c, the_published_drafter_parses_and_fits_its_model);
   tcase_add_test(c, a_drafter_survives_printing);
