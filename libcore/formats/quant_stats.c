@@ -1,5 +1,4 @@
-/* quant_stats.c: error sums and scale statistics of a stored matrix, a tile of at most 128 x 128 at a time.
- * */
+/* quant_stats.c: error sums and scale statistics of a stored matrix, a tile of at most 128 x 128 at a time. */
 #include "formats/quant_stats.h"
 
 #include <math.h>
