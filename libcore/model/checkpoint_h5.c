@@ -2,6 +2,7 @@
  *
  * Datasets are those of the folder layout; small vectors are FP32. The text "header" holds the config.json and, for people
  * and for checks, the precision of each family, the scale rule and a drafter's conventions.
+ * Contents: the store, headers, models, drafters, writing.
  */
 #include "base/h5.h"
 #include "model/checkpoint_impl.h"

@@ -1,8 +1,8 @@
 /* checkpoint_hf.c: folders in the published layout: config.json, safetensors, tokenizer.json, and for a drafter
  * mask_embedding.pt.
  *
- * A folder is written beside its final name and renamed when it is whole. Contents: reading a model, reading a drafter,
- * tensors out, folders out.
+ * A folder is written beside its final name and renamed when it is whole.
+ * Contents: the store, reading a model, reading a drafter, tensors out, folders out.
  */
 #include "base/atomic.h"
 #include "formats/mask_embedding.h"
@@ -12,6 +12,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -320,11 +321,24 @@ static enum us_status begin_folder(const char *path, char *ret_part, size_t size
   return US_OK;
 }
 
+/* Make the rename last: sync the folder that the folder is in. */
+static void sync_parent(const char *path) {
+  char parent[PATH_MAX];
+  if (snprintf(parent, sizeof parent, "%s/..", path) >= (int)sizeof parent) return;
+  int fd = open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return;
+  fsync(fd);
+  close(fd);
+}
+
 static enum us_status end_folder(enum us_status status, const char *part, const char *path,
                                  struct us_err *err) {
   if (status == US_OK && rename(part, path) != 0)
     status = us_err_errno(err, US_ERR_IO, "cannot rename to '%s'", path);
-  if (status != US_OK) remove_folder(part);
+  if (status != US_OK)
+    remove_folder(part);
+  else
+    sync_parent(path);
   return status;
 }
 
