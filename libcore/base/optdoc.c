@@ -141,18 +141,25 @@ static void roff_arg(FILE *out, const char *text) {
   fputc('"', out);
 }
 
-static void roff_line(FILE *out, const char *text) {
-  roff(out, text, strlen(text), true);
+/* Running text of `length` bytes, without newlines: roff wants every sentence to begin a line. */
+static void roff_sentences(FILE *out, const char *text, size_t length) {
+  size_t from = 0;
+  for (size_t i = 0; i + 1 < length; i++) {
+    size_t end = i + 1 + (text[i + 1] == ')');
+    if (!strchr(".?!", text[i]) || end >= length || text[end] != ' ') continue;
+    roff(out, text + from, end - from, true);
+    fputc('\n', out);
+    from = end + strspn(text + end, " ");
+    i = from - 1;
+  }
+  roff(out, text + from, length - from, true);
   fputc('\n', out);
 }
 
 static void roff_paragraphs(FILE *out, const char *text) {
   while (*text) {
     size_t length = strcspn(text, "\n");
-    if (length) {
-      roff(out, text, length, true);
-      fputc('\n', out);
-    }
+    if (length) { roff_sentences(out, text, length); }
     text += length;
     if (text[0] == '\n' && text[1] == '\n' && text[2]) fputs(".Pp\n", out);
     text += strspn(text, "\n");
@@ -191,7 +198,7 @@ static void man_row(const struct us_opt *opt, FILE *out) {
     roff_arg(out, opt->value_name);
   }
   fputc('\n', out);
-  roff_line(out, text);
+  roff_sentences(out, text, strlen(text));
 }
 
 static void man_rows(const struct us_optdoc *doc, FILE *out) {
@@ -237,7 +244,7 @@ void us_optdoc_man(const struct us_optdoc *doc, FILE *out) {
   upper[n] = 0;
   fprintf(out, ".Dd $Mdocdate$\n.Dt %s 1\n.Os UltraSpeed %s\n.Sh NAME\n.Nm %s\n.Nd ", upper, doc->version,
           doc->tool);
-  roff_line(out, doc->summary);
+  roff_sentences(out, doc->summary, strlen(doc->summary));
   man_synopsis(doc, out);
   fputs(".Sh DESCRIPTION\n", out);
   if (doc->description) {
