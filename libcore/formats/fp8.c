@@ -88,6 +88,16 @@ void us_fp8_decode(const uint8_t *codes, const float *scales, size_t n, float *v
   }
 }
 
+/* First column of a row that holds NaN, or whose value overflows FP32; cols if there is none. */
+static size_t first_bad(const uint8_t *codes, const float *scales, size_t cols) {
+  unsigned suspect = 0;
+  for (size_t c = 0; c < cols; c++) suspect |= (codes[c] & 0x7fu) == 0x7fu;
+  for (size_t b = 0; b < (cols + US_FP8_BLOCK - 1) / US_FP8_BLOCK; b++) suspect |= scales[b] > 0x1p119f;
+  size_t c = suspect ? 0 : cols;
+  while (c < cols && first_nonfinite(&(float){us_fp8_to_f32(codes[c]) * scales[c / US_FP8_BLOCK]}, 1)) c++;
+  return c;
+}
+
 enum us_status us_fp8_check(const uint8_t *codes, const float *scales, size_t rows, size_t cols,
                             size_t chunk_rows, struct us_err *err) {
   size_t scale_rows = us_fp8_scale_rows(rows, chunk_rows),
@@ -97,14 +107,14 @@ enum us_status us_fp8_check(const uint8_t *codes, const float *scales, size_t ro
       return us_err_set(err, US_ERR_INPUT,
                         "scale %g at row %zu, column %zu of the scale grid is not finite and positive",
                         (double)scales[i], i / scale_cols, i % scale_cols);
+  size_t chunk = chunk_rows ? chunk_rows : rows, per_chunk = us_fp8_scale_rows(chunk_rows, 0);
   for (size_t row = 0; row < rows; row++) {
+    size_t scale_row = row / chunk * per_chunk + row % chunk / US_FP8_BLOCK;
     const uint8_t *code = codes + row * cols;
-    unsigned bad = 0;
-    for (size_t c = 0; c < cols; c++) bad |= (code[c] & 0x7fu) == 0x7fu;
-    if (!bad) continue;
-    size_t c = 0;
-    while ((code[c] & 0x7fu) != 0x7fu) c++;
-    return us_err_set(err, US_ERR_INPUT, "code 0x%02x at row %zu, column %zu is NaN", code[c], row, c);
+    size_t c = first_bad(code, scales + scale_row * scale_cols, cols);
+    if (c < cols)
+      return us_err_set(err, US_ERR_INPUT, "code 0x%02x at row %zu, column %zu %s", code[c], row, c,
+                        (code[c] & 0x7fu) == 0x7fu ? "is NaN" : "overflows FP32 with its scale");
   }
   return US_OK;
 }

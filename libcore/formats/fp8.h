@@ -96,7 +96,8 @@ US_CHECKED enum us_status us_fp8_encode(const float *values, size_t rows, size_t
  */
 void us_fp8_decode(const uint8_t *codes, const float *scales, size_t n, float *values);
 
-/* US_ERR_INPUT naming row and column of a NaN code or of a scale that is not finite and positive. */
+/* US_ERR_INPUT naming row and column of a NaN code, of a value that overflows FP32, or of a scale that is
+ * not finite and positive. (A ue8m0 scale can round a weight of 3.3e38 and more up to 2^128.) */
 US_CHECKED enum us_status us_fp8_check(const uint8_t *codes, const float *scales, size_t rows, size_t cols,
                                        size_t chunk_rows, struct us_err *err);
 

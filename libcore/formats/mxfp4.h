@@ -95,7 +95,7 @@ static US_HD uint8_t us_mxfp4_scale_byte(float amax, enum us_scale_rule rule) {
  *   w       (K)      finite; NaN or Inf is US_ERR_INPUT and names the index; nothing usable is written then
  *   codes   (K/2)    written
  *   scales  (K/32)   written; an all-zero block gets byte 0
- * Finite values of 5 * 2^125 and above may be rounded up to 2^128, which decodes to Inf: us_mxfp4_check
+ * Finite values of 3.5 * 2^126 and above may be rounded up to 2^128, which decodes to Inf: us_mxfp4_check
  * refuses it. */
 US_CHECKED enum us_status us_mxfp4_encode(const float *w, size_t K, enum us_scale_rule rule, uint8_t *codes,
                                           uint8_t *scales, struct us_err *err);

@@ -204,6 +204,19 @@ START_TEST(the_check_names_nan_codes_and_scales_that_are_not_positive) {
 }
 END_TEST
 
+START_TEST(the_check_refuses_exactly_the_values_that_overflow_fp32) {
+  for (int exponent = 117; exponent < 128; exponent++)
+    for (int c = 0; c < 0x7f; c++) {
+      uint8_t codes[200] = {[150] = (uint8_t)c};
+      float scales[2] = {1, (float)ldexp(1, exponent)}, back[200];
+      struct us_err err = {0};
+      us_fp8_decode(codes, scales, 200, back);
+      ck_assert_int_eq(us_fp8_check(codes, scales, 1, 200, 0, &err),
+                       isfinite(back[150]) ? US_OK : US_ERR_INPUT);
+    }
+}
+END_TEST
+
 START_TEST(gaussian_weights_have_the_published_signal_to_noise) {
   const double published[US_FP8_SCALE_COUNT] = {31.56, 31.50};
   enum { ROWS = 512, COLS = 1024 };
@@ -252,6 +265,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, decode_is_the_fp32_rounded_product);
   tcase_add_test(c, nan_and_inf_are_refused_by_row_and_column);
   tcase_add_test(c, the_check_names_nan_codes_and_scales_that_are_not_positive);
+  tcase_add_test(c, the_check_refuses_exactly_the_values_that_overflow_fp32);
   tcase_add_test(c, gaussian_weights_have_the_published_signal_to_noise);
   tcase_add_test(c, scale_kinds_have_names_that_parse);
   return us_suite("fp8", c);
