@@ -1,0 +1,374 @@
+/* us-pretrain: a base model from scratch on token shards. */
+#include "base/buffer.h"
+#include "base/h5.h"
+#include "base/plot.h"
+#include "base/progress.h"
+#include "base/provenance.h"
+#include "base/record.h"
+#include "base/table.h"
+#include "model/checkpoint.h"
+#include "tools/tool.h"
+#include "training/pretrain.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_TOKENIZER ((size_t)256 << 20)
+
+static const struct us_opt opts[] = {
+    US_OPT_ARG("shape", "SHAPE", "shape: a name, a JSON file or a folder with config.json", .required = true),
+    US_OPT_FILE("data", 0, "FILE", "token shards, or - for their record on stdin", .required = true),
+    US_OPT_FILE("tokenizer", 0, "FILE", "tokenizer.json that the shards were made with; goes into the model"),
+    US_OPT_FILE("output", 'o', "FILE", "model to write: an .h5 file, or a folder in the published layout",
+                .required = true),
+    US_OPT_GROUP("Training"),
+    US_OPT_INT("steps", 'n', "N", "optimizer steps; 0: as many as the time allows", .def = "1000"),
+    US_OPT_NUM("minutes", 0, "M", "stop after so many minutes, with the schedule cut to fit; 0: no limit",
+               .def = "0"),
+    US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "16", .min = 1, .max = 65536),
+    US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 2, .max = 131072),
+    US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 16,384 rows hold", .def = "0",
+               .max = 65536),
+    US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for the matrices of the layers; AdamW does the rest",
+                .def = "muon"),
+    US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express",
+                .def = "schulz"),
+    US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.003", .above_min = true),
+    US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
+    US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.02", .max = 1),
+    US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0.05", .max = 1),
+    US_OPT_NUM("decay", 0, "X", "weight decay", .def = "0.1"),
+    US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1"),
+    US_OPT_NUM("balance", 0, "X", "step of the router bias towards even expert loads", .def = "0.001"),
+    US_OPT_NUM("deviation", 0, "X", "of the initial weights; 0: 1/sqrt(inputs) of each matrix", .def = "0"),
+    US_OPT_ENUM("loss", 0, "all|marked", "train on all tokens, or on those that the shards mark",
+                .def = "all"),
+    US_OPT_FLAG("recompute", 0, "keep one layer's activations and compute the others again: less memory"),
+    US_OPT_GROUP("Progress"),
+    US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),
+    US_OPT_INT("save-every", 0, "N", "steps between saves of the state", .def = "100"),
+    US_OPT_FLAG("resume", 0, "continue the run in --state, if there is one"),
+    US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1),
+    US_OPT_INT("eval-every", 0, "N", "steps between evaluations on held-out text; 0: at the end alone",
+               .def = "0"),
+    US_OPT_INT("eval-windows", 0, "N", "held-out sequences of an evaluation on the way", .def = "32",
+               .min = 1),
+    US_OPT_FILE("log", 0, "FILE.tsv", "write the log as TSV"),
+    US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact"),
+    US_OPT_GROUP("Common options"),
+    US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
+    US_OPT_COMMON_OUT,
+    US_OPT_COMMON_TALK,
+    US_OPT_END,
+};
+
+enum { COLUMNS = 11 };
+static const char *const columns[COLUMNS] = {"step",         "tokens", "seconds",  "loss",
+                                             "rate",         "norm",   "heldout",  "bits_per_byte",
+                                             "tokens_per_s", "gflops", "imbalance"};
+
+struct job {
+  struct us_tool_run *run;
+  struct us_pretrain train;
+  struct us_table *table; /* --log */
+  struct us_progress progress;
+  double *rows; /* (count, COLUMNS) of the log */
+  size_t count, capacity;
+  bool failed; /* the log does not fit in memory */
+};
+
+/* --- log --- */
+
+static void keep_row(struct job *job, const double row[COLUMNS]) {
+  if (job->count == job->capacity) {
+    size_t capacity = job->capacity ? 2 * job->capacity : 256;
+    double *rows = realloc(job->rows, capacity * COLUMNS * sizeof *rows);
+    job->failed = job->failed || !rows;
+    if (!rows) return;
+    job->rows = rows;
+    job->capacity = capacity;
+  }
+  memcpy(job->rows + COLUMNS * job->count++, row, COLUMNS * sizeof *row);
+}
+
+static void on_log(void *arg, const struct us_pretrain_log *log) {
+  struct job *job = arg;
+  const double row[COLUMNS] = {
+      (double)log->step, (double)log->tokens, log->seconds,           log->loss,   log->rate,     log->norm,
+      log->heldout,      log->bits_per_byte,  log->tokens_per_second, log->gflops, log->imbalance};
+  keep_row(job, row);
+  for (int i = 0; job->table && i < COLUMNS; i++) {
+    if (i < 2)
+      us_table_int(job->table, (int64_t)row[i]);
+    else
+      us_table_num(job->table, row[i]);
+  }
+  us_progress_note(&job->progress, "loss %.3f", log->loss);
+  us_progress_set(&job->progress, log->step);
+  if (log->bits_per_byte == log->bits_per_byte)
+    us_log_notice(job->run->log, "step %llu: loss %.4f, held out %.4f nats a token, %.4f bits a byte",
+                  (unsigned long long)log->step, log->loss, log->heldout, log->bits_per_byte);
+  else
+    us_log_info(job->run->log, "step %llu: loss %.4f, norm %.3f, rate %.2e, %.0f tokens/s, %.1f GFLOP/s",
+                (unsigned long long)log->step, log->loss, log->norm, log->rate, log->tokens_per_second,
+                log->gflops);
+}
+
+static enum us_status write_run(const struct job *job, const char *path, const char *provenance,
+                                struct us_err *err) {
+  struct us_h5_writer *out = NULL;
+  double *column = malloc((job->count ? job->count : 1) * sizeof *column);
+  if (!column) return us_err_memory(err, "run log", job->count * sizeof *column);
+  enum us_status status = us_h5_create(path, "training-run", &out, err);
+  if (status == US_OK) status = us_h5_put_text(out, "provenance", provenance, err);
+  for (int i = 0; i < COLUMNS && status == US_OK; i++) {
+    char name[64];
+    for (size_t r = 0; r < job->count; r++) column[r] = job->rows[r * COLUMNS + (size_t)i];
+    snprintf(name, sizeof name, "log/%s", columns[i]);
+    status = us_h5_put(out, name, US_H5_F64, 1, (size_t[]){job->count}, column, err);
+  }
+  free(column);
+  if (status == US_OK) return us_h5_finish(out, err);
+  us_h5_abandon(out);
+  return status;
+}
+
+static enum us_status draw(const struct job *job, const char *path, const char *provenance,
+                           struct us_err *err) {
+  double *x = malloc((3 * job->count + 1) * sizeof *x), *loss = x + job->count, *heldout = loss + job->count;
+  if (!x) return us_err_memory(err, "plot", 3 * job->count * sizeof *x);
+  for (size_t r = 0; r < job->count; r++) {
+    x[r] = job->rows[r * COLUMNS + 1];
+    loss[r] = job->rows[r * COLUMNS + 3];
+    heldout[r] = job->rows[r * COLUMNS + 6];
+  }
+  struct us_plot_axes axes = {
+      .title = "Pretraining", .x_title = "training tokens", .y_title = "loss (nats a token)"};
+  struct us_plot_series series[2] = {
+      {.name = "training", .x = x, .y = loss, .n = job->count},
+      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = heldout, .n = job->count}};
+  enum us_status status = us_plot_xy(path, &axes, series, 2, provenance, err);
+  free(x);
+  return status;
+}
+
+/* --- what goes in --- */
+
+/* What must be the same when a run is resumed, as text that a message can show. */
+static void describe(const struct job *job, const char *data_sha256, char text[1024]) {
+  const struct us_pretrain *t = &job->train;
+  const struct us_trainer *r = &t->trainer;
+  snprintf(text, 1024,
+           "shape=%s data=%.16s seed=%llu steps=%llu minutes=%g batch=%zu length=%zu micro=%zu optimizer=%d "
+           "newton=%d "
+           "lr=%g schedule=%d warmup=%g floor=%g decay=%g clip=%g balance=%g deviation=%g marked=%d",
+           t->shape->name, data_sha256, (unsigned long long)t->seed, (unsigned long long)r->steps, r->minutes,
+           t->batch, t->length, t->micro, (int)r->optim.kind, (int)r->optim.newton, r->schedule.peak,
+           (int)r->schedule.kind, r->schedule.warmup, r->schedule.floor, r->optim.muon_decay, r->clip,
+           (double)t->balance_rate, (double)t->deviation, (int)t->marked_only);
+}
+
+static void read_options(struct job *job) {
+  struct us_opts *o = job->run->opts;
+  struct us_pretrain *t = &job->train;
+  t->batch = (size_t)us_opt_int(o, "batch");
+  t->length = (size_t)us_opt_int(o, "length");
+  t->micro = (size_t)us_opt_int(o, "micro");
+  t->seed = (uint64_t)us_opt_int(o, "seed");
+  t->deviation = (float)us_opt_num(o, "deviation");
+  t->balance_rate = (float)us_opt_num(o, "balance");
+  t->memory = us_opt_flag(o, "recompute") ? US_TRAIN_RECOMPUTE : US_TRAIN_SAVE;
+  t->marked_only = us_opt_choice(o, "loss") == 1;
+  t->eval_every = (uint64_t)us_opt_int(o, "eval-every");
+  t->eval_windows = (size_t)us_opt_int(o, "eval-windows");
+  t->log_every = (uint64_t)us_opt_int(o, "log-every");
+  t->resume = us_opt_flag(o, "resume");
+  struct us_trainer *r = &t->trainer;
+  r->optim = us_optim_default(us_opt_choice(o, "optimizer") == 0 ? US_OPTIM_MUON : US_OPTIM_ADAMW);
+  r->optim.newton = us_opt_choice(o, "newton") == 0 ? US_NEWTON_SCHULZ5 : US_NEWTON_POLAR_EXPRESS;
+  r->optim.adamw_decay = r->optim.muon_decay = us_opt_num(o, "decay");
+  r->schedule = (struct us_schedule){.kind = (enum us_schedule_kind)us_opt_choice(o, "schedule"),
+                                     .peak = us_opt_num(o, "lr"),
+                                     .floor = us_opt_num(o, "floor"),
+                                     .warmup = us_opt_num(o, "warmup")};
+  r->clip = us_opt_num(o, "clip");
+  r->steps = (uint64_t)us_opt_int(o, "steps");
+  r->minutes = us_opt_num(o, "minutes");
+  r->state_path = us_opt_str(o, "state");
+  r->save_every = (uint64_t)us_opt_int(o, "save-every");
+  t->on_log = on_log;
+  t->log_arg = job;
+  t->interrupted = us_tool_interrupted;
+}
+
+static enum us_status read_tokenizer(const char *path, const struct us_shards *shards, struct us_buffer *text,
+                                     struct us_err *err) {
+  char hex[US_SHA256_HEX];
+  if (!path) return US_OK;
+  enum us_status status = us_buffer_read_file(text, path, MAX_TOKENIZER, err);
+  if (status == US_OK) status = us_sha256_file(path, hex, err);
+  if (status == US_OK && strcmp(hex, us_shards_tokenizer_sha256(shards)) != 0)
+    return us_err_set(err, US_ERR_INPUT, "%s: sha256 is %s, the shards were made with %s", path, hex,
+                      us_shards_tokenizer_sha256(shards));
+  return status;
+}
+
+static enum us_status make_provenance(const struct job *job, const char *data, char **ret_text,
+                                      struct us_err *err) {
+  struct us_provenance *provenance = NULL;
+  char hex[US_SHA256_HEX], *options = us_opts_record(job->run->opts);
+  enum us_status status = options ? US_OK : us_err_memory(err, "options", 0);
+  if (status == US_OK)
+    status = us_provenance_create(job->run->name, job->run->argc, job->run->argv, options,
+                                  (uint64_t)us_opt_int(job->run->opts, "seed"), &provenance, err);
+  if (status == US_OK) status = us_record_hash(data, hex, err);
+  if (status == US_OK) status = us_provenance_add_parent(provenance, data, hex, "tokens", err);
+  *ret_text = status == US_OK ? us_provenance_text(provenance, err) : NULL;
+  if (status == US_OK && !*ret_text) status = err->status;
+  us_provenance_free(provenance);
+  free(options);
+  return status;
+}
+
+/* --- what comes out --- */
+
+static enum us_status write_model(struct job *job, struct us_buffer *tokenizer, const char *provenance,
+                                  struct us_err *err) {
+  const char *path = us_opt_str(job->run->opts, "output");
+  struct us_model *model = NULL;
+  enum us_status status = us_model_create(job->train.shape, &model, err);
+  if (status == US_OK) status = us_params_export(&job->train.params, model, err);
+  if (status == US_OK && tokenizer->size) {
+    model->tokenizer_json = strdup(tokenizer->data);
+    model->tokenizer_bytes = tokenizer->size;
+    if (!model->tokenizer_json) status = us_err_memory(err, "tokenizer", tokenizer->size);
+  }
+  if (status == US_OK) status = us_model_write(path, model, provenance, err);
+  us_model_free(model);
+  struct us_opts *o = job->run->opts;
+  if (status == US_OK && us_opt_str(o, "run")) status = write_run(job, us_opt_str(o, "run"), provenance, err);
+  if (status == US_OK && us_opt_str(o, "plot")) status = draw(job, us_opt_str(o, "plot"), provenance, err);
+  if (status != US_OK) return status;
+  return us_record_emit(job->run->out, us_opt_flag(o, "json"), path, "model", err);
+}
+
+static enum us_status open_log(struct job *job, FILE **ret_file, struct us_err *err) {
+  const char *path = us_opt_str(job->run->opts, "log");
+  if (!path) return US_OK;
+  *ret_file = fopen(path, job->train.resume ? "a" : "w");
+  if (!*ret_file) return us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
+  setvbuf(*ret_file, NULL, _IOLBF, 0);
+  return us_table_open(*ret_file, columns, COLUMNS, false, &job->table, err);
+}
+
+static enum us_status train(struct job *job, struct us_err *err) {
+  struct us_pool *pool = NULL;
+  FILE *file = NULL;
+  enum us_status status = us_pool_create((int)us_opt_int(job->run->opts, "threads"), &pool, err);
+  if (status == US_OK) status = open_log(job, &file, err);
+  if (status == US_OK) {
+    us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "training", "steps",
+                      job->train.trainer.steps);
+    status = us_pretrain(&job->train, pool, err);
+    us_progress_end(&job->progress);
+  }
+  if (job->table) {
+    struct us_err log_err = {0};
+    if (us_table_close(job->table, &log_err) != US_OK && status == US_OK)
+      status = us_err_set(err, log_err.status, "%s: %s", us_opt_str(job->run->opts, "log"), log_err.message);
+  }
+  if (file) fclose(file);
+  us_pool_free(pool);
+  if (status == US_OK && job->failed)
+    status = us_err_memory(err, "run log", job->count * COLUMNS * sizeof(double));
+  return status;
+}
+
+/* --dry-run: what the run would be. */
+static enum us_status print_plan(const struct job *job, struct us_err *err) {
+  static const char *const plan[] = {"shape",  "train_tokens", "heldout_tokens",
+                                     "tokens", "epochs",       "gflop_per_token"};
+  const struct us_pretrain *t = &job->train;
+  struct us_table *table;
+  enum us_status status =
+      us_table_open(job->run->out, plan, 6, us_opt_flag(job->run->opts, "json"), &table, err);
+  if (status != US_OK) return status;
+  double tokens = (double)t->trainer.steps * (double)t->batch * (double)t->length;
+  double available = (double)us_shards_tokens(t->shards, US_PART_TRAIN);
+  us_table_text(table, t->shape->name);
+  us_table_int(table, (int64_t)available);
+  us_table_int(table, (int64_t)us_shards_tokens(t->shards, US_PART_HELDOUT));
+  us_table_num(table, tokens);
+  us_table_num(table, tokens / available);
+  us_table_num(table, 3e-9 * us_model_train_flops(t->shape, 0.5 * (double)t->length));
+  return us_table_close(table, err);
+}
+
+static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err) {
+  struct us_opts *o = tool_run->opts;
+  struct job job = {.run = tool_run};
+  struct us_shape shape;
+  struct us_record data = {0};
+  struct us_shards *shards = NULL;
+  struct us_buffer tokenizer = {0};
+  char *provenance = NULL, hex[US_SHA256_HEX], options[1024];
+  enum us_status status = us_shape_load(us_opt_str(o, "shape"), &shape, err);
+  if (status == US_OK) status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &data, err);
+  if (status == US_OK) status = us_shards_open(data.path, &shards, err);
+  if (status == US_OK) status = read_tokenizer(us_opt_str(o, "tokenizer"), shards, &tokenizer, err);
+  if (status == US_OK) status = us_record_hash(data.path, hex, err);
+  if (status == US_OK) {
+    shape.precision = (struct us_precision){US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16,
+                                            US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_F32,  US_FORMAT_BF16};
+    job.train.shape = &shape;
+    job.train.shards = shards;
+    read_options(&job);
+    describe(&job, hex, options);
+    job.train.trainer.options = options;
+  }
+  if (status == US_OK && us_opt_flag(o, "dry-run")) {
+    status = print_plan(&job, err);
+  } else {
+    if (status == US_OK) status = make_provenance(&job, data.path, &provenance, err);
+    if (status == US_OK) status = train(&job, err);
+    if (status == US_OK) status = write_model(&job, &tokenizer, provenance, err);
+  }
+  us_pretrain_release(&job.train);
+  us_buffer_release(&tokenizer);
+  us_shards_close(shards);
+  us_record_release(&data);
+  free(provenance);
+  free(job.rows);
+  return status;
+}
+
+static const struct us_tool tool = {
+    .name = "us-pretrain",
+    .summary = "train a base model from scratch on token shards",
+    .description =
+        "Draws sequences from the training part of token shards, minimises the cross-entropy of the next "
+        "token, and "
+        "writes the model in bf16 (router in f32). Matrices of the layers are trained by Muon, the rest by "
+        "AdamW; "
+        "expert loads are evened out by the router's selection bias. The result is the same for any number "
+        "of "
+        "threads.\n\n"
+        "With --state the run is kept in two files that take turns, so that it can be killed at any moment "
+        "and resumed "
+        "to the same bits; a run limited by --minutes depends on the clock and is resumed without that "
+        "promise. A loss "
+        "or gradient that is not finite ends the run with the tensor's name; the last saved state stays.",
+    .examples =
+        "# 20 minutes on shards made by us-data\n"
+        "us-pretrain pico --data text.h5 --tokenizer tokenizer.json -o pico.h5 --steps 0 --minutes 20\n"
+        "# a run that can be killed and resumed\n"
+        "us-pretrain pico --data text.h5 -o pico.h5 --steps 4000 --state pico.state --resume",
+    .opts = opts,
+    .run = run_tool,
+};
+
+int main(int argc, char **argv) {
+  return us_tool_main(&tool, argc, argv);
+}

@@ -1,0 +1,96 @@
+/* trainer.c: what every training loop does around its forward and backward pass. */
+#include "training/trainer.h"
+
+#include <time.h>
+
+static double clock_now(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+enum us_status us_trainer_start(struct us_trainer *t, bool resume, struct us_err *err) {
+  if (!t->steps && !(t->minutes > 0.0))
+    return us_err_set(err, US_ERR_USAGE, "neither steps nor minutes are given");
+  t->step = t->tokens = 0;
+  t->saved = UINT64_MAX;
+  t->before = 0.0;
+  t->slot = 0;
+  if (t->state_path && !resume && us_train_state_exists(t->state_path))
+    return us_err_set(err, US_ERR_USAGE, "%s.0 or .1 holds an earlier run: resume it, or remove both",
+                      t->state_path);
+  if (t->state_path && resume) {
+    struct us_train_state state = {.params = t->params, .options = t->options};
+    bool found = false;
+    enum us_status status = us_train_state_read(t->state_path, &state, &found, err);
+    if (status != US_OK) return status;
+    t->step = state.step, t->tokens = state.tokens, t->before = state.seconds, t->slot = state.slot;
+    if (found) t->saved = state.step;
+  }
+  t->started = clock_now();
+  return US_OK;
+}
+
+double us_trainer_seconds(const struct us_trainer *t) {
+  return t->before + clock_now() - t->started;
+}
+
+double us_trainer_progress(const struct us_trainer *t) {
+  double by_steps = t->steps ? (double)t->step / (double)t->steps : 0.0;
+  double by_time = t->minutes > 0.0 ? us_trainer_seconds(t) / (60.0 * t->minutes) : 0.0;
+  double progress = by_steps > by_time ? by_steps : by_time;
+  return progress < 1.0 ? progress : 1.0;
+}
+
+bool us_trainer_done(const struct us_trainer *t) {
+  return (t->steps && t->step >= t->steps) ||
+         (t->minutes > 0.0 && us_trainer_seconds(t) >= 60.0 * t->minutes);
+}
+
+enum us_status us_trainer_open_step(struct us_trainer *t, struct us_err *err) {
+  enum us_status status = us_params_refresh(t->params, t->seq->pool, t->seq->rounding, err);
+  if (status != US_OK) {
+    us_err_prefix(err, "step %llu", (unsigned long long)t->step);
+    return status;
+  }
+  us_params_zero_grad(t->params, t->seq->pool);
+  return US_OK;
+}
+
+static enum us_status save(struct us_trainer *t, struct us_err *err) {
+  struct us_train_state state = {.params = t->params,
+                                 .options = t->options,
+                                 .step = t->step,
+                                 .tokens = t->tokens,
+                                 .seconds = us_trainer_seconds(t),
+                                 .slot = t->slot};
+  enum us_status status = us_train_state_write(t->state_path, &state, err);
+  if (status != US_OK) return status;
+  t->slot = state.slot;
+  t->saved = t->step;
+  return US_OK;
+}
+
+enum us_status us_trainer_close_step(struct us_trainer *t, double loss, uint64_t tokens, struct us_err *err) {
+  if (t->seq->failed) return us_err_memory(err, "scratch", 0);
+  t->norm = us_params_clip(t->params, t->seq->pool, t->clip);
+  if (!isfinite(loss) || !isfinite(t->norm)) {
+    const struct us_param *p = us_params_find_nonfinite(t->params, true);
+    return us_err_set(err, US_ERR_CHECK,
+                      "step %llu: loss %g, gradient of %s is not finite; nothing was updated",
+                      (unsigned long long)t->step, loss, p ? p->name : "no tensor");
+  }
+  /* The middle of the step: the first rate is not 0, the last not the floor's end. */
+  double half = t->steps ? 0.5 / (double)t->steps : 0.0;
+  t->rate = us_schedule_rate(&t->schedule, us_trainer_progress(t) + half);
+  t->optim.step = t->step + 1;
+  us_optim_step(&t->optim, t->params, t->rate, t->seq);
+  if (t->seq->failed) return us_err_memory(err, "scratch", 0);
+  t->step++;
+  t->tokens += tokens;
+  return t->state_path && t->save_every && t->step % t->save_every == 0 ? save(t, err) : US_OK;
+}
+
+enum us_status us_trainer_finish(struct us_trainer *t, struct us_err *err) {
+  return t->state_path && t->saved != t->step ? save(t, err) : US_OK;
+}

@@ -1,0 +1,60 @@
+/* trainer.h: what every training loop does around its forward and backward pass.
+ *
+ *     struct us_trainer t = {.params = &params, .seq = &seq, .optim = us_optim_default(US_OPTIM_MUON),
+ *                            .schedule = {...}, .clip = 1, .steps = 1000, .state_path = "run.state", .save_every = 100};
+ *     us_trainer_start(&t, resume, &err);
+ *     while (!us_trainer_done(&t)) {
+ *       us_trainer_open_step(&t, &err);                   // compute weights, zero gradients
+ *       ... forward and backward; everything random from (seed, t.step) ...
+ *       us_trainer_close_step(&t, loss, tokens, &err);    // finite? clip, update, save when due
+ *     }
+ *     us_trainer_finish(&t, &err);                          // a last save
+ *
+ * A run ends after `steps` or `minutes`, whichever comes first; the schedule follows the one that is further. A run by
+ * steps is bit-exact across kill and resume; one by minutes depends on the clock.
+ */
+#ifndef US_TRAINING_TRAINER_H
+#define US_TRAINING_TRAINER_H
+
+#include "training/optim.h"
+#include "training/schedule.h"
+#include "training/state.h"
+
+struct us_trainer {
+  struct us_params *params;
+  struct us_seq *seq;
+  struct us_optim optim;
+  struct us_schedule schedule;
+  double clip;            /* largest gradient norm; 0: none */
+  uint64_t steps;         /* 0: no limit by steps */
+  double minutes;         /* 0: no limit by time */
+  const char *state_path; /* NULL: keep no state */
+  uint64_t save_every;    /* steps between saves; 0: at the end alone */
+  const char *options;    /* us_train_state.options */
+
+  uint64_t step; /* steps taken */
+  uint64_t tokens;
+  double rate, norm; /* of the last step: learning rate and gradient norm before clipping */
+  double before;     /* seconds trained before this process */
+  double started;    /* clock at start */
+  uint64_t saved;    /* step of the last save; UINT64_MAX: none */
+  int slot;
+};
+
+/* Begin, or continue where the state files say. Without `resume`, existing state is US_ERR_USAGE; with it, missing state
+ * begins anew. One of steps and minutes must be set. */
+US_CHECKED enum us_status us_trainer_start(struct us_trainer *trainer, bool resume, struct us_err *err);
+
+/* Share of the run that lies behind, 0 to 1; seconds trained, earlier processes included. */
+double us_trainer_progress(const struct us_trainer *trainer);
+double us_trainer_seconds(const struct us_trainer *trainer);
+bool us_trainer_done(const struct us_trainer *trainer);
+
+US_CHECKED enum us_status us_trainer_open_step(struct us_trainer *trainer, struct us_err *err);
+
+/* US_ERR_CHECK when loss or gradient is not finite, naming the tensor: nothing is updated, the last save stays. */
+US_CHECKED enum us_status us_trainer_close_step(struct us_trainer *trainer, double loss, uint64_t tokens,
+                                                struct us_err *err);
+US_CHECKED enum us_status us_trainer_finish(struct us_trainer *trainer, struct us_err *err);
+
+#endif
