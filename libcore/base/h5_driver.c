@@ -93,12 +93,12 @@ static const H5FD_class_t driver_class = {
     .fl_map = H5FD_FLMAP_DICHOTOMY,
 };
 
-hid_t us_h5_driver_create(int fd, hid_t create, hid_t access) {
+hid_t us_h5_driver_create(int fd, hid_t create, hid_t access, hid_t *ret_driver) {
   hid_t driver = H5FDregister(&driver_class), file = H5I_INVALID_HID;
+  *ret_driver = driver;
   if (driver < 0) return H5I_INVALID_HID;
   char name[16];
   snprintf(name, sizeof name, "%d", fd);
   if (H5Pset_driver(access, driver, NULL) >= 0) file = H5Fcreate(name, H5F_ACC_TRUNC, create, access);
-  H5FDunregister(driver); /* the open file keeps its own reference */
   return file;
 }

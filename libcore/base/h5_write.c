@@ -34,7 +34,7 @@ struct us_h5_writer {
   struct us_atomic out;
   const char *path; /* out.path */
   char kind[US_H5_MAX_KIND + 1];
-  hid_t file;
+  hid_t file, driver; /* the driver outlives the file, see h5_driver.h */
   struct slot *slots;
   size_t slot_count, slot_capacity;
 };
@@ -99,14 +99,14 @@ static hid_t stored_type(enum us_h5_type type) {
 
 /* -- Files -- */
 
-static hid_t create_hdf5(int fd) {
+static hid_t create_hdf5(int fd, hid_t *ret_driver) {
   hid_t create = H5Pcreate(H5P_FILE_CREATE), access = H5Pcreate(H5P_FILE_ACCESS), file = H5I_INVALID_HID;
   if (create >= 0 && access >= 0 && H5Pset_userblock(create, US_H5_BLOCK_BYTES) >= 0 &&
       H5Pset_alignment(access, 1, US_H5_ALIGNMENT) >= 0 &&
       H5Pset_small_data_block_size(access, 0) >= 0 && /* every dataset gets an aligned place of its own */
       H5Pset_libver_bounds(access, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >=
           0) /* the subset that h5_read.c parses */
-    file = us_h5_driver_create(fd, create, access);
+    file = us_h5_driver_create(fd, create, access, ret_driver);
   if (create >= 0) H5Pclose(create);
   if (access >= 0) H5Pclose(access);
   return file;
@@ -118,6 +118,7 @@ static void writer_free(struct us_h5_writer *writer) {
     H5Fclose(writer->file);
     quiet_end(quiet);
   }
+  if (writer->driver >= 0) H5FDunregister(writer->driver);
   us_atomic_abandon(&writer->out);
   for (size_t i = 0; i < writer->slot_count; i++) {
     us_atomic_abandon(&writer->slots[i].side_file);
@@ -138,7 +139,7 @@ enum us_status us_h5_create(const char *path, const char *kind, struct us_h5_wri
     return us_err_set(err, US_ERR_USAGE, "%s: '%s' is not a kind of file", path, kind);
   struct us_h5_writer *writer = calloc(1, sizeof *writer);
   if (!writer) return us_err_memory(err, "a file writer", sizeof *writer);
-  writer->file = H5I_INVALID_HID;
+  writer->file = writer->driver = H5I_INVALID_HID;
   strcpy(writer->kind, kind);
   enum us_status status = us_atomic_open(path, &writer->out, err);
   if (status != US_OK) {
@@ -147,7 +148,7 @@ enum us_status us_h5_create(const char *path, const char *kind, struct us_h5_wri
   }
   writer->path = writer->out.path;
   struct quiet quiet = quiet_begin();
-  writer->file = create_hdf5(writer->out.fd);
+  writer->file = create_hdf5(writer->out.fd, &writer->driver);
   quiet_end(quiet);
   if (writer->file < 0) {
     writer_free(writer);
