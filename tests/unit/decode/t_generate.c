@@ -345,6 +345,7 @@ struct heard {
 static bool listen(void *arg, const struct us_text_event *event) {
   struct heard *h = arg;
   ck_assert_int_eq(h->finish, US_FINISH_NONE);
+  ck_assert_uint_le(event->bytes, sizeof h->text - h->bytes); /* what was sent cannot be taken back */
   memcpy(h->text + h->bytes, event->text, event->bytes);
   h->bytes += event->bytes;
   h->ids += event->count;
