@@ -41,15 +41,15 @@ static void group_codes(const float *w, uint8_t byte, uint32_t *codes) {
 }
 
 /* Squared error in units of the group's lower candidate scale: four FP64 lanes, i mod 4, added as (0+1) +
- * (2+3). */
+ * (2+3). The FP32 differences are exact: a value and its code differ by less than the value, in steps of
+ * the value's last bit. */
 static double group_error(const float *w, float inverse, float unit, const uint32_t *codes) {
+  float error[US_MXFP4_GROUP];
+  for (int i = 0; i < US_MXFP4_GROUP; i++)
+    error[i] = us_e2m1_to_f32((uint8_t)codes[i]) * unit - w[i] * inverse;
   double lane_sum[4] = {0};
   for (int i = 0; i < US_MXFP4_GROUP; i += 4)
-    for (int lane = 0; lane < 4; lane++) {
-      double value = (double)(us_e2m1_to_f32((uint8_t)codes[i + lane]) * unit);
-      double error = value - (double)(w[i + lane] * inverse);
-      lane_sum[lane] += error * error;
-    }
+    for (int lane = 0; lane < 4; lane++) lane_sum[lane] += (double)error[i + lane] * (double)error[i + lane];
   return (lane_sum[0] + lane_sum[1]) + (lane_sum[2] + lane_sum[3]);
 }
 
@@ -96,10 +96,12 @@ void us_mxfp4_decode(const uint8_t *codes, const uint8_t *scales, size_t K, floa
     float scale = us_e8m0_to_f32(scales[g]);
     const uint8_t *in = codes + g * (US_MXFP4_GROUP / 2);
     float *out = values + g * US_MXFP4_GROUP;
+    uint8_t code[US_MXFP4_GROUP]; /* unpacked first, so that the loop over values is one vector loop */
     for (int i = 0; i < US_MXFP4_GROUP / 2; i++) {
-      out[2 * i] = us_e2m1_to_f32(in[i] & 15u) * scale;
-      out[2 * i + 1] = us_e2m1_to_f32(in[i] >> 4) * scale;
+      code[2 * i] = in[i] & 15u;
+      code[2 * i + 1] = in[i] >> 4;
     }
+    for (int i = 0; i < US_MXFP4_GROUP; i++) out[i] = us_e2m1_to_f32(code[i]) * scale;
   }
 }
 
