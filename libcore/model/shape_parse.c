@@ -24,21 +24,25 @@ static struct us_config rope_config(struct us_config *c, const char *kind) {
                             .status = c->status};
 }
 
-/* Theta and rotary dimensions of one kind of layer. */
+/* Theta and rotary dimensions of one kind of layer. def_theta 0: theta must be there. */
 static void parse_rotation(struct us_config *c, const char *kind, const char *theta_key, double def_theta,
                            struct us_attention_shape *a) {
-  double factor;
-  if (us_config_get(c, "rope_parameters") && !us_config_get(c, theta_key)) {
+  double factor = us_config_real_or(c, "partial_rotary_factor", 1, 0, 1);
+  bool published = us_config_get(c, theta_key) != NULL;
+  if (published) a->rope_theta = us_config_real(c, theta_key, 1, 1e12);
+  if (us_config_get(c, "rope_parameters")) {
     struct us_config rope = rope_config(c, kind);
     us_config_expect_string(&rope, "rope_type", "default");
-    a->rope_theta = us_config_real(&rope, "rope_theta", 1, 1e12);
-    factor = us_config_real_or(&rope, "partial_rotary_factor",
-                               us_config_real_or(c, "partial_rotary_factor", 1, 0, 1), 0, 1);
+    double theta = us_config_real(&rope, "rope_theta", 1, 1e12);
+    if (published && theta != a->rope_theta)
+      us_config_fail(&rope, "rope_theta", "differs from %s", theta_key);
+    a->rope_theta = theta;
+    factor = us_config_real_or(&rope, "partial_rotary_factor", factor, 0, 1);
     if (c->status == US_OK) c->status = rope.status;
-  } else {
-    a->rope_theta = def_theta > 0 ? us_config_real_or(c, theta_key, def_theta, 1, 1e12)
-                                  : us_config_real(c, theta_key, 1, 1e12);
-    factor = us_config_real_or(c, "partial_rotary_factor", 1, 0, 1);
+  } else if (!published && def_theta > 0) {
+    a->rope_theta = def_theta;
+  } else if (!published) {
+    us_config_fail(c, theta_key, "missing");
   }
   a->rotary_dim = us_config_rotary_dim(a->qk_dim, factor);
 }
@@ -99,17 +103,24 @@ static void parse_attention(struct us_config *c, bool flash, struct us_shape *s)
 
 /* --- layers --- */
 
+/* A pattern of 0 and 1 under its published key, as words under transformers' key, or both if they agree. */
+static void parse_pattern(struct us_config *c, const char *flags_key, const char *words_key, const char *zero,
+                          const char *one, uint32_t layers, uint8_t *ret_flags) {
+  if (!us_config_get(c, words_key)) {
+    us_config_flags(c, flags_key, layers, ret_flags);
+    return;
+  }
+  us_config_choices(c, words_key, layers, zero, one, ret_flags);
+  if (!us_config_get(c, flags_key) || c->status != US_OK) return;
+  uint8_t flags[US_MAX_LAYERS] = {0};
+  us_config_flags(c, flags_key, layers, flags);
+  if (memcmp(flags, ret_flags, layers) != 0) us_config_fail(c, words_key, "differs from %s", flags_key);
+}
+
 static void parse_patterns(struct us_config *c, struct us_shape *s) {
-  if (us_config_get(c, "layer_types") && !us_config_get(c, "hybrid_layer_pattern")) {
-    us_config_choices(c, "layer_types", s->layers, "full_attention", "sliding_attention", s->swa_layer);
-  } else {
-    us_config_flags(c, "hybrid_layer_pattern", s->layers, s->swa_layer);
-  }
-  if (us_config_get(c, "mlp_layer_types") && !us_config_get(c, "moe_layer_freq")) {
-    us_config_choices(c, "mlp_layer_types", s->layers, "dense", "sparse", s->moe_layer);
-  } else {
-    us_config_flags(c, "moe_layer_freq", s->layers, s->moe_layer);
-  }
+  parse_pattern(c, "hybrid_layer_pattern", "layer_types", "full_attention", "sliding_attention", s->layers,
+                s->swa_layer);
+  parse_pattern(c, "moe_layer_freq", "mlp_layer_types", "dense", "sparse", s->layers, s->moe_layer);
 }
 
 static void parse_mlp(struct us_config *c, struct us_shape *s) {
@@ -276,6 +287,9 @@ static void parse_shape(struct us_config *c, struct us_shape *s) {
   s->max_positions = us_config_u32(c, "max_position_embeddings", 1, 1u << 30);
   const char *eps = us_config_get(c, "layernorm_epsilon") ? "layernorm_epsilon" : "rms_norm_eps";
   s->norm_eps = us_config_real(c, us_config_get(c, eps) ? eps : "layernorm_epsilon", 1e-12, 1);
+  if (us_config_real_or(c, "rms_norm_eps", s->norm_eps, 1e-12, 1) != s->norm_eps) {
+    us_config_fail(c, "rms_norm_eps", "differs from layernorm_epsilon");
+  }
   us_config_expect_false(c, "tie_word_embeddings");
   s->stop_count = us_config_ids(c, "eos_token_id", US_MAX_STOP_IDS, MANY, s->stop_ids);
   parse_patterns(c, s);

@@ -161,6 +161,28 @@ static void print_stop_ids(json_t *o, const struct us_shape *s) {
   json_object_set_new(o, "eos_token_id", ids);
 }
 
+static json_t *choices(const uint8_t *values, uint32_t count, const char *zero, const char *one) {
+  json_t *array = json_array();
+  for (uint32_t i = 0; i < count; i++) json_array_append_new(array, json_string(values[i] ? one : zero));
+  return array;
+}
+
+static json_t *rope_parameters(const struct us_attention_shape *a) {
+  return json_pack("{s:s, s:f, s:f}", "rope_type", "default", "rope_theta", a->rope_theta,
+                   "partial_rotary_factor", us_config_rotary_factor(a->qk_dim, a->rotary_dim));
+}
+
+/* The same facts in the keys that transformers 5 reads, so that it loads a mimo_v2_flash folder as it is. */
+static void print_for_transformers(json_t *o, const struct us_shape *s) {
+  json_object_set_new(o, "layer_types",
+                      choices(s->swa_layer, s->layers, "full_attention", "sliding_attention"));
+  json_object_set_new(o, "mlp_layer_types", choices(s->moe_layer, s->layers, "dense", "sparse"));
+  json_object_set_new(o, "rope_parameters",
+                      json_pack("{s:o, s:o}", "full_attention", rope_parameters(&s->full),
+                                "sliding_attention", rope_parameters(&s->swa)));
+  set_real(o, "rms_norm_eps", s->norm_eps);
+}
+
 enum us_status us_shape_print(const struct us_shape *s, char **ret_json, struct us_err *err) {
   *ret_json = NULL;
   enum us_status status = us_shape_check(s, err);
@@ -186,6 +208,7 @@ enum us_status us_shape_print(const struct us_shape *s, char **ret_json, struct 
   print_mlp(o, s);
   set_real(o, "layernorm_epsilon", s->norm_eps);
   set_int(o, "max_position_embeddings", s->max_positions);
+  if (flash) print_for_transformers(o, s);
   print_stop_ids(o, s);
   set_bool(o, "tie_word_embeddings", false);
   print_precision(o, s);
