@@ -1,6 +1,7 @@
-/* linear_avx2.c: y = x W^T with AVX2 and fma; 16 registers hold 2 x 2 accumulators of two registers each. */
-#define LINEAR_OUTS  2
-#define LINEAR_BATCH 2
+/* linear_avx2.c: y = x W^T with AVX2 and fma; of 16 registers, 2 x 2 accumulators of two registers each take half. */
+#define LINEAR_OUTS       2
+#define LINEAR_WIDE_OUTS  2
+#define LINEAR_WIDE_BATCH 2
 #include "kernels/linear/linear_simd.h"
 
 void us_linear_avx2(const struct us_linear_args *args) {

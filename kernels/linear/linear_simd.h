@@ -1,8 +1,8 @@
 /* linear_simd.h: y = x W^T over 16 lanes, one source for AVX2 and AVX-512.
  *
  * Bound: one row streams the weights (MXFP4: 17 bytes a group of 32) from memory; from 4 rows on, fma. OUTS output rows are
- * taken at once, so that the fma latency of one lane's chain (2 a group) hides behind the others'; each group is decoded
- * once for up to BATCH token rows.
+ * taken at once, so that the fma latency of one lane's chain (2 a group) hides behind the others'; a decoded group serves
+ * up to WIDE_BATCH token rows, WIDE_OUTS output rows at once.
  *
  * Contents: decoding a group; dots of a block; tails; the loop.
  */
@@ -222,26 +222,32 @@ VEC16_INLINE void dot_block(const struct us_linear_args *args, enum us_format fo
 
 /* ---- The loop ---- */
 
-/* All token rows against `outs` weight rows from n on. */
-VEC16_INLINE void dot_rows(const struct us_linear_args *args, enum us_format format, size_t n,
-                           const size_t outs) {
-  size_t r = 0;
-  for (; r + LINEAR_BATCH <= args->R; r += LINEAR_BATCH) dot_block(args, format, n, r, outs, LINEAR_BATCH);
-  for (; r + 2 <= args->R; r += 2) dot_block(args, format, n, r, outs, 2);
-  for (; r < args->R; r++) dot_block(args, format, n, r, outs, 1);
+/* `batch` token rows from r on against the whole range, `outs` weight rows at a time. */
+VEC16_INLINE void dot_range(const struct us_linear_args *args, enum us_format format, size_t r,
+                            const size_t outs, const size_t batch) {
+  size_t n = args->begin;
+  for (; n + outs <= args->end; n += outs) dot_block(args, format, n, r, outs, batch);
+  for (; n < args->end; n++) dot_block(args, format, n, r, 1, batch);
 }
 
-#define DEFINE_LINEAR(name, format, outs)                                                                    \
+/* The tile's weights stay in the second-level cache while the next token rows pass. */
+#define DEFINE_LINEAR(name, format)                                                                          \
   static void name(const struct us_linear_args *args) {                                                      \
-    size_t n = args->begin;                                                                                  \
-    for (; n + (outs) <= args->end; n += (outs)) dot_rows(args, format, n, outs);                            \
-    for (; n < args->end; n++) dot_rows(args, format, n, 1);                                                 \
+    size_t r = 0;                                                                                            \
+    for (; r + LINEAR_WIDE_BATCH <= args->R; r += LINEAR_WIDE_BATCH)                                         \
+      dot_range(args, format, r, LINEAR_WIDE_OUTS, LINEAR_WIDE_BATCH);                                       \
+    if (LINEAR_WIDE_BATCH > 4 && r + 4 <= args->R) {                                                         \
+      dot_range(args, format, r, LINEAR_OUTS, 4);                                                            \
+      r += 4;                                                                                                \
+    }                                                                                                        \
+    for (; r + 2 <= args->R; r += 2) dot_range(args, format, r, LINEAR_OUTS, 2);                             \
+    for (; r < args->R; r++) dot_range(args, format, r, LINEAR_OUTS, 1);                                     \
   }
 
-DEFINE_LINEAR(linear_f32, US_FORMAT_F32, LINEAR_OUTS)
-DEFINE_LINEAR(linear_bf16, US_FORMAT_BF16, LINEAR_OUTS)
-DEFINE_LINEAR(linear_fp8, US_FORMAT_FP8, LINEAR_OUTS)
-DEFINE_LINEAR(linear_mxfp4, US_FORMAT_MXFP4, LINEAR_OUTS)
+DEFINE_LINEAR(linear_f32, US_FORMAT_F32)
+DEFINE_LINEAR(linear_bf16, US_FORMAT_BF16)
+DEFINE_LINEAR(linear_fp8, US_FORMAT_FP8)
+DEFINE_LINEAR(linear_mxfp4, US_FORMAT_MXFP4)
 
 static void linear_any(const struct us_linear_args *args) {
   switch (args->w->format) {
