@@ -58,7 +58,8 @@ enum us_status us_atomic_open(const char *path, struct us_atomic *ret_out, struc
   *ret_out = (struct us_atomic){.fd = -1, .path = strdup(path)};
   if (!ret_out->path) return us_err_memory(err, "a path", strlen(path));
   struct stat info;
-  if (stat(path, &info) == 0 && !S_ISREG(info.st_mode)) { /* a rename over /dev/null would remove the device */
+  if (stat(path, &info) == 0 &&
+      !S_ISREG(info.st_mode)) { /* a rename over /dev/null would remove the device */
     us_atomic_abandon(ret_out);
     return us_err_set(err, US_ERR_IO, "%s: cannot create: it is %s", path,
                       S_ISDIR(info.st_mode) ? "a folder" : "not a regular file");

@@ -16,13 +16,13 @@ extern "C" {
 
 enum us_status {
   US_OK = 0,
-  US_ERR_CHECK = 1,      /* a check failed: the answer is no */
-  US_ERR_USAGE = 2,      /* the command line or an argument is wrong */
-  US_ERR_INPUT = 3,      /* a file's content is bad */
-  US_ERR_IO = 4,         /* the system refused to read or write */
-  US_ERR_DEVICE = 5,     /* the GPU, or a check of the engine */
-  US_ERR_MEMORY = 6,     /* out of memory */
-  US_INTERRUPTED = 130,  /* SIGINT or SIGTERM */
+  US_ERR_CHECK = 1,     /* a check failed: the answer is no */
+  US_ERR_USAGE = 2,     /* the command line or an argument is wrong */
+  US_ERR_INPUT = 3,     /* a file's content is bad */
+  US_ERR_IO = 4,        /* the system refused to read or write */
+  US_ERR_DEVICE = 5,    /* the GPU, or a check of the engine */
+  US_ERR_MEMORY = 6,    /* out of memory */
+  US_INTERRUPTED = 130, /* SIGINT or SIGTERM */
 };
 
 #define US_ERR_MESSAGE_MAX 1024
@@ -33,13 +33,15 @@ struct us_err {
 };
 
 #define US_CHECKED __attribute__((warn_unused_result))
+
 #define US_PRINTF(format_arg, first_arg) __attribute__((format(printf, format_arg, first_arg)))
 
 /* Set status and message; a NULL err only passes the status on. Returns status, so that `return us_err_set(...)`. */
 enum us_status us_err_set(struct us_err *err, enum us_status status, const char *format, ...) US_PRINTF(3, 4);
 
 /* As us_err_set, then ": " and strerror(errno) as it was on entry. ENOMEM becomes US_ERR_MEMORY. */
-enum us_status us_err_errno(struct us_err *err, enum us_status status, const char *format, ...) US_PRINTF(3, 4);
+enum us_status us_err_errno(struct us_err *err, enum us_status status, const char *format, ...)
+    US_PRINTF(3, 4);
 
 /* Put "prefix: " before the message, truncating its end if it must. Returns err->status. */
 enum us_status us_err_prefix(struct us_err *err, const char *format, ...) US_PRINTF(2, 3);

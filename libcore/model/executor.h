@@ -36,22 +36,22 @@ struct us_observer {
 
 /* A target pass: K/V of all rows are appended first, then each row attends to positions <= its own. */
 struct us_pass {
-  const struct us_row *rows; /* (R) rows of one or several sequences; rows of one sequence have ascending positions */
+  const struct us_row *rows; /* (R) of one or several sequences; those of one have ascending positions */
   size_t R;
-  float *logits;             /* (R, N) written; NULL if not wanted */
+  float *logits;              /* (R, N) written; NULL if not wanted */
   const uint8_t *want_logits; /* (R) 1: compute this row's logits; NULL: all rows */
-  float *taps;               /* (R, taps * D) residual stream after the drafter's tap layers; NULL if not wanted */
-  uint32_t *routed;          /* (L, R, K) expert ids chosen, ascending; UINT32_MAX in dense layers; NULL if not wanted */
+  float *taps;      /* (R, taps * D) residual stream after the drafter's tap layers; NULL if not wanted */
+  uint32_t *routed; /* (L, R, K) expert ids, ascending; UINT32_MAX in dense layers; NULL if not wanted */
   const struct us_observer *observer; /* NULL if not wanted */
-  bool prefill; /* prompt rows, for the prefill kernels: one sequence, one chunk between absolute multiples of 512 */
+  bool prefill; /* prompt rows, for the prefill kernels: one sequence, one chunk between multiples of 512 */
 };
 
 /* Drafter context: features of committed tokens at positions [position, position + R) become context K/V. */
 struct us_draft_context {
-  struct us_kv *kv;   /* the drafter's cache of this sequence */
+  struct us_kv *kv; /* the drafter's cache of this sequence */
   uint32_t position;
   size_t R;
-  const float *taps;  /* (R, taps * D) */
+  const float *taps; /* (R, taps * D) */
 };
 
 /* A draft pass: block rows [anchor, mask x (B-1)] at positions p .. p+B-1; context strictly before p. The block's own
@@ -69,7 +69,8 @@ struct us_executor;
 
 struct us_executor_ops {
   enum us_status (*forward)(struct us_executor *ex, const struct us_pass *pass, struct us_err *err);
-  enum us_status (*draft_context)(struct us_executor *ex, const struct us_draft_context *context, struct us_err *err);
+  enum us_status (*draft_context)(struct us_executor *ex, const struct us_draft_context *context,
+                                  struct us_err *err);
   enum us_status (*draft)(struct us_executor *ex, const struct us_draft_pass *pass, struct us_err *err);
   void (*free)(struct us_executor *ex);
 };
@@ -83,8 +84,9 @@ struct us_executor {
 };
 
 /* The reference forward pass: operation by operation, in the order of the formulas. Borrows model, draft and pool. */
-US_CHECKED enum us_status us_executor_create_reference(const struct us_model *model, const struct us_draft *opt_draft,
-                                                       struct us_pool *pool, enum us_rounding rounding,
+US_CHECKED enum us_status us_executor_create_reference(const struct us_model *model,
+                                                       const struct us_draft *opt_draft, struct us_pool *pool,
+                                                       enum us_rounding rounding,
                                                        struct us_executor **ret_executor, struct us_err *err);
 
 #endif

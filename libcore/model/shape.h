@@ -56,8 +56,8 @@ struct us_shape {
   bool norm_topk_prob;              /* divide the chosen scores by (their sum + 1e-20) */
   double routed_scaling;            /* factor on the routing weights, 1 if the config has null */
   double norm_eps;
-  double value_scale; /* V rows are multiplied by it before they are cached; 1 if the config has none */
-  uint32_t qkv_chunks; /* fused qkv_proj: number of [Q_c | K_c | V_c] chunks; 0: split q_proj, k_proj, v_proj */
+  double value_scale;  /* V rows are multiplied by it before they are cached; 1 if the config has none */
+  uint32_t qkv_chunks; /* fused qkv_proj: number of [Q_c | K_c | V_c] chunks; 0: split projections */
   uint32_t max_positions;
   uint32_t stop_ids[US_MAX_STOP_IDS]; /* end-of-sequence ids */
   uint32_t stop_count;
@@ -70,12 +70,13 @@ struct us_draft_shape {
   uint32_t hidden; /* equals the target's */
   uint32_t vocab;  /* the target's embedding and head are used */
   uint32_t inner;
-  struct us_attention_shape attention; /* window counts positions back from the query; sinks on every layer if set */
+  /* The window counts positions back from the query; sinks on every layer if set. */
+  struct us_attention_shape attention;
   double norm_eps;
   double value_scale;
-  uint32_t block;                 /* anchor + block-1 masks, at most US_MAX_BLOCK */
-  uint32_t mask_id;               /* token id that stands for a mask; its vector comes from the side file */
-  uint32_t taps;                  /* how many target layers are tapped */
+  uint32_t block;                  /* anchor + block-1 masks, at most US_MAX_BLOCK */
+  uint32_t mask_id;                /* token id that stands for a mask; its vector comes from the side file */
+  uint32_t taps;                   /* how many target layers are tapped */
   uint32_t tap_layer[US_MAX_TAPS]; /* 0-based: the residual stream after that layer, before the final norm */
   uint32_t target_layers;
 };
@@ -92,27 +93,31 @@ static inline uint32_t us_attention_qkv_rows(const struct us_attention_shape *a)
 
 /* Where a head's rows start in the projection's output, laid out as `chunks` runs of [Q_c | K_c | V_c] (split
  * projections are one chunk). */
-static inline uint32_t us_attention_q_row(const struct us_attention_shape *a, uint32_t chunks, uint32_t q_head) {
+static inline uint32_t us_attention_q_row(const struct us_attention_shape *a, uint32_t chunks,
+                                          uint32_t q_head) {
   uint32_t c = chunks ? chunks : 1, per = a->q_heads / c, chunk = q_head / per;
   return chunk * (us_attention_qkv_rows(a) / c) + (q_head % per) * a->qk_dim;
 }
-static inline uint32_t us_attention_k_row(const struct us_attention_shape *a, uint32_t chunks, uint32_t kv_head) {
+static inline uint32_t us_attention_k_row(const struct us_attention_shape *a, uint32_t chunks,
+                                          uint32_t kv_head) {
   uint32_t c = chunks ? chunks : 1, per = a->kv_heads / c, chunk = kv_head / per;
   return chunk * (us_attention_qkv_rows(a) / c) + a->q_heads / c * a->qk_dim + (kv_head % per) * a->qk_dim;
 }
-static inline uint32_t us_attention_v_row(const struct us_attention_shape *a, uint32_t chunks, uint32_t kv_head) {
+static inline uint32_t us_attention_v_row(const struct us_attention_shape *a, uint32_t chunks,
+                                          uint32_t kv_head) {
   uint32_t c = chunks ? chunks : 1, per = a->kv_heads / c, chunk = kv_head / per;
-  return chunk * (us_attention_qkv_rows(a) / c) + (a->q_heads / c + per) * a->qk_dim + (kv_head % per) * a->v_dim;
+  return chunk * (us_attention_qkv_rows(a) / c) + (a->q_heads / c + per) * a->qk_dim +
+         (kv_head % per) * a->v_dim;
 }
 
 /* Check ranges and divisibility (H % G, K <= E, D and inner sizes multiples of 32, ...). US_ERR_INPUT names the field. */
 US_CHECKED enum us_status us_shape_check(const struct us_shape *shape, struct us_err *err);
-US_CHECKED enum us_status us_draft_shape_check(const struct us_draft_shape *draft, const struct us_shape *target,
-                                               struct us_err *err);
+US_CHECKED enum us_status us_draft_shape_check(const struct us_draft_shape *draft,
+                                               const struct us_shape *target, struct us_err *err);
 
 /* Parse a config.json (model types mimo_v2, mimo_v2_flash), or a drafter's. `name` is for messages. */
-US_CHECKED enum us_status us_shape_parse(const char *json, size_t bytes, const char *name, struct us_shape *ret_shape,
-                                         struct us_err *err);
+US_CHECKED enum us_status us_shape_parse(const char *json, size_t bytes, const char *name,
+                                         struct us_shape *ret_shape, struct us_err *err);
 US_CHECKED enum us_status us_draft_shape_parse(const char *json, size_t bytes, const char *name,
                                                struct us_draft_shape *ret_draft, struct us_err *err);
 
@@ -123,6 +128,7 @@ US_CHECKED enum us_status us_draft_shape_print(const struct us_draft_shape *draf
 
 /* Load a shape: a path to a JSON file or to a folder with config.json, else the name of a file in the installed shapes
  * folder (data/shapes, or $ULTRASPEED_DATA/shapes). */
-US_CHECKED enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape, struct us_err *err);
+US_CHECKED enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape,
+                                        struct us_err *err);
 
 #endif

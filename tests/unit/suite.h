@@ -25,14 +25,14 @@ static inline Suite *us_suite(const char *name, TCase *tcase) {
   return suite;
 }
 
-#define US_TEST_MAIN(make_suite)                                                                                     \
-  int main(void) {                                                                                                   \
-    fprintf(stderr, "seed %llu\n", (unsigned long long)us_test_seed());                                              \
-    SRunner *runner = srunner_create(make_suite());                                                                  \
-    srunner_run_all(runner, CK_NORMAL);                                                                              \
-    int failed = srunner_ntests_failed(runner);                                                                      \
-    srunner_free(runner);                                                                                            \
-    return failed ? 1 : 0;                                                                                           \
+#define US_TEST_MAIN(make_suite)                                                                             \
+  int main(void) {                                                                                           \
+    fprintf(stderr, "seed %llu\n", (unsigned long long)us_test_seed());                                      \
+    SRunner *runner = srunner_create(make_suite());                                                          \
+    srunner_run_all(runner, CK_NORMAL);                                                                      \
+    int failed = srunner_ntests_failed(runner);                                                              \
+    srunner_free(runner);                                                                                    \
+    return failed ? 1 : 0;                                                                                   \
   }
 
 #endif

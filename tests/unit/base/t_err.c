@@ -44,7 +44,9 @@ START_TEST(a_long_message_is_cut_not_overrun) {
 }
 END_TEST
 
-START_TEST(a_null_err_is_allowed) { ck_assert_int_eq(us_err_set(NULL, US_ERR_IO, "x"), US_ERR_IO); }
+START_TEST(a_null_err_is_allowed) {
+  ck_assert_int_eq(us_err_set(NULL, US_ERR_IO, "x"), US_ERR_IO);
+}
 END_TEST
 
 static Suite *make_suite(void) {
