@@ -195,6 +195,41 @@ START_TEST(a_nan_in_a_weight_names_the_tensor) {
 }
 END_TEST
 
+START_TEST(a_drafter_converts_by_the_rule_draft) {
+  struct us_draft_shape shape = {.layers = 1,
+                                 .hidden = 64,
+                                 .vocab = 512,
+                                 .inner = 96,
+                                 .norm_eps = 1e-5,
+                                 .value_scale = 1,
+                                 .block = 4,
+                                 .mask_id = 1,
+                                 .taps = 1,
+                                 .target_layers = 4,
+                                 .attention = {.q_heads = 4,
+                                               .kv_heads = 2,
+                                               .qk_dim = 16,
+                                               .v_dim = 16,
+                                               .rotary_dim = 8,
+                                               .rope_theta = 10000,
+                                               .window = 32}};
+  struct us_draft *draft = NULL, *converted = NULL;
+  struct us_precision_rules rules = parse("draft=fp8"), wrong = parse("experts=fp8");
+  struct us_err err = {0};
+  ck_assert_int_eq(us_draft_random(&shape, US_FORMAT_BF16, 1, NULL, &draft, NULL), US_OK);
+  ck_assert_int_eq(us_draft_convert(draft, &(struct us_convert){.rules = &rules}, NULL, &converted, &err),
+                   US_OK);
+  ck_assert_int_eq(converted->fc.format, US_FORMAT_FP8);
+  ck_assert_int_eq(converted->layers[0].down.format, US_FORMAT_FP8);
+  ck_assert_mem_eq(converted->mask_embedding, draft->mask_embedding, 64 * sizeof(float));
+  us_draft_free(converted);
+  ck_assert_int_eq(us_draft_convert(draft, &(struct us_convert){.rules = &wrong}, NULL, &converted, &err),
+                   US_ERR_USAGE);
+  ck_assert_ptr_null(converted);
+  us_draft_free(draft);
+}
+END_TEST
+
 /* --- counting --- */
 
 START_TEST(pro_counts_to_the_published_total) {
@@ -300,6 +335,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, a_rule_that_matches_nothing_is_an_error, 0, sizeof bad_match / sizeof *bad_match);
   tcase_add_test(c, the_table_says_what_conversion_then_does);
   tcase_add_test(c, conversion_equals_encoding_the_whole_matrix);
+  tcase_add_test(c, a_drafter_converts_by_the_rule_draft);
   tcase_add_test(c, a_nan_in_a_weight_names_the_tensor);
   tcase_add_test(c, pro_counts_to_the_published_total);
   tcase_add_test(c, pro_activates_42_billion);
