@@ -1,10 +1,8 @@
-/* philox.h: counter-based random numbers (Philox4x32-10) and the noise of sampling, the same bits on CPU and
- * GPU.
+/* philox.h: counter-based random numbers (Philox4x32-10) and the noise of sampling, the same bits on CPU and GPU.
  *
  *     struct us_philox_key key = us_philox_key(request_seed);
  *     uint32_t bits = us_philox_token(key, position, sample, token, US_STREAM_SAMPLE);
- *     float score = logit / temperature + us_gumbel_bits(bits);    // the largest score is a draw from the
- * softmax
+ *     float score = logit / temperature + us_gumbel_bits(bits);    // the largest score is a draw from the softmax
  *
  * Nothing has a state: a number is a function of (seed, position, sample index, token id, stream), so the
  * order of evaluation, the number of rows and the device do not matter. Generator: Salmon et al., "Parallel

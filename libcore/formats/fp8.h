@@ -4,8 +4,7 @@
  *     uint8_t code = us_fp8_from_f32(w / scale);
  *     float w_back = us_fp8_to_f32(code) * scale;      // FP32-rounded: what every engine multiplies by
  *
- * E4M3 "fn": bias 7, no Inf, NaN is 0x7f and 0xff, largest value 448, subnormals in steps of 2^-9. The
- * scalar
+ * E4M3 "fn": bias 7, no Inf, NaN is 0x7f and 0xff, largest value 448, subnormals in steps of 2^-9. The scalar
  * functions are compiled for host and device. No function allocates.
  */
 #ifndef US_FORMATS_FP8_H
@@ -67,8 +66,7 @@ static US_HD float us_fp8_block_scale(float amax, enum us_fp8_scale kind) {
   return scale;
 }
 
-/* Rows of the scale grid of a matrix of `rows` rows: ceil(chunk_rows / 128) a chunk, where the grid
- * restarts
+/* Rows of the scale grid of a matrix of `rows` rows: ceil(chunk_rows / 128) a chunk, where the grid restarts
  * after every chunk_rows rows (fused qkv); 0 means one chunk. */
 static US_HD size_t us_fp8_scale_rows(size_t rows, size_t chunk_rows) {
   if (!chunk_rows || rows <= chunk_rows) return (rows + US_FP8_BLOCK - 1) / US_FP8_BLOCK;
@@ -76,8 +74,7 @@ static US_HD size_t us_fp8_scale_rows(size_t rows, size_t chunk_rows) {
   return rows / chunk_rows * per_chunk + (rows % chunk_rows + US_FP8_BLOCK - 1) / US_FP8_BLOCK;
 }
 
-/* Encode one block of rows x cols (at most 128 x 128) that starts at `values` and has `stride` values a
- * row.
+/* Encode one block of rows x cols (at most 128 x 128) that starts at `values` and has `stride` values a row.
  *   codes  (rows, code_stride)  written
  *   scale  written
  * A NaN or Inf is US_ERR_INPUT; its place in the block is left in *opt_bad_row and *opt_bad_col. */
@@ -91,8 +88,7 @@ US_CHECKED enum us_status us_fp8_encode(const float *values, size_t rows, size_t
                                         enum us_fp8_scale kind, uint8_t *codes, float *scales,
                                         struct us_err *err);
 
-/* Decode n codes of one row whose scales are scales[0 .. ceil(n/128)): the FP32-rounded product code *
- * scale.
+/* Decode n codes of one row whose scales are scales[0 .. ceil(n/128)): the FP32-rounded product code * scale.
  */
 void us_fp8_decode(const uint8_t *codes, const float *scales, size_t n, float *values);
 

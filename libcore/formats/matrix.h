@@ -71,15 +71,13 @@ struct us_matrix_encoding {
   size_t scale_chunk_rows;       /* FP8 */
 };
 
-/* Whether a matrix of this shape can have this encoding: US_ERR_USAGE otherwise (MXFP4 wants K a multiple
- * of
+/* Whether a matrix of this shape can have this encoding: US_ERR_USAGE otherwise (MXFP4 wants K a multiple of
  * 32). */
 US_CHECKED enum us_status us_matrix_encoding_check(const struct us_matrix_encoding *encoding, size_t cols,
                                                    struct us_err *err);
 
 /* Encode (N, K) FP32 values into buffers of us_matrix_data_bytes and us_matrix_scale_bytes (scales may be
- * NULL where there are none). NaN or Inf is US_ERR_INPUT and names row and column. Threads may share a
- * matrix
+ * NULL where there are none). NaN or Inf is US_ERR_INPUT and names row and column. Threads may share a matrix
  * by rows, cut at multiples of us_matrix_row_grain, each calling this on its part. */
 US_CHECKED enum us_status us_matrix_encode(const float *values, size_t rows, size_t cols,
                                            const struct us_matrix_encoding *encoding, void *data,
@@ -88,16 +86,14 @@ US_CHECKED enum us_status us_matrix_encode(const float *values, size_t rows, siz
 /* Rows may be cut at multiples of this many: 1, or for FP8 128 (scale_chunk_rows if the grid restarts). */
 size_t us_matrix_row_grain(const struct us_matrix_encoding *encoding);
 
-/* decode(encode(values)) by the same code, a piece at a time, without allocating: what training multiplies
- * by
+/* decode(encode(values)) by the same code, a piece at a time, without allocating: what training multiplies by
  * is what the exported file decodes to, bit for bit. `out` (N, K) may be `values`. Same errors as
  * us_matrix_encode. */
 US_CHECKED enum us_status us_matrix_fake_quant(const float *values, size_t rows, size_t cols,
                                                const struct us_matrix_encoding *encoding, float *out,
                                                struct us_err *err);
 
-/* Read every weight once: NaN or Inf values or codes, scale byte 255, scales that are not finite and
- * positive
+/* Read every weight once: NaN or Inf values or codes, scale byte 255, scales that are not finite and positive
  * are US_ERR_INPUT and name the row and the column or block. */
 US_CHECKED enum us_status us_matrix_check(const struct us_matrix *w, struct us_err *err);
 

@@ -4,13 +4,9 @@
  *     if (us_mxfp4_encode(w, K, US_SCALE_MSE, codes, scales, &err) != US_OK) return err.status;
  *     us_mxfp4_decode(codes, scales, K, w_back);      // w_back is what every engine multiplies by
  *
- * Low nibble first, scales beside the codes (OCP MX v1.0 section 6.3). Codes 0..7 are 0 .5 1 1.5 2 3 4 6,
- * bit
- * 3 is the sign, which is kept (a negative value that rounds to zero is -0, code 8; +0 is code 0). Scale
- * byte
- * b is 2^(b-127); 255 is NaN and refused. The scalar functions are compiled for host and device. No
- * function
- * allocates.
+ * Low nibble first, scales beside the codes (OCP MX v1.0 section 6.3). Codes 0..7 are 0 .5 1 1.5 2 3 4 6, bit
+ * 3 is the sign, which is kept (a negative value that rounds to zero is -0, code 8; +0 is code 0). Scale byte
+ * b is 2^(b-127); 255 is NaN and refused. The scalar functions are compiled for host and device. No function allocates.
  */
 #ifndef US_FORMATS_MXFP4_H
 #define US_FORMATS_MXFP4_H
@@ -25,8 +21,7 @@ extern "C" {
 #define US_MXFP4_GROUP     32
 #define US_MXFP4_SCALE_NAN 255
 
-/* How the exponent s of a block's scale follows from a = max |w|. Decoders do not care which made a file.
- * */
+/* How the exponent s of a block's scale follows from a = max |w|. Decoders do not care which made a file. */
 enum us_scale_rule {
   US_SCALE_MSE,   /* floor or floor + 1, whichever has the smaller squared error; a tie takes floor (the
                      default) */
@@ -76,8 +71,7 @@ static US_HD uint8_t us_e2m1_from_f32(float x) {
 }
 
 /* Scale byte of a block whose largest magnitude is amax (finite, >= 0), by its exponent and fraction bits;
- * for MSE it is the lower candidate. Bytes below 0 are clamped to 0, so a zero or tiny block gets byte 0;
- * 255
+ * for MSE it is the lower candidate. Bytes below 0 are clamped to 0, so a zero or tiny block gets byte 0; 255
  * cannot occur. */
 static US_HD uint8_t us_mxfp4_scale_byte(float amax, enum us_scale_rule rule) {
   uint32_t bits = us_f32_bits(amax), fraction = bits & 0x7fffffu, up = 0;
