@@ -25,7 +25,7 @@ struct us_run_entry {
   const char *id, *scenario;
   const char *answer; /* NULL without */
   uint32_t turn, sample;
-  bool best; /* of the samples of its prompt, by mean log-probability */
+  bool best; /* of the samples of its prompt, by mean log-probability; false if that was not computed */
   const int32_t *prompt, *ids;
   size_t prompt_count, count;
   const char *text;

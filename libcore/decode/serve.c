@@ -146,7 +146,8 @@ static enum us_status write_request(struct batch *b, size_t request) {
                                  .answer = c->prompt->answer,
                                  .turn = b->turn,
                                  .sample = s,
-                                 .best = s == result->best,
+                                 .best = s == result->best &&
+                                         (result->samples == 1 || b->requests[request].logprobs),
                                  .prompt = c->ids.ids,
                                  .prompt_count = c->ids.count,
                                  .settings_json = b->settings_json};
