@@ -8,6 +8,7 @@
  */
 #include "base/bandwidth.h"
 #include "kernels/experts/experts.h"
+#include "kernels/registry.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,7 +56,8 @@ static struct us_matrix new_matrix(size_t N, size_t K, uint64_t *state) {
 }
 
 static void build_pool(struct bench *b) {
-  const size_t each = 3 * ((size_t)D * F / 2 + (size_t)D * F / 32);
+  const struct us_op_dims one = {.format = US_FORMAT_MXFP4, .D = D, .F = F, .active = 1};
+  size_t each = (size_t)us_op_find("experts")->bytes(&one);
   uint64_t state = 1;
   b->E = (uint32_t)((b->bytes + each - 1) / each);
   b->bytes = b->E * each;
