@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <hdf5.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +35,9 @@ struct us_h5_writer {
   struct us_atomic out;
   const char *path; /* out.path */
   char kind[US_H5_MAX_KIND + 1];
-  hid_t file, driver; /* the driver outlives the file, see h5_driver.h */
+  struct us_h5_driver driver; /* outlives the file, see h5_driver.h */
+  hid_t file;
+  _Atomic bool broken; /* data is missing: the file must not be finished */
   struct slot *slots;
   size_t slot_count, slot_capacity;
 };
@@ -99,26 +102,33 @@ static hid_t stored_type(enum us_h5_type type) {
 
 /* -- Files -- */
 
-static hid_t create_hdf5(int fd, hid_t *ret_driver) {
+static hid_t create_hdf5(struct us_h5_driver *driver) {
   hid_t create = H5Pcreate(H5P_FILE_CREATE), access = H5Pcreate(H5P_FILE_ACCESS), file = H5I_INVALID_HID;
   if (create >= 0 && access >= 0 && H5Pset_userblock(create, US_H5_BLOCK_BYTES) >= 0 &&
       H5Pset_alignment(access, 1, US_H5_ALIGNMENT) >= 0 &&
       H5Pset_small_data_block_size(access, 0) >= 0 && /* every dataset gets an aligned place of its own */
       H5Pset_libver_bounds(access, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18) >=
           0) /* the subset that h5_read.c parses */
-    file = us_h5_driver_create(fd, create, access, ret_driver);
+    file = us_h5_driver_create(driver, create, access);
   if (create >= 0) H5Pclose(create);
   if (access >= 0) H5Pclose(access);
   return file;
 }
 
+/* Let libhdf5 write what it still holds; false, with errno, if that or any earlier write of metadata failed. */
+static bool close_hdf5(struct us_h5_writer *writer) {
+  if (writer->file < 0) return true;
+  struct quiet quiet = quiet_begin();
+  bool ok = H5Fclose(writer->file) >= 0;
+  us_h5_driver_release(&writer->driver);
+  quiet_end(quiet);
+  writer->file = H5I_INVALID_HID;
+  errno = writer->driver.failure ? writer->driver.failure : EIO;
+  return ok && !writer->driver.failure;
+}
+
 static void writer_free(struct us_h5_writer *writer) {
-  if (writer->file >= 0) {
-    struct quiet quiet = quiet_begin();
-    H5Fclose(writer->file);
-    quiet_end(quiet);
-  }
-  if (writer->driver >= 0) H5FDunregister(writer->driver);
+  close_hdf5(writer);
   us_atomic_abandon(&writer->out);
   for (size_t i = 0; i < writer->slot_count; i++) {
     us_atomic_abandon(&writer->slots[i].side_file);
@@ -139,7 +149,7 @@ enum us_status us_h5_create(const char *path, const char *kind, struct us_h5_wri
     return us_err_set(err, US_ERR_USAGE, "%s: '%s' is not a kind of file", path, kind);
   struct us_h5_writer *writer = calloc(1, sizeof *writer);
   if (!writer) return us_err_memory(err, "a file writer", sizeof *writer);
-  writer->file = writer->driver = H5I_INVALID_HID;
+  writer->file = H5I_INVALID_HID;
   strcpy(writer->kind, kind);
   enum us_status status = us_atomic_open(path, &writer->out, err);
   if (status != US_OK) {
@@ -147,8 +157,9 @@ enum us_status us_h5_create(const char *path, const char *kind, struct us_h5_wri
     return status;
   }
   writer->path = writer->out.path;
+  writer->driver.fd = writer->out.fd;
   struct quiet quiet = quiet_begin();
-  writer->file = create_hdf5(writer->out.fd, &writer->driver);
+  writer->file = create_hdf5(&writer->driver);
   quiet_end(quiet);
   if (writer->file < 0) {
     writer_free(writer);
@@ -287,6 +298,7 @@ enum us_status us_h5_write(struct us_h5_writer *writer, size_t index, size_t fir
                       count, slot->count);
   size_t size = us_h5_type_size(slot->type);
   if (us_atomic_write(writer->out.fd, data, count * size, slot->offset + first * size)) return US_OK;
+  writer->broken = true;
   return us_err_errno(err, US_ERR_IO, "%s: %s: cannot write", writer->path, slot->name);
 }
 
@@ -321,8 +333,10 @@ enum us_status us_h5_append(struct us_h5_writer *writer, size_t index, size_t ro
   if (slot->side_file.fd < 0 || __builtin_mul_overflow(rows, slot->row, &more) ||
       __builtin_add_overflow(slot->count, more, &count) || __builtin_mul_overflow(count, size, &bytes))
     return us_err_set(err, US_ERR_USAGE, "%s: %s: cannot append %zu rows", writer->path, slot->name, rows);
-  if (!us_atomic_write(slot->side_file.fd, data, more * size, slot->count * size))
+  if (!us_atomic_write(slot->side_file.fd, data, more * size, slot->count * size)) {
+    writer->broken = true;
     return us_err_errno(err, US_ERR_IO, "%s: %s: cannot append", writer->path, slot->name);
+  }
   slot->count = count;
   slot->dims[0] += rows;
   return US_OK;
@@ -412,15 +426,13 @@ static enum us_status write_user_block(struct us_h5_writer *writer, const struct
 
 static enum us_status finish(struct us_h5_writer *writer, struct us_err *err) {
   enum us_status status = US_OK;
+  if (writer->broken)
+    status = us_err_set(err, US_ERR_IO, "%s: not finished: an earlier write failed", writer->path);
   for (size_t i = 0; i < writer->slot_count && status == US_OK; i++)
     if (writer->slots[i].side_file.fd >= 0) status = lay_down_stream(writer, &writer->slots[i], err);
-  struct quiet quiet = quiet_begin();
-  bool closed = H5Fclose(writer->file) >= 0;
-  quiet_end(quiet);
-  writer->file = H5I_INVALID_HID;
+  bool closed = close_hdf5(writer);
   if (status != US_OK) return status;
-  if (!closed)
-    return us_err_set(err, US_ERR_IO, "%s: libhdf5 cannot write the metadata (disk full?)", writer->path);
+  if (!closed) return us_err_errno(err, US_ERR_IO, "%s: cannot write the metadata", writer->path);
   struct us_h5_block block = {0};
   memcpy(block.kind, writer->kind, sizeof block.kind);
   status = write_table(writer, &block, err);

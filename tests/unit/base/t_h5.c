@@ -380,6 +380,32 @@ START_TEST(a_killed_writer_leaves_nothing) {
 }
 END_TEST
 
+START_TEST(metadata_on_a_full_disk_is_an_io_error_and_leaves_nothing) {
+  make_folder();
+  pid_t child = fork();
+  if (child == 0) { /* ends by exit: libhdf5's handler must find nothing left to write */
+    signal(SIGXFSZ, SIG_IGN);
+    struct us_h5_writer *writer;
+    if (us_h5_create(path, "test", &writer, &err) != US_OK) _exit(10);
+    char name[16];
+    for (int i = 0; i < 200; i++) {
+      snprintf(name, sizeof name, "g%d/x", i);
+      if (us_h5_put(writer, name, US_H5_U8, 1, (size_t[]){1}, "x", &err) != US_OK) _exit(11);
+    }
+    setrlimit(RLIMIT_FSIZE, &(struct rlimit){20000, 20000});
+    if (us_h5_finish(writer, &err) != US_ERR_IO) _exit(12);
+    if (!strstr(err.message, path) || !strstr(err.message, "File too large")) _exit(13);
+    exit(0);
+  }
+  int status;
+  waitpid(child, &status, 0);
+  ck_assert(WIFEXITED(status));
+  ck_assert_int_eq(WEXITSTATUS(status), 0);
+  ck_assert_int_eq(count_files(), 0);
+  remove_folder();
+}
+END_TEST
+
 START_TEST(a_full_disk_is_an_io_error_and_leaves_nothing) {
   make_folder();
   pid_t child = fork();
@@ -749,6 +775,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, bad_names_and_dims_are_usage_errors);
   tcase_add_test(c, an_abandoned_file_leaves_the_old_one);
   tcase_add_test(c, a_killed_writer_leaves_nothing);
+  tcase_add_test(c, metadata_on_a_full_disk_is_an_io_error_and_leaves_nothing);
   tcase_add_test(c, a_full_disk_is_an_io_error_and_leaves_nothing);
   tcase_add_test(c, a_folder_that_is_not_there_is_an_io_error);
   tcase_add_test(c, another_kind_is_refused);
