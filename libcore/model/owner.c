@@ -8,6 +8,9 @@
  * maps lazily, so that a zeroed gigabyte costs nothing until it is written. */
 #define CHUNK_BYTES ((size_t)1 << 18)
 
+/* No tensor is larger; a size that a bad file made up is refused here. */
+#define LARGEST ((size_t)1 << 39)
+
 struct chunk {
   struct chunk *next;
   unsigned char *begin; /* aligned */
@@ -43,7 +46,7 @@ static struct chunk *add_chunk(struct us_owner *owner, size_t size) {
 }
 
 enum us_status us_owner_alloc(struct us_owner *owner, size_t bytes, void **ret_memory, struct us_err *err) {
-  if (bytes > SIZE_MAX / 2) return us_err_memory(err, "weights", bytes);
+  if (bytes > LARGEST) return us_err_memory(err, "weights", bytes);
   size_t need = (bytes + US_OWNER_ALIGN - 1) & ~(size_t)(US_OWNER_ALIGN - 1);
   if (need == 0) need = US_OWNER_ALIGN;
   struct chunk *c = owner->chunks;

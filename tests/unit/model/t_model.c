@@ -103,24 +103,30 @@ START_TEST(a_bad_shape_creates_nothing) {
 }
 END_TEST
 
-START_TEST(memory_is_aligned_zeroed_and_apart) {
+static size_t size_of(int i) {
   static const size_t sizes[] = {1, 64, 100, 70000, 3, 300000, 65, 1 << 20, 0, 17};
+  return i < 20 ? sizes[i % 10] : sizes[i % 10] % 1000;
+}
+
+static bool all_bytes_are(const unsigned char *memory, size_t n, unsigned char value) {
+  for (size_t i = 0; i < n; i++)
+    if (memory[i] != value) return false;
+  return true;
+}
+
+START_TEST(memory_is_aligned_zeroed_and_apart) {
   struct us_owner *owner = NULL;
   unsigned char *memory[1000];
   ck_assert_int_eq(us_owner_create(&owner, NULL), US_OK);
   for (int i = 0; i < 1000; i++) {
-    size_t n = sizes[i % 10];
     void *p = NULL;
-    ck_assert_int_eq(us_owner_alloc(owner, i < 100 ? n : n % 1000, &p, NULL), US_OK);
+    ck_assert_int_eq(us_owner_alloc(owner, size_of(i), &p, NULL), US_OK);
     ck_assert_uint_eq((uintptr_t)p % 64, 0);
-    memory[i] = p;
-    for (size_t b = 0; b < (i < 100 ? n : n % 1000); b++) ck_assert_uint_eq(memory[i][b], 0);
-    memset(p, i % 255 + 1, i < 100 ? n : n % 1000);
+    ck_assert(all_bytes_are(p, size_of(i), 0));
+    memory[i] = memset(p, i % 255 + 1, size_of(i));
   }
-  for (int i = 0; i < 1000; i++) {
-    size_t n = i < 100 ? sizes[i % 10] : sizes[i % 10] % 1000;
-    for (size_t b = 0; b < n; b++) ck_assert_uint_eq(memory[i][b], i % 255 + 1);
-  }
+  for (int i = 0; i < 1000; i++)
+    ck_assert(all_bytes_are(memory[i], size_of(i), (unsigned char)(i % 255 + 1)));
   us_owner_free(owner);
 }
 END_TEST
