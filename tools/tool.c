@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define EXIT_SIGPIPE 141 /* 128 + SIGPIPE: what the shell reports for a reader that left */
 
@@ -39,11 +40,14 @@ static void print_error(const char *name, const char *message) {
 
 /* Flush and close stdout: a full disk often shows only here. Returns the exit code, `status` if all went well. */
 static int close_stdout(const char *name, int status) {
-  errno = 0;
   bool failed = ferror(stdout) != 0;
+  if (failed)
+    fputc('\n', stdout); /* the reason of an earlier failure is lost: one more byte asks for it again */
+  errno = 0;
   failed = fclose(stdout) != 0 || failed;
   if (!failed || errno == EBADF) return status; /* EBADF: started without a stdout */
   if (errno == EPIPE) return status ? status : EXIT_SIGPIPE;
+  if (status == US_ERR_IO) return status; /* the tool said so */
   char message[256];
   snprintf(message, sizeof message, "cannot write standard output%s%s", errno ? ": " : "",
            errno ? strerror(errno) : "");
@@ -104,6 +108,9 @@ int us_tool_main(const struct us_tool *tool, int argc, char **argv) {
                           .version = us_version(),
                           .table = tool->opts};
   install_signals();
+  /* A help page fits, so that a full disk shows at the end, where its reason is still known. */
+  static char buffer[1 << 16];
+  if (!isatty(fileno(stdout))) setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
   if (print_page(tool, &doc, argc, argv)) return close_stdout(tool->name, 0);
   struct us_err err = {0};
   struct us_opts *opts = NULL;
