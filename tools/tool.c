@@ -56,7 +56,7 @@ static int close_stdout(const char *name, int status) {
 }
 
 /* The words that print a page instead of running; they stand alone on the command line. */
-static bool print_page(const struct us_tool *tool, const struct us_optdoc *doc, int argc, char *const *argv) {
+static bool print_page(const struct us_optdoc *doc, int argc, char *const *argv) {
   if (argc != 2) return false;
   if (strcmp(argv[1], "--man") == 0)
     us_optdoc_man(doc, stdout);
@@ -111,7 +111,7 @@ int us_tool_main(const struct us_tool *tool, int argc, char **argv) {
   /* A help page fits, so that a full disk shows at the end, where its reason is still known. */
   static char buffer[1 << 16];
   if (!isatty(fileno(stdout))) setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
-  if (print_page(tool, &doc, argc, argv)) return close_stdout(tool->name, 0);
+  if (print_page(&doc, argc, argv)) return close_stdout(tool->name, 0);
   struct us_err err = {0};
   struct us_opts *opts = NULL;
   enum us_status status = us_opts_parse(tool->opts, argc, argv, &opts, &err);
