@@ -32,7 +32,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     expected = (const uint8_t *)t->data + t->bytes;
     if (us_safetensors_find(st, t->name) != t) abort();
     if (us_safetensor_expect(t, t->dtype, t->ndim, t->dims, &err) != US_OK) abort();
-    sum += touch(t);
+    sum = sum + touch(t);
   }
   if (expected && expected != data + size) abort();
   us_safetensors_close(st);
