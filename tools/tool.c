@@ -1,6 +1,7 @@
 /* tool.c: what every tool's main does. */
 #include "tools/tool.h"
 #include "base/optdoc.h"
+#include "base/record.h"
 #include "base/version.h"
 
 #include <errno.h>
@@ -75,6 +76,23 @@ static bool has_flag(const struct us_tool *tool, struct us_opts *opts, const cha
 
 static size_t verbosity(const struct us_tool *tool, struct us_opts *opts) {
   return has_flag(tool, opts, "verbose") ? us_opt_count(opts, "verbose") : 0;
+}
+
+enum us_status us_tool_provenance(struct us_tool_run *run, uint64_t seed,
+                                  struct us_provenance **ret_provenance, struct us_err *err) {
+  char *options = us_opts_record(run->opts);
+  if (!options) return us_err_memory(err, "options", 0);
+  enum us_status status =
+      us_provenance_create(run->name, run->argc, run->argv, options, seed, ret_provenance, err);
+  free(options);
+  return status;
+}
+
+enum us_status us_tool_add_parent(struct us_provenance *provenance, const char *path, const char *kind,
+                                  struct us_err *err) {
+  char hex[US_SHA256_HEX];
+  enum us_status status = us_record_hash(path, hex, err);
+  return status == US_OK ? us_provenance_add_parent(provenance, path, hex, kind, err) : status;
 }
 
 static enum us_status run_tool(const struct us_tool *tool, struct us_opts *opts, int argc, char *const *argv,

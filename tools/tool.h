@@ -20,6 +20,7 @@
 #include "base/err.h"
 #include "base/log.h"
 #include "base/opt.h"
+#include "base/provenance.h"
 #include <stdbool.h>
 #include <stdio.h>
 
@@ -45,6 +46,14 @@ struct us_tool {
 
 /* The whole of main. Returns the exit code. */
 int us_tool_main(const struct us_tool *tool, int argc, char **argv);
+
+/* Provenance of what this run makes: tool, version, arguments, options, seed. */
+US_CHECKED enum us_status us_tool_provenance(struct us_tool_run *run, uint64_t seed,
+                                             struct us_provenance **ret_provenance, struct us_err *err);
+
+/* Hash the artefact at `path` and name it as a parent. */
+US_CHECKED enum us_status us_tool_add_parent(struct us_provenance *provenance, const char *path,
+                                             const char *kind, struct us_err *err);
 
 /* True once SIGINT or SIGTERM arrived; long loops look at it between steps and end with US_INTERRUPTED. A second signal
  * ends the process at once. Can be passed to the library as its `interrupted` callback. */

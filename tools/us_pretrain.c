@@ -1,6 +1,5 @@
 /* us-pretrain: a base model from scratch on token shards. */
 #include "base/buffer.h"
-#include "base/h5.h"
 #include "base/plot.h"
 #include "base/progress.h"
 #include "base/provenance.h"
@@ -9,8 +8,8 @@
 #include "model/checkpoint.h"
 #include "tools/tool.h"
 #include "training/pretrain.h"
+#include "training/run_log.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -72,39 +71,18 @@ static const char *const columns[COLUMNS] = {"step",         "tokens", "seconds"
 struct job {
   struct us_tool_run *run;
   struct us_pretrain train;
-  struct us_table *table; /* --log */
+  struct us_run_log log;
   struct us_progress progress;
-  double *rows; /* (count, COLUMNS) of the log */
-  size_t count, capacity;
-  bool failed; /* the log does not fit in memory */
 };
 
 /* --- log --- */
-
-static void keep_row(struct job *job, const double row[COLUMNS]) {
-  if (job->count == job->capacity) {
-    size_t capacity = job->capacity ? 2 * job->capacity : 256;
-    double *rows = realloc(job->rows, capacity * COLUMNS * sizeof *rows);
-    job->failed = job->failed || !rows;
-    if (!rows) return;
-    job->rows = rows;
-    job->capacity = capacity;
-  }
-  memcpy(job->rows + COLUMNS * job->count++, row, COLUMNS * sizeof *row);
-}
 
 static void on_log(void *arg, const struct us_pretrain_log *log) {
   struct job *job = arg;
   const double row[COLUMNS] = {
       (double)log->step, (double)log->tokens, log->seconds,           log->loss,   log->rate,     log->norm,
       log->heldout,      log->bits_per_byte,  log->tokens_per_second, log->gflops, log->imbalance};
-  keep_row(job, row);
-  for (int i = 0; job->table && i < COLUMNS; i++) {
-    if (i < 2)
-      us_table_int(job->table, (int64_t)row[i]);
-    else
-      us_table_num(job->table, row[i]);
-  }
+  us_run_log_add(&job->log, row);
   us_progress_note(&job->progress, "loss %.3f", log->loss);
   us_progress_set(&job->progress, log->step);
   if (log->bits_per_byte == log->bits_per_byte)
@@ -116,39 +94,19 @@ static void on_log(void *arg, const struct us_pretrain_log *log) {
                 log->gflops);
 }
 
-static enum us_status write_run(const struct job *job, const char *path, const char *provenance,
-                                struct us_err *err) {
-  struct us_h5_writer *out = NULL;
-  double *column = malloc((job->count ? job->count : 1) * sizeof *column);
-  if (!column) return us_err_memory(err, "run log", job->count * sizeof *column);
-  enum us_status status = us_h5_create(path, "training-run", &out, err);
-  if (status == US_OK) status = us_h5_put_text(out, "provenance", provenance, err);
-  for (int i = 0; i < COLUMNS && status == US_OK; i++) {
-    char name[64];
-    for (size_t r = 0; r < job->count; r++) column[r] = job->rows[r * COLUMNS + (size_t)i];
-    snprintf(name, sizeof name, "log/%s", columns[i]);
-    status = us_h5_put(out, name, US_H5_F64, 1, (size_t[]){job->count}, column, err);
-  }
-  free(column);
-  if (status == US_OK) return us_h5_finish(out, err);
-  us_h5_abandon(out);
-  return status;
-}
-
 static enum us_status draw(const struct job *job, const char *path, const char *provenance,
                            struct us_err *err) {
-  double *x = malloc((3 * job->count + 1) * sizeof *x), *loss = x + job->count, *heldout = loss + job->count;
-  if (!x) return us_err_memory(err, "plot", 3 * job->count * sizeof *x);
-  for (size_t r = 0; r < job->count; r++) {
-    x[r] = job->rows[r * COLUMNS + 1];
-    loss[r] = job->rows[r * COLUMNS + 3];
-    heldout[r] = job->rows[r * COLUMNS + 6];
-  }
+  size_t n = job->log.count;
+  double *x = malloc((3 * n + 1) * sizeof *x);
+  if (!x) return us_err_memory(err, "plot", 3 * n * sizeof *x);
+  us_run_log_column(&job->log, 1, x);
+  us_run_log_column(&job->log, 3, x + n);
+  us_run_log_column(&job->log, 6, x + 2 * n);
   struct us_plot_axes axes = {
       .title = "Pretraining", .x_title = "training tokens", .y_title = "loss (nats a token)"};
   struct us_plot_series series[2] = {
-      {.name = "training", .x = x, .y = loss, .n = job->count},
-      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = heldout, .n = job->count}};
+      {.name = "training", .x = x, .y = x + n, .n = n},
+      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = x + 2 * n, .n = n}};
   enum us_status status = us_plot_xy(path, &axes, series, 2, provenance, err);
   free(x);
   return status;
@@ -218,17 +176,12 @@ static enum us_status read_tokenizer(const char *path, const struct us_shards *s
 static enum us_status make_provenance(const struct job *job, const char *data, char **ret_text,
                                       struct us_err *err) {
   struct us_provenance *provenance = NULL;
-  char hex[US_SHA256_HEX], *options = us_opts_record(job->run->opts);
-  enum us_status status = options ? US_OK : us_err_memory(err, "options", 0);
-  if (status == US_OK)
-    status = us_provenance_create(job->run->name, job->run->argc, job->run->argv, options,
-                                  (uint64_t)us_opt_int(job->run->opts, "seed"), &provenance, err);
-  if (status == US_OK) status = us_record_hash(data, hex, err);
-  if (status == US_OK) status = us_provenance_add_parent(provenance, data, hex, "tokens", err);
+  uint64_t seed = (uint64_t)us_opt_int(job->run->opts, "seed");
+  enum us_status status = us_tool_provenance(job->run, seed, &provenance, err);
+  if (status == US_OK) status = us_tool_add_parent(provenance, data, "tokens", err);
   *ret_text = status == US_OK ? us_provenance_text(provenance, err) : NULL;
   if (status == US_OK && !*ret_text) status = err->status;
   us_provenance_free(provenance);
-  free(options);
   return status;
 }
 
@@ -248,41 +201,29 @@ static enum us_status write_model(struct job *job, struct us_buffer *tokenizer, 
   if (status == US_OK) status = us_model_write(path, model, provenance, err);
   us_model_free(model);
   struct us_opts *o = job->run->opts;
-  if (status == US_OK && us_opt_str(o, "run")) status = write_run(job, us_opt_str(o, "run"), provenance, err);
+  if (status == US_OK && us_opt_str(o, "run"))
+    status = us_run_log_write(&job->log, us_opt_str(o, "run"), provenance, err);
   if (status == US_OK && us_opt_str(o, "plot")) status = draw(job, us_opt_str(o, "plot"), provenance, err);
   if (status != US_OK) return status;
   return us_record_emit(job->run->out, us_opt_flag(o, "json"), path, "model", err);
 }
 
-static enum us_status open_log(struct job *job, FILE **ret_file, struct us_err *err) {
-  const char *path = us_opt_str(job->run->opts, "log");
-  if (!path) return US_OK;
-  *ret_file = fopen(path, job->train.resume ? "a" : "w");
-  if (!*ret_file) return us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
-  setvbuf(*ret_file, NULL, _IOLBF, 0);
-  return us_table_open(*ret_file, columns, COLUMNS, false, &job->table, err);
-}
-
 static enum us_status train(struct job *job, struct us_err *err) {
   struct us_pool *pool = NULL;
-  FILE *file = NULL;
-  enum us_status status = us_pool_create((int)us_opt_int(job->run->opts, "threads"), &pool, err);
-  if (status == US_OK) status = open_log(job, &file, err);
+  struct us_opts *o = job->run->opts;
+  struct us_err log_err = {0};
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &pool, err);
+  if (status == US_OK)
+    status = us_run_log_open(&job->log, columns, COLUMNS, us_opt_str(o, "log"), job->train.resume, err);
   if (status == US_OK) {
     us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "training", "steps",
                       job->train.trainer.steps);
     status = us_pretrain(&job->train, pool, err);
     us_progress_end(&job->progress);
   }
-  if (job->table) {
-    struct us_err log_err = {0};
-    if (us_table_close(job->table, &log_err) != US_OK && status == US_OK)
-      status = us_err_set(err, log_err.status, "%s: %s", us_opt_str(job->run->opts, "log"), log_err.message);
-  }
-  if (file) fclose(file);
+  if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
+    status = us_err_set(err, log_err.status, "%s", log_err.message);
   us_pool_free(pool);
-  if (status == US_OK && job->failed)
-    status = us_err_memory(err, "run log", job->count * COLUMNS * sizeof(double));
   return status;
 }
 
@@ -340,7 +281,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_shards_close(shards);
   us_record_release(&data);
   free(provenance);
-  free(job.rows);
+  us_run_log_release(&job.log);
   return status;
 }
 

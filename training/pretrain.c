@@ -1,11 +1,10 @@
 /* pretrain.c: a base model from scratch on token shards.
  *
- * Contents: rows; evaluation; a step; the run.
+ * Contents: evaluation; a step; the run.
  */
 #include "training/pretrain.h"
 #include "kernels/head_loss/head_loss.h"
-
-#include <stdlib.h>
+#include "training/rows.h"
 
 #define MOST_ROWS 16384
 
@@ -15,46 +14,22 @@ struct session {
   struct us_seq seq;
   struct us_model_train *train;
   struct us_window window;
-  size_t micro, rows;     /* sequences and rows of a forward pass */
-  int32_t *token, *label; /* (rows) */
-  uint32_t *position, *document;
-  float *weight;   /* (rows) */
+  struct us_rows rows;
+  size_t micro;    /* sequences of a forward pass */
   double loss_sum; /* since the last line */
   uint64_t loss_steps, tokens_then;
   double seconds_then;
 };
 
-/* --- rows --- */
-
-/* Put the session's window behind the first `at` rows; returns the rows added (one fewer than its tokens). */
-static size_t add_window(struct session *s, size_t at, bool marked_only) {
-  const struct us_window *w = &s->window;
-  uint32_t start = (uint32_t)at;
-  size_t n = w->n ? w->n - 1 : 0;
-  for (size_t i = 0; i < n; i++) {
-    if (i > 0 && w->document[i] != w->document[i - 1]) start = (uint32_t)(at + i);
-    s->token[at + i] = w->ids[i];
-    s->label[at + i] = w->ids[i + 1];
-    s->position[at + i] = (uint32_t)(at + i) - start;
-    s->document[at + i] = start;
-    s->weight[at + i] = marked_only ? (float)w->loss[i + 1] : 1.0f;
-  }
-  return n;
-}
-
-static struct us_batch batch_of(const struct session *s, size_t R) {
-  return (struct us_batch){.R = R, .token = s->token, .position = s->position, .document = s->document};
-}
-
-static struct us_head_loss head_of(const struct session *s, size_t R) {
+static struct us_head_loss head_of(const struct session *s) {
   const struct us_shape *shape = s->run->shape;
-  return (struct us_head_loss){.R = R,
+  return (struct us_head_loss){.R = s->rows.R,
                                .D = shape->hidden,
                                .N = shape->vocab,
                                .x = s->train->hidden,
                                .head = s->train->head->compute,
-                               .label = s->label,
-                               .weight = s->weight,
+                               .label = s->rows.label,
+                               .weight = s->rows.weight,
                                .scale = 1.0f};
 }
 
@@ -70,15 +45,15 @@ static enum us_status evaluate(struct session *s, size_t windows, struct us_pret
   if (windows && windows < count) count = windows;
   enum us_status status = us_params_refresh(&run->params, s->seq.pool, s->seq.rounding, err);
   for (size_t i = 0; i < count && status == US_OK;) {
-    size_t R = 0;
+    s->rows.R = 0;
     for (size_t j = 0; j < s->micro && i < count; j++, i++) {
       us_shards_heldout(run->shards, i, &s->window);
-      R += add_window(s, R, false);
+      us_rows_add(&s->rows, &s->window, false);
     }
-    if (!R) continue;
-    struct us_batch batch = batch_of(s, R);
+    if (!s->rows.R) continue;
+    struct us_batch batch = us_rows_batch(&s->rows);
     status = us_model_train_forward(s->train, &batch, NULL, err);
-    struct us_head_loss head = head_of(s, R);
+    struct us_head_loss head = head_of(s);
     us_head_loss(&s->seq, &head);
     total += head.total;
     counted += head.counted;
@@ -109,15 +84,15 @@ static double count_labels(struct session *s, uint64_t step) {
 static enum us_status micro_step(struct session *s, size_t first, size_t sequences, double labels,
                                  double *loss, struct us_err *err) {
   struct us_pretrain *run = s->run;
-  size_t R = 0;
+  s->rows.R = 0;
   for (size_t i = first; i < first + sequences; i++) {
     us_shards_sample(run->shards, run->seed, run->trainer.step, i, &s->window);
-    R += add_window(s, R, run->marked_only);
+    us_rows_add(&s->rows, &s->window, run->marked_only);
   }
-  struct us_batch batch = batch_of(s, R);
+  struct us_batch batch = us_rows_batch(&s->rows);
   enum us_status status = us_model_train_forward(s->train, &batch, NULL, err);
   if (status != US_OK) return status;
-  struct us_head_loss head = head_of(s, R);
+  struct us_head_loss head = head_of(s);
   head.scale = labels > 0.0 ? (float)(1.0 / labels) : 0.0f;
   head.dx = s->train->dhidden;
   head.dhead = us_param_grad(s->train->head);
@@ -200,15 +175,9 @@ static enum us_status train_loop(struct session *s, struct us_err *err) {
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
-  size_t rows = s->rows = s->micro * run->length;
-  s->token = malloc(rows * sizeof *s->token);
-  s->label = malloc(rows * sizeof *s->label);
-  s->position = malloc(rows * sizeof *s->position);
-  s->document = malloc(rows * sizeof *s->document);
-  s->weight = malloc(rows * sizeof *s->weight);
-  if (!s->token || !s->label || !s->position || !s->document || !s->weight)
-    return us_err_memory(err, "rows", rows * 20);
+  size_t rows = s->micro * run->length;
   enum us_status status = us_window_init(&s->window, run->length + 1, err);
+  if (status == US_OK) status = us_rows_init(&s->rows, rows, err);
   if (status == US_OK)
     status = us_params_init_fresh(&run->params, run->shape, run->seed, run->deviation, err);
   if (status == US_OK)
@@ -219,12 +188,8 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
 static void close_session(struct session *s) {
   us_model_train_free(s->train);
   us_window_release(&s->window);
+  us_rows_release(&s->rows);
   us_seq_release(&s->seq);
-  free(s->token);
-  free(s->label);
-  free(s->position);
-  free(s->document);
-  free(s->weight);
 }
 
 enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct us_err *err) {
