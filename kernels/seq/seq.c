@@ -1,12 +1,12 @@
 /* seq.c: context of the sequence operations. */
 #include "kernels/seq/seq.h"
 
-#include <cblas.h>
+#include "kernels/gemm/gemm.h"
+
 #include <stdlib.h>
 
 void us_seq_init(struct us_seq *seq, struct us_pool *pool, enum us_seq_rounding rounding) {
   *seq = (struct us_seq){.pool = pool, .rounding = rounding};
-  openblas_set_num_threads(1);
 }
 
 void us_seq_release(struct us_seq *seq) {
@@ -26,9 +26,19 @@ float *us_seq_scratch(struct us_seq *seq, size_t floats) {
 
 void us_seq_gemm(bool transpose_a, bool transpose_b, size_t M, size_t N, size_t K, float alpha,
                  const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c, size_t ldc) {
-  cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
-              (blasint)M, (blasint)N, (blasint)K, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c,
-              (blasint)ldc);
+  us_gemm(&(struct us_gemm){.M = M,
+                            .N = N,
+                            .K = K,
+                            .a = a,
+                            .b = b,
+                            .c = c,
+                            .c_row = ldc,
+                            .alpha = alpha,
+                            .beta = beta,
+                            .a_row = transpose_a ? 1 : lda,
+                            .a_col = transpose_a ? lda : 1,
+                            .b_row = transpose_b ? 1 : ldb,
+                            .b_col = transpose_b ? ldb : 1});
 }
 
 struct add_task {

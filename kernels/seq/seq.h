@@ -6,9 +6,9 @@
  *     if (seq.failed) return us_err_memory(...);       // out of scratch memory is sticky and checked once a step
  *     us_seq_release(&seq);
  *
- * Rows are FP32 in memory; where DESIGN says bf16 the value is rounded to bf16 and kept in FP32, so that OpenBLAS can
- * multiply it. Every reduction is cut by shape alone (row blocks of US_SEQ_BLOCK), never by the number of threads, and
- * every dense product is a single-threaded sgemm on one such block: results are the same bits for any pool.
+ * Rows are FP32 in memory; where DESIGN says bf16 the value is rounded to bf16 and kept in FP32, so that one product
+ * serves everything. Every reduction is cut by shape alone (row blocks of US_SEQ_BLOCK), never by the number of threads, and
+ * every dense product is a us_gemm on one such block: results are the same bits for any pool.
  */
 #ifndef US_KERNELS_SEQ_H
 #define US_KERNELS_SEQ_H
@@ -38,7 +38,7 @@ struct us_seq {
   size_t scratch_floats;
 };
 
-/* Prepare a context and tell OpenBLAS to use one thread a call (process-wide): the pool is what parallelises. */
+/* Prepare a context; the pool is what parallelises. */
 void us_seq_init(struct us_seq *seq, struct us_pool *pool, enum us_seq_rounding rounding);
 void us_seq_release(struct us_seq *seq);
 
@@ -50,7 +50,7 @@ static inline size_t us_seq_blocks(size_t n, size_t block) {
   return (n + block - 1) / block;
 }
 
-/* C (M, N) = alpha * op(A) op(B) + beta * C, row-major, single-threaded sgemm. */
+/* C (M, N) = alpha * op(A) op(B) + beta * C, row-major: gemm.h. */
 void us_seq_gemm(bool transpose_a, bool transpose_b, size_t M, size_t N, size_t K, float alpha,
                  const float *a, size_t lda, const float *b, size_t ldb, float beta, float *c, size_t ldc);
 
