@@ -5,6 +5,8 @@
 #include "base/json.h"
 #include "formats/utf8.h"
 
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -33,9 +35,11 @@ static json_t *count_array(const uint64_t *counts, uint32_t n) {
   return array;
 }
 
+/* JSON has no infinities: the log-probability of the impossible is the lowest float. */
 static json_t *logprob_array(const float *logprobs, size_t n) {
   json_t *array = json_array();
-  for (size_t i = 0; array && i < n; i++) json_array_append_new(array, json_real((double)logprobs[i]));
+  for (size_t i = 0; array && i < n; i++)
+    json_array_append_new(array, json_real((double)fmaxf(logprobs[i], -FLT_MAX)));
   return array;
 }
 
@@ -148,9 +152,10 @@ static enum us_status read_logprobs(json_t *root, const char *where, struct us_r
   e->logprobs = logprobs;
   for (size_t i = 0; i < e->count; i++) {
     json_t *value = json_array_get(array, i);
-    if (!json_is_number(value))
-      return us_err_set(err, US_ERR_INPUT, "%s: logprobs[%zu]: not a number", where, i);
-    logprobs[i] = (float)json_number_value(value);
+    double number = json_is_number(value) ? json_number_value(value) : INFINITY;
+    if (!(fabs(number) <= (double)FLT_MAX))
+      return us_err_set(err, US_ERR_INPUT, "%s: logprobs[%zu]: not a number that a float holds", where, i);
+    logprobs[i] = (float)number;
   }
   return US_OK;
 }
@@ -231,7 +236,7 @@ static enum us_status read_entry(json_t *root, const char *where, struct us_run_
   if (status == US_OK) status = read_number(root, where, "sample", &e->sample, err);
   if (status == US_OK && us_json_has(root, "best")) status = us_json_bool(root, where, "best", &e->best, err);
   if (status == US_OK && us_json_has(root, "logprob"))
-    status = us_json_num(root, where, "logprob", -1e30, 1e30, &e->mean_logprob, err);
+    status = us_json_num(root, where, "logprob", -1e300, 1e300, &e->mean_logprob, err);
   if (status == US_OK && us_json_has(root, "logprobs")) status = read_logprobs(root, where, e, err);
   if (status == US_OK && us_json_has(root, "finish")) status = read_finish(root, where, &e->finish, err);
   if (status == US_OK && us_json_has(root, "stats")) status = read_stats(root, where, &e->stats, err);

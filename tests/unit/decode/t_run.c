@@ -101,6 +101,7 @@ START_TEST(bad_lines_are_named) {
       {"{\"id\":\"a\",\"ids\":[1.0],\"prompt_ids\":[1]}", "ids[0]"},
       {"{\"id\":\"a\",\"ids\":[1],\"prompt_ids\":[1],\"logprobs\":[1,2]}", "logprobs"},
       {"{\"id\":\"a\",\"ids\":[1],\"prompt_ids\":[1],\"logprobs\":[null]}", "logprobs[0]"},
+      {"{\"id\":\"a\",\"ids\":[1],\"prompt_ids\":[1],\"logprobs\":[1e300]}", "logprobs[0]"},
       {"{\"id\":\"a\",\"ids\":[1],\"prompt_ids\":[1],\"finish\":\"tired\"}", "finish"},
       {"{\"id\":\"a\",\"ids\":[1],\"prompt_ids\":[1],\"stats\":{\"histogram\":[1,2,3,4,5,6,7,8,9,10,11,12,13,"
        "14,15,16,17]}}",
