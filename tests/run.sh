@@ -88,7 +88,7 @@ us_find_nvcc || [ "$cuda" != enabled ] || us_say "no nvcc found; the configurati
 
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:allocator_may_return_null=1
-export LSAN_OPTIONS=suppressions=$US_ROOT/tests/lsan.supp:print_suppressions=0
+export LSAN_OPTIONS="suppressions=$US_ROOT/tests/lsan.supp:print_suppressions=0"
 export TSAN_OPTIONS=halt_on_error=1
 
 part "unit, command line, parity" "$US_ROOT/build" "-Dcuda=$cuda" && run_tests "$US_ROOT/build"
