@@ -153,7 +153,7 @@ static enum us_status read_logprobs(json_t *root, const char *where, struct us_r
   for (size_t i = 0; i < e->count; i++) {
     json_t *value = json_array_get(array, i);
     double number = json_is_number(value) ? json_number_value(value) : INFINITY;
-    if (!(fabs(number) <= (double)FLT_MAX))
+    if (!(fabs(number) < 3.4028236e38)) /* rounds to FLT_MAX at most */
       return us_err_set(err, US_ERR_INPUT, "%s: logprobs[%zu]: not a number that a float holds", where, i);
     logprobs[i] = (float)number;
   }
