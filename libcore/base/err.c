@@ -9,6 +9,9 @@
 static void set_message(struct us_err *err, enum us_status status, const char *format, va_list args) {
   err->status = status;
   vsnprintf(err->message, sizeof err->message, format, args);
+  /* Text from a bad file may be quoted in it: still one line. */
+  for (char *p = err->message; *p; p++)
+    if ((unsigned char)*p < 0x20 || *p == 0x7f) *p = '?';
 }
 
 enum us_status us_err_set(struct us_err *err, enum us_status status, const char *format, ...) {

@@ -29,7 +29,7 @@ enum us_status {
 
 struct us_err {
   enum us_status status;
-  char message[US_ERR_MESSAGE_MAX]; /* one line, no full stop, no tool name */
+  char message[US_ERR_MESSAGE_MAX]; /* one line (control characters become '?'), no full stop, no tool name */
 };
 
 #define US_CHECKED __attribute__((warn_unused_result))

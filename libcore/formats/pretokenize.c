@@ -8,8 +8,8 @@
 #include <string.h>
 
 #define MAX_PATTERN 65536
-/* Backtracking of one match: what a run of n spaces costs is linear in n; ten million more is a pattern gone wild. */
-#define MATCH_STEPS   10000000u
+/* Backtracking of one match: what a run of n spaces costs is linear in n; a million more is a pattern gone wild. */
+#define MATCH_STEPS   1000000u
 #define JIT_STACK_MAX (8u << 20)
 #define HEAP_MAX_KIB  (256u << 10)
 
@@ -112,7 +112,7 @@ void us_pieces_set(struct us_pieces *pieces, const char *text, size_t bytes) {
   pieces->bytes = bytes;
   pieces->at = 0;
   pieces->match_begin = pieces->match_end = 0;
-  size_t steps = bytes > UINT32_MAX / 16 ? UINT32_MAX : MATCH_STEPS + 8 * bytes;
+  size_t steps = bytes > UINT32_MAX / 32 ? UINT32_MAX : MATCH_STEPS + 16 * bytes;
   pcre2_set_match_limit(pieces->match_context, (uint32_t)steps);
 }
 

@@ -1,5 +1,6 @@
 /* prompts.c: prompt sets as JSON lines. */
 #include "formats/prompts.h"
+#include "base/json.h"
 #include <dirent.h>
 #include <jansson.h>
 #include <stdlib.h>
@@ -109,9 +110,11 @@ static enum us_status get_names(struct us_prompts *prompts, struct us_prompt *pr
 
 static enum us_status add_line(struct us_prompts *prompts, const char *text, size_t bytes,
                                const char *scenario, const struct place *place) {
-  json_error_t problem;
-  json_t *object = json_loadb(text, bytes, JSON_REJECT_DUPLICATES, &problem);
-  if (object == NULL) return bad(place, "%s", problem.text);
+  char where[US_ERR_MESSAGE_MAX];
+  json_t *object;
+  snprintf(where, sizeof where, "%s: line %zu", place->name, place->line);
+  enum us_status status = us_json_parse(text, bytes, where, &object, place->err);
+  if (status != US_OK) return status;
   if (keep(prompts, object) == NULL) return us_err_memory(place->err, "prompts", bytes);
   if (!json_is_object(object)) return bad(place, "not a JSON object");
   if ((prompts->n & (prompts->n - 1)) == 0) {
@@ -122,7 +125,7 @@ static enum us_status add_line(struct us_prompts *prompts, const char *text, siz
   }
   struct us_prompt *prompt = &prompts->items[prompts->n++];
   *prompt = (struct us_prompt){0};
-  enum us_status status = get_names(prompts, prompt, object, scenario, place);
+  status = get_names(prompts, prompt, object, scenario, place);
   return status == US_OK ? get_body(prompt, object, place) : status;
 }
 

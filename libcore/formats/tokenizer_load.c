@@ -3,9 +3,9 @@
  * Contents: fields; vocabulary; merges; added tokens; normalizer, pre-tokenizer, decoder; loading.
  */
 #include "formats/byte_level.h"
+#include "base/json.h"
 #include "formats/tokenizer_impl.h"
 #include "formats/utf8.h"
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -345,12 +345,12 @@ enum us_status us_tokenizer_parse(const char *json, size_t bytes, const char *na
                                   struct us_tokenizer **ret_tokenizer, struct us_err *err) {
   struct us_err own = {0};
   struct loader loader = {.name = name, .err = err ? err : &own};
-  json_error_t problem;
-  json_t *root = json_loadb(json, bytes, JSON_REJECT_DUPLICATES, &problem);
-  if (root == NULL) return bad(&loader, "line %d: %s", problem.line, problem.text);
+  json_t *root;
+  enum us_status status = us_json_parse(json, bytes, name, &root, loader.err);
+  if (status != US_OK) return status;
   loader.tokenizer = calloc(1, sizeof *loader.tokenizer);
-  enum us_status status = loader.tokenizer ? load(&loader, root)
-                                           : us_err_memory(loader.err, "tokenizer", sizeof *loader.tokenizer);
+  status = loader.tokenizer ? load(&loader, root)
+                            : us_err_memory(loader.err, "tokenizer", sizeof *loader.tokenizer);
   json_decref(root);
   if (status != US_OK) {
     us_tokenizer_free(loader.tokenizer);
