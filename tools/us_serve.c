@@ -2,6 +2,7 @@
 #include "base/record.h"
 #include "decode/serve.h"
 #include "model/checkpoint.h"
+#include "plan/tiles.h"
 #include "tools/tool.h"
 
 #include <stdlib.h>
@@ -110,7 +111,7 @@ static enum us_status open_model(struct session *s, struct us_err *err) {
                               &s->tokenizer, err);
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK)
-    status = us_executor_create_reference(s->model, s->draft, s->pool, US_ROUND_BF16, &s->ex, err);
+    status = us_executor_create_tiles(s->model, s->draft, s->pool, US_ROUND_BF16, &s->ex, err);
   return status;
 }
 
