@@ -231,7 +231,7 @@ static struct us_experts_args experts_args(const struct us_tile_pass *pass, cons
   const struct us_shape *shape = &pass->model->shape;
   struct us_tile_buffers *b = pass->buffers;
   return (struct us_experts_args){
-      .experts = (const struct us_matrix(*)[3])(const void *)pass->layers[task->layer].experts,
+      .experts = &pass->layers[task->layer].experts[0].gate,
       .groups = &b->groups,
       .x = b->normed_packed,
       .x_stride = us_linear_packed_width(shape->hidden),
