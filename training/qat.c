@@ -1,0 +1,398 @@
+/* qat.c: finetuning a model through the rounding that its stored form will have.
+ *
+ * Contents: what trains; losses; a step; the run; export; check.
+ */
+#include "training/qat.h"
+
+#include "kernels/head_loss/head_loss.h"
+
+#include <stdlib.h>
+
+#define MOST_ROWS 8192
+
+/* Everything a run holds beside its masters. */
+struct session {
+  struct us_qat *run;
+  struct us_seq seq;
+  struct us_params frozen; /* the teacher's */
+  struct us_model_train *student, *teacher;
+  struct us_window window;
+  struct us_rows rows;
+  size_t micro;    /* sequences of a forward pass */
+  double loss_sum; /* since the last line */
+  uint64_t loss_steps, tokens_then;
+  double seconds_then;
+};
+
+/* --- what trains --- */
+
+static bool trains(const struct us_qat *run, const struct us_param *p) {
+  if (p->group == US_PARAM_BIAS) return false;
+  return run->scope == US_QAT_ALL || (!p->vector && strcmp(p->family, "experts") == 0);
+}
+
+/* What a tensor is multiplied as. One that keeps format and bits is multiplied as it was decoded: FP8 is not encoded
+ * again, since that may move its scales by one unit. */
+static struct us_matrix_encoding encoding_of(const struct us_convert *how, const struct us_shape *shape,
+                                             const struct us_tensor_ref *ref, enum us_format format,
+                                             bool trained) {
+  struct us_matrix_encoding e = {.format = US_FORMAT_F32};
+  if (!ref->matrix || (!trained && ref->matrix->format == format)) return e;
+  e = (struct us_matrix_encoding){
+      .format = format, .scale_rule = how->scale_rule, .fp8_scale = how->fp8_scale};
+  if (format == US_FORMAT_FP8) e.scale_chunk_rows = us_tensor_scale_chunk_rows(shape, ref);
+  return e;
+}
+
+/* Tensors of the original and the format that each is to have; the caller frees both. */
+static enum us_status list(const struct us_qat *run, struct us_tensor_ref **ret_refs,
+                           enum us_format **ret_formats, size_t *ret_count, struct us_err *err) {
+  *ret_formats = NULL;
+  enum us_status status = us_model_tensors(run->original, ret_refs, ret_count, err);
+  if (status != US_OK) return status;
+  for (size_t i = 0; i < *ret_count; i++) {
+    const struct us_matrix *w = (*ret_refs)[i].matrix;
+    if (w && (w->format == US_FORMAT_NONE || !w->data))
+      return us_err_set(err, US_ERR_USAGE, "%s: has no data", (*ret_refs)[i].name);
+  }
+  *ret_formats = calloc(*ret_count, sizeof **ret_formats);
+  if (!*ret_formats) return us_err_memory(err, "formats", *ret_count * sizeof **ret_formats);
+  return us_precision_apply(run->convert->rules, *ret_refs, *ret_count, *ret_formats, err);
+}
+
+enum us_status us_qat_open(struct us_qat *run, struct us_err *err) {
+  struct us_tensor_ref *refs = NULL;
+  enum us_format *formats = NULL;
+  size_t count = 0;
+  run->params = (struct us_params){0};
+  enum us_status status = list(run, &refs, &formats, &count, err);
+  if (status == US_OK) status = us_params_init_model(&run->params, run->original, false, err);
+  for (size_t i = 0; i < run->params.count && status == US_OK; i++) {
+    struct us_param *p = &run->params.items[i];
+    p->frozen = !trains(run, p);
+    p->encoding = encoding_of(run->convert, &run->original->shape, &refs[i], formats[i], !p->frozen);
+  }
+  free(refs);
+  free(formats);
+  return status;
+}
+
+/* --- losses --- */
+
+/* Forward passes of both models over the session's rows, and the loss; its gradient too if `labels` (the step's) is not
+ * 0. Returns the mean over `labels`, or the sum. */
+static enum us_status run_rows(struct session *s, double labels, double *ret_loss, struct us_err *err) {
+  struct us_qat *run = s->run;
+  struct us_batch batch = us_rows_batch(&s->rows);
+  struct us_head_teacher teacher = {0};
+  enum us_status status = us_model_train_forward(s->student, &batch, NULL, err);
+  struct us_head_loss head = {.R = s->rows.R,
+                              .D = run->original->shape.hidden,
+                              .N = run->original->shape.vocab,
+                              .x = s->student->hidden,
+                              .head = s->student->head->compute,
+                              .label = s->rows.label,
+                              .weight = s->rows.weight,
+                              .scale = 1.0f};
+  if (status == US_OK && run->loss == US_QAT_KL) {
+    status = us_model_train_forward(s->teacher, &batch, NULL, err);
+    teacher =
+        (struct us_head_teacher){.x = s->teacher->hidden, .D = head.D, .head = s->teacher->head->compute};
+    head.teacher = &teacher;
+  }
+  if (status != US_OK) return status;
+  if (labels > 0.0) {
+    head.scale = (float)(1.0 / labels);
+    head.dx = s->student->dhidden;
+    head.dhead = us_param_grad(s->student->head);
+  }
+  us_head_loss(&s->seq, &head);
+  *ret_loss = head.total;
+  if (s->seq.failed) return us_err_memory(err, "scratch", 0);
+  return labels > 0.0 ? us_model_train_backward(s->student, err) : US_OK;
+}
+
+/* Mean loss over held-out windows, spread evenly; NAN if there is none. */
+static enum us_status evaluate(struct session *s, double *ret_loss, struct us_err *err) {
+  struct us_qat *run = s->run;
+  size_t held = us_shards_n_heldout(run->shards, run->length + 1), rows = 0;
+  size_t count = run->eval_windows < held ? run->eval_windows : held;
+  double total = 0.0;
+  *ret_loss = (double)NAN;
+  if (!count) return US_OK;
+  enum us_status status = us_params_refresh(&run->params, s->seq.pool, s->seq.rounding, err);
+  for (size_t i = 0; i < count && status == US_OK;) {
+    double loss = 0.0;
+    s->rows.R = 0;
+    for (size_t j = 0; j < s->micro && i < count; j++, i++) {
+      us_shards_heldout(run->shards, i * held / count, &s->window);
+      us_rows_add(&s->rows, &s->window, false);
+    }
+    if (s->rows.R) status = run_rows(s, 0.0, &loss, err);
+    total += loss;
+    rows += s->rows.R;
+  }
+  us_model_train_clear_load(s->student);
+  if (status == US_OK && rows) *ret_loss = total / (double)rows;
+  return status;
+}
+
+/* --- a step --- */
+
+static void sample(struct session *s, size_t first, size_t sequences) {
+  struct us_qat *run = s->run;
+  s->rows.R = 0;
+  for (size_t i = first; i < first + sequences; i++) {
+    us_shards_sample(run->shards, run->seed, run->trainer.step, i, &s->window);
+    us_rows_add(&s->rows, &s->window, run->marked_only);
+  }
+}
+
+/* Weight of all labels of the step, so that each forward pass knows its share of the mean. */
+static double count_labels(struct session *s) {
+  struct us_qat *run = s->run;
+  double labels = 0.0;
+  if (!run->marked_only) return (double)run->batch * (double)run->length;
+  for (size_t i = 0; i < run->batch; i++) {
+    sample(s, i, 1);
+    for (size_t r = 0; r < s->rows.R; r++) labels += (double)s->rows.weight[r];
+  }
+  return labels > 0.0 ? labels : 1.0;
+}
+
+static enum us_status take_step(struct session *s, struct us_err *err) {
+  struct us_qat *run = s->run;
+  double labels = count_labels(s), loss = 0.0, part = 0.0;
+  enum us_status status = us_trainer_open_step(&run->trainer, err);
+  for (size_t i = 0; i < run->batch && status == US_OK; i += s->micro) {
+    sample(s, i, run->batch - i < s->micro ? run->batch - i : s->micro);
+    status = run_rows(s, labels, &part, err);
+    loss += part;
+  }
+  us_model_train_clear_load(s->student);
+  if (status == US_OK) status = us_trainer_close_step(&run->trainer, loss, run->batch * run->length, err);
+  s->loss_sum += loss;
+  s->loss_steps++;
+  return status;
+}
+
+/* --- the run --- */
+
+static enum us_status write_log(struct session *s, bool evaluates, struct us_err *err) {
+  struct us_qat *run = s->run;
+  double now = us_trainer_seconds(&run->trainer), spent = now - s->seconds_then;
+  struct us_qat_log log = {.step = run->trainer.step,
+                           .tokens = run->trainer.tokens,
+                           .seconds = now,
+                           .loss = s->loss_steps ? s->loss_sum / (double)s->loss_steps : (double)NAN,
+                           .heldout = (double)NAN,
+                           .rate = run->trainer.rate,
+                           .norm = run->trainer.norm};
+  if (s->loss_steps && spent > 0.0) log.tokens_per_second = (double)(log.tokens - s->tokens_then) / spent;
+  enum us_status status = evaluates ? evaluate(s, &log.heldout, err) : US_OK;
+  if (status == US_OK && run->on_log) run->on_log(run->log_arg, &log);
+  s->loss_sum = 0.0, s->loss_steps = 0, s->tokens_then = log.tokens;
+  s->seconds_then = us_trainer_seconds(&run->trainer);
+  return status;
+}
+
+static enum us_status train_loop(struct session *s, struct us_err *err) {
+  struct us_qat *run = s->run;
+  enum us_status status = us_trainer_done(&run->trainer) ? US_OK : write_log(s, true, err);
+  while (status == US_OK && !us_trainer_done(&run->trainer)) {
+    if (run->interrupted && run->interrupted()) {
+      status = us_trainer_finish(&run->trainer, err);
+      return status == US_OK ? us_err_set(err, US_INTERRUPTED, "interrupted after step %llu",
+                                          (unsigned long long)run->trainer.step)
+                             : status;
+    }
+    if ((status = take_step(s, err)) != US_OK || us_trainer_done(&run->trainer)) break;
+    uint64_t step = run->trainer.step;
+    bool evaluates = run->eval_every && step % run->eval_every == 0;
+    if (evaluates || (run->log_every && step % run->log_every == 0)) status = write_log(s, evaluates, err);
+  }
+  if (status == US_OK) status = us_trainer_finish(&run->trainer, err);
+  return status == US_OK ? write_log(s, true, err) : status;
+}
+
+static enum us_status open_session(struct session *s, struct us_err *err) {
+  struct us_qat *run = s->run;
+  const struct us_shape *shape = &run->original->shape;
+  size_t rows = s->micro * run->length;
+  enum us_status status = us_window_init(&s->window, run->length + 1, err);
+  if (status == US_OK) status = us_rows_init(&s->rows, rows, err);
+  if (status == US_OK) status = us_qat_open(run, err);
+  if (status == US_OK)
+    status = us_model_train_create(shape, &run->params, &s->seq, rows, run->memory, &s->student, err);
+  if (status != US_OK || run->loss != US_QAT_KL) return status;
+  status = us_params_init_model(&s->frozen, run->original, true, err);
+  if (status == US_OK)
+    status = us_model_train_create(shape, &s->frozen, &s->seq, rows, US_TRAIN_FORWARD, &s->teacher, err);
+  return status;
+}
+
+static void close_session(struct session *s) {
+  us_model_train_free(s->student);
+  us_model_train_free(s->teacher);
+  us_params_release(&s->frozen);
+  us_window_release(&s->window);
+  us_rows_release(&s->rows);
+  us_seq_release(&s->seq);
+}
+
+enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
+  struct session s = {.run = run};
+  run->params = (struct us_params){0};
+  if (!run->batch || !run->length || run->length > (size_t)1 << 17)
+    return us_err_set(err, US_ERR_USAGE, "%zu sequences of %zu tokens a step", run->batch, run->length);
+  if (!us_shards_can_sample(run->shards, run->length + 1))
+    return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", run->length + 1);
+  enum us_status status = us_rows_check_vocabulary(run->shards, run->original, err);
+  if (status != US_OK) return status;
+  s.micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
+  if (s.micro > run->batch) s.micro = run->batch;
+  us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
+  status = open_session(&s, err);
+  run->trainer.params = &run->params;
+  run->trainer.seq = &s.seq;
+  if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
+  s.tokens_then = run->trainer.tokens;
+  s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
+  if (status == US_OK) status = train_loop(&s, err);
+  close_session(&s);
+  run->trainer.seq = NULL;
+  return status;
+}
+
+void us_qat_release(struct us_qat *run) {
+  us_params_release(&run->params);
+}
+
+/* --- export --- */
+
+static void master_row(void *arg, size_t row, float *out) {
+  const struct us_param *p = arg;
+  memcpy(out, p->value + row * p->cols, p->cols * sizeof *out);
+}
+
+static enum us_status export_trained(const struct us_params *params, struct us_model *model,
+                                     struct us_pool *pool, struct us_err *err) {
+  struct us_tensor_ref *refs = NULL;
+  size_t count = 0;
+  enum us_status status = us_model_tensors(model, &refs, &count, err);
+  for (size_t i = 0; i < count && status == US_OK; i++) {
+    struct us_param *p = &params->items[i];
+    if (p->frozen) continue;
+    if (p->vector) {
+      memcpy(*refs[i].vector, p->value, p->rows * sizeof(float));
+      continue;
+    }
+    status = us_matrix_build(model->owner, p->rows, p->cols, &p->encoding, master_row, p, pool,
+                             refs[i].matrix, err);
+    if (status != US_OK) us_err_prefix(err, "%s", p->name);
+  }
+  free(refs);
+  return status;
+}
+
+enum us_status us_qat_export(const struct us_qat *run, struct us_pool *pool, struct us_model **ret_model,
+                             struct us_err *err) {
+  enum us_status status = us_model_convert(run->original, run->convert, pool, ret_model, err);
+  if (status != US_OK || !run->params.count) return status;
+  status = export_trained(&run->params, *ret_model, pool, err);
+  if (status == US_OK) return US_OK;
+  us_model_free(*ret_model);
+  *ret_model = NULL;
+  return status;
+}
+
+/* --- check --- */
+
+struct check {
+  const struct us_qat *run;
+  const struct us_tensor_ref *before, *after;
+  const enum us_format *formats;
+  struct us_err *errs; /* (count) */
+};
+
+static bool same_bytes(const struct us_matrix *a, const struct us_matrix *b) {
+  size_t data = us_matrix_data_bytes(a->format, a->rows, a->cols);
+  size_t scales = us_matrix_scale_bytes(a->format, a->rows, a->cols, a->scale_chunk_rows);
+  return a->format == b->format && a->scale_chunk_rows == b->scale_chunk_rows &&
+         memcmp(a->data, b->data, data) == 0 && (!scales || memcmp(a->scales, b->scales, scales) == 0);
+}
+
+static enum us_status check_vector(const struct check *c, size_t i, const float *master, struct us_err *err) {
+  const float *expected = master ? master : *c->before[i].vector;
+  for (size_t k = 0; k < c->before[i].rows; k++)
+    if (memcmp(&expected[k], &(*c->after[i].vector)[k], sizeof *expected) != 0)
+      return us_err_set(err, US_ERR_CHECK, "%s: element %zu is %.9g, trained as %.9g", c->before[i].name, k,
+                        (double)(*c->after[i].vector)[k], (double)expected[k]);
+  return US_OK;
+}
+
+static enum us_status check_matrix(const struct check *c, size_t i, const float *master, struct us_err *err) {
+  const struct us_tensor_ref *ref = &c->before[i];
+  const struct us_matrix *stored = c->after[i].matrix;
+  if (stored->format != c->formats[i])
+    return us_err_set(err, US_ERR_CHECK, "%s: stored as %s, not %s", ref->name,
+                      us_format_name(stored->format), us_format_name(c->formats[i]));
+  if (!master && ref->matrix->format == c->formats[i])
+    return same_bytes(ref->matrix, stored) ? US_OK
+                                           : us_err_set(err, US_ERR_CHECK, "%s: its bits changed", ref->name);
+  struct us_matrix_encoding encoding =
+      encoding_of(c->run->convert, &c->run->original->shape, ref, c->formats[i], master != NULL);
+  size_t n = ref->rows * ref->cols;
+  float *expected = malloc((n + ref->cols) * sizeof *expected), *row = expected + n;
+  if (!expected) return us_err_memory(err, ref->name, n * sizeof *expected);
+  if (!master) us_matrix_decode(ref->matrix, expected);
+  enum us_status status =
+      us_matrix_fake_quant(master ? master : expected, ref->rows, ref->cols, &encoding, expected, err);
+  for (size_t r = 0; r < ref->rows && status == US_OK; r++) {
+    us_matrix_decode_row(stored, r, row);
+    for (size_t k = 0; k < ref->cols && status == US_OK; k++)
+      if (memcmp(&expected[r * ref->cols + k], &row[k], sizeof *row) != 0)
+        status =
+            us_err_set(err, US_ERR_CHECK, "%s: row %zu, column %zu is stored as %.9g, multiplied as %.9g",
+                       ref->name, r, k, (double)row[k], (double)expected[r * ref->cols + k]);
+  }
+  free(expected);
+  return status;
+}
+
+static void check_tensors(void *arg, size_t begin, size_t end, int worker) {
+  struct check *c = arg;
+  (void)worker;
+  for (size_t i = begin; i < end; i++) {
+    const struct us_param *p = c->run->params.count ? &c->run->params.items[i] : NULL;
+    const float *master = p && !p->frozen ? p->value : NULL;
+    enum us_status status = c->before[i].matrix ? check_matrix(c, i, master, &c->errs[i])
+                                                : check_vector(c, i, master, &c->errs[i]);
+    if (status != US_OK) c->errs[i].status = status;
+  }
+}
+
+enum us_status us_qat_check(const struct us_qat *run, struct us_model *model, struct us_pool *pool,
+                            struct us_err *err) {
+  struct us_tensor_ref *before = NULL, *after = NULL;
+  enum us_format *formats = NULL;
+  struct us_err *errs = NULL;
+  size_t count = 0, others = 0;
+  enum us_status status = list(run, &before, &formats, &count, err);
+  if (status == US_OK) status = us_model_tensors(model, &after, &others, err);
+  if (status == US_OK && others != count)
+    status = us_err_set(err, US_ERR_CHECK, "%zu tensors were written, %zu trained", others, count);
+  if (status == US_OK && !(errs = calloc(count, sizeof *errs)))
+    status = us_err_memory(err, "check", count * sizeof *errs);
+  if (status == US_OK) {
+    struct check c = {.run = run, .before = before, .after = after, .formats = formats, .errs = errs};
+    us_pool_for(pool, count, 1, check_tensors, &c);
+    for (size_t i = 0; i < count && status == US_OK; i++)
+      if (errs[i].status != US_OK) status = us_err_set(err, errs[i].status, "%s", errs[i].message);
+  }
+  free(before);
+  free(after);
+  free(formats);
+  free(errs);
+  return status;
+}
