@@ -19,6 +19,8 @@
  * bytes.decode("utf-8", errors="replace") does) before anything else. Decoding is exact in bytes: it returns
  * the tokens' bytes, valid UTF-8 or not.
  *
+ * Letters and digits are those of PCRE2's Unicode (14 in Debian 12); the library's engine knows later ones too.
+ *
  * Supported: model BPE without dropout, unknown token, byte fallback, prefixes or suffixes, all 256 bytes in
  * the vocabulary; merges as "a b" strings or ["a", "b"] pairs; ignore_merges; normalizer null or NFC;
  * pre-tokenizer [Split(Regex, Isolated), ByteLevel] or ByteLevel alone; decoder and post-processor ByteLevel.

@@ -13,7 +13,9 @@ tests/unit/formats/tokenizer_goldens.h, and tests/unit/formats/t_tokenizer.c mus
   both sides check the SHA-256 of the list of merges. Rank order has nothing to do with frequency there, so merges
   compete in ways that a trained vocabulary rarely shows.
 Invalid UTF-8 becomes U+FFFD by bytes.decode("utf-8", "replace") before the library sees it.
-With --sweep every code point is compared too, through a us-tokenize given by --tool (slow; nothing is written).
+With --sweep every character is compared too, through a us-tokenize given by --tool (slow; nothing is written): with PCRE2
+10.42 (Unicode 14) and Python 3.11 (Unicode 14) there is no difference. Letters that Unicode added later are letters for the
+library's engine and not yet for that PCRE2.
 """
 import argparse
 import hashlib
@@ -23,6 +25,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import unicodedata
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -215,9 +218,10 @@ def write_goldens(text, text_bytes, small, flagged, large, merges):
 
 
 def sweep(tool):
-    """Every code point in several surroundings, encoded by both sides."""
-    text = "".join(f"a{c}1 {c}!{c}\n'{c} {c}{c} x\u0345{c}\u0334\u0301" for c in
-                   map(chr, [*range(1, 0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0200)]))
+    """Every character of planes 0, 1 and 14 that Python's Unicode has, in several surroundings, encoded by both sides."""
+    characters = [chr(c) for c in [*range(1, 0xD800), *range(0xE000, 0x20000), *range(0xE0000, 0xE0200)]]
+    text = "".join(f"a{c}1 {c}!{c}\n'{c} {c}{c} x\u0345{c}\u0334\u0301" for c in characters
+                   if unicodedata.category(c) != "Cn")
     path = FIXTURES / "4k.json"
     ours = subprocess.run([tool, "-t", path], input=text.encode(), stdout=subprocess.PIPE, check=True).stdout
     theirs = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
