@@ -6,6 +6,7 @@
 #include "base/record.h"
 #include "base/table.h"
 #include "formats/prompts.h"
+#include "model/tokenizer_file.h"
 #include "tools/tool.h"
 #include "training/bpe_train.h"
 #include "training/shards_write.h"
@@ -13,13 +14,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_TOKENIZER ((size_t)256 << 20)
-
 static const struct us_opt opts[] = {
     US_OPT_FILE("text", 't', "PATH", "file or folder of text, .jsonl or .json dialogues", .required = true,
                 .repeat = true),
     US_OPT_FILE("output", 'o', "FILE", "token shards (.h5) or tokenizer.json to write"),
-    US_OPT_FILE("tokenizer", 0, "FILE", "tokenizer.json, or - for its record on stdin"),
+    US_OPT_FILE("tokenizer", 0, "FILE", "tokenizer.json, a model that has one, or - for a record on stdin"),
     US_OPT_INT("train-vocab", 0, "N", "train a vocabulary of N tokens instead of making shards", .min = 266,
                .max = 1048576),
     US_OPT_FILE("prompts", 0, "PATH",
@@ -206,8 +205,8 @@ static enum us_status make_shards(struct job *job, struct us_err *err) {
   struct us_tokenizer *tokenizer = NULL;
   if (us_opt_str(o, "tokenizer") == NULL)
     return us_err_set(err, US_ERR_USAGE, "--tokenizer is required, or --train-vocab");
-  enum us_status status = us_record_resolve(us_opt_str(o, "tokenizer"), stdin, "tokenizer", &record, err);
-  if (status == US_OK) status = us_buffer_read_file(&json, record.path, MAX_TOKENIZER, err);
+  enum us_status status = us_record_resolve(us_opt_str(o, "tokenizer"), stdin, NULL, &record, err);
+  if (status == US_OK) status = us_tokenizer_file_read(record.path, &json, err);
   if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, record.path, &tokenizer, err);
   if (status == US_OK)
     status = us_shards_writer_create(tokenizer, json.data, us_opt_num(o, "heldout"), &job->writer, err);

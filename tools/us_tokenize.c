@@ -1,5 +1,6 @@
 /* us-tokenize: text on stdin to token ids on stdout, and back. */
 #include "formats/tokenizer.h"
+#include "model/tokenizer_file.h"
 #include "tools/tool.h"
 
 #include <ctype.h>
@@ -9,7 +10,7 @@
 #define MAX_TEXT ((size_t)1 << 30)
 
 static const struct us_opt opts[] = {
-    US_OPT_FILE("tokenizer", 't', "FILE", "tokenizer.json", .required = true),
+    US_OPT_FILE("tokenizer", 't', "FILE", "tokenizer.json, or a model that has one", .required = true),
     US_OPT_FLAG("decode", 'd', "read ids, write text"),
     US_OPT_FLAG("plain", 0, "encode special tokens in the text as plain text; decode without them"),
     US_OPT_FLAG("pieces", 0, "with each id its bytes, escaped, after a tab"),
@@ -75,13 +76,16 @@ static enum us_status decode(struct us_tool_run *run, const struct us_tokenizer 
 
 static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   struct us_tokenizer *tokenizer = NULL;
-  struct us_buffer input = {0};
-  enum us_status status = us_tokenizer_open(us_opt_str(tool_run->opts, "tokenizer"), &tokenizer, err);
+  struct us_buffer input = {0}, json = {0};
+  const char *path = us_opt_str(tool_run->opts, "tokenizer");
+  enum us_status status = us_tokenizer_file_read(path, &json, err);
+  if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, path, &tokenizer, err);
   if (status == US_OK)
     status = us_buffer_read_file(&input, us_opt_str(tool_run->opts, "input"), MAX_TEXT, err);
   if (status == US_OK)
     status = us_opt_flag(tool_run->opts, "decode") ? decode(tool_run, tokenizer, &input, err)
                                                    : encode(tool_run, tokenizer, &input, err);
+  us_buffer_release(&json);
   us_buffer_release(&input);
   us_tokenizer_free(tokenizer);
   return status;

@@ -1,0 +1,33 @@
+/* tokenizer_file.c: reading a tokenizer from a file or a model. */
+#include "model/tokenizer_file.h"
+
+#include "model/checkpoint.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define MAX_TOKENIZER ((size_t)256 << 20)
+
+static enum us_status read_model(const char *path, struct us_buffer *json, struct us_err *err) {
+  struct us_model *model;
+  enum us_status status = us_model_open(path, &model, err);
+  if (status != US_OK) return status;
+  if (model->tokenizer_json)
+    status = us_buffer_append(json, model->tokenizer_json, model->tokenizer_bytes, err);
+  else
+    status = us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer", path);
+  us_model_free(model);
+  return status;
+}
+
+enum us_status us_tokenizer_file_read(const char *path, struct us_buffer *json, struct us_err *err) {
+  size_t n = strlen(path);
+  if (n > 3 && !strcmp(path + n - 3, ".h5")) return read_model(path, json, err);
+  struct stat st;
+  if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) return us_buffer_read_file(json, path, MAX_TOKENIZER, err);
+  char inside[4096];
+  if (snprintf(inside, sizeof inside, "%s/tokenizer.json", path) >= (int)sizeof inside)
+    return us_err_set(err, US_ERR_USAGE, "the path of a model's folder is too long");
+  return us_buffer_read_file(json, inside, MAX_TOKENIZER, err);
+}
