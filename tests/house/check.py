@@ -1,9 +1,11 @@
-"""House rules that a build can check. Usage: check.py SOURCE_ROOT; prints each violation, exits 1 if there is one.
+"""House rules that a build can check. Usage: check.py SOURCE_ROOT; prints each violation, exits 1 if there is one
+(0 with US_HOUSE_CHECK=warn in the environment, for the middle of a change).
 
 - layering: who may include whom (docs/internals.md);
 - nothing below the tools exits, aborts or prints;
 - every test source is listed in its folder's meson.build, and every listed one exists.
 """
+import os
 import pathlib
 import re
 import sys
@@ -76,7 +78,7 @@ def main():
                 check_source(path, problems)
     check_tests(problems)
     print("\n".join(problems), file=sys.stderr)
-    return 1 if problems else 0
+    return 1 if problems and os.environ.get("US_HOUSE_CHECK") != "warn" else 0
 
 
 sys.exit(main())
