@@ -203,6 +203,7 @@ def golden_array(name, tokenizer, texts):
 def write_goldens(text, text_bytes, small, flagged, large, merges):
     merges_text = "".join(f"{a.hex()} {b.hex()}\n" for a, b in merges)
     lines = ["/* Made by tests/parity/make_tokenizer_goldens.py with the `tokenizers` library; not to be edited. */",
+             "/* clang-format off */",
              f'#define GOLDEN_TEXT_SHA256 "{hashlib.sha256(text_bytes).hexdigest()}"',
              f'#define GOLDEN_MERGES_SHA256 "{hashlib.sha256(merges_text.encode()).hexdigest()}"']
     for name, tokenizer in (("SMALL", small), ("LARGE", large)):

@@ -1,4 +1,5 @@
 /* Made by tests/parity/make_tokenizer_goldens.py with the `tokenizers` library; not to be edited. */
+/* clang-format off */
 #define GOLDEN_TEXT_SHA256 "3b0a7cf8bce23779bb8653d662957580367cf456c0c82d233c3189b754785a94"
 #define GOLDEN_MERGES_SHA256 "2293483c4a574d244c8ad144e0309a65d74366fdddd22be81c66c5b4c8f13bf6"
 #define GOLDEN_SMALL_COUNT 806088
