@@ -47,7 +47,7 @@ enum us_format us_format_parse(const char *name);
 size_t us_matrix_scale_rows(const struct us_matrix *w);
 
 /* Index of the scale row that covers weight row `row` of an FP8 matrix. */
-static inline size_t us_matrix_scale_row(const struct us_matrix *w, size_t row) {
+static US_HD size_t us_matrix_scale_row(const struct us_matrix *w, size_t row) {
   if (!w->scale_chunk_rows) return row / US_FP8_BLOCK;
   size_t chunk = row / w->scale_chunk_rows, within = row % w->scale_chunk_rows;
   return chunk * ((w->scale_chunk_rows + US_FP8_BLOCK - 1) / US_FP8_BLOCK) + within / US_FP8_BLOCK;
