@@ -1,19 +1,11 @@
 /* random.c: models and drafters with random weights. */
 #include "model/random.h"
-#include "base/philox.h"
+#include "base/init.h"
 #include "model/precision.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* Counter = (row, column / 4, FNV-1a of the name, stream): tensors of different names never share a number unless their
- * hashes collide, which for the 160,000 names of the largest model would repeat a few tensors and harm nothing. */
-static uint32_t hash_name(const char *name) {
-  uint32_t hash = 2166136261u;
-  for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 16777619u;
-  return hash;
-}
 
 static void range_of(const struct us_tensor_ref *ref, float *ret_middle, float *ret_half) {
   *ret_middle = 0;
@@ -28,26 +20,23 @@ static void range_of(const struct us_tensor_ref *ref, float *ret_middle, float *
 }
 
 struct stream {
-  struct us_philox_key key;
-  uint32_t name;
+  struct us_init init;
   size_t cols;
-  float middle, half;
 };
 
 static struct stream stream_of(uint64_t seed, const struct us_tensor_ref *ref) {
-  struct stream s = {.key = us_philox_key(seed), .name = hash_name(ref->name), .cols = ref->cols};
-  range_of(ref, &s.middle, &s.half);
+  struct stream s = {.init = {.key = us_philox_key(seed), .name = us_init_name(ref->name)},
+                     .cols = ref->cols};
+  range_of(ref, &s.init.middle, &s.init.half);
   return s;
 }
 
 static void stream_row(void *arg, size_t row, float *out) {
   const struct stream *s = arg;
   for (size_t c = 0; c < s->cols; c += 4) {
-    uint32_t words[4];
-    us_philox_quad(s->key, (uint32_t)row, (uint32_t)(c / 4), s->name, US_STREAM_INIT, words);
-    for (size_t i = 0; i < 4 && c + i < s->cols; i++) {
-      out[c + i] = fmaf(2.0f * us_uniform(words[i]) - 1.0f, s->half, s->middle);
-    }
+    float quad[4];
+    us_init_quad(&s->init, (uint32_t)row, (uint32_t)(c / 4), quad);
+    for (size_t i = 0; i < 4 && c + i < s->cols; i++) out[c + i] = quad[i];
   }
 }
 
