@@ -90,12 +90,22 @@ static struct us_h5 *open_slot(const char *path, int slot, uint64_t *ret_step, b
   return file;
 }
 
+/* Both texts are words behind spaces: name the pairs that differ. */
 static enum us_status compare_text(const struct us_h5 *file, const char *key, const char *expected,
                                    struct us_err *err) {
-  const char *text = us_h5_text(file, key);
-  if (text && strcmp(text, expected) == 0) return US_OK;
-  return us_err_set(err, US_ERR_INPUT, "%s: %s is '%s', this run's is '%s'", us_h5_path(file), key,
-                    text ? text : "", expected);
+  const char *text = us_h5_text(file, key), *own = expected;
+  char differing[512] = "";
+  if (!text) text = "";
+  if (strcmp(text, expected) == 0) return US_OK;
+  while (*text || *own) {
+    size_t n = strcspn(text, " "), m = strcspn(own, " "), used = strlen(differing);
+    if (n != m || strncmp(text, own, n) != 0)
+      snprintf(differing + used, sizeof differing - used, "%s%.*s, now %.*s", used ? "; " : "", (int)n, text,
+               (int)m, own);
+    text += n + strspn(text + n, " ");
+    own += m + strspn(own + m, " ");
+  }
+  return us_err_set(err, US_ERR_INPUT, "%s: %s differ: %s", us_h5_path(file), key, differing);
 }
 
 static enum us_status read_file(const struct us_h5 *file, struct us_train_state *state, struct us_err *err) {

@@ -148,7 +148,7 @@ static inline float lane_dot(const float *x, const float *y, size_t n) {
 
 /* Scores become exp(score - m) inside [begin, end) of a row. */
 static inline void exp_range(float *score, size_t n, float m) {
-  for (size_t j = 0; j < n; j++) score[j] = us_seq_exp(score[j] - m);
+  for (size_t j = 0; j < n; j++) score[j] = us_expf(score[j] - m);
 }
 
 /* Zero the columns of a row outside its two visible ranges. */
@@ -175,7 +175,7 @@ US_SEQ_CLONES static void weigh_tile(const struct attention_task *task, const st
       exp_range(row + range[s][0], range[s][1] - range[s][0], m);
       sum += lane_sum(row + range[s][0], range[s][1] - range[s][0]);
     }
-    if (a->sink) sum += us_seq_exp(a->sink[h] - m);
+    if (a->sink) sum += us_expf(a->sink[h] - m);
     a->max[(t->first + i) * a->q_heads + h] = m;
     a->sum[(t->first + i) * a->q_heads + h] = sum;
   }
@@ -256,14 +256,14 @@ US_SEQ_CLONES static double grad_scores(const struct attention_task *task, const
     for (int s = 0; s < 2; s++) {
       float *w = row + range[s][0], *dw = drow + range[s][0];
       size_t n = range[s][1] - range[s][0];
-      for (size_t j = 0; j < n; j++) w[j] = us_seq_exp(w[j] - m) * inverse;
+      for (size_t j = 0; j < n; j++) w[j] = us_expf(w[j] - m) * inverse;
       pull += lane_dot(w, dw, n);
     }
     for (int s = 0; s < 2; s++) {
       float *w = row + range[s][0], *dw = drow + range[s][0];
       for (size_t j = 0; j < range[s][1] - range[s][0]; j++) dw[j] = w[j] * (dw[j] - pull) * a->scale;
     }
-    if (a->sink) dsink -= (double)(us_seq_exp(a->sink[h] - m) * inverse * pull);
+    if (a->sink) dsink -= (double)(us_expf(a->sink[h] - m) * inverse * pull);
   }
   return dsink;
 }

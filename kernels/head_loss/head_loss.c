@@ -38,12 +38,12 @@ US_SEQ_CLONES static double softmax_row(float *x, size_t n) {
   size_t i = 0;
   for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
     for (int l = 0; l < US_SEQ_LANES; l++) {
-      float e = us_seq_exp(x[i + l] - m);
+      float e = us_expf(x[i + l] - m);
       x[i + l] = e;
       lane[l] += e;
     }
   for (int l = 0; i < n; i++, l++) {
-    x[i] = us_seq_exp(x[i] - m);
+    x[i] = us_expf(x[i] - m);
     lane[l] += x[i];
   }
   double sum = 0.0;

@@ -15,6 +15,7 @@
 
 #include "base/pool.h"
 #include "formats/bf16.h"
+#include "kernels/cpu/exp.h"
 #include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -56,31 +57,6 @@ void us_seq_gemm(bool transpose_a, bool transpose_b, size_t M, size_t N, size_t 
 
 /* out = a + b over n values; out may be either. */
 void us_seq_add(struct us_seq *seq, size_t n, const float *a, const float *b, float *out);
-
-/* exp(x) to 2 ulp in plain float arithmetic that a compiler can vectorise: 2^n * P(r), |r| <= ln 2 / 2, Cephes
- * coefficients. Below -87.3 the result is 0, above 88.3 it is +inf. */
-static inline float us_seq_exp(float x) {
-  float clamped = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
-  float shifted =
-      clamped * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: the integer lands in the low bits */
-  float n = shifted - 12582912.0f;
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t half = (int32_t)n / 2,
-          rest = (int32_t)n - half; /* two factors, so that 2^128 and 2^-126 are both reached */
-  uint32_t bits_a = (uint32_t)(half + 127) << 23, bits_b = (uint32_t)(rest + 127) << 23;
-  float a, b;
-  memcpy(&a, &bits_a, sizeof a);
-  memcpy(&b, &bits_b, sizeof b);
-  float y = p * a * b;
-  return x < -87.3f ? 0.0f : x > 88.72f ? INFINITY : y;
-}
 
 /* Vector bodies: the same plain C compiled for each instruction set and chosen at load time. Without contraction or
  * reassociation all clones give the same bits. Sanitizers dislike the resolver, so they get the plain function. */

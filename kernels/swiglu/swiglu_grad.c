@@ -12,7 +12,7 @@ US_SEQ_CLONES static void swiglu_rows(size_t R, size_t F, const float *gate_up, 
   for (size_t r = 0; r < R; r++) {
     const float *g = gate_up + r * 2 * F, *u = g + F;
     float *y = a + r * F;
-    for (size_t i = 0; i < F; i++) y[i] = g[i] / (1.0f + us_seq_exp(-g[i])) * u[i];
+    for (size_t i = 0; i < F; i++) y[i] = g[i] / (1.0f + us_expf(-g[i])) * u[i];
     if (round)
       for (size_t i = 0; i < F; i++) y[i] = us_bf16_round(y[i]);
   }
@@ -28,7 +28,7 @@ US_SEQ_CLONES void us_swiglu_grad_rows(size_t R, size_t F, const float *gate_up,
     const float *g = gate_up + r * 2 * F, *u = g + F, *d = da + r * F;
     float *dg = d_gate_up + r * 2 * F, *du = dg + F;
     for (size_t i = 0; i < F; i++) {
-      float s = 1.0f / (1.0f + us_seq_exp(-g[i])), gate = g[i], up = u[i];
+      float s = 1.0f / (1.0f + us_expf(-g[i])), gate = g[i], up = u[i];
       dg[i] = d[i] * up * s * (1.0f + gate * (1.0f - s));
       du[i] = d[i] * gate * s;
     }

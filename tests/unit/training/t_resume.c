@@ -108,7 +108,7 @@ static uint64_t train(const char *state, bool resume, int threads, uint64_t paus
 static bool run_and_kill(const char *state, uint64_t life_us, int threads) {
   pid_t child = fork();
   if (child == 0) {
-    train(state, true, threads, 2000, NULL, NULL);
+    train(state, true, threads, 3000, NULL, NULL);
     _exit(0);
   }
   ck_assert_int_gt(child, 0);
@@ -137,7 +137,9 @@ START_TEST(killed_at_random_moments_it_ends_with_the_same_bits) {
   uint64_t random = us_test_seed();
   for (int round = 0; round < 400; round++) {
     random = tiny_mix(random);
-    if (run_and_kill(state, 20000 + random % 60000, 1 + round % 3)) break;
+    /* A whole run pauses for 72 ms alone, so the first lives are too short; slow machines get longer ones. */
+    uint64_t life = (5000 + random % 25000) * (1 + (uint64_t)round / 8);
+    if (run_and_kill(state, life, 1 + round % 3)) break;
     kills++;
   }
   uint64_t found = train(state, true, 2, 0, &resumed, &floats); /* nothing is left to do */
