@@ -1,19 +1,20 @@
 /* attention.h: softmax attention of one query row over a paged key/value cache, any range of its heads.
  *
- *     struct us_attention_keys keys = {.pages = pages, .page_count = n, .type = US_KV_BF16, .G = 8, .Q = 192,
- * .V = 128}; us_attention(&(struct us_attention_args){.keys = &keys, .q = q, .H = 128, .position = p, .window
- * = 128, .sink = sink, .scale = 1 / sqrtf(192), .out = out, .head_begin = 0, .head_end = 128, .round_bf16 =
- * true}, scratch);
+ *     struct us_attention_keys keys = us_kv_keys(kv, layer);      // pages, type, G, Q, V
+ *     struct us_attention_args args = {.keys = &keys, .q = q, .H = 128, .position = p, .cached = p + 1,
+ *                                      .window = 128, .sink = sink, .scale = 1 / sqrtf(192), .out = out,
+ *                                      .head_begin = 0, .head_end = 128, .round_bf16 = true};
+ *     us_attention(&args, scratch);
  *
  * The order of the sums, so that neither the number of rows nor of threads can matter: keys are taken in
- * tiles of 64 at fixed absolute positions (tile t holds positions 64t .. 64t+63). A score is scale * dot(k,
- * q) with the canonical dot of linear.h. Within a tile: m = max score; weight_j = us_expf(score_j - m); s =
- * sum of weights in 16 lanes (lane j % 16) and the tree; o[d] = fmaf(weight_j, v_j[d], o[d]) in ascending j.
- * Tiles combine in ascending order: M = max(m, m_t), a =
- * us_expf(m - M), b = us_expf(m_t - M), s = fmaf(s_t, b, s a), o = fmaf(o_t, b, o a); the drafter's own block is one more tile after the
- * cached ones. Last, the sink joins the denominator: M = max(m, sink), out = o * e / (s * e + us_expf(sink -
- * M)), e = us_expf(m - M). Keys outside the window are never read. (MiMo-V2: the sink is a logit a query
- * head, not scaled, without a value.)
+ * tiles of 64 at fixed absolute positions (tile t holds positions 64t .. 64t + 63). A score is scale * dot(k, q)
+ * with the canonical dot of linear.h. In a tile: m_t = largest score, weight_j = us_expf(score_j - m_t),
+ * s_t = their sum in 16 lanes (lane j % 16) and the tree, o_t[d] = fmaf(weight_j, v_j[d], o_t[d]) in ascending j.
+ * Tiles merge in ascending order: M = max(m, m_t), a = us_expf(m - M), b = us_expf(m_t - M),
+ * s = fmaf(s_t, b, s * a), o = fmaf(o_t, b, o * a); the drafter's own block is one more tile after the cached
+ * ones. Last, the sink joins the denominator: M = max(m, sink), e = us_expf(m - M),
+ * out = o * e / fmaf(s, e, us_expf(sink - M)). Keys outside the window are never read.
+ * (MiMo-V2: the sink is a logit a query head, not scaled, without a value.)
  */
 #ifndef US_KERNELS_ATTENTION_ATTENTION_H
 #define US_KERNELS_ATTENTION_ATTENTION_H

@@ -20,6 +20,10 @@
 
 typedef __m512 vec16;
 
+/* Keep a loaded value in a register: GCC would repeat the load in each fma that uses it, and two loads a cycle are then the
+ * limit. */
+#define VEC16_KEEP(a) __asm__("" : "+v"(a))
+
 VEC16_INLINE vec16 vec16_zero(void) {
   return _mm512_setzero_ps();
 }
@@ -94,6 +98,7 @@ typedef struct {
   __m256 lo, hi;
 } vec16;
 
+#define VEC16_KEEP(a)                  ((void)0) /* 16 registers are too few */
 #define VEC16_BOTH(lo_value, hi_value) ((vec16){.lo = (lo_value), .hi = (hi_value)})
 
 VEC16_INLINE vec16 vec16_zero(void) {

@@ -4,13 +4,13 @@
  * taken at once, so that the fma latency of one lane's chain (2 a group) hides behind the others'; a decoded group serves
  * up to WIDE_BATCH token rows, WIDE_OUTS output rows at once.
  *
- * Contents: decoding a group; dots of a block; tails; the loop.
+ * Contents: decoding a group; dots of a block; the loop.
  */
 #include "kernels/cpu/vec16.h"
 #include "kernels/linear/linear_impl.h"
+#include "kernels/linear/mxfp4_tables.h"
 
 #include "formats/fp8.h"
-#include "formats/mxfp4.h"
 #include <string.h>
 
 #define LANES 16
@@ -25,9 +25,7 @@ struct row_view {
 #if defined(__AVX512F__)
 
 VEC16_INLINE void decode_mxfp4(const uint8_t *codes, uint8_t scale, vec16 *even, vec16 *odd) {
-  const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f,
-                                       -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
-  __m512 table = _mm512_mul_ps(values, _mm512_set1_ps(us_e8m0_to_f32(scale)));
+  __m512 table = _mm512_load_ps(us_mxfp4_tables[scale]);
   __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)codes));
   *even = _mm512_permutexvar_ps(bytes, table); /* the index is the low 4 bits */
   *odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
@@ -71,8 +69,7 @@ VEC16_INLINE __m256 e2m1_to_f32(__m256i code, __m256 table) {
 }
 
 VEC16_INLINE void decode_mxfp4(const uint8_t *codes, uint8_t scale, vec16 *even, vec16 *odd) {
-  const __m256 values = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  __m256 table = _mm256_mul_ps(values, _mm256_set1_ps(us_e8m0_to_f32(scale)));
+  __m256 table = _mm256_load_ps(us_mxfp4_tables[scale]);
   __m256i lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)codes));
   __m256i hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(codes + 8)));
   even->lo = e2m1_to_f32(lo, table);
@@ -171,8 +168,33 @@ VEC16_INLINE struct row_view pad_tail(const struct row_view *row, enum us_format
   return padded;
 }
 
+/* A run of groups of a block of dots. A row's lanes are carried from one run to the next in memory, so that the sum is the
+ * one of a single run. */
+struct run {
+  size_t first, end;        /* groups */
+  size_t ahead;             /* bytes from a group to what is needed next: prefetched */
+  float (*carry)[8][LANES]; /* lanes of the block's output rows */
+};
+
+VEC16_INLINE void add_tail(const struct row_view *rows, enum us_format format, size_t K,
+                           const float *const *x, const size_t outs, const size_t batch, vec16 (*acc)[8]) {
+#pragma GCC unroll 4
+  for (size_t i = 0; i < outs; i++) {
+    uint8_t copy[128];
+    struct row_view tail = pad_tail(&rows[i], format, K, copy);
+    vec16 even, odd;
+    decode_group(&tail, format, 0, &even, &odd);
+#pragma GCC unroll 8
+    for (size_t j = 0; j < batch; j++) {
+      const float *x_tail = x[j] + K / US_LINEAR_GROUP * US_LINEAR_GROUP;
+      acc[i][j] = vec16_fma(even, vec16_load(x_tail), acc[i][j]);
+      acc[i][j] = vec16_fma(odd, vec16_load(x_tail + LANES), acc[i][j]);
+    }
+  }
+}
+
 VEC16_INLINE void dot_block(const struct us_linear_args *args, enum us_format format, size_t n, size_t r,
-                            const size_t outs, const size_t batch) {
+                            const size_t outs, const size_t batch, const struct run *run) {
   struct row_view rows[4];
   const float *x[8];
   vec16 acc[4][8];
@@ -184,35 +206,36 @@ VEC16_INLINE void dot_block(const struct us_linear_args *args, enum us_format fo
 #pragma GCC unroll 4
   for (size_t i = 0; i < outs; i++)
 #pragma GCC unroll 8
-    for (size_t j = 0; j < batch; j++) acc[i][j] = vec16_zero();
+    for (size_t j = 0; j < batch; j++) acc[i][j] = run->first ? vec16_load(run->carry[i][j]) : vec16_zero();
 
-  for (size_t g = 0; g < groups; g++) {
+  for (size_t g = run->first; g < run->end; g++) {
     vec16 even[4], odd[4];
 #pragma GCC unroll 4
-    for (size_t i = 0; i < outs; i++) decode_group(&rows[i], format, g, &even[i], &odd[i]);
+    for (size_t i = 0; i < outs; i++) {
+      _mm_prefetch((const char *)rows[i].data + g * group_bytes(format) + run->ahead, _MM_HINT_T0);
+      decode_group(&rows[i], format, g, &even[i], &odd[i]);
+    }
 #pragma GCC unroll 8
     for (size_t j = 0; j < batch; j++) {
-      vec16 x_even = vec16_load(x[j] + g * US_LINEAR_GROUP),
-            x_odd = vec16_load(x[j] + g * US_LINEAR_GROUP + LANES);
+      vec16 x_even = vec16_load(x[j] + g * US_LINEAR_GROUP);
+      vec16 x_odd = vec16_load(x[j] + g * US_LINEAR_GROUP + LANES);
+      VEC16_KEEP(x_even);
+      VEC16_KEEP(x_odd);
 #pragma GCC unroll 4
       for (size_t i = 0; i < outs; i++) acc[i][j] = vec16_fma(even[i], x_even, acc[i][j]);
 #pragma GCC unroll 4
       for (size_t i = 0; i < outs; i++) acc[i][j] = vec16_fma(odd[i], x_odd, acc[i][j]);
     }
   }
-  if (format != US_FORMAT_MXFP4 && groups * US_LINEAR_GROUP < K) {
-    for (size_t i = 0; i < outs; i++) {
-      uint8_t copy[128];
-      struct row_view tail = pad_tail(&rows[i], format, K, copy);
-      vec16 even, odd;
-      decode_group(&tail, format, 0, &even, &odd);
-      for (size_t j = 0; j < batch; j++) {
-        const float *x_tail = x[j] + groups * US_LINEAR_GROUP;
-        acc[i][j] = vec16_fma(even, vec16_load(x_tail), acc[i][j]);
-        acc[i][j] = vec16_fma(odd, vec16_load(x_tail + LANES), acc[i][j]);
-      }
-    }
+  if (run->end < groups) {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < outs; i++)
+#pragma GCC unroll 8
+      for (size_t j = 0; j < batch; j++) vec16_store(run->carry[i][j], acc[i][j]);
+    return;
   }
+  if (format != US_FORMAT_MXFP4 && groups * US_LINEAR_GROUP < K)
+    add_tail(rows, format, K, x, outs, batch, acc);
 #pragma GCC unroll 4
   for (size_t i = 0; i < outs; i++)
 #pragma GCC unroll 8
@@ -222,12 +245,39 @@ VEC16_INLINE void dot_block(const struct us_linear_args *args, enum us_format fo
 
 /* ---- The loop ---- */
 
-/* `batch` token rows from r on against the whole range, `outs` weight rows at a time. */
+/* Output rows that pass together before the next run of K, and groups a run, so that `batch` token rows of a run (32 KB)
+ * stay in the first-level cache. */
+#define SPAN              12
+#define RUN_GROUPS(batch) (256 / (batch))
+
+/* Output rows [n, n + count), count at most SPAN, in runs of K; `count` is a multiple of outs. */
+VEC16_INLINE void dot_span(const struct us_linear_args *args, enum us_format format, size_t n, size_t count,
+                           size_t r, const size_t outs, const size_t batch) {
+  float carry[SPAN][8][LANES];
+  size_t groups = args->w->cols / US_LINEAR_GROUP, bytes = group_bytes(format);
+  struct run run = {0};
+  do {
+    size_t left = groups - run.first, length = left < RUN_GROUPS(batch) ? left : RUN_GROUPS(batch);
+    run.end = run.first + length;
+    /* Next come the same rows' next run, or after the last run the next rows' first. */
+    run.ahead = run.end < groups ? length * bytes : (count * groups - run.first) * bytes;
+    for (size_t i = 0; i < count; i += outs) {
+      run.carry = carry + i;
+      dot_block(args, format, n + i, r, outs, batch, &run);
+    }
+    run.first = run.end;
+  } while (run.first < groups);
+}
+
+/* `batch` token rows from r on against the whole range. */
 VEC16_INLINE void dot_range(const struct us_linear_args *args, enum us_format format, size_t r,
                             const size_t outs, const size_t batch) {
-  size_t n = args->begin;
-  for (; n + outs <= args->end; n += outs) dot_block(args, format, n, r, outs, batch);
-  for (; n < args->end; n++) dot_block(args, format, n, r, 1, batch);
+  size_t n = args->begin, span = batch > 2 ? SPAN / outs * outs : outs;
+  for (; n + outs <= args->end; n += span) {
+    if (n + span > args->end) span = (args->end - n) / outs * outs;
+    dot_span(args, format, n, span, r, outs, batch);
+  }
+  for (; n < args->end; n++) dot_span(args, format, n, 1, r, 1, batch);
 }
 
 /* The tile's weights stay in the second-level cache while the next token rows pass. */

@@ -1,8 +1,8 @@
 /* router.h: which experts a row goes to, and how much each counts.
  *
- *     us_linear(... router weights, FP32 logits ...);
- *     us_router_select(&(struct us_router_args){.logits = logits, .bias = bias, .E = 384, .K = 8, .normalise
- * = true, .scaling = 1}, ids, weights);
+ *     struct us_router_args args = {.logits = logits, .bias = bias, .E = 384, .K = 8,
+ *                                   .normalise = true, .scaling = 1};
+ *     us_router_select(&args, ids, weights);            // logits: us_linear with the router's weights
  *
  * score = sigmoid(logit) = 1 / (1 + us_expf(-logit)); chosen are the K largest of score + bias, ties to the
  * lowest id; weights are the unbiased scores of the chosen, divided by (their sum + 1e-20) when normalise is

@@ -3,8 +3,10 @@
  *     bench_linear [--bytes N] [--threads N] [--isa best|plain|avx2|avx512] [--passes N] [ROWS ...]
  *
  * A synthetic pool of experts in the widths of MiMo-V2.5-Pro (hidden 6144, inner 2048), 1 GB unless --bytes says otherwise,
- * every expert multiplied by every row (ROWS: 1 and 8), through the operation that decoding uses. One JSON line a figure;
- * the median of the passes counts. Exits 1 when 1 row stays under 50 % or 8 rows under 25 %, with --check.
+ * through the operation that decoding uses, at ROWS (1 and 8) token rows. Routed "all": every expert multiplies every row, which
+ * at 8 rows is fma-bound; routed "top8": each row has 8 experts of its own, as in decoding, and the bytes are those of the
+ * experts that someone chose. One JSON line a figure; the median of the passes counts. With --check, exits 1 when 1 row of
+ * "all" stays under 50 % or 8 rows of "top8" under 25 % of the read bandwidth.
  */
 #include "base/bandwidth.h"
 #include "kernels/experts/experts.h"
@@ -69,8 +71,18 @@ static void build_pool(struct bench *b) {
   }
 }
 
-static void build_rows(struct bench *b, size_t R) {
-  size_t pairs = R * b->E;
+/* `top` experts a row: all of them, or drawn without repetition. */
+static void choose(uint32_t E, uint32_t top, uint64_t *state, uint32_t *ids) {
+  uint32_t used = 0;
+  for (uint32_t e = 0; e < E && used < top; e++) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    if ((*state >> 33) % (E - e) < top - used) ids[used++] = e;
+  }
+}
+
+static void build_rows(struct bench *b, size_t R, uint32_t top) {
+  size_t pairs = R * top;
+  uint64_t state = 7;
   struct us_expert_groups *groups = need(sizeof *groups);
   *groups = (struct us_expert_groups){.expert = need(b->E * 4),
                                       .begin = need((b->E + 1) * (size_t)4),
@@ -78,13 +90,11 @@ static void build_rows(struct bench *b, size_t R) {
                                       .weight = need(pairs * 4)};
   uint32_t *ids = need(pairs * 4);
   float *weights = need(pairs * 4), *x = need(R * D * 4), *packed = need(R * D * 4);
-  for (size_t i = 0; i < pairs; i++) {
-    ids[i] = (uint32_t)(i % b->E);
-    weights[i] = 1.0f / 8;
-  }
+  for (size_t r = 0; r < R; r++) choose(b->E, top, &state, ids + r * top);
+  for (size_t i = 0; i < pairs; i++) weights[i] = 1.0f / 8;
   for (size_t i = 0; i < R * D; i++) x[i] = (float)(i % 97) / 97 - 0.5f;
   us_linear_pack(x, R, D, D, packed, D);
-  us_experts_group(ids, weights, R, b->E, b->E, groups);
+  us_experts_group(ids, weights, R, top, b->E, groups);
   b->args = (struct us_experts_args){.experts = b->experts,
                                      .groups = groups,
                                      .x = packed,
@@ -123,7 +133,7 @@ static double median_seconds(struct bench *b) {
   double times[MAX_PASSES];
   for (int pass = -1; pass < b->passes; pass++) { /* the first is not counted */
     double start = seconds_now();
-    us_pool_for(b->pool, (size_t)b->E * (F / TILE), 1, inner, b);
+    us_pool_for(b->pool, (size_t)b->args.groups->active * (F / TILE), 1, inner, b);
     us_pool_for(b->pool, D / TILE, 1, outer, b);
     if (pass >= 0) times[pass] = seconds_now() - start;
   }
@@ -164,6 +174,21 @@ static int parse(int argc, char **argv, struct bench *b, size_t *rows, size_t *r
   return b->passes < 1 || b->passes > MAX_PASSES || !b->bytes ? usage() : 0;
 }
 
+/* Returns whether the figure is at least `wanted` of the bandwidth. */
+static bool report(struct bench *b, size_t R, bool all, double bandwidth, double wanted) {
+  uint32_t top = all || b->E < 8 ? b->E : 8;
+  build_rows(b, R, top);
+  double bytes = (double)b->bytes / b->E * b->args.groups->active, seconds = median_seconds(b),
+         rate = bytes / seconds;
+  printf("{\"bench\":\"mxfp4_experts\",\"routed\":\"%s\",\"isa\":\"%s\",\"threads\":%d,\"rows\":%zu,"
+         "\"bytes\":%.0f,"
+         "\"ms\":%.2f,\"gb_per_s\":%.2f,\"fraction_of_read\":%.3f,\"gflop_per_s\":%.1f}\n",
+         all ? "all" : "top8", us_isa_name(us_isa_resolve(b->isa)), us_pool_threads(b->pool), R, bytes,
+         seconds * 1e3, rate * 1e-9, rate / bandwidth, 6e-9 * D * F * top * (double)R / seconds);
+  fflush(stdout);
+  return rate >= wanted * bandwidth;
+}
+
 int main(int argc, char **argv) {
   struct bench b = {.bytes = 1000000000, .passes = 5};
   size_t rows[8] = {0}, count = 0;
@@ -181,15 +206,9 @@ int main(int argc, char **argv) {
          bandwidth * 1e-9);
   build_pool(&b);
   for (size_t i = 0; i < count; i++) {
-    build_rows(&b, rows[i]);
-    double seconds = median_seconds(&b), rate = (double)b.bytes / seconds, wanted = rows[i] == 1 ? 0.5 : 0.25;
-    printf(
-        "{\"bench\":\"mxfp4_experts\",\"isa\":\"%s\",\"threads\":%d,\"rows\":%zu,\"bytes\":%zu,\"ms\":%.2f,"
-        "\"gb_per_s\":%.2f,\"fraction_of_read\":%.3f,\"gflop_per_s\":%.1f}\n",
-        us_isa_name(us_isa_resolve(b.isa)), us_pool_threads(b.pool), rows[i], b.bytes, seconds * 1e3,
-        rate * 1e-9, rate / bandwidth, 6e-9 * D * F * b.E * (double)rows[i] / seconds);
-    fflush(stdout);
-    if (b.check && rows[i] <= 8 && rate < wanted * bandwidth) status = 1;
+    bool all = report(&b, rows[i], true, bandwidth, 0.5),
+         routed = report(&b, rows[i], false, bandwidth, 0.25);
+    if (b.check && ((rows[i] == 1 && !all) || (rows[i] == 8 && !routed))) status = 1;
   }
   us_pool_free(b.pool);
   return status;

@@ -1,6 +1,8 @@
 /* t_linear.c: the canonical dot product: formats, instruction sets, rows and tiles give the same bits; the value is
  * checked against a sum in double within the bound of the order: |error| <= (K/16 + 5) u * sum |w x|, u = 2^-24. */
+#include "formats/mxfp4.h"
 #include "kernels/linear/linear.h"
+#include "kernels/linear/mxfp4_tables.h"
 #include "values.h"
 
 #include <math.h>
@@ -94,6 +96,38 @@ START_TEST(instruction_sets_give_the_bits_of_plain_c) {
       free_problem(&p);
     }
   }
+}
+END_TEST
+
+START_TEST(long_rows_that_are_summed_in_runs_give_the_bits_of_one_run) {
+  uint64_t state = us_test_seed() + 7;
+  enum us_isa isas[2];
+  size_t isa_count = fast_isas(isas);
+  for (size_t f = 0; f < 4; f++) {
+    size_t K = formats[f] == US_FORMAT_MXFP4 ? 2208 : 2215; /* runs of 32 and 64 groups, the last one short */
+    struct problem p = new_problem(formats[f], 29, K, 15, &state);
+    float *plain = calloc(15 * 29, sizeof *plain), *fast = calloc(15 * 29, sizeof *fast);
+    run(&p, 0, 29, US_ISA_PLAIN, plain, 29);
+    for (size_t j = 0; j < isa_count; j++) {
+      run(&p, 0, 29, isas[j], fast, 29);
+      assert_same_bits(fast, plain, 15 * 29, us_isa_name(isas[j]));
+    }
+    free(plain);
+    free(fast);
+    free_problem(&p);
+  }
+}
+END_TEST
+
+START_TEST(the_tables_hold_every_code_times_every_scale) {
+  for (int scale = 0; scale < 256; scale++)
+    for (int code = 0; code < 16; code++) {
+      float truth = us_e2m1_to_f32((uint8_t)code) * us_e8m0_to_f32((uint8_t)scale);
+      if (scale == 255)
+        ck_assert(isnan(us_mxfp4_tables[scale][code]));
+      else
+        ck_assert_uint_eq(us_f32_bits(us_mxfp4_tables[scale][code]), us_f32_bits(truth));
+    }
 }
 END_TEST
 
@@ -227,6 +261,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, packing_puts_even_k_before_odd_k_and_pads_with_zeros);
   tcase_add_test(c, every_format_is_near_the_sum_in_double);
   tcase_add_test(c, instruction_sets_give_the_bits_of_plain_c);
+  tcase_add_test(c, long_rows_that_are_summed_in_runs_give_the_bits_of_one_run);
+  tcase_add_test(c, the_tables_hold_every_code_times_every_scale);
   tcase_add_test(c, equal_decoded_values_give_equal_bits_in_every_format);
   tcase_add_test(c, fp8_rows_use_the_scales_of_their_own_block_and_chunk);
   tcase_add_test(c, a_row_does_not_depend_on_its_neighbours_or_on_the_tile);
