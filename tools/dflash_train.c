@@ -1,0 +1,509 @@
+/* dflash-train: distil a DFlash drafter from a model. */
+#include "base/plot.h"
+#include "base/progress.h"
+#include "base/provenance.h"
+#include "base/record.h"
+#include "base/table.h"
+#include "model/checkpoint.h"
+#include "tools/tool.h"
+#include "training/dflash.h"
+#include "training/run_log.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const struct us_opt opts[] = {
+    US_OPT_FILE("target", 't', "FILE", "model to draft for; - reads its record from stdin", .required = true),
+    US_OPT_FILE("output", 'o', "FILE", "drafter to write: an .h5 file, or a folder in the published layout",
+                .required = true),
+    US_OPT_GROUP("Text"),
+    US_OPT_FILE("data", 0, "FILE", "token shards: text to train on, or prompts with --generate"),
+    US_OPT_INT("generate", 'g', "N",
+               "let the target write N answers first and train on them; without --data at least 256",
+               .def = "0", .max = 1000000),
+    US_OPT_NUM("temperature", 0, "T", "of the answers; 0: greedy", .def = "0.8", .max = 100),
+    US_OPT_NUM("top-p", 0, "P", "of the answers: smallest set of tokens with this mass", .def = "1",
+               .max = 1),
+    US_OPT_NUM("text-share", 0, "SHARE", "with answers: sequences that are text nevertheless", .def = "0",
+               .max = 1),
+    US_OPT_GROUP("Drafter"),
+    US_OPT_FILE("init", 0, "FILE", "continue from this drafter; it says the shape"),
+    US_OPT_INT("layers", 0, "L", "layers", .def = "4", .min = 1, .max = US_MAX_DRAFT_LAYERS),
+    US_OPT_INT("block", 0, "B", "anchor and masks a block", .def = "8", .min = 2, .max = US_MAX_BLOCK),
+    US_OPT_INT("window", 0, "W", "positions that a block sees back", .def = "256", .min = 1),
+    US_OPT_STR(
+        "taps", 0, "L,L,...",
+        "target layers whose outputs are the context; default: four over the depth, the last included"),
+    US_OPT_INT("inner", 0, "F", "inner size of the MLP; 0: twice the hidden size", .def = "0"),
+    US_OPT_INT("heads", 0, "H", "query heads", .def = "4", .min = 1, .max = 1024),
+    US_OPT_INT("kv-heads", 0, "G", "key and value heads", .def = "2", .min = 1, .max = 1024),
+    US_OPT_INT("head-dim", 0, "Q", "size of a head; 0: hidden size by heads", .def = "0", .max = 1024),
+    US_OPT_INT("mask-id", 0, "ID", "token id that stands for a mask; -1: the vocabulary's last", .def = "-1",
+               .min = -1),
+    US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
+    US_OPT_GROUP("Training"),
+    US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
+    US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
+    US_OPT_ENUM("weights", 0, "exp|dpace|uniform", "weights of the slots", .def = "dpace"),
+    US_OPT_NUM("gamma", 0, "G", "decay of --weights exp; 0: 4 to 7, by the block", .def = "0"),
+    US_OPT_NUM("alpha", 0, "A", "smoothing of --weights dpace", .def = "0.5", .max = 1),
+    US_OPT_INT("steps", 'n', "N", "optimizer steps; 0: as many as the time allows", .def = "1000"),
+    US_OPT_NUM("minutes", 0, "M", "stop after so many minutes of training; 0: no limit", .def = "0"),
+    US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "4", .min = 1, .max = 65536),
+    US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 8, .max = 131072),
+    US_OPT_INT("micro", 0, "N", "sequences a pass; 0: as many as 8,192 block rows hold", .def = "0",
+               .max = 65536),
+    US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for matrices; AdamW does the rest", .def = "muon"),
+    US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express",
+                .def = "schulz"),
+    US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.003", .above_min = true),
+    US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
+    US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.04", .max = 1),
+    US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0", .max = 1),
+    US_OPT_NUM("decay", 0, "X", "weight decay", .def = "0.01"),
+    US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1"),
+    US_OPT_GROUP("Progress"),
+    US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),
+    US_OPT_INT("save-every", 0, "N", "steps between saves of the state", .def = "100"),
+    US_OPT_FLAG("resume", 0, "continue the run in --state, if there is one"),
+    US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1),
+    US_OPT_INT("eval-every", 0, "N", "steps between evaluations on what is held out; 0: at the end alone",
+               .def = "0"),
+    US_OPT_INT("eval-sequences", 0, "N", "held-out sequences of an evaluation; 0: all", .def = "32"),
+    US_OPT_FILE("log", 0, "FILE.tsv", "write the log as TSV"),
+    US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact"),
+    US_OPT_GROUP("Common options"),
+    US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
+    US_OPT_COMMON_OUT,
+    US_OPT_COMMON_TALK,
+    US_OPT_END,
+};
+
+/* Fixed columns, then accuracy_1 .. accuracy_15 of the training blocks. */
+enum { FIXED = 11, COLUMNS = FIXED + US_MAX_BLOCK - 1 };
+static const char *const columns[COLUMNS] = {
+    "step",        "tokens",      "seconds",     "loss",        "length",     "rate",       "norm",
+    "heldout",     "heldout_len", "rows_per_s",  "gflops",      "accuracy_1", "accuracy_2", "accuracy_3",
+    "accuracy_4",  "accuracy_5",  "accuracy_6",  "accuracy_7",  "accuracy_8", "accuracy_9", "accuracy_10",
+    "accuracy_11", "accuracy_12", "accuracy_13", "accuracy_14", "accuracy_15"};
+
+struct job {
+  struct us_tool_run *run;
+  struct us_record target_record;
+  struct us_model *target;
+  struct us_draft *init;
+  struct us_shards *shards;
+  struct us_responses answers, heldout;
+  struct us_pool *pool;
+  struct us_dflash train;
+  struct us_run_log log;
+  struct us_progress progress;
+  char options[2048];
+};
+
+/* --- shape --- */
+
+static enum us_status parse_taps(const char *text, struct us_draft_shape *s, struct us_err *err) {
+  char *end;
+  s->taps = 0;
+  for (const char *at = text;; at = end + 1) {
+    long layer = strtol(at, &end, 10);
+    if (end == at || (*end && *end != ',') || layer < 0 || s->taps == US_MAX_TAPS)
+      return us_err_set(err, US_ERR_USAGE, "--taps '%s': not a list of at most %d layers, like 0,2,5", text,
+                        US_MAX_TAPS);
+    if ((uint32_t)layer >= s->target_layers)
+      return us_err_set(err, US_ERR_USAGE, "--taps '%s': layer %ld; the target has layers 0 to %u", text,
+                        layer, s->target_layers - 1);
+    s->tap_layer[s->taps++] = (uint32_t)layer;
+    if (!*end) return US_OK;
+  }
+}
+
+/* Four layers over the depth, the first and the last included. */
+static void default_taps(struct us_draft_shape *s) {
+  uint32_t last = s->target_layers - 1;
+  s->taps = last < 3 ? last + 1 : 4;
+  for (uint32_t i = 0; i < s->taps; i++) s->tap_layer[i] = s->taps == 1 ? last : i * last / (s->taps - 1);
+}
+
+static enum us_status read_shape(struct us_opts *o, const struct us_model *target, struct us_draft_shape *s,
+                                 struct us_err *err) {
+  const struct us_shape *t = &target->shape;
+  uint32_t heads = (uint32_t)us_opt_int(o, "heads"), dim = (uint32_t)us_opt_int(o, "head-dim");
+  if (!dim) dim = t->hidden / heads;
+  int64_t mask = us_opt_int(o, "mask-id"), inner = us_opt_int(o, "inner");
+  *s = (struct us_draft_shape){.layers = (uint32_t)us_opt_int(o, "layers"),
+                               .hidden = t->hidden,
+                               .vocab = t->vocab,
+                               .inner = inner ? (uint32_t)inner : 2 * t->hidden,
+                               .attention = {.q_heads = heads,
+                                             .kv_heads = (uint32_t)us_opt_int(o, "kv-heads"),
+                                             .qk_dim = dim,
+                                             .v_dim = dim,
+                                             .rotary_dim = dim,
+                                             .rope_theta = 1e4,
+                                             .window = (uint32_t)us_opt_int(o, "window"),
+                                             .sink = true},
+                               .norm_eps = t->norm_eps,
+                               .value_scale = 1.0,
+                               .block = (uint32_t)us_opt_int(o, "block"),
+                               .mask_id = mask < 0 ? t->vocab - 1 : (uint32_t)mask,
+                               .target_layers = t->layers};
+  default_taps(s);
+  enum us_status status = US_OK;
+  if (us_opt_given(o, "taps")) status = parse_taps(us_opt_str(o, "taps"), s, err);
+  return status == US_OK ? us_draft_shape_check(s, t, err) : status;
+}
+
+/* With --init the drafter says its shape, and options that would change it are refused. */
+static enum us_status take_init(struct job *job, struct us_err *err) {
+  static const char *const shape_options[] = {"layers", "block",    "window",   "taps",   "inner",
+                                              "heads",  "kv-heads", "head-dim", "mask-id"};
+  struct us_opts *o = job->run->opts;
+  for (size_t i = 0; i < sizeof shape_options / sizeof shape_options[0]; i++)
+    if (us_opt_given(o, shape_options[i]))
+      return us_err_set(err, US_ERR_USAGE, "--%s: the shape is that of --init", shape_options[i]);
+  enum us_status status = us_draft_open(us_opt_str(o, "init"), &job->init, err);
+  if (status == US_OK) status = us_draft_check_target(job->init, job->target, err);
+  if (status == US_OK) job->train.shape = job->init->shape;
+  return status;
+}
+
+/* --- log --- */
+
+static void on_log(void *arg, const struct us_dflash_log *log) {
+  struct job *job = arg;
+  double length = us_draft_tally_length(&log->train), loss = us_draft_tally_loss(&log->train);
+  double heldout = us_draft_tally_loss(&log->heldout), heldout_length = us_draft_tally_length(&log->heldout);
+  double row[COLUMNS] = {
+      (double)log->step, (double)log->tokens, log->seconds,         loss,       length, log->rate, log->norm,
+      heldout,           heldout_length,      log->rows_per_second, log->gflops};
+  for (uint32_t j = 1; j < US_MAX_BLOCK; j++) row[FIXED + j - 1] = us_draft_tally_accuracy(&log->train, j);
+  us_run_log_add(&job->log, row);
+  us_progress_note(&job->progress, "loss %.3f, length %.2f", loss, length);
+  us_progress_set(&job->progress, log->step);
+  if (heldout_length == heldout_length)
+    us_log_notice(job->run->log, "step %llu: loss %.4f, length %.3f; held out %.4f, length %.3f",
+                  (unsigned long long)log->step, loss, length, heldout, heldout_length);
+  else
+    us_log_info(
+        job->run->log, "step %llu: loss %.4f, length %.3f, norm %.3f, rate %.2e, %.0f rows/s, %.1f GFLOP/s",
+        (unsigned long long)log->step, loss, length, log->norm, log->rate, log->rows_per_second, log->gflops);
+}
+
+/* Slot accuracies, first to last, of what is held out. */
+static void say_accuracy(const struct job *job) {
+  char text[US_MAX_BLOCK * 8] = "";
+  size_t used = 0;
+  for (uint32_t j = 1; j < job->train.shape.block; j++)
+    used += (size_t)snprintf(text + used, sizeof text - used, " %.3f",
+                             us_draft_tally_accuracy(&job->train.last.heldout, j));
+  if (job->train.last.heldout.blocks) us_log_notice(job->run->log, "held-out accuracy by slot:%s", text);
+}
+
+static enum us_status draw(const struct job *job, const char *path, const char *provenance,
+                           struct us_err *err) {
+  size_t n = job->log.count;
+  double *x = malloc((3 * n + 1) * sizeof *x);
+  if (!x) return us_err_memory(err, "plot", 3 * n * sizeof *x);
+  us_run_log_column(&job->log, 0, x);
+  us_run_log_column(&job->log, 4, x + n);
+  us_run_log_column(&job->log, 8, x + 2 * n);
+  struct us_plot_axes axes = {.title = "Drafter distillation",
+                              .x_title = "steps",
+                              .y_title = "simulated acceptance length (tokens a round)"};
+  struct us_plot_series series[2] = {
+      {.name = "training", .x = x, .y = x + n, .n = n},
+      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = x + 2 * n, .n = n}};
+  enum us_status status = us_plot_xy(path, &axes, series, 2, provenance, err);
+  free(x);
+  return status;
+}
+
+/* --- what goes in --- */
+
+static void read_training(struct job *job) {
+  struct us_opts *o = job->run->opts;
+  struct us_dflash *t = &job->train;
+  double gamma = us_opt_num(o, "gamma");
+  t->target = job->target;
+  t->init = job->init;
+  t->shards = job->shards;
+  t->text_share = us_opt_num(o, "text-share");
+  t->batch = (size_t)us_opt_int(o, "batch");
+  t->length = (size_t)us_opt_int(o, "length");
+  t->anchors = (size_t)us_opt_int(o, "anchors");
+  if (t->anchors > t->length) t->anchors = t->length;
+  t->micro = (size_t)us_opt_int(o, "micro");
+  t->seed = (uint64_t)us_opt_int(o, "seed");
+  t->fixed_mask = us_opt_flag(o, "fixed-mask");
+  t->loss.kind = us_opt_choice(o, "loss") == 0 ? US_DRAFT_CE : US_DRAFT_KL;
+  t->loss.weights = (enum us_draft_weights)us_opt_choice(o, "weights");
+  t->loss.alpha = (float)us_opt_num(o, "alpha");
+  /* The paper's 4, 5, 7 for blocks of 8, 10, 16. */
+  t->loss.gamma = (float)(gamma > 0.0 ? gamma : t->shape.block > 10 ? 7.0 : t->shape.block > 8 ? 5.0 : 4.0);
+  t->log_every = (uint64_t)us_opt_int(o, "log-every");
+  t->eval_every = (uint64_t)us_opt_int(o, "eval-every");
+  t->eval_sequences = (size_t)us_opt_int(o, "eval-sequences");
+  t->resume = us_opt_flag(o, "resume");
+  t->on_log = on_log;
+  t->log_arg = job;
+  t->interrupted = us_tool_interrupted;
+}
+
+static void read_trainer(struct job *job) {
+  struct us_opts *o = job->run->opts;
+  struct us_trainer *r = &job->train.trainer;
+  r->optim = us_optim_default(us_opt_choice(o, "optimizer") == 0 ? US_OPTIM_MUON : US_OPTIM_ADAMW);
+  r->optim.newton = us_opt_choice(o, "newton") == 0 ? US_NEWTON_SCHULZ5 : US_NEWTON_POLAR_EXPRESS;
+  r->optim.adamw_decay = r->optim.muon_decay = us_opt_num(o, "decay");
+  r->schedule = (struct us_schedule){.kind = (enum us_schedule_kind)us_opt_choice(o, "schedule"),
+                                     .peak = us_opt_num(o, "lr"),
+                                     .floor = us_opt_num(o, "floor"),
+                                     .warmup = us_opt_num(o, "warmup")};
+  r->clip = us_opt_num(o, "clip");
+  r->steps = (uint64_t)us_opt_int(o, "steps");
+  r->minutes = us_opt_num(o, "minutes");
+  r->state_path = us_opt_str(o, "state");
+  r->save_every = (uint64_t)us_opt_int(o, "save-every");
+  r->options = job->options;
+}
+
+/* What must be the same when a run is resumed, as text that a message can show. */
+static enum us_status describe(struct job *job, struct us_err *err) {
+  static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule"};
+  static const char *const numbers[] = {
+      "generate", "temperature", "top-p",   "text-share", "layers", "block", "window", "inner",   "heads",
+      "kv-heads", "head-dim",    "mask-id", "anchors",    "gamma",  "alpha", "steps",  "minutes", "batch",
+      "length",   "micro",       "lr",      "warmup",     "floor",  "decay", "clip",   "seed"};
+  struct us_opts *o = job->run->opts;
+  char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none";
+  char *text = job->options;
+  size_t size = sizeof job->options;
+  enum us_status status = us_record_hash(job->target_record.path, target, err);
+  if (status == US_OK && job->shards) status = us_record_hash(us_opt_str(o, "data"), data, err);
+  if (status == US_OK && job->init) status = us_record_hash(us_opt_str(o, "init"), init, err);
+  if (status != US_OK) return status;
+  size_t used = (size_t)snprintf(text, size, "target=%.16s data=%.16s init=%.16s fixed-mask=%d", target, data,
+                                 init, us_opt_flag(o, "fixed-mask"));
+  for (size_t i = 0; i < sizeof words / sizeof words[0] && used < size; i++) {
+    const char *word = us_opt_str(o, words[i]);
+    used += (size_t)snprintf(text + used, size - used, " %s=%s", words[i], word ? word : "default");
+  }
+  for (size_t i = 0; i < sizeof numbers / sizeof numbers[0] && used < size; i++)
+    used += (size_t)snprintf(text + used, size - used, " %s=%.10g", numbers[i], us_opt_num(o, numbers[i]));
+  return US_OK;
+}
+
+static enum us_status open_inputs(struct job *job, struct us_err *err) {
+  struct us_opts *o = job->run->opts;
+  enum us_status status =
+      us_record_resolve(us_opt_str(o, "target"), stdin, "model", &job->target_record, err);
+  if (status == US_OK) status = us_model_open(job->target_record.path, &job->target, err);
+  if (status == US_OK)
+    status =
+        us_opt_given(o, "init") ? take_init(job, err) : read_shape(o, job->target, &job->train.shape, err);
+  if (status == US_OK && us_opt_given(o, "data"))
+    status = us_shards_open(us_opt_str(o, "data"), &job->shards, err);
+  if (status == US_OK && job->shards) status = us_rows_check_vocabulary(job->shards, job->target, err);
+  if (status != US_OK) return status;
+  if (!job->shards && !job->target->shape.stop_count)
+    return us_err_set(err, US_ERR_USAGE,
+                      "without --data the target must have an end-of-text token to begin with");
+  read_training(job);
+  read_trainer(job);
+  return describe(job, err);
+}
+
+/* --- answers --- */
+
+static void on_answers(void *arg, size_t done, size_t all) {
+  struct job *job = arg;
+  us_progress_set(&job->progress, done);
+}
+
+static enum us_status write_answers(struct job *job, struct us_err *err) {
+  struct us_opts *o = job->run->opts;
+  size_t count = (size_t)us_opt_int(o, "generate"), heldout;
+  if (!job->shards && count < 256) count = 256;
+  if (!count) return US_OK;
+  heldout = count / 16 < 8 ? 8 : count / 16 > 64 ? 64 : count / 16;
+  struct us_responses_options options = {
+      .count = count,
+      .length = job->train.length,
+      .first = job->target->shape.stop_count ? (int32_t)job->target->shape.stop_ids[0] : 0,
+      .sampling = {.temperature = (float)us_opt_num(o, "temperature"),
+                   .top_p = (float)us_opt_num(o, "top-p")},
+      .seed = job->train.seed,
+      .interrupted = us_tool_interrupted,
+      .progress = on_answers,
+      .progress_arg = job};
+  us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "answers", "answers", count);
+  enum us_status status =
+      us_responses_generate(job->target, job->shards, US_PART_TRAIN, &options, job->pool, &job->answers, err);
+  options.count = heldout;
+  options.seed += 0x5851F42D4C957F2Du;
+  options.progress = NULL;
+  enum us_part part =
+      job->shards && us_shards_documents(job->shards, US_PART_HELDOUT) ? US_PART_HELDOUT : US_PART_TRAIN;
+  if (status == US_OK)
+    status = us_responses_generate(job->target, job->shards, part, &options, job->pool, &job->heldout, err);
+  us_progress_end(&job->progress);
+  if (status != US_OK) return status;
+  us_log_notice(job->run->log, "the target wrote %zu answers, %zu tokens; %zu more are held out",
+                job->answers.n, job->answers.tokens, job->heldout.n);
+  job->train.answers = &job->answers;
+  job->train.heldout = &job->heldout;
+  return US_OK;
+}
+
+/* --- what comes out --- */
+
+static enum us_status add_conventions(struct us_provenance *p, const struct us_draft_shape *s,
+                                      struct us_err *err) {
+  char taps[16 * US_MAX_TAPS] = "[", mask[32];
+  size_t used = 1;
+  for (uint32_t i = 0; i < s->taps; i++)
+    used += (size_t)snprintf(taps + used, sizeof taps - used, "%s%u", i ? ", " : "", s->tap_layer[i]);
+  snprintf(taps + used, sizeof taps - used, "]");
+  snprintf(mask, sizeof mask, "%u", s->mask_id);
+  enum us_status status =
+      us_provenance_set_text(p, "labels", "unshifted: slot j predicts position p + j", err);
+  if (status == US_OK) status = us_provenance_set_text(p, "context", "strictly before the anchor", err);
+  if (status == US_OK)
+    status =
+        us_provenance_set_text(p, "taps_are", "residual stream after the layer, before the final norm", err);
+  if (status == US_OK) status = us_provenance_set_json(p, "tap_layers", taps, err);
+  if (status == US_OK) status = us_provenance_set_json(p, "mask_id", mask, err);
+  return status;
+}
+
+static enum us_status make_provenance(struct job *job, char **ret_text, struct us_err *err) {
+  struct us_provenance *p = NULL;
+  struct us_opts *o = job->run->opts;
+  *ret_text = NULL;
+  enum us_status status = us_tool_provenance(job->run, job->train.seed, &p, err);
+  if (status == US_OK) status = us_tool_add_parent(p, job->target_record.path, "model", err);
+  if (status == US_OK && job->shards) status = us_tool_add_parent(p, us_opt_str(o, "data"), "tokens", err);
+  if (status == US_OK && job->init) status = us_tool_add_parent(p, us_opt_str(o, "init"), "draft", err);
+  if (status == US_OK) status = add_conventions(p, &job->train.shape, err);
+  if (status == US_OK && !(*ret_text = us_provenance_text(p, err))) status = err->status;
+  us_provenance_free(p);
+  return status;
+}
+
+static enum us_status write_outputs(struct job *job, const char *provenance, struct us_err *err) {
+  struct us_opts *o = job->run->opts;
+  const char *path = us_opt_str(o, "output");
+  struct us_draft *draft = NULL;
+  enum us_status status = us_draft_create(&job->train.shape, &draft, err);
+  if (status == US_OK) status = us_params_export_draft(&job->train.params, draft, err);
+  if (status == US_OK) status = us_draft_write(path, draft, provenance, err);
+  us_draft_free(draft);
+  if (status == US_OK && us_opt_str(o, "run"))
+    status = us_run_log_write(&job->log, us_opt_str(o, "run"), provenance, err);
+  if (status == US_OK && us_opt_str(o, "plot")) status = draw(job, us_opt_str(o, "plot"), provenance, err);
+  return status == US_OK ? us_record_emit(job->run->out, us_opt_flag(o, "json"), path, "draft", err) : status;
+}
+
+static enum us_status train(struct job *job, struct us_err *err) {
+  struct us_opts *o = job->run->opts;
+  struct us_err log_err = {0};
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
+  if (status == US_OK) status = write_answers(job, err);
+  if (status == US_OK)
+    status = us_run_log_open(&job->log, columns, FIXED + job->train.shape.block - 1, us_opt_str(o, "log"),
+                             job->train.resume, err);
+  if (status != US_OK) return status;
+  us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "distilling", "steps",
+                    job->train.trainer.steps);
+  status = us_dflash(&job->train, job->pool, err);
+  us_progress_end(&job->progress);
+  if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
+    status = us_err_set(err, log_err.status, "%s", log_err.message);
+  if (status == US_OK) say_accuracy(job);
+  return status;
+}
+
+/* --dry-run: the drafter that would be trained. */
+static enum us_status print_plan(const struct job *job, struct us_err *err) {
+  static const char *const plan[] = {"layers",   "hidden",        "inner",         "heads",
+                                     "kv_heads", "window",        "block",         "parameters",
+                                     "bytes",    "rows_per_step", "gflop_per_step"};
+  const struct us_dflash *t = &job->train;
+  const struct us_attention_shape *a = &t->shape.attention;
+  struct us_table *table;
+  enum us_status status =
+      us_table_open(job->run->out, plan, 11, us_opt_flag(job->run->opts, "json"), &table, err);
+  if (status != US_OK) return status;
+  double D = t->shape.hidden, width = us_attention_qkv_rows(a), wide = (double)a->q_heads * a->v_dim;
+  double layer = D * (width + wide + 3.0 * t->shape.inner) + 2.0 * D + 2.0 * a->qk_dim + a->q_heads;
+  double parameters = t->shape.layers * layer + D * D * t->shape.taps + 3.0 * D;
+  double blocks = (double)t->batch * (double)t->anchors;
+  us_table_int(table, t->shape.layers);
+  us_table_int(table, t->shape.hidden);
+  us_table_int(table, t->shape.inner);
+  us_table_int(table, a->q_heads);
+  us_table_int(table, a->kv_heads);
+  us_table_int(table, a->window);
+  us_table_int(table, t->shape.block);
+  us_table_num(table, parameters);
+  us_table_num(table, 2.0 * parameters);
+  us_table_num(table, blocks * t->shape.block);
+  us_table_num(table, 1e-9 * blocks * us_draft_train_block_flops(&t->shape, 0.5 * (double)t->length));
+  return us_table_close(table, err);
+}
+
+static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err) {
+  struct job job = {.run = tool_run};
+  char *provenance = NULL;
+  enum us_status status = open_inputs(&job, err);
+  if (status == US_OK && us_opt_flag(tool_run->opts, "dry-run")) {
+    status = print_plan(&job, err);
+  } else {
+    if (status == US_OK) status = make_provenance(&job, &provenance, err);
+    if (status == US_OK) status = train(&job, err);
+    if (status == US_OK) status = write_outputs(&job, provenance, err);
+  }
+  us_dflash_release(&job.train);
+  us_responses_release(&job.answers);
+  us_responses_release(&job.heldout);
+  us_run_log_release(&job.log);
+  us_pool_free(job.pool);
+  us_shards_close(job.shards);
+  us_draft_free(job.init);
+  us_model_free(job.target);
+  us_record_release(&job.target_record);
+  free(provenance);
+  return status;
+}
+
+static const struct us_tool tool = {
+    .name = "dflash-train",
+    .summary = "distil a DFlash drafter from a model",
+    .description =
+        "Trains a block drafter for a frozen target. In every step sequences run through the target, the "
+        "residual streams after its tapped layers become the drafter's context, and blocks at random anchors "
+        "learn the tokens that follow. The sequences are text, or, with --generate, answers that the target "
+        "writes to prompts taken from that text; without --data it continues from its end-of-text token. "
+        "Only the drafter's own tensors are trained; embedding and head stay the target's.\n\n"
+        "The log has, for training blocks, the loss, the accuracy of every slot and the simulated acceptance "
+        "length: one more than the slots before the first miss, as greedy verification counts them when the "
+        "text is the target's own.\n\n"
+        "With --state the run is kept in two files that take turns, so that it can be killed at any moment "
+        "and resumed to the same bits.",
+    .examples =
+        "# a drafter of 1.3 MB, distilled from 4,000 answers of the target itself\n"
+        "dflash-train -t q.h5 --data text.h5 --generate 4000 -o d.h5 --steps 0 --minutes 8\n"
+        "# fit an existing drafter to a quantized target and use it\n"
+        "qat-quant pico.h5 -o q.h5 | dflash-train -t - --data text.h5 --init pico-draft.h5 --steps 200 "
+        "--lr 0.0005 -o d.h5",
+    .opts = opts,
+    .run = run_tool,
+};
+
+int main(int argc, char **argv) {
+  return us_tool_main(&tool, argc, argv);
+}

@@ -1,0 +1,52 @@
+/* responses.h: a model's own answers as training text: prompts from token shards, continued by the model itself.
+ *
+ *     struct us_responses_options options = {.count = 1000, .length = 512, .sampling = {.temperature = 0.8f}, .seed = 1};
+ *     us_responses_generate(model, shards, US_PART_TRAIN, &options, pool, &responses, &err);
+ *     us_responses_window(&responses, i, &window);                // window.loss marks the answer
+ *     us_responses_release(&responses);
+ *
+ * A prompt is the beginning of a document drawn by Philox(seed; index): up to the start of a marked run (an answer in a
+ * dialogue, drawn among those in the first half of `length`), or, of plain text, prompt_min to prompt_max tokens. The
+ * answer ends at a stop token, at `length` tokens in all, or once it repeats itself (decode/generate.h: cut_loops). What
+ * is generated depends on the arguments alone, not on threads.
+ */
+#ifndef US_TRAINING_RESPONSES_H
+#define US_TRAINING_RESPONSES_H
+
+#include "decode/sample.h"
+#include "model/model.h"
+#include "training/shards.h"
+
+#include "base/pool.h"
+
+struct us_responses_options {
+  size_t count;                    /* answers */
+  size_t length;                   /* tokens, prompt included */
+  uint32_t prompt_min, prompt_max; /* 0: 8 and 64 */
+  int32_t first;                   /* without shards: the one token of every prompt */
+  struct us_sampling sampling;
+  uint64_t seed;
+  bool (*interrupted)(void);                            /* NULL: never */
+  void (*progress)(void *arg, size_t done, size_t all); /* called by the calling thread; NULL: silent */
+  void *progress_arg;
+};
+
+struct us_responses {
+  size_t n, tokens; /* of answers */
+  int32_t *ids;     /* prompt and answer, one behind the other, `length` slots each */
+  uint32_t *prompt; /* (n) tokens of the prompt */
+  uint32_t *total;  /* (n) tokens of both */
+  size_t length;
+};
+
+/* shards may be NULL: every prompt is options->first. US_ERR_INPUT when the part has no document of two tokens; US_INTERRUPTED; what us_generate returns. */
+US_CHECKED enum us_status us_responses_generate(struct us_model *model, const struct us_shards *shards,
+                                                enum us_part part, const struct us_responses_options *options,
+                                                struct us_pool *pool, struct us_responses *ret_responses,
+                                                struct us_err *err);
+void us_responses_release(struct us_responses *responses);
+
+/* Fill the window, whose length must be at least responses->length. */
+void us_responses_window(const struct us_responses *responses, size_t i, struct us_window *window);
+
+#endif
