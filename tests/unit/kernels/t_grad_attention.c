@@ -41,8 +41,10 @@ static struct attention_case make_case(size_t queries, size_t keys, bool sink, b
   struct attention_case c = {.queries = queries, .keys = keys};
   c.q = gc_random(queries * QS, 1), c.k = gc_random(keys * KS, 1), c.v = gc_random(keys * VS, 1);
   c.sink = sink ? gc_random(H, 1) : NULL, c.weight = gc_random(queries * H * V, 1);
-  c.begin = calloc(queries, sizeof *c.begin), c.end = calloc(queries, sizeof *c.end);
-  if (blocks) c.block_begin = calloc(queries, sizeof *c.begin), c.block_end = calloc(queries, sizeof *c.end);
+  c.begin = gc_keep(calloc(queries, sizeof *c.begin)), c.end = gc_keep(calloc(queries, sizeof *c.end));
+  if (blocks)
+    c.block_begin = gc_keep(calloc(queries, sizeof *c.begin)),
+    c.block_end = gc_keep(calloc(queries, sizeof *c.end));
   return c;
 }
 

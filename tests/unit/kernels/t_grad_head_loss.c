@@ -141,7 +141,7 @@ static void run_long(struct us_seq *seq, void *arg, float *out) {
 START_TEST(chunks_and_threads_do_not_matter) {
   struct long_case c = {gc_float(gc_random(LONG_R * LONG_D, 2), LONG_R * LONG_D),
                         gc_float(gc_random(LONG_N * LONG_D, 2), LONG_N * LONG_D),
-                        calloc(LONG_R, sizeof(int32_t))};
+                        gc_keep(calloc(LONG_R, sizeof(int32_t)))};
   for (int r = 0; r < LONG_R; r++) c.label[r] = (r * 7919) % LONG_N;
   gc_threads(run_long, &c, (LONG_R + LONG_N) * LONG_D + LONG_R, US_SEQ_ROUND_BF16);
   struct us_seq seq;
