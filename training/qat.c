@@ -26,9 +26,12 @@ struct session {
 
 /* --- what trains --- */
 
-static bool trains(const struct us_qat *run, const struct us_param *p) {
+static bool trains(const struct us_qat *run, const struct us_tensor_ref *ref, enum us_format format,
+                   const struct us_param *p) {
   if (p->group == US_PARAM_BIAS) return false;
-  return run->scope == US_QAT_ALL || (!p->vector && strcmp(p->family, "experts") == 0);
+  if (run->scope == US_QAT_ALL) return true;
+  if (run->scope == US_QAT_EXPERTS) return ref->matrix && strcmp(p->family, "experts") == 0;
+  return ref->matrix && ref->matrix->format != format;
 }
 
 /* What a tensor is multiplied as. One that keeps format and bits is multiplied as it was decoded: FP8 is not encoded
@@ -69,7 +72,7 @@ enum us_status us_qat_open(struct us_qat *run, struct us_err *err) {
   if (status == US_OK) status = us_params_init_model(&run->params, run->original, false, err);
   for (size_t i = 0; i < run->params.count && status == US_OK; i++) {
     struct us_param *p = &run->params.items[i];
-    p->frozen = !trains(run, p);
+    p->frozen = !trains(run, &refs[i], formats[i], p);
     p->encoding = encoding_of(run->convert, &run->original->shape, &refs[i], formats[i], !p->frozen);
   }
   free(refs);

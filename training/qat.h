@@ -23,7 +23,11 @@
 #include "training/trainer.h"
 
 enum us_qat_loss { US_QAT_KL, US_QAT_CE };
-enum us_qat_scope { US_QAT_ALL, US_QAT_EXPERTS /* expert matrices alone */ };
+enum us_qat_scope {
+  US_QAT_ROUNDED, /* matrices whose format changes */
+  US_QAT_ALL,     /* everything but the router's selection bias */
+  US_QAT_EXPERTS, /* expert matrices */
+};
 
 /* A line of the log. Line 0 is before the first step: the loss of post-training quantization. */
 struct us_qat_log {

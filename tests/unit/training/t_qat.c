@@ -73,6 +73,7 @@ START_TEST(a_file_read_back_holds_the_weights_that_the_student_multiplied_by) {
   char path[64];
   size_t count;
   struct us_qat run = new_run("experts=mxfp4,attn=fp8,head=fp8", 3);
+  run.scope = US_QAT_ALL;
   US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
   US_OK_OR_FAIL(us_qat_export(&run, world.pool, &quantized, &err));
   snprintf(path, sizeof path, "%s/q.h5", world.folder);
@@ -113,13 +114,16 @@ START_TEST(a_single_changed_code_fails_the_check_and_is_named) {
                     strstr(err.message, "row 1, column 3"),
                 "%s", err.message);
   code[17] ^= 0x30;
-  /* a tensor that nothing was to change; one bit of the scales of another */
-  uint16_t *embed = (uint16_t *)(uintptr_t)quantized->embed.data;
+  /* a tensor that nothing was to change, in memory of its own */
+  size_t bytes = us_matrix_data_bytes(US_FORMAT_BF16, quantized->embed.rows, quantized->embed.cols);
+  uint16_t *embed = malloc(bytes);
+  memcpy(embed, quantized->embed.data, bytes);
+  quantized->embed.data = embed;
+  US_OK_OR_FAIL(us_qat_check(&run, quantized, world.pool, &err));
   embed[5] ^= 1;
   ck_assert_int_eq(us_qat_check(&run, quantized, world.pool, &err), US_ERR_CHECK);
   ck_assert_msg(strstr(err.message, "embed_tokens") != NULL, "%s", err.message);
-  embed[5] ^= 1;
-  US_OK_OR_FAIL(us_qat_check(&run, quantized, world.pool, &err));
+  free(embed);
   us_model_free(quantized);
   us_qat_release(&run);
 }
@@ -130,7 +134,7 @@ START_TEST(unmoved_masters_are_stored_as_conversion_stores_them) {
                                       "router=bf16"};
   struct us_err err = {0};
   for (size_t t = 0; t < 3; t++) {
-    for (int scope = 0; scope < 2; scope++) {
+    for (int scope = 0; scope < 3; scope++) {
       struct us_model *converted, *exported;
       struct us_qat run = new_run(texts[t], 0);
       run.scope = (enum us_qat_scope)scope;
@@ -165,7 +169,7 @@ static void see(void *arg, const struct us_qat_log *log) {
 
 START_TEST(finetuning_lowers_the_divergence_on_text_it_did_not_see) {
   struct us_err err = {0};
-  for (int scope = 0; scope < 2; scope++) {
+  for (int scope = 0; scope < 3; scope++) {
     struct seen seen = {0};
     struct us_qat run = new_run("experts=mxfp4,attn=mxfp4,head=mxfp4", 40);
     run.scope = (enum us_qat_scope)scope;
@@ -184,6 +188,7 @@ START_TEST(without_any_rounding_the_divergence_is_zero_and_nothing_moves) {
   struct seen seen = {0};
   struct us_model *same;
   struct us_qat run = new_run("all=bf16", 3);
+  run.scope = US_QAT_ALL;
   run.on_log = see, run.log_arg = &seen;
   US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
   ck_assert_double_eq(seen.first, 0.0);
@@ -200,6 +205,7 @@ START_TEST(cross_entropy_learns_the_text) {
   struct seen seen = {0};
   struct us_qat run = new_run("experts=mxfp4", 40);
   run.loss = US_QAT_CE;
+  run.scope = US_QAT_ALL;
   run.on_log = see, run.log_arg = &seen;
   US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
   ck_assert_msg(seen.last < seen.first - 0.2, "%g became %g", seen.first, seen.last);
@@ -207,12 +213,13 @@ START_TEST(cross_entropy_learns_the_text) {
 }
 END_TEST
 
-START_TEST(training_the_experts_alone_leaves_every_other_bit) {
+/* Finetune in a scope that means the experts' matrices; everything else must be as conversion makes it. */
+static void assert_only_experts_move(const char *text, enum us_qat_scope scope) {
   struct us_err err = {0};
   struct us_model *quantized, *converted;
   size_t count, others, moved = 0;
-  struct us_qat run = new_run("experts=mxfp4,attn=fp8", 5);
-  run.scope = US_QAT_EXPERTS;
+  struct us_qat run = new_run(text, 5);
+  run.scope = scope;
   US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
   US_OK_OR_FAIL(us_qat_export(&run, world.pool, &quantized, &err));
   US_OK_OR_FAIL(us_model_convert(world.model, &convert, NULL, &converted, &err));
@@ -234,6 +241,15 @@ START_TEST(training_the_experts_alone_leaves_every_other_bit) {
   us_model_free(converted);
   us_qat_release(&run);
 }
+
+START_TEST(training_the_experts_alone_leaves_every_other_bit) {
+  assert_only_experts_move("experts=mxfp4,attn=fp8", US_QAT_EXPERTS);
+}
+END_TEST
+
+START_TEST(by_default_what_keeps_its_format_keeps_its_bits) {
+  assert_only_experts_move("experts=mxfp4", US_QAT_ROUNDED);
+}
 END_TEST
 
 static const struct us_qat *watched;
@@ -248,6 +264,7 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   char state[64];
   snprintf(state, sizeof state, "%s/run.state", world.folder);
   struct us_qat whole = new_run("experts=mxfp4", 8), part = new_run("experts=mxfp4", 8);
+  whole.scope = part.scope = US_QAT_ALL;
   US_OK_OR_FAIL(us_qat(&whole, NULL, &err)); /* one thread */
   part.trainer.state_path = state;
   watched = &part;
@@ -331,6 +348,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, without_any_rounding_the_divergence_is_zero_and_nothing_moves);
   tcase_add_test(c, cross_entropy_learns_the_text);
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
+  tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
   tcase_add_test(c, a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not);
   tcase_add_test(c, forward_passes_of_fewer_sequences_change_nothing_but_rounding);
   tcase_add_test(c, rules_and_shards_that_do_not_fit_are_refused);
