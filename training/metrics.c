@@ -55,8 +55,8 @@ US_SEQ_CLONES static double exp_sum(const float *x, size_t n, float max) {
   double lane[US_SEQ_LANES] = {0};
   size_t i = 0;
   for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
-    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += (double)us_seq_exp(x[i + l] - max);
-  for (; i < n; i++) lane[0] += (double)us_seq_exp(x[i] - max);
+    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += (double)us_expf(x[i + l] - max);
+  for (; i < n; i++) lane[0] += (double)us_expf(x[i] - max);
   for (int l = 1; l < US_SEQ_LANES; l++) lane[0] += lane[l];
   return lane[0];
 }
@@ -77,7 +77,7 @@ US_SEQ_CLONES static void compare_rows(const float *base, const struct softmax *
   for (size_t first = 0; first < n; first += US_SEQ_LANES) {
     size_t count = n - first < US_SEQ_LANES ? n - first : US_SEQ_LANES;
     for (size_t l = 0; l < count; l++) {
-      float x = base[first + l], y = other[first + l], a = us_seq_exp(x - p_log), b = us_seq_exp(y - q_log);
+      float x = base[first + l], y = other[first + l], a = us_expf(x - p_log), b = us_expf(y - q_log);
       kl[l] += (double)a * ((double)x - (double)y + shift);
       overlap[l] += (double)(a < b ? a : b);
     }
