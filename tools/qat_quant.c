@@ -38,7 +38,7 @@ static const struct us_opt opts[] = {
     US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0.1", .max = 1),
     US_OPT_NUM("decay", 0, "X", "weight decay", .def = "0"),
     US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1"),
-    US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "16", .min = 1, .max = 65536),
+    US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 8,192 rows hold", .def = "0",
                .max = 65536),
