@@ -116,6 +116,14 @@ static double imbalance_of(const struct us_model_train *train) {
   return worst;
 }
 
+/* The bias moves fast while the experts find their roles and settles with the learning rate. */
+static float balance_now(const struct us_pretrain *run) {
+  const struct us_schedule *schedule = &run->trainer.schedule;
+  double progress = us_trainer_progress(&run->trainer);
+  if (progress < schedule->warmup || !(schedule->peak > 0.0)) return run->balance_rate;
+  return (float)((double)run->balance_rate * us_schedule_rate(schedule, progress) / schedule->peak);
+}
+
 static enum us_status take_step(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
   double labels = count_labels(s, run->trainer.step), loss = 0.0;
@@ -124,7 +132,7 @@ static enum us_status take_step(struct session *s, struct us_err *err) {
     status = micro_step(s, i, run->batch - i < s->micro ? run->batch - i : s->micro, labels, &loss, err);
   if (status != US_OK) return status;
   run->last.imbalance = imbalance_of(s->train);
-  us_model_train_balance(s->train, run->balance_rate); /* before the save that may follow */
+  us_model_train_balance(s->train, balance_now(run)); /* before the save that may follow */
   status = us_trainer_close_step(&run->trainer, loss, run->batch * run->length, err);
   s->loss_sum += loss;
   s->loss_steps++;

@@ -35,7 +35,7 @@ struct us_pretrain {
   size_t micro;         /* sequences a forward pass; 0: the batch, or as many as 16,384 rows hold */
   uint64_t seed;
   float deviation;             /* of the initial weights; 0: 1 / sqrt(K) */
-  float balance_rate;          /* of the router bias; 0: none */
+  float balance_rate;          /* of the router bias, at the peak of the schedule; 0: none */
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
   uint64_t eval_every;         /* steps; 0: at the end alone */
