@@ -387,19 +387,18 @@ static enum us_status make_provenance(struct job *job, struct us_err *err) {
 
 static enum us_status draw_training(const struct job *job, const char *path, struct us_err *err) {
   size_t n = job->log.count;
-  double *x = malloc((3 * n + 1) * sizeof *x);
-  if (!x) return us_err_memory(err, "plot", 3 * n * sizeof *x);
-  us_run_log_column(&job->log, 0, x);
-  us_run_log_column(&job->log, 3, x + n);
-  us_run_log_column(&job->log, 4, x + 2 * n);
+  double *x = malloc((4 * n + 1) * sizeof *x);
+  if (!x) return us_err_memory(err, "plot", 4 * n * sizeof *x);
+  size_t steps = us_run_log_points(&job->log, 0, 3, x, x + n);
+  size_t probes = us_run_log_points(&job->log, 0, 4, x + 2 * n, x + 3 * n);
   bool kl = job->qat.loss == US_QAT_KL;
   struct us_plot_axes axes = {.title = "Finetuning through the rounding",
                               .x_title = "step",
                               .y_title = kl ? "KL to the original (nats a token)" : "loss (nats a token)",
                               .y_from_zero = kl};
   struct us_plot_series series[2] = {
-      {.name = "training", .x = x, .y = x + n, .n = n},
-      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = x + 2 * n, .n = n}};
+      {.name = "training", .x = x, .y = x + n, .n = steps},
+      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x + 2 * n, .y = x + 3 * n, .n = probes}};
   enum us_status status = us_plot_xy(path, &axes, series, 2, job->provenance, err);
   free(x);
   return status;

@@ -99,16 +99,15 @@ static void on_log(void *arg, const struct us_pretrain_log *log) {
 static enum us_status draw(const struct job *job, const char *path, const char *provenance,
                            struct us_err *err) {
   size_t n = job->log.count;
-  double *x = malloc((3 * n + 1) * sizeof *x);
-  if (!x) return us_err_memory(err, "plot", 3 * n * sizeof *x);
-  us_run_log_column(&job->log, 1, x);
-  us_run_log_column(&job->log, 3, x + n);
-  us_run_log_column(&job->log, 6, x + 2 * n);
+  double *x = malloc((4 * n + 1) * sizeof *x);
+  if (!x) return us_err_memory(err, "plot", 4 * n * sizeof *x);
+  size_t steps = us_run_log_points(&job->log, 1, 3, x, x + n);
+  size_t probes = us_run_log_points(&job->log, 1, 6, x + 2 * n, x + 3 * n);
   struct us_plot_axes axes = {
       .title = "Pretraining", .x_title = "training tokens", .y_title = "loss (nats a token)"};
   struct us_plot_series series[2] = {
-      {.name = "training", .x = x, .y = x + n, .n = n},
-      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x, .y = x + 2 * n, .n = n}};
+      {.name = "training", .x = x, .y = x + n, .n = steps},
+      {.name = "held out", .style = US_PLOT_LINE_POINTS, .x = x + 2 * n, .y = x + 3 * n, .n = probes}};
   enum us_status status = us_plot_xy(path, &axes, series, 2, provenance, err);
   free(x);
   return status;

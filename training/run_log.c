@@ -75,6 +75,17 @@ void us_run_log_column(const struct us_run_log *log, size_t i, double *ret_value
   for (size_t r = 0; r < log->count; r++) ret_values[r] = log->rows[r * log->n + i];
 }
 
+size_t us_run_log_points(const struct us_run_log *log, size_t x, size_t y, double *ret_x, double *ret_y) {
+  size_t n = 0;
+  for (size_t r = 0; r < log->count; r++) {
+    const double *row = log->rows + r * log->n;
+    if (!isfinite(row[y])) continue;
+    ret_x[n] = row[x];
+    ret_y[n++] = row[y];
+  }
+  return n;
+}
+
 void us_run_log_release(struct us_run_log *log) {
   struct us_err ignored;
   enum us_status status = us_run_log_close(log, &ignored);

@@ -45,6 +45,9 @@ US_CHECKED enum us_status us_run_log_write(const struct us_run_log *log, const c
 /* Values of column i (count). */
 void us_run_log_column(const struct us_run_log *log, size_t i, double *ret_values);
 
+/* Points of column y over column x: the rows where y has a value (at most count). Returns how many. */
+size_t us_run_log_points(const struct us_run_log *log, size_t x, size_t y, double *ret_x, double *ret_y);
+
 /* Also closes what is open. */
 void us_run_log_release(struct us_run_log *log);
 
