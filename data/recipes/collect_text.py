@@ -11,7 +11,8 @@ import pathlib
 import shutil
 
 MAX_BYTES = 150_000
-SKIPPED = {"test", "tests", "idlelib", "dist-packages", "encodings", "lib2to3", "pydoc_data", "__pycache__"}
+SKIPPED = {"test", "tests", "idlelib", "dist-packages", "encodings", "lib2to3", "pydoc_data", "c-api", "whatsnew",
+           "__pycache__"}
 
 
 def copy_tree(source, target, suffix):

@@ -1,9 +1,10 @@
 """Make the sample text of this folder: code, word problems, service dialogues and short chats, all from templates.
 
-Usage: make_sample.py (writes text/{code,math,agent,chat}.jsonl). The text is this project's own
+Usage: make_sample.py [--out DIR] [--scale N] [--seed S] (writes {code,math,agent,chat}.jsonl). The text is this project's own
 (Apache-2.0), so that the quickstart needs no network. It resembles data/prompts and shares no 13 words with it: a test
 runs us-data over both. The same bytes on every machine: only random.random() of a fixed seed is used.
 """
+import argparse
 import json
 import pathlib
 import random
@@ -329,17 +330,24 @@ def unique(seed, makers, n):
     return out
 
 
-def write(name, rows):
-    (TEXT / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main():
-    TEXT.mkdir(exist_ok=True)
-    code = unique(1, CODE, ROWS["code"])
-    write("code", [{"text": text} for text in code])
-    write("math", [{"question": q, "answer": a} for q, a in unique(2, MATH, ROWS["math"])])
-    write("agent", [{"messages": m} for m in unique(3, AGENT, ROWS["agent"])])
-    write("chat", [{"messages": [message("user", q), message("assistant", a)]} for q, a in unique(4, CHAT, ROWS["chat"])])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=TEXT, help="folder to write to (text/ beside this script)")
+    parser.add_argument("--scale", type=int, default=1, help="multiplies the number of documents")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other text from the same templates")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    first = 10 * args.seed
+    rows = {kind: count * args.scale for kind, count in ROWS.items()}
+    write(args.out / "code.jsonl", [{"text": text} for text in unique(first + 1, CODE, rows["code"])])
+    write(args.out / "math.jsonl", [{"question": q, "answer": a} for q, a in unique(first + 2, MATH, rows["math"])])
+    write(args.out / "agent.jsonl", [{"messages": m} for m in unique(first + 3, AGENT, rows["agent"])])
+    write(args.out / "chat.jsonl",
+          [{"messages": [message("user", q), message("assistant", a)]} for q, a in unique(first + 4, CHAT, rows["chat"])])
 
 
 if __name__ == "__main__":
