@@ -54,7 +54,8 @@ static struct tile make_tile(const struct us_attention_seq *a, size_t first, siz
 }
 
 /* Columns that query i sees: context in range[0], block in range[1]. */
-static inline void visible(const struct us_attention_seq *a, const struct tile *t, size_t i, uint32_t range[2][2]) {
+static inline void visible(const struct us_attention_seq *a, const struct tile *t, size_t i,
+                           uint32_t range[2][2]) {
   const uint32_t *begin[2] = {a->context_begin, a->block_begin}, *end[2] = {a->context_end, a->block_end};
   for (int s = 0; s < 2; s++) {
     range[s][0] = range[s][1] = t->span[s].column;

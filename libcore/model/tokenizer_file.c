@@ -25,7 +25,8 @@ enum us_status us_tokenizer_file_read(const char *path, struct us_buffer *json, 
   size_t n = strlen(path);
   if (n > 3 && !strcmp(path + n - 3, ".h5")) return read_model(path, json, err);
   struct stat st;
-  if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) return us_buffer_read_file(json, path, MAX_TOKENIZER, err);
+  if (stat(path, &st) != 0 || !S_ISDIR(st.st_mode))
+    return us_buffer_read_file(json, path, MAX_TOKENIZER, err);
   char inside[4096];
   if (snprintf(inside, sizeof inside, "%s/tokenizer.json", path) >= (int)sizeof inside)
     return us_err_set(err, US_ERR_USAGE, "the path of a model's folder is too long");

@@ -11,6 +11,7 @@
 #include "base/buffer.h"
 
 /* Append the JSON text, NUL-terminated. US_ERR_IO; US_ERR_INPUT when a model file is bad or has no tokenizer. */
-US_CHECKED enum us_status us_tokenizer_file_read(const char *path, struct us_buffer *json, struct us_err *err);
+US_CHECKED enum us_status us_tokenizer_file_read(const char *path, struct us_buffer *json,
+                                                 struct us_err *err);
 
 #endif

@@ -230,19 +230,18 @@ static void route(const struct us_tile_pass *pass, const struct us_task *task) {
 static struct us_experts_args experts_args(const struct us_tile_pass *pass, const struct us_task *task) {
   const struct us_shape *shape = &pass->model->shape;
   struct us_tile_buffers *b = pass->buffers;
-  return (struct us_experts_args){
-      .experts = &pass->layers[task->layer].experts[0].gate,
-      .groups = &b->groups,
-      .x = b->normed_packed,
-      .x_stride = us_linear_packed_width(shape->hidden),
-      .R = pass->program->dims.rows,
-      .D = shape->hidden,
-      .F = shape->expert_inner,
-      .inner = b->inner_packed,
-      .y = b->partial[1],
-      .y_stride = shape->hidden,
-      .round_bf16 = pass->round_bf16,
-      .isa = pass->isa};
+  return (struct us_experts_args){.experts = &pass->layers[task->layer].experts[0].gate,
+                                  .groups = &b->groups,
+                                  .x = b->normed_packed,
+                                  .x_stride = us_linear_packed_width(shape->hidden),
+                                  .R = pass->program->dims.rows,
+                                  .D = shape->hidden,
+                                  .F = shape->expert_inner,
+                                  .inner = b->inner_packed,
+                                  .y = b->partial[1],
+                                  .y_stride = shape->hidden,
+                                  .round_bf16 = pass->round_bf16,
+                                  .isa = pass->isa};
 }
 
 static void dense_up(const struct us_tile_pass *pass, const struct us_task *task, float *scratch) {
