@@ -57,7 +57,7 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for matrices; AdamW does the rest", .def = "muon"),
     US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express",
                 .def = "schulz"),
-    US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.003", .above_min = true),
+    US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.01", .above_min = true),
     US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
     US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.04", .max = 1),
     US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0", .max = 1),

