@@ -6,6 +6,7 @@
  *       return us_gpu_status();                                    // 0 all well, 1 a check failed
  *     }
  *
+ * us_gpu_watchdog(60) ends a program whose kernel hangs, with status 5.
  * US_CUDA(call) ends the program with status 5 when a CUDA call fails.
  */
 #ifndef US_TESTS_GPU_TEST_H
@@ -14,12 +15,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <csignal>
 #include <cuda_runtime.h>
+#include <unistd.h>
 
 #define US_GPU_SKIPPED 77
 
-static bool us_gpu_failed;
-static char us_gpu_name[256] = "none";
+inline bool us_gpu_failed; /* one for all parts of a program */
+inline char us_gpu_name[256] = "none";
 
 #define US_CUDA(call)                                                                                        \
   do {                                                                                                       \
@@ -39,6 +42,18 @@ static inline void us_gpu_begin(void) {
   cudaDeviceProp properties;
   US_CUDA(cudaGetDeviceProperties(&properties, 0));
   snprintf(us_gpu_name, sizeof us_gpu_name, "%s", properties.name);
+}
+
+static void us_gpu_hung(int) {
+  static const char message[] = "a kernel hangs: the watchdog ends the program\n";
+  if (write(2, message, sizeof message - 1) < 0) _exit(4);
+  _exit(5);
+}
+
+/* End the program with status 5 after so many seconds: the driver then frees a GPU that a kernel would occupy for ever. */
+static inline void us_gpu_watchdog(unsigned seconds) {
+  signal(SIGALRM, us_gpu_hung);
+  alarm(seconds);
 }
 
 /* One record: how many values were compared, how many differed, and where the first difference was. */

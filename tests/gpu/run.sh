@@ -15,18 +15,45 @@ esac
 PATH=$PATH:/usr/local/cuda/bin
 mkdir -p "$build"
 
-compile() { # compile NAME LINK-OPTION...: with the options of the top-level meson.build
+device() { # nvcc with the options of the top-level meson.build
+  nvcc -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -fmad=false -Werror=all-warnings \
+    -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-ffp-contract=off -I"$root/libcore" -I"$root" -I"$root/tests/gpu" "$@" >&2
+}
+
+# Every device source of kernels/, and what of the CPU's toolkit their tests compare with, as one archive.
+library() {
+  rm -f "$build/kernels.a"
+  for source in "$root"/kernels/*/*.cu; do
+    device -c "$source" -o "$build/$(basename "$source").o" &
+  done
+  for source in base/err formats/bf16 formats/fp8 formats/matrix formats/mxfp4 \
+    ../kernels/linear/linear_ref ../kernels/pages/pages; do
+    ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -D_GNU_SOURCE -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
+      -o "$build/$(basename "$source").c.o" >&2
+  done
+  wait
+  ar rcs "$build/kernels.a" "$build"/*.cu.o "$build"/*.c.o
+}
+
+compile() { # compile NAME SOURCE-OR-LINK-OPTION...
   name=$1
   shift
-  nvcc -std=c++17 -O2 -gencode=arch=compute_90a,code=sm_90a -fmad=false -Werror=all-warnings \
-    -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-ffp-contract=off -I"$root/libcore" -I"$root" -I"$root/tests/gpu" \
-    "$root/tests/gpu/$name.cu" -o "$build/$name" "$@" >&2
+  sources=$root/tests/gpu/$name.cu
+  for word; do
+    case $word in
+    *.cu) sources="$sources $root/tests/gpu/$word" ;;
+    *) sources="$sources $word" ;;
+    esac
+  done
+  # shellcheck disable=SC2086 # a list of files and options
+  device $sources "$build/kernels.a" -o "$build/$name"
 }
 
 record() { printf '{"program": "%s", "status": %s, "seconds": %s}\n' "$1" "$2" "$3"; }
 
 passed=0 failed=0
-# The list is the one in meson.build: ['name'] or ['name', ['-lone', '-ltwo']].
+library
+# The list is the one in meson.build: ['name'] or ['name', ['other.cu'], ['-lone']].
 list=$(sed -n "s/^    \['\([a-z0-9_]*\)'\(.*\)\],.*/\1 \2/p" "$root/tests/gpu/meson.build" | tr -d "[],'")
 while read -r name options; do
   case " ${*:-$name} " in

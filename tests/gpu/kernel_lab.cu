@@ -1,0 +1,97 @@
+/* kernel_lab.cu: every device operation, checked and timed: one JSON line an operation and shape, its correctness beside its
+ * GB/s and its fraction of the streaming ceiling measured in the same run.
+ *
+ * Truth: weights decoded by us_matrix_decode_row, products and sums in double, rounding points as in the CPU reference;
+ * "from_reference" is the distance to us_linear's definition in units of what both may err. Weights are synthetic, made on the
+ * device; the samples' rows are made again on the CPU. */
+#include "formats/bf16.h"
+#include "kernels/gpu/async.cuh"
+#include "lab.h"
+
+double lab_ceiling;
+
+/* The ceiling: every SM streams chunks through a ring and looks at each 16 bytes once. */
+template <int CHUNK, int STAGES>
+static __global__ void __launch_bounds__(160, 1)
+    stream_ceiling(const uint8_t *data, size_t chunks, uint32_t *out) {
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ __align__(8) uint64_t full[STAGES], empty[STAGES];
+  if (threadIdx.x == 0)
+    for (int s = 0; s < STAGES; s++) {
+      us_barrier_init(us_shared_address(&full[s]), 1);
+      us_barrier_init(us_shared_address(&empty[s]), 4);
+    }
+  us_barrier_init_fence();
+  __syncthreads();
+  int stage = 0;
+  uint32_t phase = 0, mixed = 0;
+  for (size_t c = blockIdx.x; c < chunks; c += gridDim.x) {
+    uint32_t f = us_shared_address(&full[stage]), e = us_shared_address(&empty[stage]);
+    if (threadIdx.x == 128) {
+      us_barrier_wait(e, phase ^ 1);
+      us_barrier_expect(f, CHUNK);
+      us_bulk_load(us_shared_address(ring + stage * CHUNK), data + c * CHUNK, CHUNK, f);
+    } else if (threadIdx.x < 128) {
+      us_barrier_wait(f, phase);
+      const uint4 *chunk = (const uint4 *)(ring + stage * CHUNK);
+      for (int i = threadIdx.x; i < CHUNK / 16; i += 128)
+        mixed ^= chunk[i].x ^ chunk[i].y ^ chunk[i].z ^ chunk[i].w;
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) us_barrier_arrive(e);
+    }
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+  if (mixed == 0x12345u) *out = mixed;
+}
+
+template <int CHUNK, int STAGES> static void try_ceiling(const uint8_t *data, size_t bytes, uint32_t *out) {
+  auto kernel = stream_ceiling<CHUNK, STAGES>;
+  int blocks, device;
+  US_CUDA(cudaGetDevice(&device));
+  US_CUDA(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
+  US_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, CHUNK * STAGES));
+  double us = lab_median_us([&]() {
+    kernel<<<blocks, 160, CHUNK * STAGES>>>(data, bytes / CHUNK, out);
+    return cudaGetLastError();
+  });
+  double rate = (double)bytes / us * 1e6;
+  if (rate > lab_ceiling) lab_ceiling = rate;
+  printf("{\"ceiling\": \"HBM read, %d KB x %d\", \"device\": \"%s\", \"us\": %.1f, \"gbs\": %.0f}\n",
+         CHUNK >> 10, STAGES, us_gpu_name, us, rate * 1e-9);
+}
+
+/* The best of three rings: which one it is differs between machines. */
+static void measure_ceiling(void) {
+  size_t bytes = (size_t)16 << 30;
+  uint8_t *data;
+  uint32_t *out;
+  US_CUDA(cudaMalloc(&data, bytes));
+  US_CUDA(cudaMalloc(&out, sizeof *out));
+  US_CUDA(cudaMemset(data, 0x5a, bytes));
+  try_ceiling<32768, 6>(data, bytes, out);
+  try_ceiling<16384, 12>(data, bytes, out);
+  try_ceiling<8192, 8>(data, bytes, out);
+  US_CUDA(cudaFree(data));
+  US_CUDA(cudaFree(out));
+}
+
+std::vector<float> lab_rows(size_t K, uint64_t *state) {
+  static const float scale[8] = {1, 1, 1e5f, 1, 1e-6f, 1, 1, 0.01f};
+  std::vector<float> x(8 * K);
+  for (size_t i = 0; i < x.size(); i++) {
+    float uniform = (float)(lab_random(state) >> 40) * 0x1p-23f - 1.0f;
+    x[i] = us_bf16_round(uniform * scale[i / K] * (i == 7 * K + 11 ? 4000.0f : 1.0f));
+  }
+  return x;
+}
+
+int main(int argc, char **argv) {
+  us_gpu_begin();
+  us_gpu_watchdog(90);
+  uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 20261120u;
+  fprintf(stderr, "seed %llu\n", (unsigned long long)seed);
+  measure_ceiling();
+  lab_experts(seed);
+  lab_linear(seed);
+  return us_gpu_status();
+}

@@ -1,0 +1,126 @@
+/* lab.h: what the kernel lab's parts share: time, the ceiling, samples of error, one JSON line a case.
+ *
+ *     struct lab_result r = {"experts.inner", "60 x (1024, 6144) x 8", "mxfp4"};
+ *     r.tolerance = 38;                                       // units of 2^-24 times the sum of magnitudes
+ *     lab_sample(&r, error, allowed);                         // each compared output
+ *     lab_mutation(&r, "scale byte + 1", ratios, n);          // error / allowed of a wrong oracle: the median must exceed 1
+ *     lab_time(&r, bytes, flops, run, arg); lab_report(&r);
+ */
+#ifndef US_TESTS_GPU_LAB_H
+#define US_TESTS_GPU_LAB_H
+
+#include "gpu_test.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#define LAB_REPEATS 15
+#define LAB_WARM_MS 200
+
+struct lab_result {
+  const char *op, *shape, *format;
+  double tolerance;                  /* of the sums, in 2^-24 of the magnitudes */
+  double worst = 0, worst_units = 0; /* largest error / allowed, and of FP32 sums error in those units */
+  double reference_worst = 0;        /* largest difference from the CPU reference / what both may err */
+  unsigned samples = 0, bad = 0;     /* bad: not a number, or beyond what is allowed */
+  const char *mutation[8] = {};
+  double ratio[8] = {};
+  unsigned mutations = 0;
+  double us = 0, bytes = 0, flops = 0,
+         resident_us = 0; /* resident: the same work on pages already in shared memory; 0: none */
+};
+
+extern double lab_ceiling; /* bytes/s of the streaming kernel in this run */
+
+/* Every output compared: |error| against what is allowed; a NaN is bad. */
+static inline void lab_sample(struct lab_result *r, double error, double allowed) {
+  double ratio = std::fabs(error) / allowed;
+  r->samples++;
+  if (!(ratio <= 1)) r->bad++;
+  if (ratio > r->worst) r->worst = ratio;
+}
+
+static inline void lab_mutation(struct lab_result *r, const char *name, std::vector<double> ratios) {
+  std::sort(ratios.begin(), ratios.end());
+  r->mutation[r->mutations] = name;
+  r->ratio[r->mutations++] = ratios.empty() ? 0 : ratios[ratios.size() / 2];
+}
+
+/* Median of LAB_REPEATS runs, microseconds, after LAB_WARM_MS of the same work: an idle GPU drops to a fifth of its clock
+ * within milliseconds and takes as long to come back. */
+template <class Run> static double lab_median_us(Run run) {
+  cudaEvent_t start, stop;
+  std::vector<float> times;
+  float warm = 0;
+  US_CUDA(cudaEventCreate(&start));
+  US_CUDA(cudaEventCreate(&stop));
+  while (times.size() < LAB_REPEATS) {
+    float ms;
+    US_CUDA(cudaEventRecord(start));
+    US_CUDA(run());
+    US_CUDA(cudaEventRecord(stop));
+    US_CUDA(cudaEventSynchronize(stop));
+    US_CUDA(cudaEventElapsedTime(&ms, start, stop));
+    if (warm >= LAB_WARM_MS) times.push_back(ms);
+    warm += ms;
+  }
+  std::sort(times.begin(), times.end());
+  US_CUDA(cudaEventDestroy(start));
+  US_CUDA(cudaEventDestroy(stop));
+  return times[times.size() / 2] * 1e3;
+}
+
+static inline void lab_report(const struct lab_result *r) {
+  bool ok = r->samples > 0 && r->bad == 0 && r->reference_worst <= 1;
+  for (unsigned i = 0; i < r->mutations; i++) ok = ok && r->ratio[i] > 1;
+  if (!ok) us_gpu_failed = true;
+  printf("{\"op\": \"%s\", \"shape\": \"%s\", \"format\": \"%s\", \"ok\": %s, \"device\": \"%s\", ", r->op,
+         r->shape, r->format, ok ? "true" : "false", us_gpu_name);
+  printf("\"samples\": %u, \"bad\": %u, \"error\": %.3g, \"error_units\": %.3g, \"tolerance_units\": %.3g, ",
+         r->samples, r->bad, r->worst, r->worst_units, r->tolerance);
+  printf("\"from_reference\": %.3g, \"mutations\": {", r->reference_worst);
+  for (unsigned i = 0; i < r->mutations; i++)
+    printf("%s\"%s\": %.3g", i ? ", " : "", r->mutation[i], r->ratio[i]);
+  double rate = r->us > 0 ? r->bytes / r->us * 1e-3 : 0;
+  printf("}, \"us\": %.1f, \"gbs\": %.0f, \"ceiling_gbs\": %.0f, \"fraction\": %.4f, \"gflops\": %.0f", r->us,
+         rate, lab_ceiling * 1e-9, rate / (lab_ceiling * 1e-9), r->us > 0 ? r->flops / r->us * 1e-3 : 0);
+  if (r->resident_us > 0) printf(", \"resident_gbs\": %.0f", r->bytes / r->resident_us * 1e-3);
+  printf("}\n");
+  fflush(stdout);
+}
+
+/* A yes-or-no check on many values. */
+static inline void lab_same_bits(const char *check, const void *a, const void *b, size_t words) {
+  us_gpu_compare(check, (const uint32_t *)a, (const uint32_t *)b, words);
+}
+
+template <class T> static T *lab_upload(const std::vector<T> &host) {
+  T *device;
+  US_CUDA(cudaMalloc(&device, host.size() * sizeof(T)));
+  US_CUDA(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return device;
+}
+
+template <class T> static std::vector<T> lab_download(const T *device, size_t n) {
+  std::vector<T> host(n);
+  US_CUDA(cudaMemcpy(host.data(), device, n * sizeof(T), cudaMemcpyDeviceToHost));
+  return host;
+}
+
+/* splitmix64, for shapes of routing and activations. */
+static inline uint64_t lab_random(uint64_t *state) {
+  uint64_t z = (*state += 0x9e3779b97f4a7c15u);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  return z ^ z >> 31;
+}
+
+/* 8 rows of bf16 values: ordinary, one of 1e5, one of 1e-6, one with a single outlier. */
+std::vector<float> lab_rows(size_t K, uint64_t *state);
+
+/* The parts. */
+void lab_experts(uint64_t seed);
+void lab_linear(uint64_t seed);
+
+#endif
