@@ -20,19 +20,33 @@ static double uniform(struct us_philox_key key, uint64_t index, uint32_t what) {
   return (double)(((uint64_t)word[0] << 32 | word[1]) >> 11) * 0x1p-53;
 }
 
-/* Tokens of a window that make a prompt; 0: it cannot be one. */
-static size_t prompt_of(const struct us_window *w, size_t n, const struct us_responses_options *o,
-                        struct us_philox_key key, uint64_t draw) {
+/* Tokens of a window that make a prompt, the window moved to where they begin; 0: it cannot be one. */
+static size_t prompt_of(const struct us_shards *shards, enum us_part part, size_t begin, size_t end,
+                        const struct us_responses_options *o, double where, double how_long,
+                        struct us_window *w) {
   size_t start[MANY_STARTS], starts = 0, most = o->length / 2;
+  us_shards_copy(shards, part, begin, w);
+  size_t n = end - begin < w->n ? end - begin : w->n;
   for (size_t i = 1; i < n && i <= most && starts < MANY_STARTS; i++)
     if (w->loss[i] && !w->loss[i - 1]) start[starts++] = i;
-  if (starts) return start[(size_t)(uniform(key, draw, 1) * (double)starts)];
+  if (starts) return start[(size_t)(how_long * (double)starts)];
+  size_t answer = end - begin; /* an answer further on: the last tokens before it */
+  for (size_t i = n; i-- > 1;)
+    if (w->loss[i] && !w->loss[i - 1]) answer = i;
+  if (answer < end - begin) {
+    us_shards_copy(shards, part, begin + answer - most, w);
+    return most;
+  }
   if (!w->loss[0] || n < 2) return 0;
   size_t low = o->prompt_min ? o->prompt_min : 8, high = o->prompt_max ? o->prompt_max : 64;
   if (high > most) high = most;
   if (low > high) low = high;
-  size_t length = low + (size_t)(uniform(key, draw, 1) * (double)(high - low + 1));
-  return length < n ? length : n - 1;
+  size_t length = low + (size_t)(how_long * (double)(high - low + 1));
+  if (end - begin <= length) return n - 1;
+  /* Files begin alike; what follows them does not. */
+  if (where >= 0.25)
+    us_shards_copy(shards, part, begin + (size_t)(where * (double)(end - begin - length)), w);
+  return length;
 }
 
 static enum us_status choose_prompts(const struct us_shards *shards, enum us_part part,
@@ -53,9 +67,8 @@ static enum us_status choose_prompts(const struct us_shards *shards, enum us_par
   for (uint64_t draw = 0; r->n < o->count && documents && tries < 1000; draw++, tries++) {
     size_t begin, end;
     us_shards_document(shards, part, (size_t)(uniform(key, draw, 0) * (double)documents), &begin, &end);
-    us_shards_copy(shards, part, begin, &window);
-    size_t n = end - begin < window.n ? end - begin : window.n;
-    size_t length = prompt_of(&window, n, o, key, draw);
+    size_t length =
+        prompt_of(shards, part, begin, end, o, uniform(key, draw, 2), uniform(key, draw, 1), &window);
     if (!length) continue;
     memcpy(r->ids + r->n * r->length, window.ids, length * sizeof *r->ids);
     r->prompt[r->n] = r->total[r->n] = (uint32_t)length;

@@ -5,10 +5,10 @@
  *     us_responses_window(&responses, i, &window);                // window.loss marks the answer
  *     us_responses_release(&responses);
  *
- * A prompt is the beginning of a document drawn by Philox(seed; index): up to the start of a marked run (an answer in a
- * dialogue, drawn among those in the first half of `length`), or, of plain text, prompt_min to prompt_max tokens. The
- * answer ends at a stop token, at `length` tokens in all, or once it repeats itself (decode/generate.h: cut_loops). What
- * is generated depends on the arguments alone, not on threads.
+ * A prompt is drawn by Philox(seed; index): of a dialogue its beginning up to the start of a marked run (an answer, one of
+ * those in the first half of `length`, else what precedes the first); of plain text prompt_min to prompt_max tokens, in one of four cases the first of
+ * the document, else from anywhere in it. The answer ends at a stop token, at `length` tokens in all, or once it repeats
+ * itself (decode/generate.h: cut_loops). What is generated depends on the arguments alone, not on threads.
  */
 #ifndef US_TRAINING_RESPONSES_H
 #define US_TRAINING_RESPONSES_H
