@@ -104,7 +104,7 @@ static void put_group(struct us_table *table, const struct us_summary_group *g, 
 
 static enum us_status draw_rates(struct session *s, const char *path, struct us_err *err) {
   struct us_plot_series series[US_PLOT_MAX_SERIES];
-  char names[US_MAX_BLOCK][8];
+  char names[US_MAX_BLOCK][24];
   const char *labels[US_MAX_BLOCK];
   uint32_t slots = s->summary.all.slots;
   size_t n = s->summary.n < US_PLOT_MAX_SERIES ? s->summary.n : US_PLOT_MAX_SERIES;
@@ -134,7 +134,7 @@ static enum us_status print_summary(struct session *s, struct us_err *err) {
                                       "exact_error"};
   enum { FIXED = sizeof fixed / sizeof fixed[0] };
   const char *columns[FIXED + US_MAX_BLOCK];
-  char names[US_MAX_BLOCK][12];
+  char names[US_MAX_BLOCK][24];
   struct us_table *table = NULL;
   us_summary_finish(&s->summary);
   uint32_t slots = s->summary.all.slots;
