@@ -18,7 +18,7 @@
 #define GROUPS    4 /* of 32 columns a slice */
 #define CONSUMERS (TILES * SLICES)
 #define PER_STAGE 2 /* experts */
-#define STAGES    (12 / PER_STAGE)
+#define STAGES    6
 #define MAX_PAIRS 64
 
 #define F_COLS       (SLICES * GROUPS * 32)
@@ -56,15 +56,26 @@ static __device__ __forceinline__ void consumers_meet(void) {
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
 }
 
-/* One pair's bf16 activations to f16 in operand order, by one warp: a lane has half of one group's columns. */
-static __device__ __forceinline__ void load_pair(struct shared_layout *s, const uint16_t *inner,
-                                                 uint32_t pair, int lane) {
+/* A lane's share of a pair's bf16 activations: half of one group's columns. */
+struct half_group {
+  uint2 raw[4];
+};
+
+static __device__ __forceinline__ void load_half_group(const uint16_t *inner, int lane,
+                                                       struct half_group *h) {
   const uint16_t *from = inner + lane / 2 * 32 + lane % 2 * 4;
+#pragma unroll
+  for (int q = 0; q < 4; q++) h->raw[q] = *(const uint2 *)(from + 8 * q);
+}
+
+/* One pair's activations to f16 in operand order, by one warp. */
+static __device__ __forceinline__ void convert_pair(struct shared_layout *s, const struct half_group *h,
+                                                    uint32_t pair, int lane) {
   float v[4][4];
   uint32_t bits = 0;
 #pragma unroll
   for (int q = 0; q < 4; q++) {
-    uint2 raw = *(const uint2 *)(from + 8 * q);
+    uint2 raw = h->raw[q];
     v[q][0] = __uint_as_float(raw.x << 16), v[q][1] = __uint_as_float(raw.x & 0xffff0000u);
     v[q][2] = __uint_as_float(raw.y << 16), v[q][3] = __uint_as_float(raw.y & 0xffff0000u);
 #pragma unroll
@@ -83,20 +94,40 @@ static __device__ __forceinline__ void load_pair(struct shared_layout *s, const 
   if (lane == 0) s->unscale[pair] = us_power_of_two(-p);
 }
 
-/* What the consumers need of a pass before they multiply: activations, and where each (expert, row) finds its own. */
-static __device__ void load_pass(struct shared_layout *s, const struct outer_args &a, uint32_t pass,
-                                 uint32_t first, uint32_t active) {
+#define PAIRS_A_WARP     ((MAX_PAIRS + CONSUMERS - 1) / CONSUMERS)
+#define ENTRIES_A_THREAD ((US_EXPERTS_MAX_ACTIVE * US_ROWS + CONSUMERS * 32 - 1) / (CONSUMERS * 32))
+
+/* What the consumers need of a pass before they multiply: activations, and where each (expert, row) finds its own. All
+ * loads are under way before the first is used: a bubble of one latency, which the ring bridges, not of six. */
+static __device__ __forceinline__ void load_pass(struct shared_layout *s, const struct outer_args &a,
+                                                 uint32_t pass, uint32_t first, uint32_t active) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (uint32_t pair = warp; pair < a.pairs; pair += CONSUMERS)
-    load_pair(s, a.inner + ((size_t)pass * a.pairs + pair) * F_COLS, pair, lane);
+  struct half_group half[PAIRS_A_WARP];
+  int pair[ENTRIES_A_THREAD];
+  float weight[ENTRIES_A_THREAD];
+#pragma unroll
+  for (int j = 0; j < ENTRIES_A_THREAD; j++) {
+    uint32_t i = threadIdx.x + j * CONSUMERS * 32;
+    pair[j] = i < active * US_ROWS ? __ldg(a.pair + first * US_ROWS + i) : -1;
+  }
+#pragma unroll
+  for (int j = 0; j < PAIRS_A_WARP; j++)
+    if (warp + j * CONSUMERS < a.pairs)
+      load_half_group(a.inner + ((size_t)pass * a.pairs + warp + j * CONSUMERS) * F_COLS, lane, &half[j]);
+#pragma unroll
+  for (int j = 0; j < ENTRIES_A_THREAD; j++)
+    weight[j] = pair[j] < 0 ? 0.0f : __ldg(a.pair_weight + (size_t)pass * a.pairs + pair[j]);
+#pragma unroll
+  for (int j = 0; j < PAIRS_A_WARP; j++)
+    if (warp + j * CONSUMERS < a.pairs) convert_pair(s, &half[j], warp + j * CONSUMERS, lane);
   consumers_meet();
-  for (uint32_t i = threadIdx.x; i < active * US_ROWS; i += CONSUMERS * 32) {
-    int pair = __ldg(a.pair + first * US_ROWS + i);
+#pragma unroll
+  for (int j = 0; j < ENTRIES_A_THREAD; j++) {
+    uint32_t i = threadIdx.x + j * CONSUMERS * 32;
+    if (i >= active * US_ROWS) break;
     const float unit = 1.0f / (US_PAGES_MXFP4_UNIT * US_PAGES_SCALE_UNIT);
-    float weight =
-        pair < 0 ? 0.0f : __ldg(a.pair_weight + (size_t)pass * a.pairs + pair) * (s->unscale[pair] * unit);
-    s->offset[i / US_ROWS][i % US_ROWS] = (pair < 0 ? MAX_PAIRS : pair) * PAIR_BYTES;
-    s->weight[i / US_ROWS][i % US_ROWS] = weight;
+    s->offset[i / US_ROWS][i % US_ROWS] = (pair[j] < 0 ? MAX_PAIRS : pair[j]) * PAIR_BYTES;
+    s->weight[i / US_ROWS][i % US_ROWS] = pair[j] < 0 ? 0.0f : weight[j] * (s->unscale[pair[j]] * unit);
   }
   consumers_meet();
 }
@@ -178,15 +209,15 @@ static __device__ void consume(struct shared_layout *s, const struct outer_args 
     for (uint32_t i = 0; i < active; i += PER_STAGE) {
       us_barrier_wait(us_shared_address(&s->full[stage]), phase);
       const uint8_t *page = s->ring + stage * STAGE_BYTES + warp * PAGE_BYTES;
-      struct operands o[PER_STAGE];
+      struct operands o;
 #pragma unroll
       for (int j = 0; j < PER_STAGE; j++)
-        if (i + j < active) load_operands(s, page + j * EXPERT_BYTES, i + j, warp % SLICES, lane, &o[j]);
+        if (i + j < active) {
+          load_operands(s, page + j * EXPERT_BYTES, i + j, warp % SLICES, lane, &o);
+          multiply_expert(&o, y);
+        }
       __syncwarp();
-      if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[stage])); /* all in registers */
-#pragma unroll
-      for (int j = 0; j < PER_STAGE; j++)
-        if (i + j < active) multiply_expert(&o[j], y);
+      if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[stage]));
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     store_pass(s, a, pass, y);
