@@ -44,7 +44,7 @@ static const struct us_opt opts[] = {
     US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
-    US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
+    US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "kl"),
     US_OPT_ENUM("weights", 0, "exp|dpace|uniform", "weights of the slots", .def = "dpace"),
     US_OPT_NUM("gamma", 0, "G", "decay of --weights exp; 0: 4 to 7, by the block", .def = "0"),
     US_OPT_NUM("alpha", 0, "A", "smoothing of --weights dpace", .def = "0.5", .max = 1),
@@ -57,7 +57,8 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for matrices; AdamW does the rest", .def = "muon"),
     US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express",
                 .def = "schulz"),
-    US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.01", .above_min = true),
+    US_OPT_NUM("lr", 0, "X", "peak learning rate; AdamW alone wants a tenth", .def = "0.02",
+               .above_min = true),
     US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
     US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.04", .max = 1),
     US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0", .max = 1),
@@ -496,10 +497,12 @@ static const struct us_tool tool = {
         "and resumed to the same bits.",
     .examples =
         "# a drafter of 1.3 MB, distilled from 4,000 answers of the target itself\n"
-        "dflash-train -t q.h5 --data text.h5 --generate 4000 -o d.h5 --steps 0 --minutes 8\n"
+        "dflash-train -t q.h5 --data text.h5 -g 4000 --temperature 0 --text-share 0.3 --anchors 64 -b 16 -l "
+        "320 "
+        "-o d.h5 --steps 0 --minutes 8\n"
         "# fit an existing drafter to a quantized target and use it\n"
         "qat-quant pico.h5 -o q.h5 | dflash-train -t - --data text.h5 --init pico-draft.h5 --steps 200 "
-        "--lr 0.0005 -o d.h5",
+        "--lr 0.0007 -o d.h5",
     .opts = opts,
     .run = run_tool,
 };
