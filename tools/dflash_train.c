@@ -44,7 +44,7 @@ static const struct us_opt opts[] = {
     US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
-    US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "kl"),
+    US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
     US_OPT_ENUM("weights", 0, "exp|dpace|uniform", "weights of the slots", .def = "dpace"),
     US_OPT_NUM("gamma", 0, "G", "decay of --weights exp; 0: 4 to 7, by the block", .def = "0"),
     US_OPT_NUM("alpha", 0, "A", "smoothing of --weights dpace", .def = "0.5", .max = 1),
