@@ -4,10 +4,9 @@
 #include "base/atomic.h"
 #include "base/bandwidth.h"
 #include "base/provenance.h"
-#include "base/record.h"
 #include "base/table.h"
 #include "decode/generate.h"
-#include "model/checkpoint.h"
+#include "decode/pair.h"
 #include "plan/profile.h"
 #include "plan/profile_files.h"
 #include "plan/tiles.h"
@@ -46,11 +45,8 @@ static const struct us_opt opts[] = {
 /* What a run owns. */
 struct session {
   struct us_tool_run *run;
-  struct us_record model_record, draft_record;
   struct us_pool *pool;
-  struct us_model *model;
-  struct us_draft *draft;
-  struct us_tokenizer *tokenizer;
+  struct us_pair pair;
   struct us_executor *executor;
   struct us_trace *trace;
   char *provenance;
@@ -60,55 +56,30 @@ static void close_session(struct session *s) {
   free(s->provenance);
   us_trace_free(s->trace);
   if (s->executor) s->executor->ops->free(s->executor);
-  us_tokenizer_free(s->tokenizer);
-  us_draft_free(s->draft);
-  us_model_free(s->model);
+  us_pair_release(&s->pair);
   us_pool_free(s->pool);
-  us_record_release(&s->draft_record);
-  us_record_release(&s->model_record);
-}
-
-static enum us_status open_models(struct session *s, struct us_err *err) {
-  struct us_opts *o = s->run->opts;
-  const char *draft = us_opt_str(o, "draft");
-  enum us_status status = us_record_resolve(us_opt_str(o, "model"), stdin, "model", &s->model_record, err);
-  if (status == US_OK && draft) status = us_record_resolve(draft, stdin, "draft", &s->draft_record, err);
-  if (status == US_OK) status = us_model_open(s->model_record.path, &s->model, err);
-  if (status == US_OK && draft) status = us_draft_open(s->draft_record.path, &s->draft, err);
-  if (status == US_OK && draft) status = us_draft_check_target(s->draft, s->model, err);
-  if (status == US_OK && !s->model->tokenizer_json)
-    status = us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer.json, so a prompt cannot be read",
-                        s->model_record.path);
-  if (status == US_OK)
-    status = us_tokenizer_parse(s->model->tokenizer_json, s->model->tokenizer_bytes, s->model_record.path,
-                                &s->tokenizer, err);
-  return status;
 }
 
 static enum us_status make_provenance(struct session *s, struct us_err *err) {
   struct us_provenance *provenance = NULL;
-  char hex[US_SHA256_HEX], *options = us_opts_record(s->run->opts);
-  enum us_status status = options ? US_OK : us_err_memory(err, "options", 0);
-  if (status == US_OK)
-    status = us_provenance_create(s->run->name, s->run->argc, s->run->argv, options,
-                                  (uint64_t)us_opt_int(s->run->opts, "seed"), &provenance, err);
-  const char *paths[] = {s->model_record.path, s->draft_record.path}, *kinds[] = {"model", "draft"};
-  for (int i = 0; i < 2 && status == US_OK && paths[i]; i++) {
-    status = us_record_hash(paths[i], hex, err);
-    if (status == US_OK) status = us_provenance_add_parent(provenance, paths[i], hex, kinds[i], err);
-  }
+  enum us_status status =
+      us_tool_provenance(s->run, (uint64_t)us_opt_int(s->run->opts, "seed"), &provenance, err);
+  if (status == US_OK) status = us_tool_add_parent(provenance, s->pair.model_record.path, "model", err);
+  if (status == US_OK && s->pair.draft)
+    status = us_tool_add_parent(provenance, s->pair.draft_record.path, "draft", err);
   if (status == US_OK && !(s->provenance = us_provenance_text(provenance, err))) status = err->status;
   us_provenance_free(provenance);
-  free(options);
   return status;
 }
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
-  if (status == US_OK) status = open_models(s, err);
   if (status == US_OK)
-    status = us_executor_create_tiles(s->model, s->draft, s->pool, US_ROUND_BF16, &s->executor, err);
+    status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
+  if (status == US_OK)
+    status =
+        us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->executor, err);
   if (status == US_OK) status = us_trace_create((size_t)us_opt_int(o, "spans"), &s->trace, err);
   if (status == US_OK) status = make_provenance(s, err);
   return status;
@@ -118,15 +89,15 @@ static enum us_status generate(struct session *s, struct us_generate_stats *stat
   struct us_opts *o = s->run->opts;
   const char *prompt = us_opt_str(o, "prompt");
   struct us_ids ids = {0};
-  enum us_status status = us_tokenizer_encode(s->tokenizer, prompt, strlen(prompt), true, &ids, err);
+  enum us_status status = us_tokenizer_encode(s->pair.tokenizer, prompt, strlen(prompt), true, &ids, err);
   if (status != US_OK) return status;
   struct us_request request = {.prompt = ids.ids,
                                .prompt_count = ids.count,
                                .seed = (uint64_t)us_opt_int(o, "seed"),
                                .max_tokens = (uint32_t)us_opt_int(o, "max-tokens")};
-  struct us_generate_options options = {.tokenizer = s->tokenizer,
+  struct us_generate_options options = {.tokenizer = s->pair.tokenizer,
                                         .interrupted = us_tool_interrupted,
-                                        .block = s->draft ? (uint32_t)us_opt_int(o, "block") : 1};
+                                        .block = s->pair.draft ? (uint32_t)us_opt_int(o, "block") : 1};
   struct us_result result;
   us_executor_tiles_trace(s->executor, s->trace);
   status = us_generate(s->executor, &request, 1, &options, &result, stats, err);

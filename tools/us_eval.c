@@ -1,11 +1,11 @@
 /* us_eval.c: measure recorded runs, models, and models with drafters. */
 #include "base/plot.h"
 #include "base/progress.h"
-#include "base/record.h"
 #include "base/table.h"
+#include "decode/pair.h"
 #include "decode/serve.h"
 #include "decode/summary.h"
-#include "model/checkpoint.h"
+#include "plan/tiles.h"
 #include "tools/tool.h"
 #include "training/quant_report.h"
 
@@ -48,12 +48,11 @@ static const struct us_opt opts[] = {
 
 struct session {
   struct us_tool_run *run;
-  struct us_record model_record, draft_record, data_record;
-  struct us_model *model, *base;
-  struct us_draft *draft;
+  struct us_pair pair; /* of held-out text only the model */
+  struct us_record data_record;
+  struct us_model *base;
   struct us_shards *shards;
   struct us_pool *pool;
-  struct us_tokenizer *tokenizer;
   struct us_executor *ex;
   struct us_summary summary;
   struct us_metrics metrics;
@@ -77,9 +76,10 @@ static enum us_status make_provenance(struct session *s, const char *const *path
 
 static enum us_status open_model(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  enum us_status status = us_record_resolve(us_opt_str(o, "model"), stdin, "model", &s->model_record, err);
-  if (status == US_OK) status = us_model_open(s->model_record.path, &s->model, err);
-  if (status == US_OK) status = us_model_check(s->model, err);
+  enum us_status status =
+      us_record_resolve(us_opt_str(o, "model"), stdin, "model", &s->pair.model_record, err);
+  if (status == US_OK) status = us_model_open(s->pair.model_record.path, &s->pair.model, err);
+  if (status == US_OK) status = us_model_check(s->pair.model, err);
   return status == US_OK ? us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err) : status;
 }
 
@@ -184,27 +184,19 @@ static enum us_status take_entry(void *arg, const struct us_run_entry *entry, st
   return us_summary_add(&s->summary, entry, err);
 }
 
-static enum us_status open_draft(struct session *s, struct us_err *err) {
+/* The model, its drafter and its tokenizer, ready to generate. */
+static enum us_status open_pair(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  enum us_status status = US_OK;
-  if (us_opt_given(o, "draft")) {
-    status = us_record_resolve(us_opt_str(o, "draft"), stdin, "draft", &s->draft_record, err);
-    if (status == US_OK) status = us_draft_open(s->draft_record.path, &s->draft, err);
-    if (status == US_OK) status = us_draft_check_target(s->draft, s->model, err);
-  }
+  enum us_status status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
+  if (status == US_OK) status = us_model_check(s->pair.model, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status != US_OK) return status;
-  if (!s->model->tokenizer_json)
-    return us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer", s->model_record.path);
-  status = us_tokenizer_parse(s->model->tokenizer_json, s->model->tokenizer_bytes, s->model_record.path,
-                              &s->tokenizer, err);
-  return status == US_OK
-             ? us_executor_create_reference(s->model, s->draft, s->pool, US_ROUND_BF16, &s->ex, err)
-             : status;
+  return us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->ex, err);
 }
 
 static enum us_status answer(struct session *s, const char *path, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  struct us_serve serve = {.tokenizer = s->tokenizer,
+  struct us_serve serve = {.tokenizer = s->pair.tokenizer,
                            .mode = us_opt_flag(o, "chat") ? US_SERVE_CHAT : US_SERVE_AUTO,
                            .sampling = {.temperature = (float)us_opt_num(o, "temperature"), .top_p = 1.0f},
                            .seed = (uint64_t)us_opt_int(o, "seed"),
@@ -229,15 +221,14 @@ static enum us_status answer(struct session *s, const char *path, struct us_err 
 
 static enum us_status eval_prompts(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  enum us_status status = open_model(s, err);
-  if (status == US_OK) status = open_draft(s, err);
+  enum us_status status = open_pair(s, err);
   if (status == US_OK)
     us_progress_start(&s->progress, s->run->quiet ? NULL : stderr, "answering", "prompts", 0);
   for (size_t i = 0; status == US_OK && i < us_opt_count(o, "prompts"); i++)
     status = answer(s, us_opt_nth(o, "prompts", i), err);
   us_progress_end(&s->progress);
   if (status != US_OK) return status;
-  const char *paths[] = {s->model_record.path, s->draft_record.path};
+  const char *paths[] = {s->pair.model_record.path, s->pair.draft_record.path};
   static const char *const kinds[] = {"model", "draft"};
   status = make_provenance(s, paths, kinds, 2, err);
   return status == US_OK ? print_summary(s, err) : status;
@@ -276,9 +267,9 @@ static enum us_status draw_distribution(struct session *s, const char *path, str
 static enum us_status print_metrics(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   struct us_table *table = NULL;
-  const struct us_model *models[] = {s->base ? s->base : s->model, s->model};
-  const char *const paths[] = {s->base ? us_opt_str(o, "against") : s->model_record.path,
-                               s->model_record.path};
+  const struct us_model *models[] = {s->base ? s->base : s->pair.model, s->pair.model};
+  const char *const paths[] = {s->base ? us_opt_str(o, "against") : s->pair.model_record.path,
+                               s->pair.model_record.path};
   enum us_status status =
       us_table_open(s->run->out, us_metrics_columns, US_METRICS_COLUMNS, us_opt_flag(o, "json"), &table, err);
   if (status != US_OK) return status;
@@ -291,7 +282,7 @@ static enum us_status print_metrics(struct session *s, struct us_err *err) {
   if (us_table_close(table, &closing) != US_OK && status == US_OK)
     status = us_err_set(err, closing.status, "%s", closing.message);
   if (status != US_OK || !us_opt_given(o, "plot")) return status;
-  const char *parents[] = {s->model_record.path, us_opt_str(o, "against"), s->data_record.path};
+  const char *parents[] = {s->pair.model_record.path, us_opt_str(o, "against"), s->data_record.path};
   static const char *const kinds[] = {"model", "model", "tokens"};
   status = make_provenance(s, parents, kinds, 3, err);
   return status == US_OK ? draw_distribution(s, us_opt_str(o, "plot"), err) : status;
@@ -308,7 +299,7 @@ static enum us_status eval_data(struct session *s, struct us_err *err) {
     if (status == US_OK) status = us_model_check(s->base, err);
   }
   if (status != US_OK) return status;
-  struct us_metrics_job job = {.models = {s->base ? s->base : s->model, s->model},
+  struct us_metrics_job job = {.models = {s->base ? s->base : s->pair.model, s->pair.model},
                                .n = s->base ? 2 : 1,
                                .shards = s->shards,
                                .length = (size_t)us_opt_int(o, "length"),
@@ -344,14 +335,10 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   if (s.ex) s.ex->ops->free(s.ex);
   us_summary_release(&s.summary);
   us_metrics_release(&s.metrics);
-  us_tokenizer_free(s.tokenizer);
-  us_draft_free(s.draft);
-  us_model_free(s.model);
+  us_pair_release(&s.pair);
   us_model_free(s.base);
   us_shards_close(s.shards);
   us_pool_free(s.pool);
-  us_record_release(&s.model_record);
-  us_record_release(&s.draft_record);
   us_record_release(&s.data_record);
   free(s.provenance);
   return status;

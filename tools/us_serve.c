@@ -1,7 +1,6 @@
 /* us_serve.c: generate text with a model, plainly or with a drafter. */
-#include "base/record.h"
+#include "decode/pair.h"
 #include "decode/serve.h"
-#include "model/checkpoint.h"
 #include "plan/tiles.h"
 #include "tools/tool.h"
 
@@ -75,10 +74,7 @@ static const char examples[] = "# continue a text\n"
 /* Everything that main opens. */
 struct session {
   struct us_tool_run *run;
-  struct us_record model_record, draft_record;
-  struct us_model *model;
-  struct us_draft *draft;
-  struct us_tokenizer *tokenizer;
+  struct us_pair pair;
   struct us_pool *pool;
   struct us_executor *ex;
   struct us_run *replay;
@@ -97,21 +93,10 @@ static enum us_status open_model(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   if (us_opt_device(o, "device") >= 0)
     return us_err_set(err, US_ERR_DEVICE, "this build generates on the CPU only");
-  enum us_status status = us_record_resolve(us_opt_str(o, "model"), stdin, NULL, &s->model_record, err);
-  if (status == US_OK) status = us_model_open(s->model_record.path, &s->model, err);
-  if (status == US_OK && us_opt_given(o, "draft")) {
-    status = us_record_resolve(us_opt_str(o, "draft"), stdin, NULL, &s->draft_record, err);
-    if (status == US_OK) status = us_draft_open(s->draft_record.path, &s->draft, err);
-    if (status == US_OK) status = us_draft_shape_check(&s->draft->shape, &s->model->shape, err);
-  }
-  if (status != US_OK) return status;
-  if (!s->model->tokenizer_json)
-    return us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer", s->model_record.path);
-  status = us_tokenizer_parse(s->model->tokenizer_json, s->model->tokenizer_bytes, s->model_record.path,
-                              &s->tokenizer, err);
+  enum us_status status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK)
-    status = us_executor_create_tiles(s->model, s->draft, s->pool, US_ROUND_BF16, &s->ex, err);
+    status = us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->ex, err);
   return status;
 }
 
@@ -212,7 +197,7 @@ static enum us_status fill(struct session *s, struct us_serve *serve, struct us_
   s->as_text = us_opt_flag(o, "text") || (isatty(fileno(s->run->out)) && !us_opt_flag(o, "json"));
   s->streaming = s->as_text && us_opt_int(o, "samples") == 1 && us_opt_int(o, "batch") == 1;
   *serve = (struct us_serve){
-      .tokenizer = s->tokenizer,
+      .tokenizer = s->pair.tokenizer,
       .mode = us_opt_flag(o, "chat")  ? US_SERVE_CHAT
               : us_opt_flag(o, "raw") ? US_SERVE_RAW
                                       : US_SERVE_AUTO,
@@ -265,11 +250,7 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   enum us_status status = serve(&s, err);
   if (s.ex) s.ex->ops->free(s.ex);
   us_pool_free(s.pool);
-  us_tokenizer_free(s.tokenizer);
-  us_draft_free(s.draft);
-  us_model_free(s.model);
-  us_record_release(&s.model_record);
-  us_record_release(&s.draft_record);
+  us_pair_release(&s.pair);
   us_run_free(s.replay);
   for (size_t i = 0; i < s.n_sets; i++) us_prompts_free(s.sets[i]);
   for (size_t i = 0; i < s.n_texts; i++) us_buffer_release(&s.texts[i]);
