@@ -335,8 +335,9 @@ static enum us_status reference_forward(struct us_executor *ex, const struct us_
   struct target_pass p = {.f = &ref->forward, .ex = ex, .model = ex->model, .pass = pass, .err = err};
   enum us_status status = check_pass(ref, pass, err);
   if (status == US_OK) status = reserve_rows(pass, err);
-  if (status == US_OK) status = take_buffers(&p);
   if (status != US_OK || !pass->R) return status;
+  status = take_buffers(&p);
+  if (status != US_OK) return status;
   for (size_t r = 0; r < pass->R; r++)
     us_embed(&ex->model->embed, (uint32_t)pass->rows[r].token, p.h + r * s->hidden);
   us_forward_rope(s->full.rope_theta, s->full.rotary_dim, pass->rows, pass->R, p.rope[0]);

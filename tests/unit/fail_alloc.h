@@ -18,9 +18,14 @@
 #include <errno.h>
 #include <stdbool.h>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__has_feature) /* clang's way to say what gcc says by a macro */
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define US_FAIL_ALLOC_SKIPPED 1
-#else
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define US_FAIL_ALLOC_SKIPPED 1
+#endif
+#ifndef US_FAIL_ALLOC_SKIPPED
 #define US_FAIL_ALLOC_SKIPPED 0
 #endif
 
