@@ -3,7 +3,7 @@
 
 # What a build and its tests need on Debian 12, beside git.
 US_BUILD_PACKAGES="build-essential meson ninja-build pkg-config python3 libhdf5-dev libpng-dev libcairo2-dev libjansson-dev
-  libpcre2-dev libutf8proc-dev libopenblas-dev libssl-dev"
+  libpcre2-dev libutf8proc-dev libssl-dev"
 US_TEST_PACKAGES="check clang libclang-rt-14-dev clang-format mandoc python3-numpy"
 
 us_say() { printf '%s\n' "$*" >&2; }

@@ -14,7 +14,7 @@ import tempfile
 
 ROOT, LIBRARY = pathlib.Path(sys.argv[1]), sys.argv[2]
 DECODE = ROOT / "libcore/decode"
-PACKAGES = ["check", "hdf5", "libpng", "cairo", "jansson", "libpcre2-8", "libutf8proc", "libcrypto", "openblas"]
+PACKAGES = ["check", "hdf5", "libpng", "cairo", "jansson", "libpcre2-8", "libutf8proc", "libcrypto"]
 FLAGS = ["-std=gnu17", "-D_GNU_SOURCE", "-O1", "-ffp-contract=off", f"-I{ROOT}/libcore", f"-I{ROOT}",
          f"-I{ROOT}/tests/unit", f"-I{ROOT}/tests/unit/decode"]
 
