@@ -16,7 +16,7 @@ problems = []
 def run(*args, stdout=subprocess.PIPE):
     env = dict(os.environ, LC_ALL="C")
     return subprocess.run([TOOL, *args], stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.PIPE, text=True,
-                          env=env, timeout=60)
+                          env=env, timeout=600)
 
 
 def check(condition, sentence, done=None):
