@@ -93,10 +93,12 @@ export TSAN_OPTIONS=halt_on_error=1
 
 part "unit, command line, parity" "$US_ROOT/build" "-Dcuda=$cuda" && run_tests "$US_ROOT/build"
 if [ "$quick" = no ]; then
+  # clang's sanitizers: under gcc's the training tests take thirty times as long. -O1 halves the time of the build.
+  export CC=clang
   part "AddressSanitizer and UndefinedBehaviorSanitizer" "$US_ROOT/build-asan" -Dcuda=disabled \
-    -Db_sanitize=address,undefined -Db_lundef=false &&
+    -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1 &&
     run_tests "$US_ROOT/build-asan" --suite unit --suite cli --timeout-multiplier 5
-  part "ThreadSanitizer" "$US_ROOT/build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false &&
+  part "ThreadSanitizer" "$US_ROOT/build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1 &&
     run_tests "$US_ROOT/build-tsan" --suite tsan --timeout-multiplier 5
   fuzz
 fi
