@@ -83,19 +83,27 @@ static struct us_lower_options with_defaults(const struct us_lower_options *opti
   return o;
 }
 
+/* Append one op of one rank, cut into tiles of options.tile unless the tiling says otherwise. */
+static void add_op(struct lowering *lw, struct us_tiling tiling, uint32_t wait, uint32_t signal) {
+  if (!tiling.tile) tiling.tile = lw->options.tile;
+  tiling.waits = us_wait1(wait);
+  tiling.signal = signal;
+  us_builder_tiles(&lw->builder, &tiling);
+}
+
 /* Residual add (of attention: 0, of the MLP: 1) and norm on every rank, after `after`; sets lw->normed. */
 static void lower_residual_norm(struct lowering *lw, enum us_task_op op, uint32_t layer, uint32_t of,
                                 uint32_t after) {
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
     uint32_t done = us_builder_event(&lw->builder);
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = op,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .slot = of,
-                                                       .end = lw->options.rows,
-                                                       .tile = lw->options.row_tile,
-                                                       .waits = us_wait1(after),
-                                                       .signal = done});
+    add_op(lw,
+           (struct us_tiling){.op = op,
+                              .layer = layer,
+                              .rank = rank,
+                              .slot = of,
+                              .end = lw->options.rows,
+                              .tile = lw->options.row_tile},
+           after, done);
     lw->normed[rank] = done;
   }
 }
@@ -105,30 +113,24 @@ static void lower_attention(struct lowering *lw, uint32_t layer, const struct us
   uint32_t ranks = lw->options.ranks, partial = us_builder_event(&lw->builder);
   for (uint32_t rank = 0; rank < ranks; rank++) {
     uint32_t projected = us_builder_event(&lw->builder), attended = us_builder_event(&lw->builder);
-    struct us_tiling tiling = {.op = US_TASK_QKV,
-                               .layer = layer,
-                               .rank = rank,
-                               .end = dims->qkv_rows[kind],
-                               .tile = lw->options.tile,
-                               .bytes = share(bytes->qkv, rank, ranks),
-                               .waits = us_wait1(lw->normed[rank]),
-                               .signal = projected};
-    us_builder_tiles(&lw->builder, &tiling);
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_ATTENTION,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->kv_heads[kind],
-                                                       .tile = 1,
-                                                       .waits = us_wait1(projected),
-                                                       .signal = attended});
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_O_PROJ,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->hidden,
-                                                       .tile = lw->options.tile,
-                                                       .bytes = share(bytes->o_proj, rank, ranks),
-                                                       .waits = us_wait1(attended),
-                                                       .signal = partial});
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_QKV,
+                              .layer = layer,
+                              .rank = rank,
+                              .end = dims->qkv_rows[kind],
+                              .bytes = share(bytes->qkv, rank, ranks)},
+           lw->normed[rank], projected);
+    add_op(lw,
+           (struct us_tiling){
+               .op = US_TASK_ATTENTION, .layer = layer, .rank = rank, .end = dims->kv_heads[kind], .tile = 1},
+           projected, attended);
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_O_PROJ,
+                              .layer = layer,
+                              .rank = rank,
+                              .end = dims->hidden,
+                              .bytes = share(bytes->o_proj, rank, ranks)},
+           attended, partial);
   }
   lower_residual_norm(lw, US_TASK_RESIDUAL_NORM, layer, 0, partial);
 }
@@ -138,22 +140,20 @@ static uint32_t lower_dense(struct lowering *lw, uint32_t layer, const struct us
   uint32_t ranks = lw->options.ranks, partial = us_builder_event(&lw->builder);
   for (uint32_t rank = 0; rank < ranks; rank++) {
     uint32_t inner = us_builder_event(&lw->builder);
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_DENSE_UP,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->dense_inner,
-                                                       .tile = lw->options.tile,
-                                                       .bytes = share(bytes->up, rank, ranks),
-                                                       .waits = us_wait1(lw->normed[rank]),
-                                                       .signal = inner});
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_DENSE_DOWN,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->hidden,
-                                                       .tile = lw->options.tile,
-                                                       .bytes = share(bytes->down, rank, ranks),
-                                                       .waits = us_wait1(inner),
-                                                       .signal = partial});
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_DENSE_UP,
+                              .layer = layer,
+                              .rank = rank,
+                              .end = dims->dense_inner,
+                              .bytes = share(bytes->up, rank, ranks)},
+           lw->normed[rank], inner);
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_DENSE_DOWN,
+                              .layer = layer,
+                              .rank = rank,
+                              .end = dims->hidden,
+                              .bytes = share(bytes->down, rank, ranks)},
+           inner, partial);
   }
   return partial;
 }
@@ -165,39 +165,29 @@ static uint32_t lower_moe(struct lowering *lw, uint32_t layer, const struct us_p
   for (uint32_t rank = 0; rank < ranks; rank++) {
     uint32_t scored = us_builder_event(&lw->builder), routed = us_builder_event(&lw->builder);
     uint32_t inner = us_builder_event(&lw->builder);
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_ROUTER,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->experts,
-                                                       .tile = lw->options.tile,
-                                                       .bytes = bytes->router,
-                                                       .waits = us_wait1(lw->normed[rank]),
-                                                       .signal = scored});
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_ROUTE,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = 1,
-                                                       .tile = 1,
-                                                       .waits = us_wait1(scored),
-                                                       .signal = routed});
+    add_op(
+        lw,
+        (struct us_tiling){
+            .op = US_TASK_ROUTER, .layer = layer, .rank = rank, .end = dims->experts, .bytes = bytes->router},
+        lw->normed[rank], scored);
+    add_op(lw, (struct us_tiling){.op = US_TASK_ROUTE, .layer = layer, .rank = rank, .end = 1, .tile = 1},
+           scored, routed);
     for (uint32_t slot = 0; slot < dims->slots; slot++)
-      us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_EXPERT_UP,
-                                                         .layer = layer,
-                                                         .rank = rank,
-                                                         .slot = slot,
-                                                         .end = dims->expert_inner,
-                                                         .tile = lw->options.tile,
-                                                         .bytes = share(bytes->up, rank, ranks),
-                                                         .waits = us_wait1(routed),
-                                                         .signal = inner});
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_EXPERT_DOWN,
-                                                       .layer = layer,
-                                                       .rank = rank,
-                                                       .end = dims->hidden,
-                                                       .tile = lw->options.tile,
-                                                       .bytes = share(bytes->down, rank, ranks),
-                                                       .waits = us_wait1(inner),
-                                                       .signal = partial});
+      add_op(lw,
+             (struct us_tiling){.op = US_TASK_EXPERT_UP,
+                                .layer = layer,
+                                .rank = rank,
+                                .slot = slot,
+                                .end = dims->expert_inner,
+                                .bytes = share(bytes->up, rank, ranks)},
+             routed, inner);
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_EXPERT_DOWN,
+                              .layer = layer,
+                              .rank = rank,
+                              .end = dims->hidden,
+                              .bytes = share(bytes->down, rank, ranks)},
+           inner, partial);
   }
   return partial;
 }
@@ -206,15 +196,15 @@ static void lower_head(struct lowering *lw, const struct us_program_dims *dims, 
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
     uint32_t begin = (uint32_t)((uint64_t)dims->vocab * rank / lw->options.ranks);
     uint32_t end = (uint32_t)((uint64_t)dims->vocab * (rank + 1) / lw->options.ranks);
-    us_builder_tiles(&lw->builder, &(struct us_tiling){.op = US_TASK_HEAD,
-                                                       .layer = US_LAYER_NONE,
-                                                       .rank = rank,
-                                                       .begin = begin,
-                                                       .end = end,
-                                                       .tile = lw->options.head_tile,
-                                                       .bytes = share(bytes, rank, lw->options.ranks),
-                                                       .waits = us_wait1(lw->normed[rank]),
-                                                       .signal = US_EVENT_NONE});
+    add_op(lw,
+           (struct us_tiling){.op = US_TASK_HEAD,
+                              .layer = US_LAYER_NONE,
+                              .rank = rank,
+                              .begin = begin,
+                              .end = end,
+                              .tile = lw->options.head_tile,
+                              .bytes = share(bytes, rank, lw->options.ranks)},
+           lw->normed[rank], US_EVENT_NONE);
   }
 }
 
@@ -386,14 +376,14 @@ enum us_status us_lower_context(const struct us_draft_shape *draft, const struct
                           : format_bytes(target->precision.draft, draft->hidden, whole.features, 0);
   uint32_t fused = us_builder_event(&lw.builder);
   for (uint32_t rank = 0; rank < lw.options.ranks; rank++)
-    us_builder_tiles(&lw.builder, &(struct us_tiling){.op = US_TASK_CONTEXT_FC,
-                                                      .layer = US_LAYER_NONE,
-                                                      .rank = rank,
-                                                      .begin = draft->hidden * rank / lw.options.ranks,
-                                                      .end = draft->hidden * (rank + 1) / lw.options.ranks,
-                                                      .tile = lw.options.tile,
-                                                      .bytes = share(fc_bytes, rank, lw.options.ranks),
-                                                      .signal = fused});
+    add_op(&lw,
+           (struct us_tiling){.op = US_TASK_CONTEXT_FC,
+                              .layer = US_LAYER_NONE,
+                              .rank = rank,
+                              .begin = draft->hidden * rank / lw.options.ranks,
+                              .end = draft->hidden * (rank + 1) / lw.options.ranks,
+                              .bytes = share(fc_bytes, rank, lw.options.ranks)},
+           US_EVENT_NONE, fused);
   lower_residual_norm(&lw, US_TASK_CONTEXT_NORM, US_LAYER_NONE, 0, fused);
   for (uint32_t l = 0; l < draft->layers; l++) {
     /* k and v rows only: the context has no queries. */
@@ -402,14 +392,14 @@ enum us_status us_lower_context(const struct us_draft_shape *draft, const struct
                                           matrix_bytes(&options->draft->layers[l].v)
                                     : format_bytes(target->precision.draft, kv_rows, draft->hidden, 0);
     for (uint32_t rank = 0; rank < lw.options.ranks; rank++)
-      us_builder_tiles(&lw.builder, &(struct us_tiling){.op = US_TASK_CONTEXT_KV,
-                                                        .layer = l,
-                                                        .rank = rank,
-                                                        .end = program->dims.kv_heads[1],
-                                                        .tile = 1,
-                                                        .bytes = share(bytes, rank, lw.options.ranks),
-                                                        .waits = us_wait1(lw.normed[rank]),
-                                                        .signal = US_EVENT_NONE});
+      add_op(&lw,
+             (struct us_tiling){.op = US_TASK_CONTEXT_KV,
+                                .layer = l,
+                                .rank = rank,
+                                .end = program->dims.kv_heads[1],
+                                .tile = 1,
+                                .bytes = share(bytes, rank, lw.options.ranks)},
+             lw.normed[rank], US_EVENT_NONE);
   }
   return finish_program(&lw, ret_program, err);
 }
