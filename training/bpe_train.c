@@ -7,7 +7,7 @@
 #include "formats/added_tokens.h"
 #include "formats/byte_level.h"
 #include "formats/pretokenize.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>

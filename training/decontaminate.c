@@ -1,7 +1,7 @@
 /* decontaminate.c: 13-word overlap with prompts. */
 #include "training/decontaminate.h"
 #include "base/intern.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <stdlib.h>
 #include <utf8proc.h>
 

@@ -2,9 +2,9 @@
 #include "base/provenance.h"
 #include "base/json.h"
 #include "base/sha256.h"
+#include "base/utf8.h"
 #include "base/version.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,27 +20,12 @@ static enum us_status no_memory(struct us_err *err) {
   return us_err_memory(err, "provenance", 0);
 }
 
-/* A JSON string of any bytes: those that are not UTF-8 are replaced one by one. */
+/* A JSON string of any bytes: what is not UTF-8 becomes U+FFFD. */
 static json_t *lenient_string(const char *text) {
-  errno = 0; /* tells bytes that are no UTF-8 from memory that is out */
-  json_t *string = json_string(text);
-  if (string || errno == ENOMEM) return string;
   struct us_buffer clean = {0};
-  for (const char *p = text; *p;) {
-    size_t n = 1;
-    json_t *probe = NULL;
-    for (; n <= 4 && strnlen(p, n) == n; n++)
-      if ((probe = json_stringn(p, n))) break;
-    const char *piece = probe ? p : "\xef\xbf\xbd";
-    size_t size = probe ? n : 3;
-    json_decref(probe);
-    if (errno == ENOMEM || us_buffer_append(&clean, piece, size, NULL) != US_OK) {
-      us_buffer_release(&clean);
-      return NULL;
-    }
-    p += probe ? n : 1;
-  }
-  string = json_stringn(clean.data, clean.size);
+  json_t *string = NULL;
+  if (us_utf8_repair(text, strlen(text), &clean, NULL) == US_OK)
+    string = json_stringn(clean.data ? clean.data : "", clean.size);
   us_buffer_release(&clean);
   return string;
 }

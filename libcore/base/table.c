@@ -1,6 +1,7 @@
 /* table.c: TSV and JSON lines. */
 #include "base/table.h"
 #include "base/io.h"
+#include "base/utf8.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -13,24 +14,11 @@ struct us_table {
   bool json;
 };
 
-/* Length of the UTF-8 sequence at p (RFC 3629: no surrogates, no overlong forms), 0 when there is none. */
-static size_t utf8_length(const unsigned char *p) {
-  if (p[0] < 0x80) return 1;
-  if (p[0] < 0xc2 || p[0] > 0xf4) return 0;
-  size_t n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-  unsigned char low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
-  unsigned char high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
-  if (p[1] < low || p[1] > high) return 0;
-  for (size_t i = 2; i < n; i++)
-    if ((p[i] & 0xc0) != 0x80) return 0;
-  return n;
-}
-
 void us_table_write_json_text(FILE *out, const char *value) {
   fputc('"', out);
   for (const unsigned char *p = (const unsigned char *)value; *p;) {
-    size_t n = utf8_length(p);
-    if (n == 0)
+    int n = us_utf8_length((const char *)p, 4, NULL); /* the final NUL ends a character that is cut */
+    if (n < 0)
       fputs("\\ufffd", out);
     else if (*p == '"' || *p == '\\')
       fprintf(out, "\\%c", *p);
@@ -39,8 +27,8 @@ void us_table_write_json_text(FILE *out, const char *value) {
     else if (*p < 0x20 || *p == 0x7f)
       fprintf(out, "\\u%04x", *p);
     else
-      fwrite(p, 1, n, out);
-    p += n ? n : 1;
+      fwrite(p, 1, (size_t)n, out);
+    p += n > 0 ? n : 1;
   }
   fputc('"', out);
 }

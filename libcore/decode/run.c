@@ -3,7 +3,7 @@
 
 #include "base/io.h"
 #include "base/json.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 
 #include <float.h>
 #include <math.h>

@@ -1,6 +1,6 @@
 /* added_tokens.c: find added tokens in text. */
 #include "formats/added_tokens.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>

@@ -1,6 +1,6 @@
 /* byte_level.c: bytes spelled as printable characters. */
 #include "formats/byte_level.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 
 /* Bytes 0..32 are the first 33 of the others, 127..160 the next 34, 173 the last. */
 uint32_t us_byte_level_char(uint8_t byte) {

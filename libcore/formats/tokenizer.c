@@ -3,7 +3,7 @@
 #include "base/intern.h"
 #include "formats/byte_level.h"
 #include "formats/tokenizer_impl.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <stdlib.h>
 #include <string.h>
 

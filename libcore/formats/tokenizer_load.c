@@ -5,7 +5,7 @@
 #include "formats/byte_level.h"
 #include "base/json.h"
 #include "formats/tokenizer_impl.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <stdlib.h>
 #include <string.h>
 

@@ -1,7 +1,7 @@
 /* f_tokenizer.c: bytes that begin with '{' as a tokenizer.json, which encodes a fixed text if it opens; other bytes, after the
  * first, as text for a fixed tokenizer: decoding gives the text back, repaired and normalised. */
 #include "formats/tokenizer.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include "training/bpe_train.h"
 #include "fuzz.h"
 

@@ -7,7 +7,7 @@
 #include "base/sha256.h"
 #include "formats/byte_level.h"
 #include "formats/pretokenize.h"
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include "suite.h"
 #include <jansson.h>
 #include <string.h>

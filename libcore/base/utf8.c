@@ -1,5 +1,5 @@
 /* utf8.c: UTF-8 checked, repaired, normalised. */
-#include "formats/utf8.h"
+#include "base/utf8.h"
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>

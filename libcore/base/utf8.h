@@ -6,8 +6,8 @@
  *
  * The definition of valid is Unicode 15 table 3-7: no surrogates, nothing above U+10FFFF, shortest form.
  */
-#ifndef US_FORMATS_UTF8_H
-#define US_FORMATS_UTF8_H
+#ifndef US_BASE_UTF8_H
+#define US_BASE_UTF8_H
 
 #include "base/buffer.h"
 #include <stdbool.h>
