@@ -406,7 +406,7 @@ static enum us_status draw_training(const struct job *job, const char *path, str
 
 /* Without training: the error of each tensor that was rounded, by family. */
 static enum us_status draw_tensors(const struct job *job, const char *path, struct us_err *err) {
-  double *x = malloc((2 * job->count + 1) * sizeof *x), *y = x + job->count;
+  double *x = malloc((2 * job->count + 1) * sizeof *x), *y = x ? x + job->count : NULL;
   struct us_plot_series series[16];
   size_t families = 0, at = 0;
   if (!x) return us_err_memory(err, "plot", 2 * job->count * sizeof *x);

@@ -346,7 +346,8 @@ static enum us_status check_matrix(const struct check *c, size_t i, const float 
   struct us_matrix_encoding encoding =
       encoding_of(c->run->convert, &c->run->original->shape, ref, c->formats[i], master != NULL);
   size_t n = ref->rows * ref->cols;
-  float *expected = malloc((n + ref->cols) * sizeof *expected), *row = expected + n;
+  float *expected = malloc((n + ref->cols) * sizeof *expected);
+  float *row = expected ? expected + n : NULL;
   if (!expected) return us_err_memory(err, ref->name, n * sizeof *expected);
   if (!master) us_matrix_decode(ref->matrix, expected);
   enum us_status status =
