@@ -51,15 +51,31 @@ qat-quant "$model" -o "$out/q.h5" --precision experts=mxfp4 --data - --steps 120
   --report "$out/tensors.tsv" --metrics "$out/quality.tsv" --plot "$out/qat.png" <"$out/text.record" >"$out/q.record"
 
 us_say "== 3. the drafter: adapt it to the quantized model, on text that this model writes"
-dflash-train --target - --init "$draft" --data "$out/text.h5" --generate 64 --minutes 1 --threads "$threads" \
-  --plot "$out/draft.png" -o "$out/d.h5" <"$out/q.record" >"$out/d.record"
+dflash-train --target - --init "$draft" --data "$out/text.h5" --generate 300 --temperature 0 --steps 60 --batch 8 --length 320 \
+  --anchors 48 --lr 0.0007 --threads "$threads" --plot "$out/draft.png" -o "$out/d.h5" <"$out/q.record" >"$out/d.record"
 
 us_say "== 4. generate for every scenario: plain, then with the drafter"
-serve="us-serve --plain-turns --cut-loops --max-tokens 256 --threads $threads $prompts"
-# shellcheck disable=SC2086 # a command and its words
-$serve --model "$out/q.h5" >"$out/plain.jsonl"
-# shellcheck disable=SC2086
-$serve --model "$out/q.h5" --draft "$out/d.h5" >"$out/speculative.jsonl"
+# 256 tokens a prompt whatever the model says (--ignore-end), cut where it loops. Questions and chats are user turns; code
+# and dialogues are continued as they stand.
+generate() { # generate RUN.jsonl OPTION...
+  run=$1 && shift
+  set -- --model "$out/q.h5" --plain-turns --cut-loops --ignore-end --max-tokens 256 --threads "$threads" "$@"
+  : >"$run.part"
+  # shellcheck disable=SC2086 # lists of files
+  [ -z "$raw" ] || us-serve "$@" $raw >>"$run.part"
+  # shellcheck disable=SC2086
+  [ -z "$turns" ] || us-serve "$@" --chat $turns >>"$run.part"
+  mv "$run.part" "$run"
+}
+raw='' turns=''
+for set in "$prompts"/*.jsonl; do
+  case $set in
+  */math.jsonl | */chat.jsonl) turns="$turns $set" ;;
+  *) raw="$raw $set" ;;
+  esac
+done
+generate "$out/plain.jsonl"
+generate "$out/speculative.jsonl" --draft "$out/d.h5"
 python3 "$US_ROOT/data/recipes/same_tokens.py" "$out/plain.jsonl" "$out/speculative.jsonl"
 us-eval "$out/plain.jsonl" >"$out/plain.tsv"
 us-eval "$out/speculative.jsonl" --plot "$out/acceptance.png" >"$out/speculative.tsv"
