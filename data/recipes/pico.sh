@@ -2,7 +2,7 @@
 # pico.sh: train the bundled model and its drafter from text. Usage: data/recipes/pico.sh --text DIR [options]
 #
 # Vocabulary, token shards, pretraining, QAT, distillation. data/recipes/collect_text.py makes --text DIR; the sample text is
-# added eight times over from another seed. Resumable: every stage is skipped when its file exists. About 25 minutes on 16
+# added eight times over from another seed. Resumable: every stage is skipped when its file exists. About 20 minutes on 16
 # cores.
 #
 #   --text DIR      text to learn from (required)
@@ -47,9 +47,22 @@ us_say "== MXFP4 experts"
 [ -f q.h5 ] || qat-quant pico.h5 --data text.h5 -o q.h5 --steps 100 --metrics quality.tsv --eval-windows 128 \
   --threads "$threads"
 
-us_say "== drafter: broad first, then on what the model itself writes"
-distil="dflash-train --target q.h5 --data text.h5 --steps 0 --log-every 50 --threads $threads"
-[ -f draft1.h5 ] || $distil -g 600 --temperature 0.3 --text-share 0.2 --minutes 2.6 --lr 0.002 --log draft1.tsv -o draft1.h5
-[ -f draft.h5 ] || $distil --init draft1.h5 -g 5000 --temperature 0.2 --text-share 0.15 --minutes 6.5 --lr 0.003 \
-  --log draft.tsv -o draft.h5
+us_say "== drafter: broad first, then on many answers of the model itself, last on what it finds hardest"
+# shards NAME TEXT...: token shards of a part of the text
+shards() {
+  name=$1 && shift
+  # shellcheck disable=SC2086
+  [ -f "$name.h5" ] || us-data "$@" $prompts --template plain --tokenizer tokenizer.json -o "$name.h5"
+}
+shards hard --text "$text/code" --text "$text/agent" --text "$text/math/lines.jsonl" --text sample
+shards code --text "$text/code" --text "$text/agent/lines.jsonl" --text sample/code.jsonl
+distil="dflash-train --target q.h5 --steps 0 --log-every 50 --threads $threads"
+[ -f draft1.h5 ] || $distil --data text.h5 -g 600 --temperature 0.3 --text-share 0.2 -b 4 --anchors 512 -l 512 --minutes 2.6 \
+  --lr 0.002 --log draft1.tsv -o draft1.h5
+[ -f draft2.h5 ] || $distil --init draft1.h5 --data text.h5 -g 5000 --temperature 0.2 --text-share 0.15 -b 4 --anchors 512 \
+  -l 512 --minutes 6.5 --lr 0.003 --log draft2.tsv -o draft2.h5
+[ -f draft3.h5 ] || $distil --init draft2.h5 --data hard.h5 -g 2500 --temperature 0.3 --text-share 0.25 -b 16 --anchors 96 \
+  -l 512 --minutes 2 --lr 0.002 --log draft3.tsv -o draft3.h5
+[ -f draft.h5 ] || $distil --init draft3.h5 --data code.h5 -g 2500 --temperature 0.1 --text-share 0.15 -b 16 --anchors 64 \
+  -l 320 --minutes 1.5 --lr 0.003 --log draft.tsv -o draft.h5
 us_say "pico.h5 and draft.h5 are in $out"
