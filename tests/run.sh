@@ -1,8 +1,8 @@
 #!/bin/sh
 # run.sh: build the toolkit and run its tests. Usage: tests/run.sh [--quick] [--no-install] [--cuda auto|enabled|disabled]
 #
-# Parts: unit, command-line and parity tests; the same under AddressSanitizer and UndefinedBehaviorSanitizer; pool and
-# executors under ThreadSanitizer; every fuzz target for 30 seconds (US_FUZZ_SECONDS). --quick runs only the first part.
+# Parts: all tests; unit and command-line tests under AddressSanitizer and UndefinedBehaviorSanitizer; unit tests under
+# ThreadSanitizer; every fuzz target for 30 seconds (US_FUZZ_SECONDS). --quick runs only the first part.
 # Builds in build/, build-asan/, build-tsan/ and build-fuzz/. The last line is "N passed, N failed"; exit 0 if none failed.
 set -u
 US_ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -24,6 +24,11 @@ passed=0 failed=0
 count() { # count OK FAIL: add to the sums
   passed=$((passed + $1))
   failed=$((failed + $2))
+}
+
+spent() {
+  us_say "processor time so far: this shell, then what it ran (user, system)"
+  times >&2
 }
 
 finish() {
@@ -91,15 +96,19 @@ export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:allocator_may_return_n
 export LSAN_OPTIONS="suppressions=$US_ROOT/tests/lsan.supp:print_suppressions=0"
 export TSAN_OPTIONS=halt_on_error=1
 
-part "unit, command line, parity" "$US_ROOT/build" "-Dcuda=$cuda" && run_tests "$US_ROOT/build"
+part "unit, command line, parity" "$US_ROOT/build" "-Dcuda=$cuda" -Dtests=true && run_tests "$US_ROOT/build"
+spent
 if [ "$quick" = no ]; then
   # clang's sanitizers: under gcc's the training tests take thirty times as long. -O1 halves the time of the build.
   export CC=clang
   part "AddressSanitizer and UndefinedBehaviorSanitizer" "$US_ROOT/build-asan" -Dcuda=disabled \
     -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1 &&
     run_tests "$US_ROOT/build-asan" --suite unit --suite cli --timeout-multiplier 5
+  spent
   part "ThreadSanitizer" "$US_ROOT/build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1 &&
-    run_tests "$US_ROOT/build-tsan" --suite tsan --timeout-multiplier 5
+    run_tests "$US_ROOT/build-tsan" --suite unit --timeout-multiplier 5
+  spent
   fuzz
+  spent
 fi
 finish
