@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "tools/tool.h"
+#include "tools/train_opts.h"
 #include "training/dflash.h"
 #include "training/run_log.h"
 
@@ -54,21 +55,12 @@ static const struct us_opt opts[] = {
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 8, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a pass; 0: as many as 8,192 block rows hold", .def = "0",
                .max = 65536),
-    US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for matrices; AdamW does the rest", .def = "muon"),
-    US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express",
-                .def = "schulz"),
+    US_OPT_TRAIN_OPTIMIZER,
     US_OPT_NUM("lr", 0, "X", "peak learning rate; AdamW alone wants a tenth", .def = "0.02",
                .above_min = true),
-    US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
-    US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.04", .max = 1),
-    US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0", .max = 1),
-    US_OPT_NUM("decay", 0, "X", "weight decay", .def = "0.01"),
-    US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1"),
+    US_OPT_TRAIN_SCHEDULE("0.04", "0", "0.01"),
     US_OPT_GROUP("Progress"),
-    US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),
-    US_OPT_INT("save-every", 0, "N", "steps between saves of the state", .def = "100"),
-    US_OPT_FLAG("resume", 0, "continue the run in --state, if there is one"),
-    US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1),
+    US_OPT_TRAIN_PROGRESS,
     US_OPT_INT("eval-every", 0, "N", "steps between evaluations on what is held out; 0: at the end alone",
                .def = "0"),
     US_OPT_INT("eval-sequences", 0, "N", "held-out sequences of an evaluation; 0: all", .def = "32"),
@@ -254,24 +246,6 @@ static void read_training(struct job *job) {
   t->interrupted = us_tool_interrupted;
 }
 
-static void read_trainer(struct job *job) {
-  struct us_opts *o = job->run->opts;
-  struct us_trainer *r = &job->train.trainer;
-  r->optim = us_optim_default(us_opt_choice(o, "optimizer") == 0 ? US_OPTIM_MUON : US_OPTIM_ADAMW);
-  r->optim.newton = us_opt_choice(o, "newton") == 0 ? US_NEWTON_SCHULZ5 : US_NEWTON_POLAR_EXPRESS;
-  r->optim.adamw_decay = r->optim.muon_decay = us_opt_num(o, "decay");
-  r->schedule = (struct us_schedule){.kind = (enum us_schedule_kind)us_opt_choice(o, "schedule"),
-                                     .peak = us_opt_num(o, "lr"),
-                                     .floor = us_opt_num(o, "floor"),
-                                     .warmup = us_opt_num(o, "warmup")};
-  r->clip = us_opt_num(o, "clip");
-  r->steps = (uint64_t)us_opt_int(o, "steps");
-  r->minutes = us_opt_num(o, "minutes");
-  r->state_path = us_opt_str(o, "state");
-  r->save_every = (uint64_t)us_opt_int(o, "save-every");
-  r->options = job->options;
-}
-
 /* What must be the same when a run is resumed, as text that a message can show. */
 static enum us_status describe(struct job *job, struct us_err *err) {
   static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule"};
@@ -314,7 +288,8 @@ static enum us_status open_inputs(struct job *job, struct us_err *err) {
     return us_err_set(err, US_ERR_USAGE,
                       "without --data the target must have an end-of-text token to begin with");
   read_training(job);
-  read_trainer(job);
+  us_tool_read_trainer(o, true, &job->train.trainer);
+  job->train.trainer.options = job->options;
   return describe(job, err);
 }
 

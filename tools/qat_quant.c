@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "tools/tool.h"
+#include "tools/train_opts.h"
 #include "training/quant_report.h"
 #include "training/run_log.h"
 
@@ -33,11 +34,7 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("train", 0, "rounded|all|experts", "which weights move: those whose format changes, ...",
                 .def = "rounded"),
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.0003", .above_min = true),
-    US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),
-    US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = "0.05", .max = 1),
-    US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = "0.1", .max = 1),
-    US_OPT_NUM("decay", 0, "X", "weight decay", .def = "0"),
-    US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1"),
+    US_OPT_TRAIN_SCHEDULE("0.05", "0.1", "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 8,192 rows hold", .def = "0",
@@ -46,10 +43,7 @@ static const struct us_opt opts[] = {
                 .def = "all"),
     US_OPT_FLAG("recompute", 0, "keep one layer's activations and compute the others again: less memory"),
     US_OPT_GROUP("Progress"),
-    US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),
-    US_OPT_INT("save-every", 0, "N", "steps between saves of the state", .def = "100"),
-    US_OPT_FLAG("resume", 0, "continue the run in --state, if there is one"),
-    US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1),
+    US_OPT_TRAIN_PROGRESS,
     US_OPT_INT("probe-every", 0, "N", "steps between looks at the held-out loss; 0: first and last alone",
                .def = "50"),
     US_OPT_INT("probe-windows", 0, "N", "held-out sequences of such a look", .def = "16"),
@@ -112,22 +106,6 @@ static enum us_status open_inputs(struct job *job, struct us_err *err) {
   return status == US_OK ? US_OK : us_err_prefix(err, "%s", us_opt_str(o, "data"));
 }
 
-static void read_trainer(struct job *job, struct us_trainer *r) {
-  struct us_opts *o = job->run->opts;
-  r->optim = us_optim_default(US_OPTIM_ADAMW);
-  r->optim.adamw_decay = us_opt_num(o, "decay");
-  r->schedule = (struct us_schedule){.kind = (enum us_schedule_kind)us_opt_choice(o, "schedule"),
-                                     .peak = us_opt_num(o, "lr"),
-                                     .floor = us_opt_num(o, "floor"),
-                                     .warmup = us_opt_num(o, "warmup")};
-  r->clip = us_opt_num(o, "clip");
-  r->minutes = us_opt_num(o, "minutes");
-  r->steps = (uint64_t)us_opt_int(o, "steps");
-  r->state_path = us_opt_str(o, "state");
-  r->save_every = (uint64_t)us_opt_int(o, "save-every");
-  r->options = job->options;
-}
-
 static void on_log(void *arg, const struct us_qat_log *log);
 
 /* The run, and the text that a resumed one must repeat. */
@@ -156,7 +134,8 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
                        .on_log = on_log,
                        .log_arg = job,
                        .interrupted = us_tool_interrupted};
-  read_trainer(job, &q->trainer);
+  us_tool_read_trainer(o, false, &q->trainer);
+  q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
       return us_err_set(err, US_ERR_USAGE, "--steps %llu needs --data to learn from",

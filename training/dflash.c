@@ -78,7 +78,8 @@ static void clear_pass(struct session *s) {
 
 /* --- a step --- */
 
-static enum us_status take_step(struct session *s, struct us_err *err) {
+static enum us_status take_step(void *arg, struct us_err *err) {
+  struct session *s = arg;
   struct us_dflash *run = s->run;
   uint64_t step = run->trainer.step, tokens = 0;
   run->loss.sum = (struct us_draft_tally){0};
@@ -159,28 +160,23 @@ static void write_log(struct session *s) {
   s->seconds_then = us_trainer_seconds(&run->trainer);
 }
 
-static enum us_status train_loop(struct session *s, struct us_err *err) {
-  struct us_dflash *run = s->run;
-  enum us_status status = US_OK;
-  while (status == US_OK && !us_trainer_done(&run->trainer)) {
-    if (run->interrupted && run->interrupted()) {
-      status = us_trainer_finish(&run->trainer, err);
-      return status == US_OK ? us_err_set(err, US_INTERRUPTED, "interrupted after step %llu",
-                                          (unsigned long long)run->trainer.step)
-                             : status;
-    }
-    if ((status = take_step(s, err)) != US_OK) break;
-    uint64_t step = run->trainer.step;
-    bool evaluates = run->eval_every && step % run->eval_every == 0 && !us_trainer_done(&run->trainer);
-    if (!evaluates && !(run->log_every && step % run->log_every == 0)) continue;
-    run->last.heldout = (struct us_draft_tally){0};
-    if (evaluates) status = evaluate(s, err);
-    write_log(s);
-  }
-  if (status == US_OK) status = us_trainer_finish(&run->trainer, err);
-  if (status == US_OK) status = evaluate(s, err);
+static enum us_status report(void *arg, bool evaluates, struct us_err *err) {
+  struct session *s = arg;
+  s->run->last.heldout = (struct us_draft_tally){0};
+  enum us_status status = evaluates ? evaluate(s, err) : US_OK;
   if (status == US_OK) write_log(s);
   return status;
+}
+
+static enum us_status train(struct session *s, struct us_err *err) {
+  struct us_dflash *run = s->run;
+  struct us_trainer_loop loop = {.arg = s,
+                                 .step = take_step,
+                                 .report = report,
+                                 .log_every = run->log_every,
+                                 .eval_every = run->eval_every,
+                                 .interrupted = run->interrupted};
+  return us_trainer_run(&run->trainer, &loop, err);
 }
 
 /* Fresh layers begin close to the identity: the embedding of an anchor (RMS 0.05 in pico) is not drowned by branches of
@@ -272,7 +268,7 @@ enum us_status us_dflash(struct us_dflash *run, struct us_pool *pool, struct us_
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
   s.tokens_then = run->trainer.tokens;
   s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train_loop(&s, err);
+  if (status == US_OK) status = train(&s, err);
   close_session(&s);
   run->trainer.seq = NULL;
   return status;

@@ -2,6 +2,7 @@
  *
  * Contents: roles; memory; creation; context; block layers; forward; cost.
  */
+#include "training/arena.h"
 #include "training/draft_train_state.h"
 
 #include "kernels/embed/embed_grad.h"
@@ -60,66 +61,52 @@ static enum us_status bind_roles(const struct us_draft_train *train, struct us_e
 
 /* --- memory --- */
 
-/* Takes 64-byte aligned pieces of one arena; with a NULL base it only counts. */
-struct taker {
-  char *base;
-  size_t used;
-};
-
-static void *take(struct taker *t, size_t count, size_t size) {
-  void *piece = t->base ? t->base + t->used : NULL;
-  t->used += (count * size + 63) / 64 * 64;
-  return piece;
-}
-
-#define TAKE(t, field, count) ((field) = take((t), (count), sizeof *(field)))
-
-static void take_layer(struct taker *t, const struct us_draft_train *train, struct us_draft_saved *s) {
+static void take_layer(struct us_arena *t, const struct us_draft_train *train, struct us_draft_saved *s) {
   const struct us_draft_shape *shape = &train->shape;
   const struct us_attention_shape *a = &shape->attention;
   size_t D = shape->hidden, F = shape->inner, rows = train->blocks_capacity * shape->block;
   size_t all = train->capacity + rows, width = us_attention_qkv_rows(a);
-  TAKE(t, s->raw, all * width);
-  TAKE(t, s->qkv, all * width);
-  TAKE(t, s->q_inverse, rows * a->q_heads);
-  TAKE(t, s->k_inverse, all * a->kv_heads);
-  TAKE(t, s->norm1, rows * D);
-  TAKE(t, s->inverse1, rows);
-  TAKE(t, s->attention, rows * a->q_heads * a->v_dim);
-  TAKE(t, s->max, rows * a->q_heads);
-  TAKE(t, s->sum, rows * a->q_heads);
-  TAKE(t, s->middle, rows * D);
-  TAKE(t, s->norm2, rows * D);
-  TAKE(t, s->inverse2, rows);
-  TAKE(t, s->gate_up, rows * 2 * F);
-  TAKE(t, s->a, rows * F);
+  US_ARENA_TAKE(t, s->raw, all * width);
+  US_ARENA_TAKE(t, s->qkv, all * width);
+  US_ARENA_TAKE(t, s->q_inverse, rows * a->q_heads);
+  US_ARENA_TAKE(t, s->k_inverse, all * a->kv_heads);
+  US_ARENA_TAKE(t, s->norm1, rows * D);
+  US_ARENA_TAKE(t, s->inverse1, rows);
+  US_ARENA_TAKE(t, s->attention, rows * a->q_heads * a->v_dim);
+  US_ARENA_TAKE(t, s->max, rows * a->q_heads);
+  US_ARENA_TAKE(t, s->sum, rows * a->q_heads);
+  US_ARENA_TAKE(t, s->middle, rows * D);
+  US_ARENA_TAKE(t, s->norm2, rows * D);
+  US_ARENA_TAKE(t, s->inverse2, rows);
+  US_ARENA_TAKE(t, s->gate_up, rows * 2 * F);
+  US_ARENA_TAKE(t, s->a, rows * F);
 }
 
-static void take_all(struct taker *t, struct us_draft_train *train, struct us_draft_train_state *s) {
+static void take_all(struct us_arena *t, struct us_draft_train *train, struct us_draft_train_state *s) {
   const struct us_draft_shape *shape = &train->shape;
   const struct us_attention_shape *a = &shape->attention;
   size_t D = shape->hidden, C = train->capacity, rows = train->blocks_capacity * shape->block, all = C + rows;
-  TAKE(t, s->q_offset, a->q_heads);
-  TAKE(t, s->k_offset, a->kv_heads);
-  TAKE(t, s->v_offset, a->kv_heads);
-  TAKE(t, s->table, (C + shape->block) * a->rotary_dim);
-  TAKE(t, s->position, all);
-  TAKE(t, s->features, C * shape->taps * D);
-  TAKE(t, s->fused, C * D);
-  TAKE(t, s->fused_inverse, C);
-  TAKE(t, s->context, C * D);
+  US_ARENA_TAKE(t, s->q_offset, a->q_heads);
+  US_ARENA_TAKE(t, s->k_offset, a->kv_heads);
+  US_ARENA_TAKE(t, s->v_offset, a->kv_heads);
+  US_ARENA_TAKE(t, s->table, (C + shape->block) * a->rotary_dim);
+  US_ARENA_TAKE(t, s->position, all);
+  US_ARENA_TAKE(t, s->features, C * shape->taps * D);
+  US_ARENA_TAKE(t, s->fused, C * D);
+  US_ARENA_TAKE(t, s->fused_inverse, C);
+  US_ARENA_TAKE(t, s->context, C * D);
   for (uint32_t l = 0; l < shape->layers; l++) take_layer(t, train, &s->saved[l]);
-  for (uint32_t l = 0; l <= shape->layers; l++) TAKE(t, s->residual[l], rows * D);
-  TAKE(t, train->hidden, rows * D);
-  TAKE(t, train->dhidden, rows * D);
-  TAKE(t, s->final_inverse, rows);
-  TAKE(t, s->branch, rows * D);
-  TAKE(t, s->dx, rows * D);
-  TAKE(t, s->dqkv, all * us_attention_qkv_rows(a));
-  TAKE(t, s->dattention, rows * a->q_heads * a->v_dim);
-  TAKE(t, s->da, rows * shape->inner);
-  TAKE(t, s->dcontext, C * D);
-  TAKE(t, s->masked, rows);
+  for (uint32_t l = 0; l <= shape->layers; l++) US_ARENA_TAKE(t, s->residual[l], rows * D);
+  US_ARENA_TAKE(t, train->hidden, rows * D);
+  US_ARENA_TAKE(t, train->dhidden, rows * D);
+  US_ARENA_TAKE(t, s->final_inverse, rows);
+  US_ARENA_TAKE(t, s->branch, rows * D);
+  US_ARENA_TAKE(t, s->dx, rows * D);
+  US_ARENA_TAKE(t, s->dqkv, all * us_attention_qkv_rows(a));
+  US_ARENA_TAKE(t, s->dattention, rows * a->q_heads * a->v_dim);
+  US_ARENA_TAKE(t, s->da, rows * shape->inner);
+  US_ARENA_TAKE(t, s->dcontext, C * D);
+  US_ARENA_TAKE(t, s->masked, rows);
 }
 
 /* --- creation --- */
@@ -153,14 +140,14 @@ enum us_status us_draft_train_create(const struct us_draft_shape *shape, struct 
                                    .capacity = capacity,
                                    .blocks_capacity = blocks};
   struct us_draft_train_state counted = {0};
-  struct taker t = {0};
+  struct us_arena t = {0};
   take_all(&t, train, &counted);
   train->state = calloc(1, sizeof *train->state);
   if (train->state) train->state->arena = aligned_alloc(64, t.used);
   enum us_status status = US_OK;
   if (!train->state || !train->state->arena) status = us_err_memory(err, "drafter's activations", t.used);
   if (status == US_OK) {
-    t = (struct taker){.base = train->state->arena};
+    t = (struct us_arena){.base = train->state->arena};
     take_all(&t, train, train->state);
     fill_constants(train);
     status = bind_roles(train, err);

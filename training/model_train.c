@@ -11,6 +11,7 @@
 #include "kernels/rope/rope_grad.h"
 #include "kernels/router/router_grad.h"
 #include "kernels/swiglu/swiglu_grad.h"
+#include "training/arena.h"
 #include "training/model_train_state.h"
 
 #include <stdio.h>
@@ -94,50 +95,37 @@ static enum us_status bind_roles(struct us_model_train *train, struct us_err *er
 
 /* --- memory --- */
 
-/* Takes 64-byte aligned pieces of one arena; with a NULL base it only counts. */
-struct taker {
-  char *base;
-  size_t used;
-};
-
-static void *take(struct taker *t, size_t count, size_t size) {
-  void *piece = t->base ? t->base + t->used : NULL;
-  t->used += (count * size + 63) / 64 * 64;
-  return piece;
-}
-
-#define TAKE(t, field, count) ((field) = take((t), (count), sizeof *(field)))
-
-static void take_layer(struct taker *t, const struct us_shape *shape, size_t R, uint32_t l,
+static void take_layer(struct us_arena *t, const struct us_shape *shape, size_t R, uint32_t l,
                        struct us_layer_saved *s) {
   const struct us_attention_shape *a = us_shape_attention(shape, l);
   size_t D = shape->hidden, slots = R * shape->top_k;
-  TAKE(t, s->norm1, R * D);
-  TAKE(t, s->inverse1, R);
-  TAKE(t, s->qkv, R * us_attention_qkv_rows(a));
-  TAKE(t, s->attention, R * a->q_heads * a->v_dim);
-  TAKE(t, s->max, R * a->q_heads);
-  TAKE(t, s->sum, R * a->q_heads);
-  TAKE(t, s->middle, R * D);
-  TAKE(t, s->norm2, R * D);
-  TAKE(t, s->inverse2, R);
+  US_ARENA_TAKE(t, s->norm1, R * D);
+  US_ARENA_TAKE(t, s->inverse1, R);
+  US_ARENA_TAKE(t, s->qkv, R * us_attention_qkv_rows(a));
+  US_ARENA_TAKE(t, s->attention, R * a->q_heads * a->v_dim);
+  US_ARENA_TAKE(t, s->max, R * a->q_heads);
+  US_ARENA_TAKE(t, s->sum, R * a->q_heads);
+  US_ARENA_TAKE(t, s->middle, R * D);
+  US_ARENA_TAKE(t, s->norm2, R * D);
+  US_ARENA_TAKE(t, s->inverse2, R);
   if (!shape->moe_layer[l]) {
-    TAKE(t, s->gate_up, R * 2 * shape->dense_inner);
-    TAKE(t, s->a, R * shape->dense_inner);
+    US_ARENA_TAKE(t, s->gate_up, R * 2 * shape->dense_inner);
+    US_ARENA_TAKE(t, s->a, R * shape->dense_inner);
     return;
   }
-  TAKE(t, s->scores, R * shape->experts);
-  TAKE(t, s->weight, slots);
-  TAKE(t, s->plan.start, shape->experts + 1);
-  TAKE(t, s->plan.row, slots);
-  TAKE(t, s->plan.slot, slots);
-  TAKE(t, s->experts.x, slots * D);
-  TAKE(t, s->experts.gate_up, slots * 2 * shape->expert_inner);
-  TAKE(t, s->experts.a, slots * shape->expert_inner);
+  US_ARENA_TAKE(t, s->scores, R * shape->experts);
+  US_ARENA_TAKE(t, s->weight, slots);
+  US_ARENA_TAKE(t, s->plan.start, shape->experts + 1);
+  US_ARENA_TAKE(t, s->plan.row, slots);
+  US_ARENA_TAKE(t, s->plan.slot, slots);
+  US_ARENA_TAKE(t, s->experts.x, slots * D);
+  US_ARENA_TAKE(t, s->experts.gate_up, slots * 2 * shape->expert_inner);
+  US_ARENA_TAKE(t, s->experts.a, slots * shape->expert_inner);
 }
 
 /* Layers that share buffers start at the same place; the widest decides where the next piece begins. */
-static void take_layers(struct taker *t, const struct us_model_train *train, struct us_layer_saved *saved) {
+static void take_layers(struct us_arena *t, const struct us_model_train *train,
+                        struct us_layer_saved *saved) {
   struct us_layer_saved ignored = {0};
   size_t start = t->used, widest = t->used;
   for (uint32_t l = 0; l < train->shape.layers; l++) {
@@ -148,19 +136,19 @@ static void take_layers(struct taker *t, const struct us_model_train *train, str
   t->used = widest;
 }
 
-static void take_attention(struct taker *t, const struct us_shape *shape, size_t R,
+static void take_attention(struct us_arena *t, const struct us_shape *shape, size_t R,
                            struct us_model_train_state *s) {
   const struct us_attention_shape *shapes[2] = {&shape->full, &shape->swa};
   for (int kind = 0; kind < 2; kind++) {
     struct us_attention_roles *a = &s->attention[kind];
     a->shape = shapes[kind];
     a->width = us_attention_qkv_rows(a->shape);
-    TAKE(t, a->q_offset, a->shape->q_heads);
-    TAKE(t, a->k_offset, a->shape->kv_heads);
-    TAKE(t, a->v_offset, a->shape->kv_heads);
-    TAKE(t, a->qk_offset, a->shape->q_heads + a->shape->kv_heads);
-    TAKE(t, a->table, R * a->shape->rotary_dim);
-    TAKE(t, a->begin, R);
+    US_ARENA_TAKE(t, a->q_offset, a->shape->q_heads);
+    US_ARENA_TAKE(t, a->k_offset, a->shape->kv_heads);
+    US_ARENA_TAKE(t, a->v_offset, a->shape->kv_heads);
+    US_ARENA_TAKE(t, a->qk_offset, a->shape->q_heads + a->shape->kv_heads);
+    US_ARENA_TAKE(t, a->table, R * a->shape->rotary_dim);
+    US_ARENA_TAKE(t, a->begin, R);
   }
 }
 
@@ -168,44 +156,45 @@ static size_t larger(size_t a, size_t b) {
   return a > b ? a : b;
 }
 
-static void take_all(struct taker *t, struct us_model_train *train, struct us_model_train_state *s) {
+static void take_all(struct us_arena *t, struct us_model_train *train, struct us_model_train_state *s) {
   const struct us_shape *shape = &train->shape;
   size_t R = train->capacity, D = shape->hidden, L = shape->layers, E = shape->experts;
   bool counting = t->base == NULL, backward = train->memory != US_TRAIN_FORWARD;
-  TAKE(t, s->roles, L);
-  TAKE(t, s->saved, L);
-  TAKE(t, s->id, L);
-  TAKE(t, s->residual, L + 1);
-  TAKE(t, train->load, L * larger(E, 1));
+  US_ARENA_TAKE(t, s->roles, L);
+  US_ARENA_TAKE(t, s->saved, L);
+  US_ARENA_TAKE(t, s->id, L);
+  US_ARENA_TAKE(t, s->residual, L + 1);
+  US_ARENA_TAKE(t, train->load, L * larger(E, 1));
   take_attention(t, shape, R, s);
-  TAKE(t, s->end, R);
+  US_ARENA_TAKE(t, s->end, R);
   for (size_t l = 0; l < L; l++) {
     struct us_layer_roles ignored = {0}, *roles = counting ? &ignored : &s->roles[l];
-    uint32_t *ids = take(t, shape->moe_layer[l] ? R * shape->top_k : 0, sizeof *ids);
+    uint32_t *ids = us_arena_take(t, shape->moe_layer[l] ? R * shape->top_k : 0, sizeof *ids);
     if (!counting) s->id[l] = ids;
     if (!shape->moe_layer[l]) continue;
-    TAKE(t, roles->expert_gate_up, E);
-    TAKE(t, roles->expert_down, E);
-    TAKE(t, roles->expert_gate_up_grad, E);
-    TAKE(t, roles->expert_down_grad, E);
+    US_ARENA_TAKE(t, roles->expert_gate_up, E);
+    US_ARENA_TAKE(t, roles->expert_down, E);
+    US_ARENA_TAKE(t, roles->expert_gate_up_grad, E);
+    US_ARENA_TAKE(t, roles->expert_down_grad, E);
   }
   size_t streams = backward ? L + 1 : 2;
   for (size_t i = 0; i < streams; i++) {
-    float *stream = take(t, R * D, sizeof *stream);
+    float *stream = us_arena_take(t, R * D, sizeof *stream);
     for (size_t l = i; !counting && l <= L; l += backward ? L + 1 : 2) s->residual[l] = stream;
   }
   take_layers(t, train, counting ? NULL : s->saved);
-  TAKE(t, train->hidden, R * D);
-  TAKE(t, s->final_inverse, R);
-  TAKE(t, s->branch, R * D);
+  US_ARENA_TAKE(t, train->hidden, R * D);
+  US_ARENA_TAKE(t, s->final_inverse, R);
+  US_ARENA_TAKE(t, s->branch, R * D);
   if (!backward) return;
   const struct us_attention_shape *full = &shape->full, *swa = &shape->swa;
-  TAKE(t, train->dhidden, R * D);
-  TAKE(t, s->dx, R * D);
-  TAKE(t, s->dqkv, R * larger(us_attention_qkv_rows(full), us_attention_qkv_rows(swa)));
-  TAKE(t, s->dattention, R * larger((size_t)full->q_heads * full->v_dim, (size_t)swa->q_heads * swa->v_dim));
-  TAKE(t, s->da, R * shape->dense_inner);
-  TAKE(t, s->dweight, R * shape->top_k);
+  US_ARENA_TAKE(t, train->dhidden, R * D);
+  US_ARENA_TAKE(t, s->dx, R * D);
+  US_ARENA_TAKE(t, s->dqkv, R * larger(us_attention_qkv_rows(full), us_attention_qkv_rows(swa)));
+  US_ARENA_TAKE(t, s->dattention,
+                R * larger((size_t)full->q_heads * full->v_dim, (size_t)swa->q_heads * swa->v_dim));
+  US_ARENA_TAKE(t, s->da, R * shape->dense_inner);
+  US_ARENA_TAKE(t, s->dweight, R * shape->top_k);
 }
 
 /* --- creation --- */
@@ -233,7 +222,7 @@ enum us_status us_model_train_create(const struct us_shape *shape, struct us_par
   *train = (struct us_model_train){
       .shape = *shape, .params = params, .seq = seq, .capacity = capacity, .memory = memory};
   struct us_model_train_state counted = {0};
-  struct taker t = {0};
+  struct us_arena t = {0};
   take_all(&t, train, &counted);
   train->state = calloc(1, sizeof *train->state);
   if (train->state) train->state->arena = aligned_alloc(64, t.used);
@@ -241,7 +230,7 @@ enum us_status us_model_train_create(const struct us_shape *shape, struct us_par
   if (!train->state || !train->state->arena) status = us_err_memory(err, "activations", t.used);
   if (status == US_OK) {
     memset(train->state->arena, 0, t.used);
-    t = (struct taker){.base = (char *)train->state->arena};
+    t = (struct us_arena){.base = (char *)train->state->arena};
     take_all(&t, train, train->state);
     for (int kind = 0; kind < 2; kind++)
       fill_attention(&train->state->attention[kind], shape->qkv_chunks, capacity);

@@ -124,7 +124,8 @@ static float balance_now(const struct us_pretrain *run) {
   return (float)((double)run->balance_rate * us_schedule_rate(schedule, progress) / schedule->peak);
 }
 
-static enum us_status take_step(struct session *s, struct us_err *err) {
+static enum us_status take_step(void *arg, struct us_err *err) {
+  struct session *s = arg;
   struct us_pretrain *run = s->run;
   double labels = count_labels(s, run->trainer.step), loss = 0.0;
   enum us_status status = us_trainer_open_step(&run->trainer, err);
@@ -157,28 +158,25 @@ static void write_log(struct session *s) {
   s->seconds_then = us_trainer_seconds(&run->trainer);
 }
 
-static enum us_status train_loop(struct session *s, struct us_err *err) {
+static enum us_status report(void *arg, bool evaluates, struct us_err *err) {
+  struct session *s = arg;
   struct us_pretrain *run = s->run;
-  enum us_status status = US_OK;
-  while (status == US_OK && !us_trainer_done(&run->trainer)) {
-    if (run->interrupted && run->interrupted()) {
-      status = us_trainer_finish(&run->trainer, err);
-      return status == US_OK ? us_err_set(err, US_INTERRUPTED, "interrupted after step %llu",
-                                          (unsigned long long)run->trainer.step)
-                             : status;
-    }
-    if ((status = take_step(s, err)) != US_OK) break;
-    uint64_t step = run->trainer.step;
-    bool evaluates = run->eval_every && step % run->eval_every == 0 && !us_trainer_done(&run->trainer);
-    if (!evaluates && !(run->log_every && step % run->log_every == 0)) continue;
-    run->last.heldout = run->last.bits_per_byte = (double)NAN;
-    if (evaluates) status = evaluate(s, run->eval_windows, &run->last, err);
-    write_log(s);
-  }
-  if (status == US_OK) status = us_trainer_finish(&run->trainer, err);
-  if (status == US_OK) status = evaluate(s, 0, &run->last, err);
+  size_t windows = us_trainer_done(&run->trainer) ? 0 : run->eval_windows;
+  run->last.heldout = run->last.bits_per_byte = (double)NAN;
+  enum us_status status = evaluates ? evaluate(s, windows, &run->last, err) : US_OK;
   if (status == US_OK) write_log(s);
   return status;
+}
+
+static enum us_status train(struct session *s, struct us_err *err) {
+  struct us_pretrain *run = s->run;
+  struct us_trainer_loop loop = {.arg = s,
+                                 .step = take_step,
+                                 .report = report,
+                                 .log_every = run->log_every,
+                                 .eval_every = run->eval_every,
+                                 .interrupted = run->interrupted};
+  return us_trainer_run(&run->trainer, &loop, err);
 }
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
@@ -218,7 +216,7 @@ enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
   s.tokens_then = run->trainer.tokens;
   s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train_loop(&s, err);
+  if (status == US_OK) status = train(&s, err);
   close_session(&s);
   run->trainer.seq = NULL;
   return status;

@@ -163,7 +163,8 @@ static double count_labels(struct session *s) {
   return labels > 0.0 ? labels : 1.0;
 }
 
-static enum us_status take_step(struct session *s, struct us_err *err) {
+static enum us_status take_step(void *arg, struct us_err *err) {
+  struct session *s = arg;
   struct us_qat *run = s->run;
   double labels = count_labels(s), loss = 0.0, part = 0.0;
   enum us_status status = us_trainer_open_step(&run->trainer, err);
@@ -181,7 +182,8 @@ static enum us_status take_step(struct session *s, struct us_err *err) {
 
 /* --- the run --- */
 
-static enum us_status write_log(struct session *s, bool evaluates, struct us_err *err) {
+static enum us_status report(void *arg, bool evaluates, struct us_err *err) {
+  struct session *s = arg;
   struct us_qat *run = s->run;
   double now = us_trainer_seconds(&run->trainer), spent = now - s->seconds_then;
   struct us_qat_log log = {.step = run->trainer.step,
@@ -199,23 +201,16 @@ static enum us_status write_log(struct session *s, bool evaluates, struct us_err
   return status;
 }
 
-static enum us_status train_loop(struct session *s, struct us_err *err) {
+static enum us_status train(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
-  enum us_status status = us_trainer_done(&run->trainer) ? US_OK : write_log(s, true, err);
-  while (status == US_OK && !us_trainer_done(&run->trainer)) {
-    if (run->interrupted && run->interrupted()) {
-      status = us_trainer_finish(&run->trainer, err);
-      return status == US_OK ? us_err_set(err, US_INTERRUPTED, "interrupted after step %llu",
-                                          (unsigned long long)run->trainer.step)
-                             : status;
-    }
-    if ((status = take_step(s, err)) != US_OK || us_trainer_done(&run->trainer)) break;
-    uint64_t step = run->trainer.step;
-    bool evaluates = run->eval_every && step % run->eval_every == 0;
-    if (evaluates || (run->log_every && step % run->log_every == 0)) status = write_log(s, evaluates, err);
-  }
-  if (status == US_OK) status = us_trainer_finish(&run->trainer, err);
-  return status == US_OK ? write_log(s, true, err) : status;
+  struct us_trainer_loop loop = {.arg = s,
+                                 .step = take_step,
+                                 .report = report,
+                                 .log_every = run->log_every,
+                                 .eval_every = run->eval_every,
+                                 .interrupted = run->interrupted};
+  enum us_status status = us_trainer_done(&run->trainer) ? US_OK : report(s, true, err);
+  return status == US_OK ? us_trainer_run(&run->trainer, &loop, err) : status;
 }
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
@@ -261,7 +256,7 @@ enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *e
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
   s.tokens_then = run->trainer.tokens;
   s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train_loop(&s, err);
+  if (status == US_OK) status = train(&s, err);
   close_session(&s);
   run->trainer.seq = NULL;
   return status;

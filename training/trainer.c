@@ -94,3 +94,22 @@ enum us_status us_trainer_close_step(struct us_trainer *t, double loss, uint64_t
 enum us_status us_trainer_finish(struct us_trainer *t, struct us_err *err) {
   return t->state_path && t->saved != t->step ? save(t, err) : US_OK;
 }
+
+enum us_status us_trainer_run(struct us_trainer *t, const struct us_trainer_loop *loop, struct us_err *err) {
+  while (!us_trainer_done(t)) {
+    if (loop->interrupted && loop->interrupted()) {
+      enum us_status status = us_trainer_finish(t, err);
+      if (status != US_OK) return status;
+      return us_err_set(err, US_INTERRUPTED, "interrupted after step %llu", (unsigned long long)t->step);
+    }
+    enum us_status status = loop->step(loop->arg, err);
+    if (status != US_OK) return status;
+    if (us_trainer_done(t)) break;
+    bool evaluates = loop->eval_every && t->step % loop->eval_every == 0;
+    if (evaluates || (loop->log_every && t->step % loop->log_every == 0))
+      status = loop->report(loop->arg, evaluates, err);
+    if (status != US_OK) return status;
+  }
+  enum us_status status = us_trainer_finish(t, err);
+  return status == US_OK ? loop->report(loop->arg, true, err) : status;
+}

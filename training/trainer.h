@@ -57,4 +57,18 @@ US_CHECKED enum us_status us_trainer_close_step(struct us_trainer *trainer, doub
                                                 struct us_err *err);
 US_CHECKED enum us_status us_trainer_finish(struct us_trainer *trainer, struct us_err *err);
 
+/* The loop that the recipes share: step, save, and say how it goes. */
+struct us_trainer_loop {
+  void *arg;
+  enum us_status (*step)(void *arg, struct us_err *err); /* from open_step to close_step */
+  /* Log, after an evaluation on held-out text if `evaluates`. After the last step it is called once, evaluating, with
+   * everything saved. */
+  enum us_status (*report)(void *arg, bool evaluates, struct us_err *err);
+  uint64_t log_every, eval_every; /* steps; 0: at the end alone */
+  bool (*interrupted)(void);      /* optional; once true, the loop saves and ends with US_INTERRUPTED */
+};
+
+US_CHECKED enum us_status us_trainer_run(struct us_trainer *trainer, const struct us_trainer_loop *loop,
+                                         struct us_err *err);
+
 #endif
