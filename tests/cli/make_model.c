@@ -4,6 +4,7 @@
  */
 #include "model/checkpoint.h"
 #include "model/random.h"
+#include "tests/unit/model/small_shape.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,60 +12,24 @@
 
 enum { VOCAB = 288 };
 
-static const struct us_shape shape = {
-    .name = "cases",
-    .type = US_MODEL_MIMO_V2,
-    .layers = 4,
-    .hidden = 64,
-    .vocab = VOCAB,
-    .full = {.q_heads = 4, .kv_heads = 2, .qk_dim = 24, .v_dim = 16, .rotary_dim = 8, .rope_theta = 1e6},
-    .swa = {.q_heads = 8,
-            .kv_heads = 4,
-            .qk_dim = 24,
-            .v_dim = 16,
-            .rotary_dim = 8,
-            .rope_theta = 1e4,
-            .window = 16,
-            .sink = true},
-    .swa_layer = {0, 1, 1, 0},
-    .moe_layer = {0, 1, 1, 1},
-    .dense_inner = 96,
-    .expert_inner = 32,
-    .experts = 12,
-    .top_k = 3,
-    .norm_topk_prob = true,
-    .routed_scaling = 1,
-    .norm_eps = 1e-5,
-    .value_scale = 0.612,
-    .max_positions = 1024,
-    .precision = {.embed = US_FORMAT_BF16,
-                  .head = US_FORMAT_BF16,
-                  .qkv = US_FORMAT_BF16,
-                  .o_proj = US_FORMAT_BF16,
-                  .dense = US_FORMAT_BF16,
-                  .experts = US_FORMAT_MXFP4,
-                  .router = US_FORMAT_F32,
-                  .draft = US_FORMAT_BF16}};
+static struct us_shape shape_of_cases(void) {
+  struct us_shape s = small_shape(16);
+  snprintf(s.name, sizeof s.name, "cases");
+  s.vocab = VOCAB;
+  s.qkv_chunks = 0;
+  s.max_positions = 1024;
+  s.precision.qkv = s.precision.dense = US_FORMAT_BF16;
+  return s;
+}
 
-static const struct us_draft_shape draft_shape = {.layers = 1,
-                                                  .hidden = 64,
-                                                  .vocab = VOCAB,
-                                                  .inner = 96,
-                                                  .attention = {.q_heads = 4,
-                                                                .kv_heads = 2,
-                                                                .qk_dim = 16,
-                                                                .v_dim = 16,
-                                                                .rotary_dim = 8,
-                                                                .rope_theta = 1e4,
-                                                                .window = 32,
-                                                                .sink = true},
-                                                  .norm_eps = 1e-5,
-                                                  .value_scale = 1,
-                                                  .block = 8,
-                                                  .mask_id = VOCAB - 1,
-                                                  .taps = 2,
-                                                  .tap_layer = {0, 3},
-                                                  .target_layers = 4};
+static struct us_draft_shape draft_of_cases(void) {
+  struct us_draft_shape s = small_draft_shape(32);
+  s.layers = 1;
+  s.vocab = VOCAB;
+  s.mask_id = VOCAB - 1;
+  s.value_scale = 1;
+  return s;
+}
 
 /* Every byte one token, in the spelling of byte-level BPE, and the chat template's special tokens. */
 static size_t write_tokenizer(char *json, size_t room) {
@@ -91,6 +56,8 @@ static size_t write_tokenizer(char *json, size_t room) {
 }
 
 int main(int argc, char **argv) {
+  struct us_shape shape = shape_of_cases();
+  struct us_draft_shape draft_shape = draft_of_cases();
   static char json[65536];
   struct us_model *model = NULL;
   struct us_draft *draft = NULL;
