@@ -18,10 +18,12 @@ LAYERS = {  # folder: folders whose headers it may include
     "libcore/model": {"libcore/base", "libcore/formats", "kernels", "libcore/model"},
     "libcore/plan": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan"},
     "libcore/decode": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode"},
+    "libcore/device": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
+                       "libcore/device"},
     "training": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
                  "training"},
     "tools": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
-              "training", "tools"},
+              "libcore/device", "training", "tools"},
 }
 # The engine under kernels/ knows the tile program's data structures and nothing else of the plan.
 EXTRA = {"kernels": {"libcore/plan/program.h"}}

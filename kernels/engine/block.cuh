@@ -1,0 +1,202 @@
+/* block.cuh: what every role of a block of the engine shares: shared memory, waiting, hand-offs, the watchdog.
+ *
+ *     us_engine_wait_done(b, op->wait);            // compute warps, all threads: the input stands in memory
+ *     ...
+ *     us_engine_finish(b);                         // compute warps, all threads: this block's part of the operation is done
+ *
+ * Memory model: data written by any thread of a block before us_engine_finish (or the epilogue's) is seen by any thread of the
+ * rank after us_engine_wait_done: block barrier, then a release by one thread; an acquire by one thread, then a block barrier.
+ * Data that other blocks of a rank wrote in this launch is read with ordinary or __ldcg loads, never with __ldg.
+ */
+#ifndef US_KERNELS_ENGINE_BLOCK_CUH
+#define US_KERNELS_ENGINE_BLOCK_CUH
+
+#include "kernels/engine/engine.h"
+#include "kernels/gpu/async.cuh"
+
+#define US_ENGINE_STAGES  5
+#define US_ENGINE_THREADS 640
+#define US_ENGINE_COMPUTE (US_ENGINE_COMPUTE_WARPS * 32)
+#define US_ENGINE_SUM_WARPS 2 /* warps 17, 18 */
+/* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
+#define US_ENGINE_PARTIAL 272
+#define US_ENGINE_SCRATCH 14336
+
+/* The experts that the 8 rows of a row tile chose, ascending id. */
+struct us_engine_active {
+  uint32_t count;
+  uint16_t expert[US_ENGINE_ACTIVE];
+  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS];  /* row * top_k + k, or -1: the row does not use this expert */
+  float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS];  /* routing weight, or 0 */
+};
+
+/* Dynamic shared memory. Compute warps may use `partial` and `scratch` (contiguous, us_engine_scratch) inside an operation
+ * other than GEMM and DOWN, after us_engine_drain. */
+struct us_engine_shared {
+  uint8_t ring[US_ENGINE_STAGES][US_ENGINE_STAGE_BYTES];
+  float partial[2][US_ENGINE_COMPUTE_WARPS][US_ENGINE_PARTIAL];
+  uint8_t scratch[US_ENGINE_SCRATCH];
+  struct us_engine_active active;
+  uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
+  uint64_t sums_full[2], sums_empty[2];                     /* of partial */
+  uint64_t routed;                                          /* one phase a ROUTE operation */
+  uint32_t stop;                                            /* no further round */
+  float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
+};
+static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
+
+/* One role's view. The launch is a kernel parameter. */
+struct us_engine_block {
+  struct us_engine_shared *shared;
+  const struct us_engine_launch *launch;
+  const struct us_engine_rank *rank;
+  uint32_t index, blocks; /* of this rank's blocks */
+  uint32_t grid_block;    /* in the launch */
+  uint32_t role;
+  uint32_t round;         /* of the launch */
+  uint32_t op_index;
+  uint32_t stage, phase;  /* cursor in the ring */
+  uint32_t tile;          /* partial-sum buffers used so far */
+  uint32_t routes;        /* ROUTE operations passed */
+  uint32_t exchange, select; /* running indices of the next REDUCE and SELECT */
+};
+
+/* Shared memory for operations of the compute warps, bytes. */
+#define US_ENGINE_VECTOR_BYTES (sizeof(float) * 2 * US_ENGINE_COMPUTE_WARPS * US_ENGINE_PARTIAL + US_ENGINE_SCRATCH)
+static __device__ __forceinline__ void *us_engine_scratch(const struct us_engine_block *b) {
+  return b->shared->partial;
+}
+
+/* ---- watchdog ---------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint64_t us_engine_now(void) {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+/* Counts the tries of one wait. A wait longer than the launch's timeout writes down where it stands, gives the other roles
+ * half a second to do the same, and stops the GPU's context. */
+struct us_engine_watch {
+  uint32_t tries;
+  uint64_t since;
+};
+
+static __device__ __noinline__ void us_engine_watch_late(const struct us_engine_block *b, struct us_engine_watch *w,
+                                                         uint32_t what, uint32_t index, uint64_t have,
+                                                         uint64_t want) {
+  uint64_t now = us_engine_now(), limit = b->launch->timeout_ns ? b->launch->timeout_ns : 5000000000ull;
+  if (!w->since) w->since = now;
+  if (now - w->since < limit) return;
+  struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
+  *(volatile uint32_t *)&s->op = b->op_index, *(volatile uint32_t *)&s->round = b->round;
+  *(volatile uint32_t *)&s->index = index;
+  *(volatile uint64_t *)&s->have = have, *(volatile uint64_t *)&s->want = want;
+  __threadfence_system();
+  *(volatile uint32_t *)&s->what = what;
+  __threadfence_system();
+  if (now - w->since > limit + 500000000ull) __trap();
+}
+
+/* One more try of a wait of one thread. */
+static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b, struct us_engine_watch *w,
+                                                           uint32_t what, uint32_t index, uint64_t have,
+                                                           uint64_t want) {
+  if ((++w->tries & 4095u) == 0) us_engine_watch_late(b, w, what, index, have, want);
+}
+
+static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done;
+}
+
+static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b, const uint64_t *barrier,
+                                                              uint32_t parity, uint32_t what) {
+  uint32_t address = us_shared_address(barrier);
+  if (us_barrier_try(address, parity)) return;
+  struct us_engine_watch watch = {0, 0};
+  while (!us_barrier_try(address, parity)) us_engine_watch_try(b, &watch, what, 0, parity, 0);
+}
+
+/* ---- loads and stores between blocks and GPUs ------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t us_load_acquire(const uint32_t *p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+static __device__ __forceinline__ void us_add_release(uint32_t *p, uint32_t n) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
+}
+/* Data that carries its own flag: relaxed, system scope, never cached. */
+static __device__ __forceinline__ uint64_t us_load_flagged(const uint64_t *p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+static __device__ __forceinline__ void us_store_flagged(uint64_t *p, uint64_t v) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+/* ---- hand-offs --------------------------------------------------------------------------------------------------------- */
+
+/* All compute threads. */
+static __device__ __forceinline__ void us_engine_meet(void) {
+  asm volatile("bar.sync 1, %0;" ::"n"(US_ENGINE_COMPUTE) : "memory");
+}
+
+/* Test: a random delay, so that every order of arrivals occurs. */
+static __device__ __noinline__ void us_engine_delay(const struct us_engine_block *b) {
+  uint64_t start = us_engine_now();
+  uint32_t h = (uint32_t)start ^ b->grid_block * 0x9e3779b9u ^ b->op_index * 0x85ebca6bu ^ b->round * 0xc2b2ae35u;
+  h ^= h >> 15, h *= 0x2c1b3c6du, h ^= h >> 12;
+  uint32_t wait = h % b->launch->jitter;
+  while (us_engine_now() - start < wait) __nanosleep(64);
+}
+static __device__ __forceinline__ void us_engine_jitter(const struct us_engine_block *b) {
+  if (b->launch->jitter) us_engine_delay(b);
+}
+
+/* Whether `op` runs in this launch before the current operation, and what its count then is. An operation outside of the launch
+ * is done; one that stands at or after the current one means the round before. */
+static __device__ __forceinline__ uint32_t us_engine_target(const struct us_engine_block *b, uint32_t op) {
+  if (op < b->launch->first || op >= b->launch->last) return 0;
+  return (op < b->op_index ? b->round + 1 : b->round) * b->blocks;
+}
+
+/* One thread: poll until the operation is done. */
+static __device__ __forceinline__ void us_engine_poll_done(const struct us_engine_block *b, uint32_t op) {
+  uint32_t want = us_engine_target(b, op), have;
+  if (!want) return;
+  struct us_engine_watch watch = {0, 0};
+  while ((int32_t)((have = us_load_acquire(b->rank->done + op)) - want) < 0)
+    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
+}
+
+/* All compute threads: what `op` wrote is visible. op may be US_ENGINE_NONE. */
+static __device__ __forceinline__ void us_engine_wait_done(const struct us_engine_block *b, uint32_t op) {
+  if (threadIdx.x == 0 && op != US_ENGINE_NONE) us_engine_poll_done(b, op);
+  us_engine_meet();
+}
+
+/* All compute threads: this block has written its part of the operation. */
+static __device__ __forceinline__ void us_engine_finish(const struct us_engine_block *b) {
+  us_engine_meet();
+  if (threadIdx.x) return;
+  us_engine_jitter(b);
+  us_add_release(b->rank->done + b->op_index, 1);
+}
+
+/* All compute threads, before they use us_engine_scratch: the epilogue warps have read all partial sums. */
+static __device__ __forceinline__ void us_engine_drain(const struct us_engine_block *b) {
+  for (uint32_t i = 0; i < 2; i++) { /* a buffer used n times is free after n phases */
+    uint32_t used = (b->tile + 1 - i) / 2;
+    us_engine_barrier_wait(b, &b->shared->sums_empty[i], (used & 1) ^ 1, US_ENGINE_WAIT_SUMS);
+  }
+}
+
+#endif

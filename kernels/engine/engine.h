@@ -1,0 +1,388 @@
+/* engine.h: what the persistent kernel and the kernel-per-operation graph run: a list of operations on 8 token rows.
+ *
+ *     struct us_engine_launch launch = {.ranks = 1, .first = 0, .last = n, .rounds = 1, .rank[0] = {...}};
+ *     us_engine_run(&launch, stream);                 // the whole list, resident: the engine
+ *     for (i = 0; i < n; i++)
+ *       launch.first = i, launch.last = i + 1, us_engine_run(&launch, stream);  // one kernel an operation: the graph
+ *
+ * Both give the same bits: they run the same device functions, and no sum depends on the number of blocks. The list is made
+ * from a tile program (plan/program.h) by libcore/device/schedule.h. Plain data, the same on host and device.
+ *
+ * Roles of a block (640 threads, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
+ * operations and layers; warps 17, 18 add the compute warps' partial sums, apply the epilogue and hand over; warp 19 idles.
+ *
+ * Row tiles: every operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations).
+ *
+ * Operand: activations as the tensor cores' 8-column operand: bf16 times 2^64 (so that products with weights that are decoded to
+ * bf16 times 2^-126 or 2^-120 are normal FP32 numbers; |x| < 2^63), group of 32 columns g, lane 4n + t: 16 bytes, token n,
+ * columns 32g + {2t, 2t+1 | 2t+8, 2t+9 | 2t+16, 2t+17 | 2t+24, 2t+25}. us_engine_operand_* below. 512 bytes a group.
+ *
+ * Hand-offs: an operation is done when every block of its rank has added 1 to done[op]; a later one waits for that count.
+ * Sums over ranks go by data that carries its own flag (exchange). Counters start at 0 in every launch.
+ */
+#ifndef US_KERNELS_ENGINE_ENGINE_H
+#define US_KERNELS_ENGINE_ENGINE_H
+
+#include "base/hd.h"
+#include "formats/matrix.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define US_ENGINE_ROWS      8   /* token rows of an operation */
+#define US_ENGINE_MAX_ROWS  128 /* of a pass: 8 requests x 16 */
+#define US_ENGINE_MAX_TILES (US_ENGINE_MAX_ROWS / US_ENGINE_ROWS)
+#define US_ENGINE_MAX_RANKS 8
+#define US_ENGINE_SEQUENCES 8  /* requests that run together */
+#define US_ENGINE_MAX_TOPK  8  /* experts a row; 64 active in a row tile */
+#define US_ENGINE_ACTIVE    (US_ENGINE_ROWS * US_ENGINE_MAX_TOPK)
+#define US_ENGINE_NONE      UINT32_MAX
+
+#define US_ENGINE_COMPUTE_WARPS 16
+#define US_ENGINE_STAGE_BYTES   34816 /* 16 pages of 2176 bytes */
+#define US_ENGINE_GROUPS        12    /* groups of 32 columns that a compute warp keeps in registers, at most */
+
+#define US_ENGINE_OPERAND_UNIT 0x1p64f
+/* A value that has not arrived (a NaN); one that equals it is sent as another NaN. */
+#define US_ENGINE_ABSENT 0xffffffffu
+
+/* Byte offset of (token, column) in an operand of one row tile. */
+static US_HD uint32_t us_engine_operand_offset(uint32_t token, uint32_t column) {
+  uint32_t c = column % 32;
+  return column / 32 * 512 + (token * 4 + c % 8 / 2) * 16 + (c / 16 * 2 + c / 8 % 2) * 4 + c % 2 * 2;
+}
+
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
+
+/* A packed matrix (kernels/pages/pages.h), or the experts of a layer one after the other. */
+struct us_engine_matrix {
+  const uint8_t *pages;
+  uint64_t matrix_bytes; /* from one expert to the next */
+  uint32_t tiles;        /* of 16 * halves rows */
+  uint32_t slices;       /* pages a tile: K / (32 * groups) */
+  uint32_t page_bytes;
+  uint16_t groups; /* of 32 columns a page */
+  uint8_t format;  /* enum us_format */
+  uint8_t halves;  /* 16-row halves a tile: 1, or 2 (gate above up, or MXFP4 with rows % 32 == 0) */
+};
+
+/* ---- operations -------------------------------------------------------------------------------------------------- */
+
+enum us_engine_kind {
+  US_ENGINE_EMBED,     /* residual = embedding row (or the mask's), then as REDUCE without a sum */
+  US_ENGINE_GEMM,      /* weights x operand, K split over the compute warps */
+  US_ENGINE_DOWN,      /* sum over active experts of routing weight * down h, pushed to every rank */
+  US_ENGINE_REDUCE,    /* residual += partial sums of all ranks in order; taps; norm; operand */
+  US_ENGINE_ATTENTION, /* rotate, append K/V, attend, operand */
+  US_ENGINE_ROUTE,     /* scores to chosen experts: the active list in every block's shared memory */
+  US_ENGINE_CONTEXT,   /* K/V of committed rows into the drafter's cache */
+  US_ENGINE_SELECT,    /* logits of all ranks to one token a row */
+  US_ENGINE_ACCEPT,    /* end of a round: verify, commit, emit, set the rows of the next round */
+  US_ENGINE_KINDS
+};
+
+/* "embed", "gemm", ... */
+const char *us_engine_kind_name(enum us_engine_kind kind);
+
+enum us_engine_epilogue {
+  US_ENGINE_STORE,         /* out: float (parts, 8, out_stride); column = output row, < valid */
+  US_ENGINE_PUSH,          /* to every rank's exchange at part rank * parts + part (gather: part 0), column first + row */
+  US_ENGINE_SWIGLU,        /* halves 2: out: operand of F columns, one row tile */
+  US_ENGINE_SWIGLU_EXPERT, /* halves 2, active experts: out: pairs, us_engine_pair_bytes(F) each */
+};
+
+/* One pair (row, chosen expert): inner activations in operand order of one token: group, t, 16 bytes. */
+static US_HD uint32_t us_engine_pair_bytes(uint32_t F) {
+  return F * 2;
+}
+
+struct us_engine_gemm {
+  struct us_engine_matrix w;
+  const void *operand; /* of this row tile; K / 32 groups */
+  void *out;
+  uint32_t parts;      /* K is cut into so many parts, each a partial sum of its own */
+  uint32_t warps;      /* compute warps that share a part: slices of a part = warps * subs */
+  uint32_t subs;       /* stages a tile and part */
+  uint32_t out_stride; /* STORE */
+  uint32_t valid;      /* output rows that exist; rows of the last tile past it are padding */
+  uint32_t first;      /* PUSH: column of output row 0 */
+  uint32_t epilogue;   /* enum us_engine_epilogue */
+  bool gather;         /* PUSH: ranks hold different columns, not different sums */
+  bool experts;        /* w is a layer's experts, the list of ROUTE says which */
+};
+
+struct us_engine_down {
+  struct us_engine_matrix w; /* tiles of 16 rows; an expert's (D, F) */
+  const void *pairs;         /* (8 * top_k) pairs of this row tile */
+  uint32_t F;                /* of one rank */
+  uint32_t step_slices;      /* slices a step: step_slices * groups <= 16 */
+  uint32_t steps;            /* steps an expert: slices / step_slices */
+  uint32_t stage_steps;      /* steps a ring stage */
+};
+
+/* Columns that one block reduces and norms at a time. */
+static US_HD uint32_t us_engine_slice(uint32_t D) {
+  return D % 48 == 0 ? 48 : 32;
+}
+
+struct us_engine_reduce { /* also EMBED */
+  float *residual;     /* (8, D) of this row tile; read and written */
+  const float *weight; /* (D) of the norm; NULL: no norm (and no operand) */
+  void *operand;       /* normed rows */
+  void *opt_plain;     /* float (8, D): what was normed, for observers; NULL: not wanted */
+  void *opt_tap;       /* operand of the drafter's features: this layer's D columns; NULL: not tapped */
+  float eps;
+  uint32_t D;
+  uint32_t addends;  /* partial sums that arrive: ranks * parts; 1 if gathered; 0: EMBED */
+  bool replace;      /* the sum replaces the residual (drafter context) */
+  uint32_t exchange; /* which exchange of a round, from 0: slot = running index % slots */
+  uint32_t draft;    /* EMBED: 1: rows of the drafter's block */
+};
+
+/* Attention of one layer and row tile: of the target, or of the drafter's block. */
+struct us_engine_attention {
+  const float *qkv;    /* (8, qkv_rows) as the projection stores it: [Q heads | K heads | V heads] of this rank */
+  void *operand;       /* H * V columns */
+  float *partial;      /* us_engine_attention_scratch bytes: leaf sums of this row tile */
+  uint32_t *arrivals;  /* (us_engine_attention_groups) zero before and after */
+  const float *sink;   /* (H) or NULL */
+  const float *q_norm, *k_norm; /* (Q) per-head norms of the drafter; NULL: none */
+  const float *rope;   /* (max_positions, rotary) cos | sin halves as us_rope_table makes them */
+  uint32_t layer;      /* of the cache's page tables */
+  uint32_t qkv_rows;
+  uint16_t H, G, Q, V, rotary; /* of this rank */
+  uint32_t window;     /* 0: all */
+  uint32_t page_count; /* pages of the layer's table: p lies in page p / 64 % page_count */
+  float scale, value_scale, eps;
+  bool draft;          /* a block that sees itself whole; nothing is appended */
+};
+
+struct us_engine_route {
+  const float *logits; /* (parts, 8, stride) */
+  const float *bias;   /* (E) added for choosing */
+  uint32_t parts, stride, E, top_k;
+  float scaling;
+  bool normalise;
+  bool uniform;        /* draw experts from Philox instead (key: uniform_seed; counter: round, row, layer) */
+  uint64_t uniform_seed;
+  uint32_t *opt_routed; /* (8, top_k) ascending ids, for statistics and observers; NULL: not wanted */
+};
+
+/* Drafter context: K and V of committed rows into every layer of the drafter's cache. */
+struct us_engine_context {
+  const float *kv;     /* (8, layers * (G*Q + G*V)): layer after layer, K heads, then V heads */
+  const float *k_norm; /* (layers, Q) */
+  const float *rope;
+  uint32_t layers;
+  uint16_t G, Q, V, rotary;
+  uint32_t page_count;
+  float value_scale, eps;
+};
+
+struct us_engine_select {
+  const float *logits; /* (8, stride): this rank's share of the vocabulary */
+  uint32_t stride, count, first; /* ids [first, first + count) */
+  uint32_t vocab;
+  bool draft;          /* proposals: argmax; else the target's draw of each row with its sequence's sampling */
+};
+
+struct us_engine_accept {
+  uint32_t vocab;
+};
+
+struct us_engine_op {
+  uint16_t kind;     /* enum us_engine_kind */
+  uint16_t program;  /* enum us_engine_program */
+  uint32_t layer;    /* US_LAYER_NONE outside the layers */
+  uint32_t task_op;  /* enum us_task_op of the tile program, for profiles */
+  uint32_t row_tile;
+  uint32_t wait;     /* op whose output is read, US_ENGINE_NONE: the launch's start; of the round before if not earlier */
+  uint32_t shift;    /* the block that takes tile 0: spreads the remainders of consecutive operations */
+  uint64_t bytes;    /* weights it streams on this rank; of one active expert for expert operations */
+  union {
+    struct us_engine_gemm gemm;
+    struct us_engine_down down;
+    struct us_engine_reduce reduce;
+    struct us_engine_attention attention;
+    struct us_engine_route route;
+    struct us_engine_context context;
+    struct us_engine_select select;
+    struct us_engine_accept accept;
+  };
+};
+
+/* Parts of a round's list, in this order; any may be empty. */
+enum us_engine_program { US_ENGINE_PASS_CONTEXT, US_ENGINE_PASS_DRAFT, US_ENGINE_PASS_TARGET, US_ENGINE_PASSES };
+
+/* ---- state of the rows and requests ------------------------------------------------------------------------------ */
+
+/* A row of a pass. */
+struct us_engine_row {
+  int32_t token;     /* US_ENGINE_MASK: the drafter's mask */
+  uint32_t position;
+  uint32_t sequence; /* US_ENGINE_NONE: the row does not exist */
+  uint32_t slot;     /* 0: the anchor, i: the i-th draft of its block */
+};
+#define US_ENGINE_MASK (-1)
+
+/* Page tables of a sequence's cache: byte offsets into the pool, the same on every rank (a rank's page holds its own KV
+ * heads). A page is 64 positions: K bf16 (G, 64, us_engine_k_stride(Q)), zero beyond Q, then V bf16 transposed (G, V, 64). */
+struct us_engine_kv {
+  const uint64_t *const *tables; /* (layers) each (page_count): offsets of pages, in bytes of this rank's pool */
+};
+
+static US_HD uint32_t us_engine_k_stride(uint32_t Q) {
+  return (Q + 31) / 32 * 32;
+}
+static US_HD uint32_t us_engine_v_offset(uint32_t G, uint32_t Q) { /* of V in a page, bytes */
+  return G * 64 * us_engine_k_stride(Q) * 2;
+}
+static US_HD uint32_t us_engine_page_bytes(uint32_t G, uint32_t Q, uint32_t V) {
+  return (us_engine_v_offset(G, Q) + G * V * 64 * 2 + 255) / 256 * 256;
+}
+
+struct us_engine_sampling {
+  float temperature, top_p, min_p;
+  uint32_t top_k;
+};
+
+/* A request's sample while it runs; every rank holds a copy and computes the same. */
+struct us_engine_sequence {
+  uint32_t active;   /* 0: free or ended */
+  uint32_t id;       /* of the request's sample, for the token ring */
+  int32_t anchor;    /* last committed token */
+  uint32_t position; /* of the anchor */
+  uint32_t limit;    /* position after which no token may be committed */
+  uint32_t sample;
+  uint64_t seed;
+  struct us_engine_sampling sampling;
+  uint32_t drafts;    /* proposals of this round (chosen by ACCEPT of the last, at most block - 1) */
+  uint32_t committed; /* rows of the last target pass whose taps become context */
+  uint32_t stop_count;
+  int32_t stop[16];
+  const int32_t *replay;       /* device: recorded tokens proposed instead of the drafter's; NULL: drafter */
+  uint32_t replay_first, replay_count; /* position of replay[0] */
+  float accept[16];            /* replay: rate at which slot i proposes the recorded token */
+  struct us_engine_kv kv, draft_kv;
+};
+
+/* Everything that changes from round to round on one rank. */
+struct us_engine_state {
+  struct us_engine_sequence sequence[US_ENGINE_SEQUENCES];
+  struct us_engine_row target[US_ENGINE_MAX_ROWS], draft[US_ENGINE_MAX_ROWS], context[US_ENGINE_MAX_ROWS];
+  int32_t proposal[US_ENGINE_MAX_ROWS]; /* by row of the drafter's pass: SELECT of the drafter */
+  int32_t drawn[US_ENGINE_MAX_ROWS];    /* by row of the target's pass: SELECT of the target */
+  uint32_t block;      /* rows a sequence */
+  uint32_t round;      /* since the state was made */
+  uint32_t live;       /* active sequences; the engine parks at 0 */
+  uint64_t experts;    /* active experts summed over MoE layers and row tiles */
+  uint64_t expert_layers;
+};
+
+/* Tokens to the host: a ring in mapped memory, written by rank 0. */
+struct us_engine_event {
+  uint32_t id, round, count; /* tokens */
+  uint32_t finish;           /* 0 goes on, 1 stop token, 2 length */
+  int32_t token[16];
+  uint32_t accepted, drafts;
+  uint64_t time;             /* globaltimer, ns */
+};
+#define US_ENGINE_EVENTS 4096 /* of the ring */
+
+/* Mapped host memory that the kernel and the host share. */
+struct us_engine_mailbox {
+  volatile uint32_t park;    /* host: end after this round */
+  volatile uint32_t cancel;  /* host: bit i ends sequence i */
+  volatile uint32_t written; /* events so far, after their data */
+  volatile uint32_t read;    /* host: events taken */
+  volatile uint32_t rounds;  /* rounds completed in this launch */
+  struct us_engine_event event[US_ENGINE_EVENTS];
+};
+
+/* Where a role of a block waits when the watchdog fires. */
+struct us_engine_stuck {
+  uint32_t op, what; /* what: enum us_engine_wait */
+  uint32_t round, index;
+  uint64_t have, want;
+};
+enum us_engine_wait {
+  US_ENGINE_WAIT_NOTHING,
+  US_ENGINE_WAIT_DONE,     /* hand-off: an operation's count */
+  US_ENGINE_WAIT_STAGE,    /* weights in the ring */
+  US_ENGINE_WAIT_FREE,     /* a free stage */
+  US_ENGINE_WAIT_SUMS,     /* compute warps' partial sums, or their buffer */
+  US_ENGINE_WAIT_EXCHANGE, /* a rank's partial sum */
+  US_ENGINE_WAIT_NORM,     /* another block's part of a sum of squares */
+  US_ENGINE_WAIT_ROUTE,    /* the active list */
+  US_ENGINE_WAIT_SELECT,   /* another block's or rank's best token */
+};
+#define US_ENGINE_ROLES 4 /* compute, stream, epilogue, spare */
+
+/* ---- profile ----------------------------------------------------------------------------------------------------- */
+
+/* One interval of one role of one block; times are globaltimer ns. */
+struct us_engine_span {
+  uint64_t begin, end;
+  uint16_t op, role, what, round; /* what: enum us_engine_wait, NOTHING: work */
+  uint32_t bytes;
+};
+struct us_engine_profile {
+  struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
+  uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
+  uint32_t capacity;
+};
+
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
+
+/* One rank: pointers into the memory of its GPU, peers' where it says so. */
+struct us_engine_rank {
+  uint32_t rank, ranks;
+  uint32_t blocks; /* of the launch, for this rank */
+  const struct us_engine_op *ops;
+  uint32_t *done;  /* (ops) zero at the launch */
+  struct us_engine_state *state;
+  float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, max addends, 8, D), ABSENT before use */
+  uint32_t slots, addends, D;
+  uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
+  uint64_t *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes: candidates, by rank */
+  const uint8_t *kv_pool, *draft_pool;   /* pages of this rank */
+  const uint16_t *embed[US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
+  uint32_t embed_rows;
+  const float *mask_embedding; /* (D) */
+  float *logits_all;           /* (8, vocab) of one row tile, rank 0's: filtered sampling; NULL: greedy or unfiltered only */
+  struct us_engine_mailbox *mailbox;
+  struct us_engine_stuck *stuck; /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
+};
+
+struct us_engine_launch {
+  uint32_t ranks;       /* on this GPU */
+  uint32_t first, last; /* operations [first, last) of every rank's list */
+  uint32_t rounds;      /* repetitions, at most; the engine stops early when no sequence is live or on park */
+  uint32_t exchanges;   /* REDUCE operations executed before this launch (running index) */
+  uint32_t exchanges_a_round; /* of the whole list */
+  uint32_t selects, selects_a_round; /* the same for SELECT */
+  uint32_t jitter;      /* test: random delays of up to so many ns before every hand-off; 0: none */
+  uint64_t timeout_ns;  /* watchdog; 0: 5 s */
+  struct us_engine_profile profile; /* spans NULL: off */
+  struct us_engine_rank rank[US_ENGINE_MAX_RANKS];
+};
+
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#else
+typedef struct CUstream_st *cudaStream_t;
+#endif
+
+/* Launch on the current device: one block an SM, shared among the ranks. `launch` is copied. Returns a cudaError_t. */
+int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream);
+
+/* Blocks of a launch on the current device for `ranks` ranks, in all; a multiple of ranks. Negative: a cudaError_t. */
+int us_engine_blocks(uint32_t ranks);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
