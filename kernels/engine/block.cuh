@@ -15,9 +15,8 @@
 #include "kernels/gpu/async.cuh"
 
 #define US_ENGINE_STAGES  5
-#define US_ENGINE_THREADS 640
+#define US_ENGINE_THREADS 576 /* 18 warps: 112 registers a thread */
 #define US_ENGINE_COMPUTE (US_ENGINE_COMPUTE_WARPS * 32)
-#define US_ENGINE_SUM_WARPS 2 /* warps 17, 18 */
 /* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
 #define US_ENGINE_PARTIAL 272
 #define US_ENGINE_SCRATCH 14336
@@ -40,6 +39,7 @@ struct us_engine_shared {
   uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
   uint64_t sums_full[2], sums_empty[2];                     /* of partial */
   uint64_t routed;                                          /* one phase a ROUTE operation */
+  uint64_t ended;                                           /* one phase a round */
   uint32_t stop;                                            /* no further round */
   float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
 };
@@ -58,7 +58,7 @@ struct us_engine_block {
   uint32_t stage, phase;  /* cursor in the ring */
   uint32_t tile;          /* partial-sum buffers used so far */
   uint32_t routes;        /* ROUTE operations passed */
-  uint32_t exchange, select; /* running indices of the next REDUCE and SELECT */
+  uint32_t select; /* running index of the next SELECT */
 };
 
 /* Shared memory for operations of the compute warps, bytes. */
@@ -76,33 +76,33 @@ static __device__ __forceinline__ uint64_t us_engine_now(void) {
 }
 
 /* Counts the tries of one wait. A wait longer than the launch's timeout writes down where it stands, gives the other roles
- * half a second to do the same, and stops the GPU's context. */
+ * half a second to do the same, and stops the GPU's context. Never returning, it costs the waiting loop no registers. */
 struct us_engine_watch {
   uint32_t tries;
   uint64_t since;
 };
 
-static __device__ __noinline__ void us_engine_watch_late(const struct us_engine_block *b, struct us_engine_watch *w,
-                                                         uint32_t what, uint32_t index, uint64_t have,
-                                                         uint64_t want) {
-  uint64_t now = us_engine_now(), limit = b->launch->timeout_ns ? b->launch->timeout_ns : 5000000000ull;
-  if (!w->since) w->since = now;
-  if (now - w->since < limit) return;
-  struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
-  *(volatile uint32_t *)&s->op = b->op_index, *(volatile uint32_t *)&s->round = b->round;
-  *(volatile uint32_t *)&s->index = index;
-  *(volatile uint64_t *)&s->have = have, *(volatile uint64_t *)&s->want = want;
+static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(const struct us_engine_block *b,
+                                                                                   uint32_t what, uint32_t index,
+                                                                                   uint64_t have, uint64_t want) {
+  volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
+  uint64_t now = us_engine_now();
+  s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
   __threadfence_system();
-  *(volatile uint32_t *)&s->what = what;
+  s->what = what;
   __threadfence_system();
-  if (now - w->since > limit + 500000000ull) __trap();
+  while (us_engine_now() - now < 500000000ull) __nanosleep(1000);
+  for (;;) __trap();
 }
 
 /* One more try of a wait of one thread. */
 static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b, struct us_engine_watch *w,
                                                            uint32_t what, uint32_t index, uint64_t have,
                                                            uint64_t want) {
-  if ((++w->tries & 4095u) == 0) us_engine_watch_late(b, w, what, index, have, want);
+  if ((++w->tries & 1023u) != 0) return;
+  uint64_t now = us_engine_now();
+  if (!w->since) w->since = now;
+  if (now - w->since > b->launch->timeout_ns) us_engine_stop_stuck(b, what, index, have, want);
 }
 
 static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t parity) {

@@ -8,8 +8,8 @@
  * Both give the same bits: they run the same device functions, and no sum depends on the number of blocks. The list is made
  * from a tile program (plan/program.h) by libcore/device/schedule.h. Plain data, the same on host and device.
  *
- * Roles of a block (640 threads, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
- * operations and layers; warps 17, 18 add the compute warps' partial sums, apply the epilogue and hand over; warp 19 idles.
+ * Roles of a block (18 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
+ * operations and layers; warp 17 adds the compute warps' partial sums, applies the epilogue and hands over.
  *
  * Row tiles: every operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations).
  *
@@ -110,9 +110,13 @@ struct us_engine_gemm {
   uint32_t valid;      /* output rows that exist; rows of the last tile past it are padding */
   uint32_t first;      /* PUSH: column of output row 0 */
   uint32_t epilogue;   /* enum us_engine_epilogue */
+  uint32_t exchange;   /* PUSH: of the REDUCE that adds it up */
+  uint32_t route;      /* experts: the ROUTE operation, run again by a launch that starts here */
+  uint32_t F;          /* SWIGLU_EXPERT: columns of a pair */
   bool gather;         /* PUSH: ranks hold different columns, not different sums */
   bool experts;        /* w is a layer's experts, the list of ROUTE says which */
 };
+/* subs <= 3 for MXFP4 and FP8, 6 for BF16, 12 for F32 (US_ENGINE_GROUPS / the format's groups a page). */
 
 struct us_engine_down {
   struct us_engine_matrix w; /* tiles of 16 rows; an expert's (D, F) */
@@ -121,7 +125,15 @@ struct us_engine_down {
   uint32_t step_slices;      /* slices a step: step_slices * groups <= 16 */
   uint32_t steps;            /* steps an expert: slices / step_slices */
   uint32_t stage_steps;      /* steps a ring stage */
+  uint32_t exchange;         /* of the REDUCE that adds it up */
+  uint32_t route;            /* the ROUTE operation, run again by a launch that starts here */
 };
+
+/* Partial sums cross between ranks as tensor-core accumulators lie: tile of 16 columns, lane, 4 floats. Index in (8, D). */
+static US_HD uint32_t us_engine_fragment_index(uint32_t token, uint32_t column) {
+  uint32_t r = column % 16;
+  return column / 16 * 128 + (r % 8 * 4 + token / 2) * 4 + r / 8 * 2 + token % 2;
+}
 
 /* Columns that one block reduces and norms at a time. */
 static US_HD uint32_t us_engine_slice(uint32_t D) {
@@ -132,13 +144,14 @@ struct us_engine_reduce { /* also EMBED */
   float *residual;     /* (8, D) of this row tile; read and written */
   const float *weight; /* (D) of the norm; NULL: no norm (and no operand) */
   void *operand;       /* normed rows */
-  void *opt_plain;     /* float (8, D): what was normed, for observers; NULL: not wanted */
+  float *opt_plain;     /* (8, D): what was normed, for observers; NULL: not wanted */
   void *opt_tap;       /* operand of the drafter's features: this layer's D columns; NULL: not tapped */
   float eps;
   uint32_t D;
   uint32_t addends;  /* partial sums that arrive: ranks * parts; 1 if gathered; 0: EMBED */
   bool replace;      /* the sum replaces the residual (drafter context) */
-  uint32_t exchange; /* which exchange of a round, from 0: slot = running index % slots */
+  uint32_t exchange; /* which REDUCE or EMBED of a round, from 0 (both count); running index = launch.exchanges + round * exchanges_a_round + this,
+                        slot = running index % slots */
   uint32_t draft;    /* EMBED: 1: rows of the drafter's block */
 };
 
@@ -318,8 +331,9 @@ enum us_engine_wait {
   US_ENGINE_WAIT_NORM,     /* another block's part of a sum of squares */
   US_ENGINE_WAIT_ROUTE,    /* the active list */
   US_ENGINE_WAIT_SELECT,   /* another block's or rank's best token */
+  US_ENGINE_WAIT_ROUND,    /* the end of a round */
 };
-#define US_ENGINE_ROLES 4 /* compute, stream, epilogue, spare */
+#define US_ENGINE_ROLES 3 /* compute, stream, epilogue */
 
 /* ---- profile ----------------------------------------------------------------------------------------------------- */
 
@@ -344,7 +358,7 @@ struct us_engine_rank {
   const struct us_engine_op *ops;
   uint32_t *done;  /* (ops) zero at the launch */
   struct us_engine_state *state;
-  float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, max addends, 8, D), ABSENT before use */
+  float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
   uint32_t slots, addends, D;
   uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
   uint64_t *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes: candidates, by rank */
@@ -361,11 +375,11 @@ struct us_engine_launch {
   uint32_t ranks;       /* on this GPU */
   uint32_t first, last; /* operations [first, last) of every rank's list */
   uint32_t rounds;      /* repetitions, at most; the engine stops early when no sequence is live or on park */
-  uint32_t exchanges;   /* REDUCE operations executed before this launch (running index) */
+  uint32_t exchanges;   /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
   uint32_t exchanges_a_round; /* of the whole list */
   uint32_t selects, selects_a_round; /* the same for SELECT */
   uint32_t jitter;      /* test: random delays of up to so many ns before every hand-off; 0: none */
-  uint64_t timeout_ns;  /* watchdog; 0: 5 s */
+  uint64_t timeout_ns;  /* watchdog of one wait; us_engine_run makes 0 five seconds */
   struct us_engine_profile profile; /* spans NULL: off */
   struct us_engine_rank rank[US_ENGINE_MAX_RANKS];
 };

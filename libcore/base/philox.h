@@ -25,6 +25,7 @@ enum us_stream {
   US_STREAM_ACCEPT = 2,   /* the accept test of reject and block verification */
   US_STREAM_RESIDUAL = 3, /* the draw from the residual after a rejection */
   US_STREAM_CORRUPT = 4,  /* synthetic acceptance: whether and how a proposal is corrupted */
+  US_STREAM_ROUTE = 5,    /* uniform routing of synthetic runs */
   US_STREAM_INIT = 16,    /* weight initialisation */
   US_STREAM_SHUFFLE = 17, /* data order */
   US_STREAM_ANCHOR = 18,  /* block anchors of drafter training */

@@ -1,0 +1,172 @@
+/* engine.cu: the persistent kernel: every role of a block goes through the same list of operations.
+ *
+ * A launch of a whole list, many rounds, is the engine; a launch of one operation is a node of the graph executor. Bound: bytes of
+ * weights from HBM; docs/perf.md has what was reached, docs/engine.md how a tile goes from HBM to a token.
+ */
+#include "kernels/engine/accept.cuh"
+#include "kernels/engine/attention.cuh"
+#include "kernels/engine/context.cuh"
+#include "kernels/engine/down.cuh"
+#include "kernels/engine/gemm.cuh"
+#include "kernels/engine/reduce.cuh"
+#include "kernels/engine/route.cuh"
+#include "kernels/engine/select.cuh"
+
+enum { ROLE_COMPUTE, ROLE_STREAM, ROLE_EPILOGUE };
+
+static __device__ bool uses_experts(const struct us_engine_op *op) {
+  return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.experts);
+}
+
+static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
+  switch ((enum us_engine_kind)op->kind) {
+  case US_ENGINE_EMBED:
+  case US_ENGINE_REDUCE:
+    us_engine_reduce(b, op);
+    break;
+  case US_ENGINE_GEMM:
+    us_engine_gemm_compute(b, op);
+    break;
+  case US_ENGINE_DOWN:
+    us_engine_down_compute(b, op);
+    break;
+  case US_ENGINE_ATTENTION:
+    us_engine_attention(b, op);
+    break;
+  case US_ENGINE_ROUTE:
+    us_engine_route(b, op);
+    break;
+  case US_ENGINE_CONTEXT:
+    us_engine_context_append(b, op);
+    break;
+  case US_ENGINE_SELECT:
+    us_engine_select(b, op);
+    break;
+  case US_ENGINE_ACCEPT:
+    us_engine_accept(b, op);
+    break;
+  case US_ENGINE_KINDS:
+    break;
+  }
+}
+
+static __device__ void stream(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (op->kind == US_ENGINE_GEMM) us_engine_gemm_stream(b, op);
+  if (op->kind == US_ENGINE_DOWN) us_engine_down_stream(b, op);
+}
+
+static __device__ void epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
+}
+
+/* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
+ * follows: no copy may be under way when the block leaves. */
+static __device__ void run_rounds(struct us_engine_block *b) {
+  const struct us_engine_launch *launch = b->launch;
+  const struct us_engine_op *ops = b->rank->ops;
+  for (uint32_t round = 0; round != launch->rounds; round++) {
+    b->round = round;
+    for (uint32_t i = launch->first; i < launch->last; i++) {
+      b->op_index = i;
+      if (ops[i].kind == US_ENGINE_ROUTE) b->routes++;
+      if (b->role == ROLE_COMPUTE)
+        compute(b, ops + i);
+      else if (b->role == ROLE_STREAM)
+        stream(b, ops + i);
+      else
+        epilogue(b, ops + i);
+    }
+    if (round + 1 == launch->rounds) return;
+    if (b->role == ROLE_COMPUTE) {
+      us_engine_meet();
+      if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->ended));
+      us_engine_meet();
+    }
+    us_engine_barrier_wait(b, &b->shared->ended, round & 1, US_ENGINE_WAIT_ROUND);
+    if (*(volatile uint32_t *)&b->shared->stop) return;
+  }
+}
+
+/* Which rank and which of its blocks this block is. */
+static __device__ struct us_engine_block make_block(const struct us_engine_launch *launch, struct us_engine_shared *shared) {
+  struct us_engine_block b = {};
+  uint32_t each = gridDim.x / launch->ranks, warp = threadIdx.x / 32;
+  b.shared = shared, b.launch = launch;
+  b.rank = &launch->rank[blockIdx.x / each];
+  b.index = blockIdx.x % each, b.blocks = each, b.grid_block = blockIdx.x;
+  b.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
+  b.select = launch->selects;
+  return b;
+}
+
+static __device__ void init_barriers(struct us_engine_shared *s) {
+  for (int i = 0; i < US_ENGINE_STAGES; i++) {
+    us_barrier_init(us_shared_address(&s->full[i]), 1);
+    us_barrier_init(us_shared_address(&s->empty[i]), US_ENGINE_COMPUTE_WARPS);
+  }
+  for (int i = 0; i < 2; i++) {
+    us_barrier_init(us_shared_address(&s->sums_full[i]), US_ENGINE_COMPUTE_WARPS);
+    us_barrier_init(us_shared_address(&s->sums_empty[i]), 1);
+  }
+  us_barrier_init(us_shared_address(&s->routed), 1);
+  us_barrier_init(us_shared_address(&s->ended), 1);
+  s->stop = 0;
+}
+
+/* The active list of a launch that begins behind its ROUTE operation. */
+static __device__ void restore_route(struct us_engine_block *b) {
+  const struct us_engine_op *first = b->rank->ops + b->launch->first;
+  if (!uses_experts(first)) return;
+  uint32_t route = first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route;
+  b->routes = 1;
+  if (b->role != ROLE_COMPUTE) return;
+  us_engine_route_build(b, b->rank->ops + route);
+  if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->routed));
+}
+
+static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
+    us_engine_kernel(const __grid_constant__ struct us_engine_launch launch) {
+  extern __shared__ __align__(128) uint8_t raw[];
+  struct us_engine_shared *shared = (struct us_engine_shared *)raw;
+  if (threadIdx.x == 0) init_barriers(shared);
+  us_barrier_init_fence();
+  __syncthreads();
+  struct us_engine_block b = make_block(&launch, shared);
+  restore_route(&b);
+  if (b.role != ROLE_STREAM || threadIdx.x % 32 == 0) run_rounds(&b);
+}
+
+const char *us_engine_kind_name(enum us_engine_kind kind) {
+  static const char *const names[] = {"embed", "gemm",    "down",   "reduce", "attention",
+                                      "route", "context", "select", "accept"};
+  return kind < US_ENGINE_KINDS ? names[kind] : "?";
+}
+
+int us_engine_blocks(uint32_t ranks) {
+  int device, blocks;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return -(int)status;
+  return blocks / (int)ranks * (int)ranks;
+}
+
+int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
+  if (!launch->ranks || launch->ranks > US_ENGINE_MAX_RANKS || launch->first >= launch->last) return cudaErrorInvalidValue;
+  int blocks = us_engine_blocks(launch->ranks);
+  if (blocks < 0) return -blocks;
+  cudaError_t status = cudaFuncSetAttribute(us_engine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            (int)sizeof(struct us_engine_shared));
+  for (uint32_t i = 0; status == cudaSuccess && i < launch->ranks; i++)
+    status = cudaMemsetAsync(launch->rank[i].done + launch->first, 0, (launch->last - launch->first) * sizeof(uint32_t), stream);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)blocks), config.blockDim = dim3(US_ENGINE_THREADS);
+  config.dynamicSmemBytes = sizeof(struct us_engine_shared), config.stream = stream;
+  config.attrs = &together, config.numAttrs = 1;
+  struct us_engine_launch copy = *launch;
+  if (!copy.timeout_ns) copy.timeout_ns = 5000000000ull;
+  status = cudaLaunchKernelEx(&config, us_engine_kernel, copy);
+  return status;
+}

@@ -1,0 +1,387 @@
+/* gemm.cuh: 8 rows times streamed weights: what the compute, streaming and epilogue warps of a block do for one GEMM.
+ *
+ * Bound: bytes of weights from HBM. K is split over the compute warps, each keeps its slices of the activations in registers for
+ * the whole operation; all shared memory is ring. A stage is what 16 warps multiply at once: their pages side by side, one bulk
+ * copy, one barrier. The warps' partial sums go through two buffers to the epilogue warp, which adds them in warp order while
+ * the compute warps are at the next tile: they never wait for an epilogue.
+ */
+#ifndef US_KERNELS_ENGINE_GEMM_CUH
+#define US_KERNELS_ENGINE_GEMM_CUH
+
+#include "formats/bf16.h"
+#include "kernels/cpu/exp.h"
+#include "kernels/engine/block.cuh"
+#include "kernels/gpu/mma.cuh"
+
+/* ---- which tiles a block has -------------------------------------------------------------------------------------- */
+
+/* Items of an operation (tile of a part, or of an active expert) go round robin over the blocks from op->shift on. */
+static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b, uint32_t shift) {
+  return (b->index + b->blocks - shift % b->blocks) % b->blocks;
+}
+
+static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_engine_block *b,
+                                                                const struct us_engine_gemm *g) {
+  return g->w.tiles * (g->experts ? b->shared->active.count : g->parts);
+}
+
+/* ---- streaming ------------------------------------------------------------------------------------------------------ */
+
+/* A role's place in the ring, in registers while it runs an operation: block.cuh's fields live in memory. */
+struct us_engine_cursor {
+  uint32_t stage, phase;
+};
+static __device__ __forceinline__ void us_engine_advance(struct us_engine_cursor *c) {
+  if (++c->stage == US_ENGINE_STAGES) c->stage = 0, c->phase ^= 1;
+}
+
+/* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier. */
+static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b, struct us_engine_shared *s,
+                                                          struct us_engine_cursor c, uint32_t bytes) {
+  us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
+  uint32_t full = us_shared_address(&s->full[c.stage]);
+  us_barrier_expect(full, bytes);
+  return full;
+}
+
+/* One warp: it has read the stage. */
+static __device__ __forceinline__ void us_engine_release(struct us_engine_shared *s, struct us_engine_cursor c, int lane) {
+  __syncwarp();
+  if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c.stage]));
+}
+
+/* The active list of the last ROUTE that this role has passed. */
+static __device__ __forceinline__ void us_engine_wait_routed(const struct us_engine_block *b) {
+  us_engine_barrier_wait(b, &b->shared->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+}
+
+static __device__ __noinline__ void us_engine_gemm_stream(struct us_engine_block *b, const struct us_engine_op *op) {
+  const struct us_engine_gemm *g = &op->gemm;
+  const struct us_engine_matrix w = g->w;
+  struct us_engine_shared *s = b->shared;
+  struct us_engine_cursor c = {b->stage, b->phase};
+  uint32_t bytes = g->warps * w.page_bytes, subs = g->subs, blocks = b->blocks;
+  bool experts = g->experts;
+  if (experts) us_engine_wait_routed(b);
+  uint32_t items = us_engine_gemm_items(b, g);
+  uint64_t tile_bytes = (uint64_t)w.slices * w.page_bytes, part_bytes = (uint64_t)subs * bytes;
+  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += blocks) {
+    uint32_t outer = i / w.tiles, tile = i % w.tiles;
+    const uint8_t *from = w.pages + tile * tile_bytes;
+    from += experts ? s->active.expert[outer] * w.matrix_bytes : outer * part_bytes;
+    for (uint32_t j = 0; j < subs; j++, from += bytes) {
+      uint32_t full = us_engine_take(b, s, c, bytes);
+      us_bulk_load(us_shared_address(s->ring[c.stage]), from, bytes, full);
+      us_engine_advance(&c);
+    }
+  }
+  b->stage = c.stage, b->phase = c.phase;
+}
+
+/* ---- multiplying one page ------------------------------------------------------------------------------------------- */
+
+/* Groups of 32 columns a page has at most, by format: US_ENGINE_GROUPS of them are in registers. */
+template <int FORMAT> struct us_engine_page_groups {
+  static constexpr int most = FORMAT == US_FORMAT_BF16 ? 2 : FORMAT == US_FORMAT_F32 ? 1 : 4;
+};
+
+/* The float of stored scale byte j of `bytes`, j known when compiled. */
+static __device__ __forceinline__ float us_scale_at(uint32_t bytes, int j) {
+  uint32_t shifted = j < 3 ? bytes << (23 - 8 * j) : bytes >> 1;
+  return __uint_as_float(shifted & 0x7f800000u);
+}
+
+/* acc[4 h + c] += page x b: element c of us_mma_bf16's d for half h. `groups` of the page exist. */
+template <int HALVES>
+static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
+                                                              float *acc) {
+  const float zero[4] = {0, 0, 0, 0};
+  const uint32_t chunks = (groups * HALVES + 1) / 2;
+  const uint8_t *tail = page + chunks * 512;
+  uint32_t scales[2 * HALVES];
+  if (HALVES == 2)
+    *(uint4 *)scales = ((const uint4 *)tail)[lane / 4];
+  else
+    *(uint2 *)scales = ((const uint2 *)tail)[lane / 4];
+#pragma unroll
+  for (int q = 0; q < 4; q++) {
+    if (q >= groups) break;
+    uint32_t word[2 * HALVES], a[4];
+    if (HALVES == 2)
+      *(uint4 *)word = ((const uint4 *)page)[q * 32 + lane];
+    else
+      *(uint2 *)word = ((const uint2 *)page)[(q / 2 * 32 + lane) * 2 + q % 2];
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+      float d[4];
+      us_mxfp4_fragment(word[2 * h], a);
+      us_mma_bf16(d, a, b[q].x, b[q].y, zero);
+      us_mxfp4_fragment(word[2 * h + 1], a);
+      us_mma_bf16(d, a, b[q].z, b[q].w, d);
+      float low = us_scale_at(scales[2 * h], q), high = us_scale_at(scales[2 * h + 1], q);
+      acc[4 * h + 0] = __fmaf_rn(low, d[0], acc[4 * h + 0]);
+      acc[4 * h + 1] = __fmaf_rn(low, d[1], acc[4 * h + 1]);
+      acc[4 * h + 2] = __fmaf_rn(high, d[2], acc[4 * h + 2]);
+      acc[4 * h + 3] = __fmaf_rn(high, d[3], acc[4 * h + 3]);
+    }
+  }
+}
+
+/* The page's columns share a scale a half. */
+template <int HALVES>
+static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
+                                                            float *acc) {
+  const float *tail = (const float *)(page + groups * HALVES * 512);
+#pragma unroll
+  for (int h = 0; h < HALVES; h++) {
+    float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      if (q >= groups) break;
+      uint4 w = ((const uint4 *)page)[(q * HALVES + h) * 32 + lane];
+      uint32_t a[4];
+      us_fp8_fragment(w.x, a), us_fp8_fragment(w.y, a + 2);
+      us_mma_bf16(even, a, b[q].x, b[q].y, even);
+      us_fp8_fragment(w.z, a), us_fp8_fragment(w.w, a + 2);
+      us_mma_bf16(odd, a, b[q].z, b[q].w, odd);
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) acc[4 * h + c] = __fmaf_rn(tail[h], __fadd_rn(even[c], odd[c]), acc[4 * h + c]);
+  }
+}
+
+template <int HALVES>
+static __device__ __forceinline__ void us_page_multiply_bf16(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
+                                                             float *acc) {
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    if (q >= groups) break;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+      const uint4 *chunk = (const uint4 *)page + (q * HALVES + h) * 64 + lane;
+      uint4 w0 = chunk[0], w1 = chunk[32];
+      us_mma_bf16(acc + 4 * h, &w0.x, b[q].x, b[q].y, acc + 4 * h);
+      us_mma_bf16(acc + 4 * h, &w1.x, b[q].z, b[q].w, acc + 4 * h);
+    }
+  }
+}
+
+/* Register i of a 16 x 16 fragment holds two FP32 weights: three bf16 terms each, exactly. */
+static __device__ __forceinline__ void us_split_f32(uint32_t low, uint32_t high, uint32_t *terms) {
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    terms[4 * i] = __byte_perm(low, high, 0x7632);
+    low = __float_as_uint(__uint_as_float(low) - __uint_as_float(low & 0xffff0000u));
+    high = __float_as_uint(__uint_as_float(high) - __uint_as_float(high & 0xffff0000u));
+  }
+}
+
+static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b, float *acc) {
+  const uint4 *chunk = (const uint4 *)page + lane;
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    uint4 w0 = chunk[2 * k * 32], w1 = chunk[(2 * k + 1) * 32];
+    uint32_t a[12];
+    us_split_f32(w0.x, w0.y, a), us_split_f32(w0.z, w0.w, a + 1);
+    us_split_f32(w1.x, w1.y, a + 2), us_split_f32(w1.z, w1.w, a + 3);
+#pragma unroll
+    for (int i = 2; i >= 0; i--) us_mma_bf16(acc, a + 4 * i, k ? b->z : b->x, k ? b->w : b->y, acc);
+  }
+}
+
+template <int FORMAT, int HALVES>
+static __device__ __forceinline__ void us_page_multiply(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
+                                                        float *acc) {
+  if (FORMAT == US_FORMAT_MXFP4) us_page_multiply_mxfp4<HALVES>(page, groups, lane, b, acc);
+  if (FORMAT == US_FORMAT_FP8) us_page_multiply_fp8<HALVES>(page, groups, lane, b, acc);
+  if (FORMAT == US_FORMAT_BF16) us_page_multiply_bf16<HALVES>(page, groups, lane, b, acc);
+  if (FORMAT == US_FORMAT_F32) us_page_multiply_f32(page, lane, b, acc);
+}
+
+/* What undoes the operand's 2^64 where the weights' format has not. */
+static __device__ __forceinline__ float us_engine_undo(uint32_t format) {
+  return format == US_FORMAT_MXFP4 || format == US_FORMAT_FP8 ? 1.0f : 0x1p-64f;
+}
+
+/* ---- compute warps -------------------------------------------------------------------------------------------------- */
+
+/* Activations of this warp for `part`: slice part * warps * subs + j * warps + warp, all its groups. */
+template <int MOST>
+static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part, int warp, int lane,
+                                                           uint4 *rows) {
+  uint32_t groups = g->w.groups;
+  const uint4 *operand = (const uint4 *)g->operand;
+#pragma unroll
+  for (int j = 0; j < US_ENGINE_GROUPS / MOST; j++)
+#pragma unroll
+    for (int q = 0; q < MOST; q++)
+      if (j < g->subs && q < groups)
+        rows[j * MOST + q] =
+            __ldcg(operand + (((part * g->subs + j) * g->warps + warp) * groups + q) * 32 + lane);
+}
+
+/* This warp's sums of the tile-th tile of the launch to the epilogue. */
+template <int HALVES>
+static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engine_block *b, struct us_engine_shared *s,
+                                                           uint32_t tile, int warp, int lane, const float *acc) {
+  uint32_t buffer = tile % 2, use = tile / 2;
+  us_engine_barrier_wait(b, &s->sums_empty[buffer], (use & 1) ^ 1, US_ENGINE_WAIT_SUMS);
+  float4 *mine = (float4 *)s->partial[buffer][warp];
+#pragma unroll
+  for (int h = 0; h < HALVES; h++)
+    mine[h * 32 + lane] = make_float4(acc[4 * h], acc[4 * h + 1], acc[4 * h + 2], acc[4 * h + 3]);
+  __syncwarp();
+  if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_full[buffer]));
+}
+
+template <int FORMAT, int HALVES>
+static __device__ __noinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
+  constexpr int MOST = us_engine_page_groups<FORMAT>::most;
+  const struct us_engine_gemm *g = &op->gemm;
+  struct us_engine_shared *s = b->shared;
+  struct us_engine_cursor c = {b->stage, b->phase};
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t groups = g->w.groups, subs = g->subs, tiles = g->w.tiles, blocks = b->blocks, tile = b->tile;
+  uint32_t items = us_engine_gemm_items(b, g), loaded = US_ENGINE_NONE, offset = warp * g->w.page_bytes;
+  bool working = warp < g->warps, experts = g->experts;
+  uint4 rows[US_ENGINE_GROUPS];
+  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += blocks) {
+    uint32_t part = experts ? 0 : i / tiles;
+    if (working && part != loaded) us_engine_load_rows<MOST>(g, part, warp, lane, rows);
+    loaded = part;
+    float acc[4 * HALVES] = {};
+#pragma unroll
+    for (int j = 0; j < US_ENGINE_GROUPS / MOST; j++) {
+      if (j >= subs) break;
+      us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
+      if (working)
+        us_page_multiply<FORMAT, HALVES>(s->ring[c.stage] + offset, groups, lane, rows + j * MOST, acc);
+      us_engine_release(s, c, lane);
+      us_engine_advance(&c);
+    }
+    us_engine_hand_sums<HALVES>(b, s, tile++, warp, lane, acc);
+  }
+  b->stage = c.stage, b->phase = c.phase, b->tile = tile;
+}
+
+static __device__ __noinline__ void us_engine_gemm_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+  us_engine_wait_done(b, op->wait);
+  uint32_t format = op->gemm.w.format;
+  bool two = op->gemm.w.halves == 2;
+  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_tiles<US_FORMAT_MXFP4, 2>(b, op);
+  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_tiles<US_FORMAT_MXFP4, 1>(b, op);
+  if (format == US_FORMAT_FP8 && two) us_engine_gemm_tiles<US_FORMAT_FP8, 2>(b, op);
+  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_tiles<US_FORMAT_FP8, 1>(b, op);
+  if (format == US_FORMAT_BF16 && two) us_engine_gemm_tiles<US_FORMAT_BF16, 2>(b, op);
+  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_tiles<US_FORMAT_BF16, 1>(b, op);
+  if (format == US_FORMAT_F32) us_engine_gemm_tiles<US_FORMAT_F32, 1>(b, op);
+}
+
+/* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
+
+/* The four sums of a lane: rows r, r + 8 of the half, tokens 2t, 2t + 1 (r = lane / 4, t = lane % 4). */
+static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer, uint32_t half,
+                                                             uint32_t warps, int lane) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (uint32_t w = 0; w < warps; w++) {
+    float4 v = ((const float4 *)b->shared->partial[buffer][w])[half * 32 + lane];
+    sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
+    sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
+  }
+  return sum;
+}
+
+static __device__ __forceinline__ uint32_t us_present(float x) { /* never the mark of absence */
+  uint32_t bits = __float_as_uint(x);
+  return bits == US_ENGINE_ABSENT ? 0x7fffffffu : bits;
+}
+
+/* 16 columns x 8 tokens of a partial sum to every rank's exchange; the lanes of a warp. */
+static __device__ __forceinline__ void us_engine_push(const struct us_engine_block *b, uint32_t exchange, uint32_t addend,
+                                                      uint32_t column, int lane, float4 v) {
+  const struct us_engine_rank *rank = b->rank;
+  uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + exchange;
+  size_t at = ((size_t)(running % rank->slots) * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
+  uint4 bits = make_uint4(us_present(v.x), us_present(v.y), us_present(v.z), us_present(v.w));
+  for (uint32_t i = 0; i < rank->ranks; i++) { /* the farthest first, its own last */
+    uint32_t to = (rank->rank + 1 + i) % rank->ranks;
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(rank->exchange[to] + at), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  }
+}
+
+static __device__ __forceinline__ uint16_t us_engine_operand_bits(float x) {
+  return us_bf16_from_f32(us_bf16_round(x) * US_ENGINE_OPERAND_UNIT);
+}
+
+static __device__ __forceinline__ float us_engine_swiglu(float gate, float up) {
+  return gate / (1.0f + us_expf(-gate)) * up;
+}
+
+/* Where column c of a token lies in a pair. */
+static __device__ __forceinline__ uint32_t us_engine_pair_offset(uint32_t column) {
+  uint32_t c = column % 32;
+  return column / 32 * 64 + c % 8 / 2 * 16 + (c / 16 * 2 + c / 8 % 2) * 4 + c % 2 * 2;
+}
+
+/* One output of one token. */
+static __device__ __forceinline__ void us_engine_emit(const struct us_engine_block *b, const struct us_engine_gemm *g,
+                                                      uint32_t outer, uint32_t row, uint32_t token, float value, float up) {
+  if (g->epilogue == US_ENGINE_STORE) {
+    if (row < g->valid) ((float *)g->out)[((size_t)outer * 8 + token) * g->out_stride + row] = value;
+    return;
+  }
+  uint16_t inner = us_engine_operand_bits(us_engine_swiglu(value, up));
+  uint8_t *out = (uint8_t *)g->out;
+  if (g->epilogue == US_ENGINE_SWIGLU) {
+    *(uint16_t *)(out + us_engine_operand_offset(token, row)) = inner;
+    return;
+  }
+  int pair = b->shared->active.pair[outer][token];
+  if (pair >= 0) *(uint16_t *)(out + (size_t)pair * us_engine_pair_bytes(g->F) + us_engine_pair_offset(row)) = inner;
+}
+
+static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_engine_block *b, const struct us_engine_gemm *g,
+                                                               uint32_t outer, uint32_t tile, uint32_t buffer, int lane) {
+  float undo = us_engine_undo(g->w.format);
+  bool gated = g->epilogue == US_ENGINE_SWIGLU || g->epilogue == US_ENGINE_SWIGLU_EXPERT;
+  uint32_t halves = g->w.halves;
+  for (uint32_t h = 0; h < (gated ? 1 : halves); h++) {
+    float4 v = us_engine_add_warps(b, buffer, h, g->warps, lane), u = v;
+    if (gated) u = us_engine_add_warps(b, buffer, 1, g->warps, lane);
+    v.x *= undo, v.y *= undo, v.z *= undo, v.w *= undo;
+    u.x *= undo, u.y *= undo, u.z *= undo, u.w *= undo;
+    uint32_t row = gated ? tile * 16 : (tile * halves + h) * 16;
+    if (g->epilogue == US_ENGINE_PUSH) {
+      uint32_t addend = g->gather ? outer : b->rank->rank * g->parts + outer;
+      us_engine_push(b, g->exchange, addend, g->first + row, lane, v);
+      continue;
+    }
+    uint32_t r = row + lane / 4, t = lane % 4 * 2;
+    us_engine_emit(b, g, outer, r, t, v.x, u.x), us_engine_emit(b, g, outer, r, t + 1, v.y, u.y);
+    us_engine_emit(b, g, outer, r + 8, t, v.z, u.z), us_engine_emit(b, g, outer, r + 8, t + 1, v.w, u.w);
+  }
+}
+
+static __device__ __noinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
+  const struct us_engine_gemm *g = &op->gemm;
+  struct us_engine_shared *s = b->shared;
+  int lane = threadIdx.x % 32;
+  uint32_t tiles = g->w.tiles, tile = b->tile;
+  if (g->experts) us_engine_wait_routed(b);
+  uint32_t items = us_engine_gemm_items(b, g);
+  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += b->blocks, tile++) {
+    us_engine_barrier_wait(b, &s->sums_full[tile % 2], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
+    us_engine_gemm_tile_out(b, g, i / tiles, i % tiles, tile % 2, lane);
+    __syncwarp();
+    if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[tile % 2]));
+  }
+  b->tile = tile;
+  __syncwarp();
+  if (lane) return;
+  us_engine_jitter(b);
+  us_add_release(b->rank->done + b->op_index, 1);
+}
+
+#endif

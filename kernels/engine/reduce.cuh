@@ -1,0 +1,188 @@
+/* reduce.cuh: residual += the ranks' partial sums, norm, operand; and the embedding that begins a pass.
+ *
+ * Bound: latency, two hand-offs. A block owns slices of 48 (or 32) columns of all 8 rows. Partial sums carry their own flag: a
+ * word that is US_ENGINE_ABSENT has not arrived; who reads one puts the mark back, for the exchange `slots` later. All ranks
+ * add the same numbers in the same order, their own among them. The sum of squares of a row is the sum of the slices' in
+ * ascending order, each slice's a fixed tree: the same bits for any number of blocks.
+ *
+ * Formula: rmsnorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, rounded once to bf16.
+ */
+#ifndef US_KERNELS_ENGINE_REDUCE_CUH
+#define US_KERNELS_ENGINE_REDUCE_CUH
+
+#include "kernels/engine/gemm.cuh"
+
+/* A thread's four values: columns r, r + 8 of a tile of 16, tokens 2t, 2t + 1. */
+struct us_reduce_place {
+  uint32_t column, token; /* of the first value */
+};
+static __device__ __forceinline__ struct us_reduce_place us_reduce_place(uint32_t tile, uint32_t lane) {
+  struct us_reduce_place at = {tile * 16 + lane / 4, lane % 4 * 2};
+  return at;
+}
+
+/* Wait for a rank's four sums and clear them. */
+static __device__ __forceinline__ float4 us_reduce_take(const struct us_engine_block *b, float *from, uint32_t index) {
+  uint32_t x, y, z, w;
+  struct us_engine_watch watch = {0, 0};
+  for (;;) {
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
+                 : "l"(from)
+                 : "memory");
+    if (x != US_ENGINE_ABSENT && y != US_ENGINE_ABSENT && z != US_ENGINE_ABSENT && w != US_ENGINE_ABSENT) break;
+    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_EXCHANGE, index, x, 0);
+  }
+  *(uint4 *)from = make_uint4(US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT);
+  return make_float4(__uint_as_float(x), __uint_as_float(y), __uint_as_float(z), __uint_as_float(w));
+}
+
+/* Sum of the addends of one fragment place, in rank order. */
+static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_block *b, const struct us_engine_reduce *r,
+                                                       uint32_t running, uint32_t tile, uint32_t lane) {
+  const struct us_engine_rank *rank = b->rank;
+  size_t one = 8 * (size_t)rank->D;
+  float *from = rank->exchange[rank->rank] + (size_t)(running % rank->slots) * rank->addends * one + tile * 128 + lane * 4;
+  float4 sum = us_reduce_take(b, from, 0);
+  for (uint32_t i = 1; i < r->addends; i++) {
+    float4 v = us_reduce_take(b, from + i * one, i);
+    sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
+    sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
+  }
+  return sum;
+}
+
+static __device__ __forceinline__ const struct us_engine_row *us_engine_rows(const struct us_engine_block *b,
+                                                                             const struct us_engine_op *op) {
+  const struct us_engine_state *state = b->rank->state;
+  const struct us_engine_row *rows = op->program == US_ENGINE_PASS_TARGET  ? state->target
+                                     : op->program == US_ENGINE_PASS_DRAFT ? state->draft
+                                                                           : state->context;
+  return rows + op->row_tile * US_ENGINE_ROWS;
+}
+
+/* Embedding of a row's token at a column; 0 for a row that does not exist. */
+static __device__ __forceinline__ float us_engine_embedding(const struct us_engine_block *b, const struct us_engine_row *row,
+                                                            uint32_t column) {
+  const struct us_engine_rank *rank = b->rank;
+  if (__ldcg(&row->sequence) == US_ENGINE_NONE) return 0.0f;
+  int32_t token = __ldcg(&row->token);
+  if (token == US_ENGINE_MASK) return rank->mask_embedding[column];
+  uint32_t owner = (uint32_t)token / rank->embed_rows, index = (uint32_t)token % rank->embed_rows;
+  return us_bf16_to_f32(rank->embed[owner][(size_t)index * rank->D + column]);
+}
+
+/* The new residual of one place; written back. */
+static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engine_block *b, const struct us_engine_op *op,
+                                                            uint32_t running, uint32_t tile, uint32_t lane) {
+  const struct us_engine_reduce *r = &op->reduce;
+  struct us_reduce_place at = us_reduce_place(tile, lane);
+  float *x0 = r->residual + (size_t)at.token * r->D + at.column, *x1 = x0 + r->D;
+  float4 x;
+  if (op->kind == US_ENGINE_EMBED) {
+    const struct us_engine_row *rows = us_engine_rows(b, op);
+    x.x = us_engine_embedding(b, rows + at.token, at.column), x.y = us_engine_embedding(b, rows + at.token + 1, at.column);
+    x.z = us_engine_embedding(b, rows + at.token, at.column + 8);
+    x.w = us_engine_embedding(b, rows + at.token + 1, at.column + 8);
+  } else {
+    x = us_reduce_sum(b, r, running, tile, lane);
+    if (!r->replace) {
+      x.x = __fadd_rn(x0[0], x.x), x.y = __fadd_rn(x1[0], x.y);
+      x.z = __fadd_rn(x0[8], x.z), x.w = __fadd_rn(x1[8], x.w);
+    }
+  }
+  x0[0] = x.x, x1[0] = x.y, x0[8] = x.z, x1[8] = x.w;
+  return x;
+}
+
+/* Four values into an operand. */
+static __device__ __forceinline__ void us_reduce_operand(void *operand, struct us_reduce_place at, float4 v) {
+  uint8_t *out = (uint8_t *)operand;
+  *(uint16_t *)(out + us_engine_operand_offset(at.token, at.column)) = us_engine_operand_bits(v.x);
+  *(uint16_t *)(out + us_engine_operand_offset(at.token + 1, at.column)) = us_engine_operand_bits(v.y);
+  *(uint16_t *)(out + us_engine_operand_offset(at.token, at.column + 8)) = us_engine_operand_bits(v.z);
+  *(uint16_t *)(out + us_engine_operand_offset(at.token + 1, at.column + 8)) = us_engine_operand_bits(v.w);
+}
+
+/* Sums of squares of a tile of 16 columns for the 8 tokens, from a warp to shared memory. */
+static __device__ __forceinline__ void us_reduce_squares(float4 x, uint32_t lane, float *out) {
+  float even = x.x * x.x + x.z * x.z, odd = x.y * x.y + x.w * x.w;
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2)
+    even += __shfl_xor_sync(0xffffffffu, even, step), odd += __shfl_xor_sync(0xffffffffu, odd, step);
+  if (lane < 4) out[lane * 2] = even, out[lane * 2 + 1] = odd;
+}
+
+/* Publish a slice's sums of squares: 8 rows, each with the running index as its flag. */
+static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_block *b, uint32_t slices, uint32_t slice,
+                                                         uint32_t running, const float (*squares)[US_ENGINE_ROWS],
+                                                         uint32_t tiles) {
+  uint32_t token = threadIdx.x;
+  float sum = squares[0][token];
+  for (uint32_t t = 1; t < tiles; t++) sum += squares[t][token];
+  uint64_t *to = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices + slice;
+  us_store_flagged(to, (uint64_t)(running + 1) << 32 | __float_as_uint(sum));
+}
+
+/* Warp `token`: 1 / sqrt(mean + eps) of its row, from all blocks' slices. */
+static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_block *b, const struct us_engine_reduce *r,
+                                                        uint32_t slices, uint32_t token, uint32_t running, uint32_t lane) {
+  const uint64_t *from = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices;
+  float sum = 0;
+  for (uint32_t i = lane; i < slices; i += 32) {
+    struct us_engine_watch watch = {0, 0};
+    uint64_t word;
+    while ((uint32_t)((word = us_load_flagged(from + i)) >> 32) != running + 1)
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_NORM, i, word >> 32, running + 1);
+    sum += __uint_as_float((uint32_t)word);
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return 1.0f / sqrtf(sum / (float)r->D + r->eps);
+}
+
+/* The second half: rows scaled, weighted and rounded into the operand. */
+static __device__ __forceinline__ void us_reduce_norm(const struct us_engine_reduce *r, const float *scale, uint32_t tile,
+                                                      uint32_t lane) {
+  struct us_reduce_place at = us_reduce_place(tile, lane);
+  const float *x0 = r->residual + (size_t)at.token * r->D + at.column, *x1 = x0 + r->D;
+  float w0 = r->weight[at.column], w1 = r->weight[at.column + 8], s0 = scale[at.token], s1 = scale[at.token + 1];
+  float4 y = make_float4(x0[0] * s0 * w0, x1[0] * s1 * w0, x0[8] * s0 * w1, x1[8] * s1 * w1);
+  us_reduce_operand(r->operand, at, y);
+  if (!r->opt_plain) return;
+  float *p0 = r->opt_plain + (size_t)at.token * r->D + at.column, *p1 = p0 + r->D;
+  p0[0] = us_bf16_round(y.x), p1[0] = us_bf16_round(y.y), p0[8] = us_bf16_round(y.z), p1[8] = us_bf16_round(y.w);
+}
+
+static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, const struct us_engine_op *op) {
+  const struct us_engine_reduce *r = &op->reduce;
+  uint32_t width = us_engine_slice(r->D), slices = r->D / width, tiles = width / 16;
+  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + r->exchange;
+  float(*squares)[US_ENGINE_ROWS] = b->shared->row, *scale = b->shared->row[3];
+  us_engine_wait_done(b, op->wait);
+  for (uint32_t slice = b->index; slice < slices; slice += b->blocks) {
+    if (warp < tiles) {
+      uint32_t tile = slice * tiles + warp;
+      float4 x = us_reduce_residual(b, op, running, tile, lane);
+      if (r->opt_tap) us_reduce_operand(r->opt_tap, us_reduce_place(tile, lane), x);
+      us_reduce_squares(x, lane, squares[warp]);
+    }
+    us_engine_meet();
+    if (r->weight && threadIdx.x < US_ENGINE_ROWS) us_reduce_publish(b, slices, slice, running, squares, tiles);
+    us_engine_meet();
+  }
+  if (r->weight) {
+    us_engine_jitter(b);
+    if (warp < US_ENGINE_ROWS) {
+      float s = us_reduce_scale(b, r, slices, warp, running, lane);
+      if (lane == 0) scale[warp] = s;
+    }
+    us_engine_meet();
+    for (uint32_t slice = b->index; slice < slices; slice += b->blocks)
+      if (warp < tiles) us_reduce_norm(r, scale, slice * tiles + warp, lane);
+  }
+  us_engine_finish(b);
+}
+
+#endif
