@@ -1,21 +1,22 @@
 /* mma.cuh: one tensor-core multiply and the decoding of page words into its operands.
  *
  *     uint32_t a[4];
- *     us_mxfp4_fragment(word, a);            // 16 rows x 16 columns of weights, times 2^-14
- *     us_mma_f16(d, a, b0, b1, c);           // d (16 rows x 8 tokens, FP32) = a b + c
+ *     us_mxfp4_fragment(word, a);            // 16 rows x 16 columns of weights, times 2^-126
+ *     us_mma_bf16(d, a, b0, b1, c);          // d (16 rows x 8 tokens, FP32) = a b + c
  *
  * Operand layouts: PTX ISA, mma.m16n8k16. d[0], d[1]: row lane / 4, tokens 2 (lane % 4) and + 1; d[2], d[3]: row + 8.
- * Products of f16 are exact; the sum of one instruction is truncated to about 2^-22 of its largest term.
+ * Products of bf16 are exact, subnormal operands included; the sum of one instruction is truncated to about 2^-22 of its
+ * largest term.
  */
 #ifndef US_KERNELS_GPU_MMA_CUH
 #define US_KERNELS_GPU_MMA_CUH
 
 #include <stdint.h>
 
-__device__ __forceinline__ void us_mma_f16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
-                                           const float c[4]) {
+__device__ __forceinline__ void us_mma_bf16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1,
+                                            const float c[4]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
@@ -29,27 +30,21 @@ __device__ __forceinline__ uint32_t us_select_bits(uint32_t mask, uint32_t a, ui
   return r;
 }
 
-/* 8 MXFP4 codes (kernels/pages/pages.h) to 4 registers of 2 f16. Multiplications by powers of two are shifts that the
+/* 8 MXFP4 codes (kernels/pages/pages.h) to 4 registers of 2 bf16. Multiplications by powers of two are shifts that the
  * compiler may send to the other pipe. */
 __device__ __forceinline__ void us_mxfp4_fragment(uint32_t word, uint32_t a[4]) {
-  const uint32_t code = 0x8e008e00u, magnitude = 0x0e000e00u;
+  const uint32_t code = 0x81c081c0u, magnitude = 0x01c001c0u;
   a[0] = word & code;
   a[1] = (word * 8u) & code;
   a[2] = us_select_bits(magnitude, word * 64u, word * 2u) & code;
-  a[3] = us_select_bits(magnitude, word * 512u, word * 4u) & code;
+  a[3] = us_select_bits(magnitude, word >> 3, word * 4u) & code;
 }
 
-/* 4 FP8 codes to 2 registers of 2 f16. */
+/* 4 FP8 codes to 2 registers of 2 bf16. */
 __device__ __forceinline__ void us_fp8_fragment(uint32_t word, uint32_t a[2]) {
-  const uint32_t code = 0xbf80bf80u, magnitude = 0x3f803f80u;
-  a[0] = word & code;
-  a[1] = us_select_bits(magnitude, word * 128u, word * 2u) & code;
-}
-
-/* The float of stored scale byte j of `bytes`, j known when compiled: 2^(stored - 127). */
-template <int J> __device__ __forceinline__ float us_scale_float(uint32_t bytes) {
-  uint32_t shifted = J < 3 ? bytes << (23 - 8 * J) : bytes >> 1;
-  return __uint_as_float(shifted & 0x7f800000u);
+  const uint32_t sign = 0x80008000u, magnitude = 0x07f007f0u;
+  a[0] = (word & sign) | ((word >> 4) & magnitude);
+  a[1] = ((word * 256u) & sign) | ((word * 16u) & magnitude);
 }
 
 #endif

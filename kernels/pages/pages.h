@@ -3,21 +3,25 @@
  *     struct us_pages p = {US_FORMAT_MXFP4, N, K, .tile_rows = 32, .slice_cols = K / 16};
  *     if (us_pages_check(&p, &err) != US_OK) return err.status;
  *     us_pages_pack(&p, &source, pages, &err);             // us_pages_bytes(&p) bytes, 16-byte aligned
- *     us_pages_unpack(&p, pages, data, opt_scales, &err);  // and back, bit for bit
+ *     us_pages_unpack(&p, pages, data, opt_scales);        // and back, bit for bit
  *
  * A page holds tile_rows rows (16 or 32) x slice_cols columns: codes, then its scales in the tail, so one copy brings both.
- * Pages lie tile by tile, in a tile slice by slice: every page is whole, a block of K slices is contiguous.
+ * Pages lie tile by tile, in a tile slice by slice: every page is whole, a block of K slices is contiguous. Rows that the last
+ * tile has past the matrix's are zeros.
  *
  * Codes lie as the tensor cores' 16 x 16 row operand wants them (PTX ISA, mma.m16n8k16): fragment (group of 32 columns,
  * 16-row half of the tile, half of the group) of lane 4 (r % 8) + (k % 8) / 2 holds rows r, r + 8 and columns k, k + 1,
  * k + 8, k + 9; "register" (r / 8) + 2 (k % 16 / 8), "half" k % 2. A lane's words come in chunks of 16 bytes, chunk after
- * chunk for all 32 lanes: conflict-free 16-byte loads. Bits are moved so that decoding to f16 is masks and shifts:
- *   MXFP4  one word a fragment: sign and magnitude of register 0..3 at bits 15, 11..9 | 12, 8..6 | 14, 5..3 | 13, 2..0
- *          of the half word: e2m1 at the place of f16's, times 2^-14; scale byte + 1, so that byte 0 (2^-127) and its
- *          neighbours are normal FP32 numbers, undone once a row (byte 254 is refused)
- *   FP8    two words: registers 0, 1 | 2, 3: sign 15, magnitude 13..7 | sign 14, magnitude 6..0: e4m3 times 2^-8 as f16
- *   BF16   four words, one a register
- *   F32    eight words, two a register
+ * chunk for all 32 lanes: conflict-free 16-byte loads. Bits are moved so that decoding to bf16 is masks and shifts
+ * (kernels/gpu/mma.cuh), and scales so that with activations times 2^64 (kernels/engine/engine.h) every product and every
+ * scale is a normal FP32 number and sum x scale is the sum itself:
+ *   MXFP4  one word a fragment: sign and magnitude of register 0..3 at bits 15, 8..6 | 12, 5..3 | 14, 2..0 | 13, 11..9
+ *          of the half word: e2m1 at the place of bf16's, times 2^-126; scale byte + 62 (a byte above 192, weights
+ *          beyond 2^65, is refused)
+ *   FP8    two words: registers 0, 1 | 2, 3: the even register's code at bits 15..8, the odd one's at 7..0: e4m3 at the place
+ *          of bf16's, times 2^-120; scale times 2^56 (one that overflows is refused)
+ *   BF16   four words, one a register: sums carry the activations' 2^64
+ *   F32    eight words, two a register: likewise
  */
 #ifndef US_KERNELS_PAGES_PAGES_H
 #define US_KERNELS_PAGES_PAGES_H
@@ -29,16 +33,19 @@ extern "C" {
 #endif
 
 #define US_PAGES_LANES 32
-/* What an MXFP4 code's value and an FP8 code's value are multiplied by in a page, and an MXFP4 scale. */
-#define US_PAGES_MXFP4_UNIT 0x1p-14f
-#define US_PAGES_FP8_UNIT   0x1p-8f
-#define US_PAGES_SCALE_UNIT 2.0f
+/* What the value of a code, decoded to bf16, is multiplied by, and what undoes it together with the activations' 2^64. */
+#define US_PAGES_MXFP4_UNIT  0x1p-126f
+#define US_PAGES_FP8_UNIT    0x1p-120f
+#define US_PAGES_MXFP4_SCALE 62      /* added to a scale byte: times 2^62 */
+#define US_PAGES_FP8_SCALE   0x1p56f /* times an FP8 scale */
+#define US_PAGES_SCALE_MOST  192     /* the largest MXFP4 scale byte that fits */
 
 struct us_pages {
   enum us_format format;
   uint32_t rows, cols; /* (N, K) of what is packed: one rank's share */
-  uint32_t tile_rows;  /* 16 or 32; divides rows */
-  uint32_t slice_cols; /* columns a page; divides cols; a multiple of 32, for FP8 of 128 unless it is cols */
+  uint32_t tile_rows;  /* 16 or 32; the last tile may have fewer rows */
+  uint32_t
+      slice_cols; /* columns a page; divides cols; a multiple of 32; for FP8 32, 64, a multiple of 128, or cols */
 };
 
 /* Where the packed rows and columns come from: a window of one matrix, or of gate and up interleaved in 16-row halves of
@@ -80,8 +87,12 @@ static US_HD uint32_t us_pages_slices(const struct us_pages *p) {
   return p->cols / p->slice_cols;
 }
 
+static US_HD uint32_t us_pages_tiles(const struct us_pages *p) {
+  return (p->rows + p->tile_rows - 1) / p->tile_rows;
+}
+
 static US_HD uint64_t us_pages_count(const struct us_pages *p) {
-  return (uint64_t)(p->rows / p->tile_rows) * us_pages_slices(p);
+  return (uint64_t)us_pages_tiles(p) * us_pages_slices(p);
 }
 
 /* 16-byte chunks of codes a lane has in a page. */
@@ -143,13 +154,13 @@ static US_HD uint32_t us_pages_scale_offset(const struct us_pages *p, uint32_t r
 /* Bits of an MXFP4 or FP8 code in its half word, by register. */
 static US_HD uint32_t us_pages_place_code(enum us_format format, uint32_t code, uint32_t reg) {
   if (format == US_FORMAT_MXFP4) {
-    uint32_t sign = reg == 0 ? 15 : reg == 1 ? 12 : reg == 2 ? 14 : 13;
-    return (code & 7u) << (9 - 3 * reg) | (code >> 3) << sign;
+    uint32_t sign = reg == 0 ? 15 : reg == 1 ? 12 : reg == 2 ? 14 : 13, magnitude = reg < 3 ? 6 - 3 * reg : 9;
+    return (code & 7u) << magnitude | (code >> 3) << sign;
   }
-  return reg & 1u ? (code & 127u) | (code >> 7) << 14 : (code & 127u) << 7 | (code >> 7) << 15;
+  return reg & 1u ? code : code << 8;
 }
 
-/* Row and column in the source matrix. */
+/* The matrix that packed row n < rows comes from, and its row there. */
 static US_HD const struct us_matrix *us_pages_source_row(const struct us_pages_source *s, uint32_t n,
                                                          uint32_t *ret_row) {
   if (s->matrices == 1) {
@@ -182,6 +193,22 @@ static US_HD uint32_t us_pages_source_scale(const struct us_pages_source *s, uin
   return ((const uint32_t *)w->scales)[us_matrix_scale_row(w, row) * scale_cols + col / US_FP8_BLOCK];
 }
 
+/* The same of packed row n, or 0 past the rows: padding. */
+static US_HD uint32_t us_pages_padded_code(const struct us_pages *p, const struct us_pages_source *s,
+                                           uint32_t n, uint32_t k) {
+  return n < p->rows ? us_pages_source_code(s, n, k) : 0;
+}
+
+/* The scale of (n, k) as a page holds it: a byte, or the bits of a float. Past the rows, that of a block of zeros. */
+static US_HD uint32_t us_pages_stored_scale(const struct us_pages *p, const struct us_pages_source *s,
+                                            uint32_t n, uint32_t k) {
+  if (p->format == US_FORMAT_MXFP4)
+    return (n < p->rows ? us_pages_source_scale(s, n, k) : 0) + US_PAGES_MXFP4_SCALE;
+  float scale = n < p->rows ? us_f32_from_bits(us_pages_source_scale(s, n, k))
+                            : us_fp8_block_scale(0, US_FP8_SCALE_F32);
+  return us_f32_bits(scale * US_PAGES_FP8_SCALE);
+}
+
 /* Word `word` of `lane` in page `page`, gathered from the source: what packing writes at us_pages_word_offset. */
 static US_HD uint32_t us_pages_gather(const struct us_pages *p, const struct us_pages_source *s,
                                       uint64_t page, uint32_t lane, uint32_t word) {
@@ -190,11 +217,11 @@ static US_HD uint32_t us_pages_gather(const struct us_pages *p, const struct us_
   if (group >= p->slice_cols / 32) return 0; /* padding of the last chunk */
   uint32_t row = (uint32_t)(page / slices) * p->tile_rows + fragment / 2 % halves * 16 + lane / 4;
   uint32_t col = (uint32_t)(page % slices) * p->slice_cols + group * 32 + fragment % 2 * 16 + lane % 4 * 2;
-  if (words == 8) return us_pages_source_code(s, row + sub / 2 % 2 * 8, col + sub / 4 * 8 + sub % 2);
+  if (words == 8) return us_pages_padded_code(p, s, row + sub / 2 % 2 * 8, col + sub / 4 * 8 + sub % 2);
   uint32_t value = 0, regs = 4 / words, first = sub * regs;
   for (uint32_t reg = first; reg < first + regs; reg++)
     for (uint32_t half = 0; half < 2; half++) {
-      uint32_t code = us_pages_source_code(s, row + reg % 2 * 8, col + reg / 2 * 8 + half);
+      uint32_t code = us_pages_padded_code(p, s, row + reg % 2 * 8, col + reg / 2 * 8 + half);
       value |= (words == 4 ? code : us_pages_place_code(p->format, code, reg)) << 16 * half;
     }
   return value;
@@ -208,29 +235,35 @@ static US_HD uint8_t us_pages_gather_tail(const struct us_pages *p, const struct
   if (p->format == US_FORMAT_FP8) {
     uint32_t entry = index / 4;
     if (entry >= quads * halves) return 0;
-    uint32_t bits = us_pages_source_scale(s, row0 + entry % halves * 16, col0 + entry / halves * 128);
+    uint32_t bits = us_pages_stored_scale(p, s, row0 + entry % halves * 16, col0 + entry / halves * 128);
     return (uint8_t)(bits >> 8 * (index % 4));
   }
   uint32_t per_group = quads * 8 * halves, within = index % per_group;
   uint32_t row = index / per_group + within / 4 % (2 * halves) * 8;
   uint32_t col = within / (8 * halves) * 128 + within % 4 * 32;
-  return col < p->slice_cols ? (uint8_t)(us_pages_source_scale(s, row0 + row, col0 + col) + 1) : 0;
+  return col < p->slice_cols ? (uint8_t)us_pages_stored_scale(p, s, row0 + row, col0 + col) : 0;
 }
 
 /* US_ERR_USAGE if rows and columns do not divide into such pages. */
 US_CHECKED enum us_status us_pages_check(const struct us_pages *p, struct us_err *err);
 
-/* Pack on the CPU: `pages` is us_pages_bytes long. US_ERR_INPUT names an MXFP4 scale byte of 254 or 255; US_ERR_USAGE if the
- * window leaves the source or the scales of a 16-row half differ (an FP8 grid that is not aligned to 16 rows). */
+/* Pack on the CPU: `pages` is us_pages_bytes long. Does us_pages_source_check and us_pages_scales_check first. */
 US_CHECKED enum us_status us_pages_pack(const struct us_pages *p, const struct us_pages_source *source,
                                         void *pages, struct us_err *err);
 
-/* Whether the source can be packed so; reads no weights. us_pages_pack calls it. */
+/* Whether the source can be packed so; reads no weights. US_ERR_USAGE if the window leaves the source or a page would need two
+ * FP8 scales for a 16-row half and 128 columns. */
 US_CHECKED enum us_status us_pages_source_check(const struct us_pages *p,
                                                 const struct us_pages_source *source, struct us_err *err);
 
-/* Back to rows, for tests and dumps: data (us_matrix_data_bytes of (rows, cols)) in packed row order, MXFP4 scale bytes
- * (rows, cols / 32), FP8 scales a float for each 16 rows x 128 columns (rows / 16, ceil(cols / 128)); opt_scales may be NULL. */
+/* US_ERR_INPUT names the first scale (in host memory) that a page cannot hold: an MXFP4 byte above US_PAGES_SCALE_MOST, an FP8
+ * scale that overflows times US_PAGES_FP8_SCALE. */
+US_CHECKED enum us_status us_pages_scales_check(const struct us_pages *p,
+                                                const struct us_pages_source *source, struct us_err *err);
+
+/* Back to rows, for tests and dumps: data (us_matrix_data_bytes of (rows, cols)) in packed row order; MXFP4 scale bytes
+ * (rows, cols / 32), FP8 scales a float for each 16 rows and 128 columns of a slice (ceil(rows / 16), slices *
+ * ceil(slice_cols / 128)); opt_scales may be NULL. */
 void us_pages_unpack(const struct us_pages *p, const void *pages, void *data, void *opt_scales);
 
 #ifdef __cplusplus

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 /* Pack `count` matrices of one layout. sources (count) lie on the device and point to device memory; the caller has passed
- * each through us_pages_source_check and knows that no MXFP4 scale byte exceeds 253. */
+ * each through us_pages_source_check, and its scales through us_pages_scales_check. */
 cudaError_t us_pages_pack_gpu(const struct us_pages *pages, const struct us_pages_source *sources,
                               uint32_t count, void *out, cudaStream_t stream);
 

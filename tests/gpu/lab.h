@@ -31,7 +31,7 @@ struct lab_result {
          resident_us = 0; /* resident: the same work on pages already in shared memory; 0: none */
 };
 
-extern double lab_ceiling; /* bytes/s of the streaming kernel in this run */
+inline double lab_ceiling; /* bytes/s of the streaming kernel in this run */
 
 /* Every output compared: |error| against what is allowed; a NaN is bad. */
 static inline void lab_sample(struct lab_result *r, double error, double allowed) {
@@ -115,12 +115,5 @@ static inline uint64_t lab_random(uint64_t *state) {
   z = (z ^ z >> 27) * 0x94d049bb133111ebu;
   return z ^ z >> 31;
 }
-
-/* 8 rows of bf16 values: ordinary, one of 1e5, one of 1e-6, one with a single outlier. */
-std::vector<float> lab_rows(size_t K, uint64_t *state);
-
-/* The parts. */
-void lab_experts(uint64_t seed);
-void lab_linear(uint64_t seed);
 
 #endif

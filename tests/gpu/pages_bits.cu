@@ -15,6 +15,7 @@ static const struct bits_case cases[] = {
     {US_FORMAT_MXFP4, 64, 6144, 0, 32, 384, 2}, {US_FORMAT_MXFP4, 144, 512, 0, 16, 128, 1},
     {US_FORMAT_FP8, 272, 768, 0, 16, 384, 1},   {US_FORMAT_FP8, 288, 512, 144, 16, 256, 1},
     {US_FORMAT_BF16, 96, 256, 0, 32, 64, 1},    {US_FORMAT_F32, 48, 192, 0, 16, 96, 1},
+    {US_FORMAT_MXFP4, 24, 96, 0, 32, 96, 1},    {US_FORMAT_FP8, 40, 256, 0, 16, 64, 1}, /* padded rows */
 };
 
 struct host_matrix {

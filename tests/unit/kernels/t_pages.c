@@ -10,7 +10,8 @@ struct page_case {
 };
 static const struct page_case cases[] = {{16, 32, 16, 32},   {32, 32, 32, 32},    {48, 128, 16, 128},
                                          {64, 256, 32, 128}, {128, 384, 32, 384}, {144, 768, 16, 384},
-                                         {96, 96, 32, 96},   {160, 512, 16, 256}};
+                                         {96, 96, 32, 96},   {160, 512, 16, 256}, {64, 192, 32, 64},
+                                         {96, 160, 16, 32},  {8, 128, 16, 128},   {40, 64, 32, 64}};
 
 static uint32_t code_at(const struct us_matrix *w, size_t n, size_t k) {
   struct us_pages_source one = {.w = {*w}, .matrices = 1};
@@ -22,6 +23,14 @@ static void pack(const struct us_pages *p, const struct us_pages_source *source,
   *ret_pages = malloc(us_pages_bytes(p));
   memset(*ret_pages, 0xa5, us_pages_bytes(p));
   ck_assert_msg(us_pages_pack(p, source, *ret_pages, &err) == US_OK, "%s", err.message);
+}
+
+/* A float for each 16 rows and 128 columns of a slice. */
+static void check_fp8_scales(const struct us_pages *p, const struct us_matrix *w, const float *scales) {
+  for (uint32_t n = 0; n < p->rows; n += 16)
+    for (uint32_t slice = 0; slice < p->cols; slice += p->slice_cols)
+      for (uint32_t k = slice; k < slice + p->slice_cols; k += 128, scales++)
+        ck_assert_mem_eq(scales, (const float *)w->scales + n / 128 * ((p->cols + 127) / 128) + k / 128, 4);
 }
 
 START_TEST(unpacking_gives_every_bit_back) {
@@ -36,10 +45,7 @@ START_TEST(unpacking_gives_every_bit_back) {
       us_pages_unpack(&p, pages, data, scales);
       ck_assert_mem_eq(data, w.data, us_matrix_data_bytes(p.format, p.rows, p.cols));
       if (p.format == US_FORMAT_MXFP4) ck_assert_mem_eq(scales, w.scales, (size_t)p.rows * p.cols / 32);
-      size_t blocks = (p.cols + 127) / 128;
-      for (size_t i = 0; p.format == US_FORMAT_FP8 && i < p.rows / 16 * blocks; i++)
-        ck_assert_mem_eq((float *)(void *)scales + i,
-                         (const float *)w.scales + i / blocks * 16 / 128 * blocks + i % blocks, 4);
+      if (p.format == US_FORMAT_FP8) check_fp8_scales(&p, &w, (const float *)(void *)scales);
       free(pages), free(data), free(scales);
       release_matrix(&w);
     }
@@ -61,20 +67,56 @@ START_TEST(places_do_not_overlap_and_fill_the_page) {
 }
 END_TEST
 
-START_TEST(an_mxfp4_word_decodes_to_f16_by_masks_and_shifts) {
-  static const uint32_t shift_sign[4] = {0, 3, 1, 2}, shift_magnitude[4] = {0, 3, 6, 9};
+/* What mma.cuh does, a half word at a time, beside another register's bits. */
+static uint32_t decode_mxfp4(uint32_t half, uint32_t reg) {
+  uint32_t sign = half << (reg == 0 ? 0 : reg == 1 ? 3 : reg == 2 ? 1 : 2) & 0x8000u;
+  uint32_t magnitude = (reg == 3 ? half >> 3 : half << 3 * reg) & 0x01c0u;
+  return sign | magnitude;
+}
+
+static float bf16_value(uint32_t half) {
+  return us_f32_from_bits(half << 16);
+}
+
+START_TEST(an_mxfp4_word_decodes_to_bf16_by_masks_and_shifts) {
   for (uint32_t code = 0; code < 16; code++)
     for (uint32_t reg = 0; reg < 4; reg++) {
       uint32_t bits = us_pages_place_code(US_FORMAT_MXFP4, code, reg);
-      uint32_t half = (bits << shift_sign[reg] & 0x8000u) | (bits << shift_magnitude[reg] & 0x0e00u);
-      /* f16 by hand: sign, 5 exponent bits of bias 15, 10 fraction bits. */
-      uint32_t exponent = half >> 10 & 31u, fraction = half & 1023u;
-      float value = exponent
-                        ? (1024.0f + (float)fraction) * 0x1p-10f * us_f32_from_bits((exponent + 112u) << 23)
-                        : (float)fraction * 0x1p-24f;
-      if (half & 0x8000u) value = -value;
-      ck_assert_float_eq(value, us_e2m1_to_f32((uint8_t)code) * US_PAGES_MXFP4_UNIT);
+      for (uint32_t other = 0; other < 4; other++)
+        if (other != reg) bits |= us_pages_place_code(US_FORMAT_MXFP4, 15, other);
+      float expected = us_e2m1_to_f32((uint8_t)code) * US_PAGES_MXFP4_UNIT;
+      ck_assert_uint_eq(us_f32_bits(bf16_value(decode_mxfp4(bits, reg))), us_f32_bits(expected));
     }
+}
+END_TEST
+
+START_TEST(an_fp8_word_decodes_to_bf16_by_masks_and_shifts) {
+  for (uint32_t code = 0; code < 256; code++) {
+    if ((code & 127u) == 127u) continue; /* NaN */
+    uint32_t even = us_pages_place_code(US_FORMAT_FP8, code, 2) | us_pages_place_code(US_FORMAT_FP8, 0xa5, 3);
+    uint32_t odd = us_pages_place_code(US_FORMAT_FP8, 0xa5, 0) | us_pages_place_code(US_FORMAT_FP8, code, 1);
+    uint32_t expected = us_f32_bits(us_fp8_to_f32((uint8_t)code) * US_PAGES_FP8_UNIT);
+    ck_assert_uint_eq(us_f32_bits(bf16_value((even & 0x8000u) | (even >> 4 & 0x07f0u))), expected);
+    ck_assert_uint_eq(us_f32_bits(bf16_value((odd << 8 & 0x8000u) | (odd << 4 & 0x07f0u))), expected);
+  }
+}
+END_TEST
+
+START_TEST(rows_past_the_matrix_are_zeros) {
+  uint64_t state = us_test_seed() + 4;
+  for (size_t f = 0; f < sizeof formats / sizeof *formats; f++) {
+    struct us_matrix w = new_matrix(formats[f], 20, 64, &state);
+    struct us_pages p = {formats[f], 20, 64, 32, 64}, whole = p;
+    uint8_t *pages, data[32 * 64 * 4], scales[32 * 64];
+    pack(&p, &(struct us_pages_source){.w = {w}, .matrices = 1}, &pages);
+    whole.rows = 32;
+    us_pages_unpack(&whole, pages, data, scales);
+    for (size_t i = us_matrix_data_bytes(p.format, 20, 64); i < us_matrix_data_bytes(p.format, 32, 64); i++)
+      ck_assert_uint_eq(data[i], 0);
+    for (size_t i = 20 * 2; p.format == US_FORMAT_MXFP4 && i < 32 * 2; i++) ck_assert_uint_eq(scales[i], 0);
+    free(pages);
+    release_matrix(&w);
+  }
 }
 END_TEST
 
@@ -110,30 +152,43 @@ START_TEST(ranks_share_without_gap_or_overlap) {
 }
 END_TEST
 
-START_TEST(scale_byte_254_is_refused_and_0_survives) {
+START_TEST(scales_that_do_not_fit_are_refused_and_the_ends_survive) {
   uint64_t state = us_test_seed() + 2;
   struct us_matrix w = new_matrix(US_FORMAT_MXFP4, 16, 64, &state);
   struct us_pages p = {US_FORMAT_MXFP4, 16, 64, 16, 64};
   struct us_pages_source s = {.w = {w}, .matrices = 1};
   struct us_err err = {0};
-  uint8_t *scales = (uint8_t *)(uintptr_t)w.scales, *pages, data[16 * 32], back[32];
-  scales[5] = 0;
+  uint8_t *scales = (uint8_t *)(uintptr_t)w.scales, *pages, data[16 * 64], back[32];
+  scales[5] = 0, scales[6] = 192;
   pack(&p, &s, &pages);
   us_pages_unpack(&p, pages, data, back);
   ck_assert_mem_eq(back, scales, sizeof back);
-  scales[7] = 254;
+  scales[7] = 193;
   ck_assert_int_eq(us_pages_pack(&p, &s, pages, &err), US_ERR_INPUT);
-  ck_assert_ptr_nonnull(strstr(err.message, "scale byte 254 at packed row 3, column 32"));
+  ck_assert_ptr_nonnull(strstr(err.message, "scale byte 193 at row 3, column 32"));
+  free(pages);
+  release_matrix(&w);
+
+  w = new_matrix(US_FORMAT_FP8, 16, 64, &state);
+  p.format = US_FORMAT_FP8, s.w[0] = w;
+  float *scale = (float *)(uintptr_t)w.scales, one;
+  *scale = 0x1.fffffep71f;
+  pack(&p, &s, &pages);
+  us_pages_unpack(&p, pages, data, &one);
+  ck_assert_float_eq(one, *scale);
+  *scale = 0x1p72f;
+  ck_assert_int_eq(us_pages_pack(&p, &s, pages, &err), US_ERR_INPUT);
+  ck_assert_ptr_nonnull(strstr(err.message, "FP8 scale"));
   free(pages);
   release_matrix(&w);
 }
 END_TEST
 
 START_TEST(shapes_that_do_not_divide_are_refused) {
-  const struct us_pages bad[] = {{US_FORMAT_NONE, 32, 64, 32, 64}, {US_FORMAT_F32, 40, 64, 16, 64},
+  const struct us_pages bad[] = {{US_FORMAT_NONE, 32, 64, 32, 64}, {US_FORMAT_FP8, 32, 192, 16, 96},
                                  {US_FORMAT_F32, 64, 64, 8, 64},   {US_FORMAT_F32, 32, 64, 32, 48},
-                                 {US_FORMAT_F32, 32, 96, 32, 64},  {US_FORMAT_FP8, 32, 128, 32, 64},
-                                 {US_FORMAT_F32, 0, 64, 32, 64},   {US_FORMAT_F32, 32, 0, 32, 32}};
+                                 {US_FORMAT_F32, 32, 96, 32, 64},  {US_FORMAT_F32, 0, 64, 32, 64},
+                                 {US_FORMAT_F32, 32, 0, 32, 32}};
   struct us_err err = {0};
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
     ck_assert_int_eq(us_pages_check(&bad[i], &err), US_ERR_USAGE);
@@ -149,7 +204,11 @@ START_TEST(windows_outside_the_matrix_and_cut_blocks_are_refused) {
   ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_ERR_USAGE);
   s.first_row = 0, s.first_col = 64;
   ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_ERR_USAGE);
-  s.first_col = 128;
+  p.slice_cols = 64; /* each slice within a block */
+  ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_OK);
+  s.first_col = 32;
+  ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_ERR_USAGE);
+  p.slice_cols = 128, s.first_col = 128;
   ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_OK);
   s.w[0].scale_chunk_rows = 24; /* the grid restarts inside a 16-row half */
   ck_assert_int_eq(us_pages_source_check(&p, &s, &err), US_ERR_USAGE);
@@ -161,10 +220,12 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("pages");
   tcase_add_test(c, unpacking_gives_every_bit_back);
   tcase_add_test(c, places_do_not_overlap_and_fill_the_page);
-  tcase_add_test(c, an_mxfp4_word_decodes_to_f16_by_masks_and_shifts);
+  tcase_add_test(c, an_mxfp4_word_decodes_to_bf16_by_masks_and_shifts);
+  tcase_add_test(c, an_fp8_word_decodes_to_bf16_by_masks_and_shifts);
+  tcase_add_test(c, rows_past_the_matrix_are_zeros);
   tcase_add_test(c, gate_and_up_share_a_tile_of_32_rows);
   tcase_add_test(c, ranks_share_without_gap_or_overlap);
-  tcase_add_test(c, scale_byte_254_is_refused_and_0_survives);
+  tcase_add_test(c, scales_that_do_not_fit_are_refused_and_the_ends_survive);
   tcase_add_test(c, shapes_that_do_not_divide_are_refused);
   tcase_add_test(c, windows_outside_the_matrix_and_cut_blocks_are_refused);
   return us_suite("pages", c);
