@@ -15,12 +15,9 @@ static int32_t replayed_token(const struct us_round_rules *rules, const struct u
                               uint32_t slot) {
   const struct us_replay *replay = &s->request->replay[s->sample];
   size_t at = s->output->ids.count + slot;
-  uint32_t token = at < replay->count ? (uint32_t)replay->ids[at] : 0, words[4];
+  int32_t token = at < replay->count ? replay->ids[at] : 0;
   struct us_noise noise = us_noise_round(s->request->seed, s->position, slot, s->sample, US_STREAM_CORRUPT);
-  us_philox_quad(noise.key, noise.position, noise.sample, 0, noise.stream, words);
-  double uniform = ((double)words[0] + 0.5) * 0x1p-32;
-  if (uniform < (double)accept_rate(rules, slot) || rules->N < 2) return (int32_t)token;
-  return (int32_t)((token + 1 + us_uniform_index(words[1], (uint32_t)rules->N - 1)) % rules->N);
+  return us_noise_corrupt(noise, token, accept_rate(rules, slot), (uint32_t)rules->N);
 }
 
 /* Largest probability of the drafter at the temperature of the request (1 if greedy): how sure it is of its argmax. */

@@ -18,7 +18,8 @@ PACKAGES = ["check", "hdf5", "libpng", "cairo", "jansson", "libpcre2-8", "libutf
 FLAGS = ["-std=gnu17", "-D_GNU_SOURCE", "-O1", "-ffp-contract=off", f"-I{ROOT}/libcore", f"-I{ROOT}",
          f"-I{ROOT}/tests/unit", f"-I{ROOT}/tests/unit/decode"]
 
-MUTANTS = [  # name, file, what is there, what replaces it, the test that must fail
+# Name, file (of libcore/decode, or with its folder of libcore), what is there, what replaces it, the test that must fail.
+MUTANTS = [
     ("no residual", "verify.c", "all ? p[i] : pi * p[i] - q_of(v, accepted, i)", "p[i]", "t_verify"),
     ("residual without pi", "verify.c", "pi * p[i] - q_of(v, accepted, i)", "p[i] - q_of(v, accepted, i)", "t_verify"),
     ("bonus from the row before", "verify.c", "v->p + accepted * v->N", "v->p + (accepted ? accepted - 1 : 0) * v->N",
@@ -56,9 +57,9 @@ MUTANTS = [  # name, file, what is there, what replaces it, the test that must f
      "t_generate"),
     ("a stop string is streamed", "sequence.c", "end -= held_bytes(s->request, &out->text, s->sent_bytes);", ";",
      "t_generate"),
-    ("ties to the highest id", "sample.h", "if (logits[i] > best_logit)", "if (logits[i] >= best_logit)", "t_sample"),
-    ("top-k keeps all ties", "sample.h", "key == cut.key && id <= cut.last", "key == cut.key", "t_sample"),
-    ("top-p of everything", "sample.h", "us_cut_mass(logits, N, max, inv, cut)",
+    ("ties to the highest id", "base/sample.h", "if (logits[i] > best_logit)", "if (logits[i] >= best_logit)", "t_sample"),
+    ("top-k keeps all ties", "base/sample.h", "key == cut.key && id <= cut.last", "key == cut.key", "t_sample"),
+    ("top-p of everything", "base/sample.h", "us_cut_mass(logits, N, max, inv, cut)",
      "us_cut_mass(logits, N, max, inv, us_cut_everything())", "t_sample"),
 ]
 
@@ -98,15 +99,16 @@ def flat(text):
 def try_mutant(mutant, libs):
     """Returns what is wrong with a mutant, or None."""
     name, file, old, new, test = mutant
-    text = (DECODE / file).read_text()
+    path = pathlib.Path(file if "/" in file else f"decode/{file}")
+    text = (ROOT / "libcore" / path).read_text()
     words = old.split()
     pattern = re.compile(r"\s+".join(re.escape(w) for w in words))
     if len(pattern.findall(text)) != 1:
         return f"{name}: {file} does not hold the text once: {flat(old)}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        (folder / "decode").mkdir()
-        mutated = folder / "decode" / file
+        mutated = folder / path
+        mutated.parent.mkdir()
         mutated.write_text(pattern.sub(lambda _: new, text))
         sources = [mutated] if file.endswith(".c") else []
         try:
