@@ -24,6 +24,7 @@
 #define US_KERNELS_ENGINE_ENGINE_H
 
 #include "base/hd.h"
+#include "base/sample.h"
 #include "formats/matrix.h"
 #include <stdbool.h>
 #include <stdint.h>
@@ -195,6 +196,7 @@ struct us_engine_context {
   float value_scale, eps;
 };
 
+/* Logits of 8 rows to tokens. The target's SELECTs also carry what the host wants (mailbox) from rank 0 to all ranks. */
 struct us_engine_select {
   const float *logits; /* (8, stride): this rank's share of the vocabulary */
   uint32_t stride, count, first; /* ids [first, first + count) */
@@ -202,6 +204,7 @@ struct us_engine_select {
   bool draft;          /* proposals: argmax; else the target's draw of each row with its sequence's sampling */
 };
 
+/* Waits for the target's last SELECT. */
 struct us_engine_accept {
   uint32_t vocab;
 };
@@ -257,62 +260,80 @@ static US_HD uint32_t us_engine_page_bytes(uint32_t G, uint32_t Q, uint32_t V) {
   return (us_engine_v_offset(G, Q) + G * V * 64 * 2 + 255) / 256 * 256;
 }
 
-struct us_engine_sampling {
-  float temperature, top_p, min_p;
-  uint32_t top_k;
-};
-
-/* A request's sample while it runs; every rank holds a copy and computes the same. */
+/* A request's sample while it runs; every rank holds a copy and computes the same. The host fills it while no launch runs, the
+ * page tables on each rank with that rank's, then calls us_engine_begin_round (engine/round.h) for its first rows. */
 struct us_engine_sequence {
   uint32_t active;   /* 0: free or ended */
   uint32_t id;       /* of the request's sample, for the token ring */
   int32_t anchor;    /* last committed token */
   uint32_t position; /* of the anchor */
-  uint32_t limit;    /* position after which no token may be committed */
+  uint32_t limit;    /* of the last token that may be committed; position < limit while active */
   uint32_t sample;
   uint64_t seed;
-  struct us_engine_sampling sampling;
-  uint32_t drafts;    /* proposals of this round (chosen by ACCEPT of the last, at most block - 1) */
-  uint32_t committed; /* rows of the last target pass whose taps become context */
+  struct us_sampling sampling;
+  uint32_t most_drafts; /* proposals a round, at most: block - 1; 0 without drafter or replay */
+  uint32_t drafts;      /* proposals of this round: fewer than most_drafts near the limit */
+  uint32_t committed;   /* rows of the last target pass whose taps become context */
   uint32_t stop_count;
   int32_t stop[16];
   const int32_t *replay;       /* device: recorded tokens proposed instead of the drafter's; NULL: drafter */
-  uint32_t replay_first, replay_count; /* position of replay[0] */
-  float accept[16];            /* replay: rate at which slot i proposes the recorded token */
+  uint32_t replay_first, replay_count; /* position of replay[0]; past the record's end token 0 is proposed */
+  float accept[16];            /* replay: rate at which slot i (from 0: the first draft) proposes the recorded token */
   struct us_engine_kv kv, draft_kv;
 };
 
-/* Everything that changes from round to round on one rank. */
+/* Everything that changes from round to round on one rank. Row i of a pass is slot i % block of sequence i / block, in all three
+ * row tables; sequences * block <= US_ENGINE_MAX_ROWS. */
 struct us_engine_state {
   struct us_engine_sequence sequence[US_ENGINE_SEQUENCES];
   struct us_engine_row target[US_ENGINE_MAX_ROWS], draft[US_ENGINE_MAX_ROWS], context[US_ENGINE_MAX_ROWS];
   int32_t proposal[US_ENGINE_MAX_ROWS]; /* by row of the drafter's pass: SELECT of the drafter */
-  int32_t drawn[US_ENGINE_MAX_ROWS];    /* by row of the target's pass: SELECT of the target */
-  uint32_t block;      /* rows a sequence */
+  int32_t drawn[US_ENGINE_MAX_ROWS];    /* by row of the target's pass: SELECT of the target; -1: logits that are not finite */
+  uint32_t block;      /* rows a sequence, 1 to 16 */
   uint32_t round;      /* since the state was made */
   uint32_t live;       /* active sequences; the engine parks at 0 */
+  uint32_t waiting;    /* host: a request waits for a place: park after a round in which a sequence ends */
+  uint32_t events;     /* written to the ring so far */
+  uint32_t park, cancel; /* the host's wish as rank 0 saw it in this round's last SELECT: the same on every rank */
+  uint64_t verdict;    /* ACCEPT, from block 0 to the rank's other blocks: running index of SELECT << 32 | no further round */
   uint64_t experts;    /* active experts summed over MoE layers and row tiles */
   uint64_t expert_layers;
 };
 
-/* Tokens to the host: a ring in mapped memory, written by rank 0. */
-struct us_engine_event {
-  uint32_t id, round, count; /* tokens */
-  uint32_t finish;           /* 0 goes on, 1 stop token, 2 length */
-  int32_t token[16];
-  uint32_t accepted, drafts;
-  uint64_t time;             /* globaltimer, ns */
+/* What a round did to one sequence. */
+enum us_engine_finish {
+  US_ENGINE_GOES_ON,
+  US_ENGINE_STOP,      /* a stop token: the last of the event's */
+  US_ENGINE_LENGTH,    /* the limit */
+  US_ENGINE_CANCELLED, /* the mailbox said so; the round's tokens are valid */
+  US_ENGINE_BROKEN,    /* the logits of the token after the event's last are not finite */
 };
-#define US_ENGINE_EVENTS 4096 /* of the ring */
+struct us_engine_event {
+  uint32_t id, round, count; /* tokens committed */
+  uint32_t finish;           /* enum us_engine_finish */
+  uint32_t accepted, drafts; /* proposals that survived (a stop among them may leave fewer tokens), and that were verified */
+  uint64_t time;             /* globaltimer, ns */
+  int32_t token[16];
+};
 
-/* Mapped host memory that the kernel and the host share. */
+/* The same on its way: every word carries the event's number + 1 in its upper half, so rank 0 stores them without a fence and
+ * the host takes an event when all words have arrived. */
+#define US_ENGINE_EVENT_WORDS 24
+#define US_ENGINE_EVENTS      4096 /* of the ring; event n is at n % US_ENGINE_EVENTS */
+struct us_engine_event_words {
+  uint64_t word[US_ENGINE_EVENT_WORDS];
+};
+
+/* Mapped host memory that rank 0 and the host share, all zero at first. The kernel reads the first 16 bytes once a round, in one
+ * load. It never waits for the host: when the ring is nearly full it ends after the round (US_ENGINE_EVENTS - 2 events are
+ * always safe, those of a round come together). */
 struct us_engine_mailbox {
-  volatile uint32_t park;    /* host: end after this round */
-  volatile uint32_t cancel;  /* host: bit i ends sequence i */
-  volatile uint32_t written; /* events so far, after their data */
-  volatile uint32_t read;    /* host: events taken */
-  volatile uint32_t rounds;  /* rounds completed in this launch */
-  struct us_engine_event event[US_ENGINE_EVENTS];
+  volatile uint32_t park;   /* end after this round */
+  volatile uint32_t cancel; /* bit i ends sequence i after this round; cleared when no launch runs */
+  volatile uint32_t read;   /* events taken */
+  uint32_t unused;
+  uint64_t gap[14];
+  struct us_engine_event_words event[US_ENGINE_EVENTS];
 };
 
 /* Where a role of a block waits when the watchdog fires. */
@@ -340,8 +361,7 @@ enum us_engine_wait {
 /* One interval of one role of one block; times are globaltimer ns. */
 struct us_engine_span {
   uint64_t begin, end;
-  uint16_t op, role, what, round; /* what: enum us_engine_wait, NOTHING: work */
-  uint32_t bytes;
+  uint16_t op, role, what, round; /* what: enum us_engine_wait; NOTHING: the operation, its waits included */
 };
 struct us_engine_profile {
   struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
@@ -361,15 +381,31 @@ struct us_engine_rank {
   float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
   uint32_t slots, addends, D;
   uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
-  uint64_t *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes: candidates, by rank */
+  void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before running index 0 */
   const uint8_t *kv_pool, *draft_pool;   /* pages of this rank */
   const uint16_t *embed[US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
   uint32_t embed_rows;
   const float *mask_embedding; /* (D) */
-  float *logits_all;           /* (8, vocab) of one row tile, rank 0's: filtered sampling; NULL: greedy or unfiltered only */
-  struct us_engine_mailbox *mailbox;
+  /* Every rank's (row tiles * 8, vocab): target logits of all ranks, for top-k, top-p and min-p. NULL if ranks is 1 (the
+   * operation's logits are whole) or no request filters. */
+  float *logits_all[US_ENGINE_MAX_RANKS];
+  struct us_engine_mailbox *mailbox; /* rank 0: wherever a target's SELECT or an ACCEPT runs */
   struct us_engine_stuck *stuck; /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
 };
+
+/* A rank's buffer for SELECT, zero at first: candidates of every block (128 bytes each, and 128 of rank 0's mailbox) for each
+ * SELECT of a round; then the counts that blocks of the rank exchange while they filter. `blocks` of one rank, `selects` a round
+ * (launch.selects_a_round): a SELECT's part is used again one round later, when every rank has passed this round's ACCEPT. */
+#define US_ENGINE_HOP_WORDS 256 /* 16 bytes each: counts of a radix pass */
+#define US_ENGINE_HOP_SLOTS 3
+#define US_ENGINE_HOP_PARTS 16  /* blocks that filter a row together, at most */
+static US_HD uint64_t us_engine_candidate_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
+  return (uint64_t)selects * ((uint64_t)ranks * blocks + 1) * US_ENGINE_ROWS * 16;
+}
+static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
+  return us_engine_candidate_bytes(ranks, blocks, selects) +
+         (uint64_t)US_ENGINE_ROWS * US_ENGINE_HOP_SLOTS * US_ENGINE_HOP_PARTS * US_ENGINE_HOP_WORDS * 16;
+}
 
 struct us_engine_launch {
   uint32_t ranks;       /* on this GPU */
