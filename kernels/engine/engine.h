@@ -156,23 +156,56 @@ struct us_engine_reduce { /* also EMBED */
   uint32_t draft;    /* EMBED: 1: rows of the drafter's block */
 };
 
-/* Attention of one layer and row tile: of the target, or of the drafter's block. */
+/* Attention of one layer and row tile: of the target, or of the drafter's block. Rows of one sequence lie together in the pass,
+ * their positions ascend by 1. Target: a row's K/V are appended, then it sees positions up to its own; rows of the same pass in
+ * earlier row tiles were appended by their own operation, which is done when `wait` is. Draft: rows see the cache before the
+ * block's first position and the whole block; the qkv of the pass's row tiles lie one behind the other, and `wait` covers all of
+ * them (blocks may cross tiles). */
 struct us_engine_attention {
   const float *qkv;    /* (8, qkv_rows) as the projection stores it: [Q heads | K heads | V heads] of this rank */
   void *operand;       /* H * V columns */
-  float *partial;      /* us_engine_attention_scratch bytes: leaf sums of this row tile */
-  uint32_t *arrivals;  /* (us_engine_attention_groups) zero before and after */
+  float *partial;      /* us_engine_attention_partial_bytes, one for each row tile; layers may share it */
+  uint32_t *arrivals;  /* (us_engine_attention_counters), one for each row tile; zero before and after */
   const float *sink;   /* (H) or NULL */
   const float *q_norm, *k_norm; /* (Q) per-head norms of the drafter; NULL: none */
-  const float *rope;   /* (max_positions, rotary) cos | sin halves as us_rope_table makes them */
+  const float *rope;   /* (max_positions, rotary): row p is us_rope_table(theta, rotary, p): rotary / 2 cosines, as many sines */
+  uint32_t ready;      /* operation after which the pass's rows and the cached keys before them stand (target: ACCEPT; draft: the
+                        * last CONTEXT): they are fetched before `wait`; US_ENGINE_NONE: only after it */
   uint32_t layer;      /* of the cache's page tables */
   uint32_t qkv_rows;
-  uint16_t H, G, Q, V, rotary; /* of this rank */
+  uint16_t H, G, Q, V, rotary; /* of this rank; H / G <= 16 or a multiple of 16, Q <= 192, V <= 128 and a multiple of 8 */
   uint32_t window;     /* 0: all */
   uint32_t page_count; /* pages of the layer's table: p lies in page p / 64 % page_count */
   float scale, value_scale, eps;
   bool draft;          /* a block that sees itself whole; nothing is appended */
 };
+
+/* Sixteen query heads that share a KV head: what a tensor core's 16 rows hold of one token row. */
+static US_HD uint32_t us_engine_attention_chunks(uint32_t H, uint32_t G) {
+  return G * ((H / G + 15) / 16);
+}
+/* Counters of a row tile. */
+static US_HD uint32_t us_engine_attention_counters(uint32_t H, uint32_t G) {
+  return US_ENGINE_ROWS * us_engine_attention_chunks(H, G);
+}
+/* Partial results that a row's keys are cut into, at most: groups of 256 keys up to 4096 keys, segments of 1024 beyond; a window
+ * may begin and end inside one, and a block is one more. */
+#define US_ENGINE_ATTENTION_GROUPED 64 /* leaves of 64 keys up to which groups are what blocks work on */
+static US_HD uint32_t us_engine_attention_pieces(uint32_t window, uint32_t max_positions) {
+  uint32_t keys = window && window < max_positions ? window : max_positions;
+  uint32_t groups = US_ENGINE_ATTENTION_GROUPED / 4 + 1, segments = keys / 1024 + 2;
+  return (segments > groups ? segments : groups) + 1;
+}
+/* Floats of one partial result: 16 sums of V, their maxima and denominators. */
+static US_HD uint32_t us_engine_attention_piece(uint32_t V) {
+  return 16 * (V + 2);
+}
+/* Bytes of `partial` of a row tile. */
+static US_HD uint64_t us_engine_attention_partial_bytes(uint32_t H, uint32_t G, uint32_t V, uint32_t window,
+                                                        uint32_t max_positions) {
+  return (uint64_t)us_engine_attention_counters(H, G) * us_engine_attention_pieces(window, max_positions) *
+         us_engine_attention_piece(V) * sizeof(float);
+}
 
 struct us_engine_route {
   const float *logits; /* (parts, 8, stride) */
@@ -185,11 +218,11 @@ struct us_engine_route {
   uint32_t *opt_routed; /* (8, top_k) ascending ids, for statistics and observers; NULL: not wanted */
 };
 
-/* Drafter context: K and V of committed rows into every layer of the drafter's cache. */
+/* Drafter context: K and V of committed rows (slot < the sequence's committed) into every layer of the drafter's cache. */
 struct us_engine_context {
   const float *kv;     /* (8, layers * (G*Q + G*V)): layer after layer, K heads, then V heads */
-  const float *k_norm; /* (layers, Q) */
-  const float *rope;
+  const float *k_norm; /* (layers, Q) or NULL */
+  const float *rope;   /* as in us_engine_attention */
   uint32_t layers;
   uint16_t G, Q, V, rotary;
   uint32_t page_count;
