@@ -210,10 +210,10 @@ static enum us_status create_caches(struct decoder *d, const struct us_request *
   d->prompt.limit = r->max_tokens < room ? r->max_tokens : room;
   uint32_t positions = (uint32_t)r->prompt_count + d->prompt.limit + d->block;
   struct us_kv_spec spec = us_kv_spec_of(shape);
-  enum us_status status = us_kv_create(&spec, positions, type, &d->prompt.kv, d->err);
+  enum us_status status = us_kv_create_in(d->ex->kv_memory, &spec, positions, type, &d->prompt.kv, d->err);
   if (status != US_OK || !d->drafting) return status;
   spec = us_kv_spec_of_draft(&d->ex->draft->shape);
-  return us_kv_create(&spec, positions, type, &d->prompt.draft_kv, d->err);
+  return us_kv_create_in(d->ex->draft_kv_memory, &spec, positions, type, &d->prompt.draft_kv, d->err);
 }
 
 /* Taps (R, taps_width) of committed tokens at [position, position + R) become context of the drafter. */

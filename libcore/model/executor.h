@@ -77,10 +77,12 @@ struct us_executor_ops {
 
 struct us_executor {
   const struct us_executor_ops *ops;
-  const char *name;             /* "reference", "tiles" */
+  const char *name;             /* "reference", "tiles", "cuda-engine", "cuda-graph" */
   const struct us_model *model; /* borrowed */
   const struct us_draft *draft; /* borrowed; NULL without a drafter */
   enum us_rounding rounding;
+  /* Where the caches of its sequences must lie (us_kv_create_in); NULL: this process's memory. */
+  const struct us_kv_memory *kv_memory, *draft_kv_memory;
 };
 
 /* The reference forward pass: operation by operation, in the order of the formulas. Borrows model, draft and pool. */

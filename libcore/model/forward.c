@@ -211,6 +211,8 @@ enum us_status us_forward_attention(struct us_forward *f, const struct us_forwar
 enum us_status us_forward_check_kv(const struct us_kv *kv, const struct us_kv_spec *spec,
                                    struct us_err *err) {
   if (!kv) return us_err_set(err, US_ERR_USAGE, "a row has no key/value cache");
+  if (us_kv_memory_of(kv))
+    return us_err_set(err, US_ERR_USAGE, "the key/value cache lies in the memory of a device");
   const struct us_kv_spec *used = us_kv_spec_used(kv);
   if (used->layers != spec->layers)
     return us_err_set(err, US_ERR_USAGE, "the key/value cache has %u layers, the model %u", used->layers,

@@ -1,7 +1,8 @@
 /* kv.c: the key/value cache of one sequence: a page table a layer, pages counted and copied on write.
  *
  * A windowed layer is the same page table used as a ring: position p lies in page (p / 64) % pages. The ring is a whole
- * number of pages, so a tile of 64 positions is contiguous in either kind of layer.
+ * number of pages, so a tile of 64 positions is contiguous in either kind of layer. Of a page in a us_kv_memory the table
+ * holds a counted handle, whose data is the place.
  */
 #include "model/kv.h"
 
@@ -18,13 +19,15 @@ struct page {
 struct layer_cache {
   uint32_t page_count;
   size_t page_bytes;
-  void **pages; /* (page_count) data of each page, NULL before it is reserved */
+  void **pages; /* (page_count) data of each page (its place, in a memory), NULL before it is reserved */
 };
 
 struct us_kv {
   struct us_kv_spec spec;
   uint32_t max_positions;
   enum us_kv_type type;
+  const struct us_kv_memory *memory; /* NULL: this process's */
+  uint64_t version;
   struct layer_cache *layers;
 };
 
@@ -57,25 +60,58 @@ static void *new_page(size_t bytes) {
   return memory + PAGE_HEADER;
 }
 
-static void drop_page(void *data) {
-  if (data && --header_of(data)->refs == 0) free(header_of(data));
+static uint64_t place_of(const void *data) {
+  uint64_t place;
+  memcpy(&place, data, sizeof place);
+  return place;
+}
+
+static void drop_page(const struct us_kv *kv, uint32_t kind, void *data) {
+  if (!data || --header_of(data)->refs > 0) return;
+  if (kv->memory) kv->memory->give(kv->memory->arg, kind, place_of(data));
+  free(header_of(data));
+}
+
+/* The handle `page` names a new place with the content of `opt_old`'s, or of zeros. */
+static enum us_status take_place(const struct us_kv *kv, uint32_t kind, const void *opt_old, void *page,
+                                 struct us_err *err) {
+  const struct us_kv_memory *memory = kv->memory;
+  uint64_t place;
+  enum us_status status = memory->take(memory->arg, kind, &place, err);
+  if (status != US_OK) return status;
+  memcpy(page, &place, sizeof place);
+  if (!opt_old) return US_OK;
+  status = memory->copy(memory->arg, kind, place, place_of(opt_old), err);
+  if (status != US_OK) memory->give(memory->arg, kind, place);
+  return status;
 }
 
 /* The page is there and nobody else's. */
-static enum us_status own_page(struct layer_cache *layer, uint32_t index, struct us_err *err) {
-  void *old = layer->pages[index];
-  if (old && header_of(old)->refs == 1) return US_OK;
-  void *page = new_page(layer->page_bytes);
-  if (!page) return us_err_memory(err, "a page of the key/value cache", layer->page_bytes);
-  if (old) memcpy(page, old, layer->page_bytes);
-  drop_page(old);
-  layer->pages[index] = page;
+static enum us_status own_page(struct us_kv *kv, uint32_t layer, uint32_t index, struct us_err *err) {
+  void **slot = &kv->layers[layer].pages[index];
+  if (*slot && header_of(*slot)->refs == 1) return US_OK;
+  uint32_t kind = kv->spec.kind[layer];
+  size_t bytes = kv->memory ? sizeof(uint64_t) : kv->layers[layer].page_bytes;
+  void *page = new_page(bytes);
+  if (!page) return us_err_memory(err, "a page of the key/value cache", bytes);
+  if (kv->memory) {
+    enum us_status status = take_place(kv, kind, *slot, page, err);
+    if (status != US_OK) {
+      free(header_of(page));
+      return status;
+    }
+  } else if (*slot) {
+    memcpy(page, *slot, bytes);
+  }
+  drop_page(kv, kind, *slot);
+  *slot = page;
+  kv->version++;
   return US_OK;
 }
 
 /* ---- The cache ---- */
 
-static uint32_t pages_of(const struct us_attention_shape *a, uint32_t max_positions) {
+uint32_t us_kv_pages_of(const struct us_attention_shape *a, uint32_t max_positions) {
   uint32_t all = (uint32_t)(((uint64_t)max_positions + US_KV_PAGE - 1) / US_KV_PAGE);
   if (!a->window) return all;
   uint64_t ring = ((uint64_t)a->window + US_MAX_BLOCK - 1 + US_KV_PAGE - 1) / US_KV_PAGE;
@@ -83,25 +119,31 @@ static uint32_t pages_of(const struct us_attention_shape *a, uint32_t max_positi
 }
 
 /* A cache with empty page tables. */
-static enum us_status new_cache(const struct us_kv_spec *spec, uint32_t max_positions, enum us_kv_type type,
-                                struct us_kv **ret_kv, struct us_err *err) {
+enum us_status us_kv_create_in(const struct us_kv_memory *opt_memory, const struct us_kv_spec *spec,
+                               uint32_t max_positions, enum us_kv_type type, struct us_kv **ret_kv,
+                               struct us_err *err) {
   *ret_kv = NULL;
   if (!max_positions || spec->layers > US_MAX_LAYERS)
     return us_err_set(err, US_ERR_USAGE, "a key/value cache needs 1 position or more and at most %d layers",
                       US_MAX_LAYERS);
+  if (opt_memory && opt_memory->max_positions && max_positions > opt_memory->max_positions)
+    return us_err_set(err, US_ERR_USAGE, "a sequence of %u positions; the device's caches have room for %u",
+                      max_positions, opt_memory->max_positions);
   struct us_kv *kv = calloc(1, sizeof *kv);
   if (!kv) return us_err_memory(err, "key/value cache", sizeof *kv);
   kv->spec = *spec;
   kv->max_positions = max_positions;
   kv->type = type;
+  kv->memory = opt_memory;
+  kv->version = 1;
   kv->layers = calloc(spec->layers ? spec->layers : 1, sizeof *kv->layers);
   bool failed = !kv->layers;
   for (uint32_t l = 0; !failed && l < spec->layers; l++) {
     const struct us_attention_shape *a = attention_of(kv, l);
     struct layer_cache *layer = &kv->layers[l];
     struct us_attention_keys keys = {.type = type, .G = a->kv_heads, .Q = a->qk_dim, .V = a->v_dim};
-    layer->page_count = pages_of(a, max_positions);
-    layer->page_bytes = us_attention_page_bytes(&keys);
+    layer->page_count = us_kv_pages_of(a, max_positions);
+    layer->page_bytes = opt_memory ? opt_memory->page_bytes[spec->kind[l]] : us_attention_page_bytes(&keys);
     layer->pages = calloc(layer->page_count, sizeof *layer->pages);
     failed = !layer->pages;
   }
@@ -115,11 +157,12 @@ static enum us_status new_cache(const struct us_kv_spec *spec, uint32_t max_posi
 
 enum us_status us_kv_create(const struct us_kv_spec *spec, uint32_t max_positions, enum us_kv_type type,
                             struct us_kv **ret_kv, struct us_err *err) {
-  return new_cache(spec, max_positions, type, ret_kv, err);
+  return us_kv_create_in(NULL, spec, max_positions, type, ret_kv, err);
 }
 
 enum us_status us_kv_fork(struct us_kv *parent, struct us_kv **ret_child, struct us_err *err) {
-  enum us_status status = new_cache(&parent->spec, parent->max_positions, parent->type, ret_child, err);
+  enum us_status status =
+      us_kv_create_in(parent->memory, &parent->spec, parent->max_positions, parent->type, ret_child, err);
   if (status != US_OK) return status;
   for (uint32_t l = 0; l < parent->spec.layers; l++) {
     for (uint32_t i = 0; i < parent->layers[l].page_count; i++) {
@@ -133,9 +176,11 @@ enum us_status us_kv_fork(struct us_kv *parent, struct us_kv **ret_child, struct
 
 void us_kv_free(struct us_kv *kv) {
   if (!kv) return;
+  if (kv->memory && kv->memory->forget) kv->memory->forget(kv->memory->arg, kv);
   for (uint32_t l = 0; kv->layers && l < kv->spec.layers; l++) {
     if (!kv->layers[l].pages) continue;
-    for (uint32_t i = 0; i < kv->layers[l].page_count; i++) drop_page(kv->layers[l].pages[i]);
+    for (uint32_t i = 0; i < kv->layers[l].page_count; i++)
+      drop_page(kv, kv->spec.kind[l], kv->layers[l].pages[i]);
     free(kv->layers[l].pages);
   }
   free(kv->layers);
@@ -149,10 +194,10 @@ enum us_status us_kv_reserve(struct us_kv *kv, uint32_t position, uint32_t rows,
   if (!rows) return US_OK;
   uint32_t first = position / US_KV_PAGE, last = (position + rows - 1) / US_KV_PAGE;
   for (uint32_t l = 0; l < kv->spec.layers; l++) {
-    struct layer_cache *layer = &kv->layers[l];
+    const struct layer_cache *layer = &kv->layers[l];
     uint32_t tiles = last - first + 1 < layer->page_count ? last - first + 1 : layer->page_count;
     for (uint32_t i = 0; i < tiles; i++) {
-      enum us_status status = own_page(layer, (last - i) % layer->page_count, err);
+      enum us_status status = own_page(kv, l, (last - i) % layer->page_count, err);
       if (status != US_OK) return status;
     }
   }
@@ -221,6 +266,23 @@ void us_kv_read_v(const struct us_kv *kv, uint32_t layer, uint32_t position, uin
 }
 
 /* ---- Facts ---- */
+
+const struct us_kv_memory *us_kv_memory_of(const struct us_kv *kv) {
+  return kv->memory;
+}
+
+uint64_t us_kv_place(const struct us_kv *kv, uint32_t layer, uint32_t index) {
+  const void *data = kv->layers[layer].pages[index];
+  return data ? place_of(data) : US_KV_ABSENT;
+}
+
+uint64_t us_kv_version(const struct us_kv *kv) {
+  return kv->version;
+}
+
+uint32_t us_kv_page_count(const struct us_kv *kv, uint32_t layer) {
+  return kv->layers[layer].page_count;
+}
 
 const struct us_kv_spec *us_kv_spec_used(const struct us_kv *kv) {
   return &kv->spec;
