@@ -2,14 +2,17 @@
  *
  *     struct us_device_weights_options options = {.device = 0, .rank = 0, .ranks = 4};
  *     struct us_device_bytes need;
- *     us_device_weights_bytes(&shape, opt_draft_shape, &options, &need);        // before anything is allocated
+ *     us_device_weights_bytes(&shape, opt_draft_shape, &options, &need, &err);  // before anything is allocated
  *     us_device_weights_load(model, opt_draft, &options, &weights, &err);       // from a checkpoint
  *     us_device_weights_synthetic(&shape, opt_draft_shape, seed, &options, &weights, &err);   // or made on the GPU
  *     us_device_weights_free(weights);
  *
  * Shares: query and KV heads of every attention layer; columns of every expert and dense MLP (rows of gate and up, columns of
  * down); columns of o_proj that belong to the rank's heads; rows of the head, of the embedding and of the drafter's fc. Router,
- * norms and biases are whole on every rank. Rows that do not fill a tile are padded with zeros.
+ * norms and biases are whole on every rank. Rows that do not fill a tile are padded with zeros. Of the vocabulary a rank has ids
+ * [rank * embed_rows, + head.rows): ceil(N / ranks), the last rank what is left. Formats are the checkpoint's, tensor by tensor:
+ * nothing is converted here. On the GPU the embedding is bf16, and experts and MLPs are not f32; the parts of one projection, and
+ * gate and up, have one format. The geometry alone, without a GPU: device/weights_layout.h.
  */
 #ifndef US_DEVICE_WEIGHTS_H
 #define US_DEVICE_WEIGHTS_H
@@ -29,14 +32,14 @@ struct us_device_layer {
   struct us_device_matrix o_proj; /* (D, H*V of this rank) */
   struct us_device_matrix router; /* MoE layers: (E, D) */
   struct us_device_matrix up;     /* halves 2: gate above up in every tile of 32 rows: (2F, D); MoE: of every expert */
-  struct us_device_matrix down;   /* tiles of 16 rows: (D, F); MoE: of every expert */
+  struct us_device_matrix down;   /* (D, F); MoE: of every expert, tiles of 16 rows */
   float *input_norm, *post_norm;  /* (D) */
   float *sink;                    /* (H of this rank) or NULL */
   float *router_bias;             /* (E) or NULL */
   float *q_norm, *k_norm;         /* drafter: (Q) */
 };
 
-/* GPU memory by kind. */
+/* GPU memory by kind, each thing rounded up to 256 bytes. */
 struct us_device_bytes {
   uint64_t experts, attention, dense, router, head, embed, draft, vectors; /* weights of this rank */
   uint64_t scratch;                                                        /* while loading, freed after it */
@@ -47,9 +50,9 @@ struct us_device_weights {
   uint32_t rank, ranks;
   struct us_device_bytes bytes;
   struct us_device_layer *layers;       /* (L) */
-  struct us_device_matrix head;         /* (N / ranks, D) */
+  struct us_device_matrix head;         /* (N / ranks, D): of ids [rank * embed_rows, + head.rows) */
   uint16_t *embed;                      /* bf16 (embed_rows, D): rows of token ids [rank * embed_rows, ...) */
-  uint32_t embed_rows;                  /* ceil(N / ranks) */
+  uint32_t embed_rows;                  /* ceil(N / ranks); rows past the vocabulary are zero */
   float *final_norm;                    /* (D) */
   struct us_device_layer *draft_layers; /* NULL without a drafter */
   struct us_device_matrix draft_fc;     /* (D / ranks, taps * D): rows of this rank */

@@ -54,28 +54,6 @@ static void add_active_experts(const struct us_shape *s, struct us_count *count)
       bytes - scales, scales);
 }
 
-static enum us_format shape_format(const struct us_precision *p, const struct us_tensor_ref *ref) {
-  if (!ref->matrix) return US_FORMAT_F32;
-  switch (family_of(ref)) {
-  case US_FAMILY_EMBED:
-    return p->embed;
-  case US_FAMILY_QKV:
-    return p->qkv;
-  case US_FAMILY_O_PROJ:
-    return p->o_proj;
-  case US_FAMILY_DENSE:
-    return p->dense;
-  case US_FAMILY_EXPERTS:
-    return p->experts;
-  case US_FAMILY_ROUTER:
-    return p->router;
-  case US_FAMILY_HEAD:
-    return p->head;
-  default:
-    return p->draft;
-  }
-}
-
 static enum us_status count_model(struct us_model *model, bool by_shape, struct us_count *ret_count,
                                   struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
@@ -84,7 +62,7 @@ static enum us_status count_model(struct us_model *model, bool by_shape, struct 
   enum us_status status = us_model_tensors(model, &refs, &n, err);
   for (size_t i = 0; status == US_OK && i < n; i++) {
     enum us_format format = refs[i].matrix ? refs[i].matrix->format : US_FORMAT_F32;
-    if (by_shape) format = shape_format(&model->shape.precision, &refs[i]);
+    if (by_shape && refs[i].matrix) format = us_tensor_format(&model->shape.precision, &refs[i]);
     count_tensor(&model->shape, &refs[i], format, ret_count);
   }
   if (status == US_OK) add_active_experts(&model->shape, ret_count);

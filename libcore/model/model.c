@@ -162,6 +162,18 @@ size_t us_tensor_scale_chunk_rows(const struct us_shape *shape, const struct us_
   return fused ? ref->rows / shape->qkv_chunks : 0;
 }
 
+enum us_format us_tensor_format(const struct us_precision *p, const struct us_tensor_ref *ref) {
+  const struct {
+    const char *family;
+    enum us_format format;
+  } formats[] = {{"embed", p->embed}, {"head", p->head},       {"qkv", p->qkv},       {"o_proj", p->o_proj},
+                 {"dense", p->dense}, {"experts", p->experts}, {"router", p->router}, {"draft", p->draft}};
+  for (size_t i = 0; ref->matrix && i < sizeof formats / sizeof *formats; i++) {
+    if (strcmp(formats[i].family, ref->family) == 0) return formats[i].format;
+  }
+  return US_FORMAT_NONE;
+}
+
 struct listing {
   struct us_tensor_ref *refs;
   size_t count;

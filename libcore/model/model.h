@@ -96,6 +96,9 @@ struct us_tensor_ref {
   size_t rows, cols;        /* expected shape: (N, K), or (n, 1) for a vector */
 };
 
+/* The format that `precision` gives a tensor of a model or drafter: by its family; NONE for a vector. */
+enum us_format us_tensor_format(const struct us_precision *precision, const struct us_tensor_ref *ref);
+
 /* FP8 scale grid of a model's tensor: it restarts after so many rows in a fused qkv projection; else 0. */
 size_t us_tensor_scale_chunk_rows(const struct us_shape *shape, const struct us_tensor_ref *ref);
 

@@ -1,6 +1,5 @@
 /* random.c: models and drafters with random weights. */
 #include "model/random.h"
-#include "base/init.h"
 #include "model/precision.h"
 
 #include <math.h>
@@ -24,11 +23,14 @@ struct stream {
   size_t cols;
 };
 
+struct us_init us_random_init(uint64_t seed, const struct us_tensor_ref *ref) {
+  struct us_init init = {.key = us_philox_key(seed), .name = us_init_name(ref->name)};
+  range_of(ref, &init.middle, &init.half);
+  return init;
+}
+
 static struct stream stream_of(uint64_t seed, const struct us_tensor_ref *ref) {
-  struct stream s = {.init = {.key = us_philox_key(seed), .name = us_init_name(ref->name)},
-                     .cols = ref->cols};
-  range_of(ref, &s.init.middle, &s.init.half);
-  return s;
+  return (struct stream){.init = us_random_init(seed, ref), .cols = ref->cols};
 }
 
 static void stream_row(void *arg, size_t row, float *out) {
@@ -60,18 +62,6 @@ static enum us_status fill(const struct us_tensor_ref *ref, enum us_format forma
   return status;
 }
 
-static enum us_format format_of(const struct us_precision *p, const struct us_tensor_ref *ref) {
-  const struct {
-    const char *family;
-    enum us_format format;
-  } formats[] = {{"embed", p->embed}, {"head", p->head},       {"qkv", p->qkv},      {"o_proj", p->o_proj},
-                 {"dense", p->dense}, {"experts", p->experts}, {"router", p->router}};
-  for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) {
-    if (strcmp(formats[i].family, ref->family) == 0) return formats[i].format;
-  }
-  return US_FORMAT_F32;
-}
-
 enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, struct us_pool *pool,
                                struct us_model **ret_model, struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
@@ -81,7 +71,7 @@ enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, stru
   enum us_status status = us_model_create(shape, &model, err);
   if (status == US_OK) status = us_model_tensors(model, &refs, &count, err);
   for (size_t i = 0; status == US_OK && i < count; i++) {
-    status = fill(&refs[i], format_of(&shape->precision, &refs[i]),
+    status = fill(&refs[i], us_tensor_format(&shape->precision, &refs[i]),
                   us_tensor_scale_chunk_rows(shape, &refs[i]), seed, model->owner, pool, err);
   }
   free(refs);

@@ -10,6 +10,7 @@
 #ifndef US_MODEL_RANDOM_H
 #define US_MODEL_RANDOM_H
 
+#include "base/init.h"
 #include "base/pool.h"
 #include "model/model.h"
 
@@ -20,6 +21,9 @@ US_CHECKED enum us_status us_model_random(const struct us_shape *shape, uint64_t
 US_CHECKED enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_format format,
                                           uint64_t seed, struct us_pool *pool, struct us_draft **ret_draft,
                                           struct us_err *err);
+
+/* What makes a tensor's values, wherever they are made: quad q of row r is us_init_quad(&init, r, q). */
+struct us_init us_random_init(uint64_t seed, const struct us_tensor_ref *ref);
 
 /* One row of FP32 values (ref->cols), before storage rounds them; a vector is `rows` rows of one column. */
 void us_random_row(uint64_t seed, const struct us_tensor_ref *ref, size_t row, float *ret_values);
