@@ -15,7 +15,7 @@
 #include "kernels/gpu/async.cuh"
 
 #define US_ENGINE_STAGES  5
-#define US_ENGINE_THREADS 576 /* 18 warps: 112 registers a thread */
+#define US_ENGINE_THREADS 640 /* 20 warps, of which 2 idle: registers are moved between groups of 4 */
 #define US_ENGINE_COMPUTE (US_ENGINE_COMPUTE_WARPS * 32)
 /* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
 #define US_ENGINE_PARTIAL 272
@@ -23,10 +23,10 @@
 
 /* The experts that the 8 rows of a row tile chose, ascending id. */
 struct us_engine_active {
-  uint32_t count;
+  alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
+  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS];             /* row * top_k + k, or -1: the row does not use this expert */
   uint16_t expert[US_ENGINE_ACTIVE];
-  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS];  /* row * top_k + k, or -1: the row does not use this expert */
-  float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS];  /* routing weight, or 0 */
+  uint32_t count;
 };
 
 /* Dynamic shared memory. Compute warps may use `partial` and `scratch` (contiguous, us_engine_scratch) inside an operation
@@ -76,15 +76,15 @@ static __device__ __forceinline__ uint64_t us_engine_now(void) {
 }
 
 /* Counts the tries of one wait. A wait longer than the launch's timeout writes down where it stands, gives the other roles
- * half a second to do the same, and stops the GPU's context. Never returning, it costs the waiting loop no registers. */
+ * half a second to do the same, and stops the GPU's context. Inline and ending in an exit: a call would take the waiting
+ * loop's registers away. */
 struct us_engine_watch {
   uint32_t tries;
   uint64_t since;
 };
 
-static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(const struct us_engine_block *b,
-                                                                                   uint32_t what, uint32_t index,
-                                                                                   uint64_t have, uint64_t want) {
+static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what, uint32_t index,
+                                                            uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
   uint64_t now = us_engine_now();
   s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
@@ -92,7 +92,7 @@ static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stu
   s->what = what;
   __threadfence_system();
   while (us_engine_now() - now < 500000000ull) __nanosleep(1000);
-  for (;;) __trap();
+  asm volatile("trap; exit;");
 }
 
 /* One more try of a wait of one thread. */
@@ -120,6 +120,31 @@ static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_en
   if (us_barrier_try(address, parity)) return;
   struct us_engine_watch watch = {0, 0};
   while (!us_barrier_try(address, parity)) us_engine_watch_try(b, &watch, what, 0, parity, 0);
+}
+
+/* ---- profile ------------------------------------------------------------------------------------------------------ */
+
+/* The thread that speaks for its role. */
+static __device__ __forceinline__ bool us_engine_leads(const struct us_engine_block *b) {
+  return b->role == 0 ? threadIdx.x == 0 : threadIdx.x % 32 == 0;
+}
+
+static __device__ __noinline__ void us_engine_span_write(const struct us_engine_block *b, uint32_t what, uint64_t begin) {
+  const struct us_engine_profile *p = &b->launch->profile;
+  uint32_t lane = b->grid_block * US_ENGINE_ROLES + b->role, at = p->counts[lane]++;
+  if (at >= p->capacity) return;
+  struct us_engine_span *span = p->spans + (size_t)lane * p->capacity + at;
+  span->begin = begin, span->end = us_engine_now();
+  span->op = (uint16_t)b->op_index, span->role = (uint16_t)b->role, span->what = (uint16_t)what;
+  span->round = (uint16_t)b->round;
+}
+
+/* One thread: the start of an interval, 0 when nobody profiles; and its end. */
+static __device__ __forceinline__ uint64_t us_engine_span_begin(const struct us_engine_block *b) {
+  return b->launch->profile.spans ? us_engine_now() : 0;
+}
+static __device__ __forceinline__ void us_engine_span_end(const struct us_engine_block *b, uint32_t what, uint64_t begin) {
+  if (begin) us_engine_span_write(b, what, begin);
 }
 
 /* ---- loads and stores between blocks and GPUs ------------------------------------------------------------------------- */
@@ -179,7 +204,11 @@ static __device__ __forceinline__ void us_engine_poll_done(const struct us_engin
 
 /* All compute threads: what `op` wrote is visible. op may be US_ENGINE_NONE. */
 static __device__ __forceinline__ void us_engine_wait_done(const struct us_engine_block *b, uint32_t op) {
-  if (threadIdx.x == 0 && op != US_ENGINE_NONE) us_engine_poll_done(b, op);
+  if (threadIdx.x == 0 && op != US_ENGINE_NONE) {
+    uint64_t begin = us_engine_span_begin(b);
+    us_engine_poll_done(b, op);
+    us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
+  }
   us_engine_meet();
 }
 

@@ -37,7 +37,7 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
 }
 
 static __device__ __noinline__ void us_engine_down_stream(struct us_engine_block *b, const struct us_engine_op *op) {
-  const struct us_engine_down *d = &op->down;
+  const struct us_engine_down local = op->down, *d = &local;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
   us_engine_wait_routed(b);
@@ -118,7 +118,7 @@ static __device__ __forceinline__ void us_engine_down_step(const struct us_engin
   const uint8_t *page = step_pages + at->slice * d->w.page_bytes;
 #pragma unroll
   for (int t = 0; t < US_DOWN_TILES; t++) {
-    if (t >= tiles) break;
+    if (t >= tiles) continue;
     float sum[4], low, high;
     us_down_group<FORMAT>(page + t * run, d->w.groups, at, rows, sum, &low, &high);
     y[4 * t + 0] = __fmaf_rn(weight.x, low * sum[0], y[4 * t + 0]);
@@ -131,7 +131,7 @@ static __device__ __forceinline__ void us_engine_down_step(const struct us_engin
 template <int FORMAT>
 static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b, const struct us_engine_op *op,
                                                               uint32_t tiles, float *y) {
-  const struct us_engine_down *d = &op->down;
+  const struct us_engine_down local = op->down, *d = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t warp = threadIdx.x / 32, groups = d->w.groups, total = s->active.count * d->steps;
@@ -143,7 +143,7 @@ static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_b
   for (uint32_t i = 0; i < total; i += US_DOWN_AHEAD) {
 #pragma unroll
     for (int k = 0; k < US_DOWN_AHEAD; k++) {
-      if (i + k >= total) break;
+      if (i + k >= total) continue;
       if (in_stage == 0) us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
       uint4 now = rows[k];
       rows[k] = us_engine_down_rows(s, d, &at, i + k + US_DOWN_AHEAD, total);
@@ -181,7 +181,7 @@ static __device__ void us_engine_down_out(struct us_engine_block *b, const struc
   }
 }
 
-static __device__ __noinline__ void us_engine_down_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_down_compute(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_down *d = &op->down;
   us_engine_wait_done(b, op->wait);
   uint32_t groups = us_engine_down_groups(d);

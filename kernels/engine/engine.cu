@@ -61,23 +61,22 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
 
 /* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
  * follows: no copy may be under way when the block leaves. */
-static __device__ void run_rounds(struct us_engine_block *b) {
+template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
   const struct us_engine_launch *launch = b->launch;
   const struct us_engine_op *ops = b->rank->ops;
   for (uint32_t round = 0; round != launch->rounds; round++) {
     b->round = round;
     for (uint32_t i = launch->first; i < launch->last; i++) {
       b->op_index = i;
+      uint64_t begin = us_engine_leads(b) ? us_engine_span_begin(b) : 0;
       if (ops[i].kind == US_ENGINE_ROUTE) b->routes++;
-      if (b->role == ROLE_COMPUTE)
-        compute(b, ops + i);
-      else if (b->role == ROLE_STREAM)
-        stream(b, ops + i);
-      else
-        epilogue(b, ops + i);
+      if (ROLE == ROLE_COMPUTE) compute(b, ops + i);
+      if (ROLE == ROLE_STREAM) stream(b, ops + i);
+      if (ROLE == ROLE_EPILOGUE) epilogue(b, ops + i);
+      us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
     }
     if (round + 1 == launch->rounds) return;
-    if (b->role == ROLE_COMPUTE) {
+    if (ROLE == ROLE_COMPUTE) {
       us_engine_meet();
       if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->ended));
       us_engine_meet();
@@ -132,8 +131,14 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   us_barrier_init_fence();
   __syncthreads();
   struct us_engine_block b = make_block(&launch, shared);
-  restore_route(&b);
-  if (b.role != ROLE_STREAM || threadIdx.x % 32 == 0) run_rounds(&b);
+  if (threadIdx.x < US_ENGINE_COMPUTE) {
+    restore_route(&b);
+    run_rounds<ROLE_COMPUTE>(&b);
+  } else {
+    restore_route(&b);
+    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM>(&b);
+    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE>(&b);
+  }
 }
 
 const char *us_engine_kind_name(enum us_engine_kind kind) {

@@ -117,7 +117,7 @@ struct us_engine_gemm {
   bool gather;         /* PUSH: ranks hold different columns, not different sums */
   bool experts;        /* w is a layer's experts, the list of ROUTE says which */
 };
-/* subs <= 3 for MXFP4 and FP8, 6 for BF16, 12 for F32 (US_ENGINE_GROUPS / the format's groups a page). */
+/* Groups a page, at most: 4 for MXFP4, 4 / halves for FP8, 2 / halves for BF16, 1 for F32; subs <= US_ENGINE_GROUPS / that. */
 
 struct us_engine_down {
   struct us_engine_matrix w; /* tiles of 16 rows; an expert's (D, F) */
@@ -323,12 +323,11 @@ struct us_engine_state {
   int32_t proposal[US_ENGINE_MAX_ROWS]; /* by row of the drafter's pass: SELECT of the drafter */
   int32_t drawn[US_ENGINE_MAX_ROWS];    /* by row of the target's pass: SELECT of the target; -1: logits that are not finite */
   uint32_t block;      /* rows a sequence, 1 to 16 */
-  uint32_t round;      /* since the state was made */
-  uint32_t live;       /* active sequences; the engine parks at 0 */
-  uint32_t waiting;    /* host: a request waits for a place: park after a round in which a sequence ends */
+  uint32_t round;      /* ACCEPTs since the buffers were made: never goes back, flags of SELECT are made from it */
+  uint32_t live;       /* active sequences */
   uint32_t events;     /* written to the ring so far */
   uint32_t park, cancel; /* the host's wish as rank 0 saw it in this round's last SELECT: the same on every rank */
-  uint64_t verdict;    /* ACCEPT, from block 0 to the rank's other blocks: running index of SELECT << 32 | no further round */
+  uint32_t stop;       /* of the last ACCEPT: no further round, because a sequence ended, none is live, or park */
   uint64_t experts;    /* active experts summed over MoE layers and row tiles */
   uint64_t expert_layers;
 };
@@ -358,8 +357,7 @@ struct us_engine_event_words {
 };
 
 /* Mapped host memory that rank 0 and the host share, all zero at first. The kernel reads the first 16 bytes once a round, in one
- * load. It never waits for the host: when the ring is nearly full it ends after the round (US_ENGINE_EVENTS - 2 events are
- * always safe, those of a round come together). */
+ * load. It never waits for the host: when the ring has no room for two more rounds it ends after this one. */
 struct us_engine_mailbox {
   volatile uint32_t park;   /* end after this round */
   volatile uint32_t cancel; /* bit i ends sequence i after this round; cleared when no launch runs */
@@ -414,7 +412,7 @@ struct us_engine_rank {
   float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
   uint32_t slots, addends, D;
   uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
-  void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before running index 0 */
+  void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before round 0 */
   const uint8_t *kv_pool, *draft_pool;   /* pages of this rank */
   const uint16_t *embed[US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
   uint32_t embed_rows;
@@ -426,18 +424,18 @@ struct us_engine_rank {
   struct us_engine_stuck *stuck; /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
 };
 
-/* A rank's buffer for SELECT, zero at first: candidates of every block (128 bytes each, and 128 of rank 0's mailbox) for each
- * SELECT of a round; then the counts that blocks of the rank exchange while they filter. `blocks` of one rank, `selects` a round
- * (launch.selects_a_round): a SELECT's part is used again one round later, when every rank has passed this round's ACCEPT. */
-#define US_ENGINE_HOP_WORDS 256 /* 16 bytes each: counts of a radix pass */
+/* A rank's buffer for SELECT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups, slots, parts,
+ * words); then for every SELECT of a round the candidates of all blocks of all ranks (128 bytes each, and 128 for what the host
+ * wants). `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
+#define US_ENGINE_HOP_WORDS 256 /* counts of a radix pass */
 #define US_ENGINE_HOP_SLOTS 3
 #define US_ENGINE_HOP_PARTS 16  /* blocks that filter a row together, at most */
-static US_HD uint64_t us_engine_candidate_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
-  return (uint64_t)selects * ((uint64_t)ranks * blocks + 1) * US_ENGINE_ROWS * 16;
+#define US_ENGINE_HOP_BYTES ((uint64_t)US_ENGINE_ROWS * US_ENGINE_HOP_SLOTS * US_ENGINE_HOP_PARTS * US_ENGINE_HOP_WORDS * 16)
+static US_HD uint64_t us_engine_candidate_bytes(uint32_t ranks, uint32_t blocks) { /* of one SELECT */
+  return ((uint64_t)ranks * blocks + 1) * US_ENGINE_ROWS * 16;
 }
-static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
-  return us_engine_candidate_bytes(ranks, blocks, selects) +
-         (uint64_t)US_ENGINE_ROWS * US_ENGINE_HOP_SLOTS * US_ENGINE_HOP_PARTS * US_ENGINE_HOP_WORDS * 16;
+static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t row_tiles) {
+  return US_ENGINE_HOP_BYTES + 2 * row_tiles * us_engine_candidate_bytes(ranks, blocks);
 }
 
 struct us_engine_launch {

@@ -80,10 +80,19 @@ static __device__ __noinline__ void us_engine_gemm_stream(struct us_engine_block
 
 /* ---- multiplying one page ------------------------------------------------------------------------------------------- */
 
-/* Groups of 32 columns a page has at most, by format: US_ENGINE_GROUPS of them are in registers. */
-template <int FORMAT> struct us_engine_page_groups {
-  static constexpr int most = FORMAT == US_FORMAT_BF16 ? 2 : FORMAT == US_FORMAT_F32 ? 1 : 4;
+/* Groups of 32 columns a page has at most: what 16 of them leave in a stage. US_ENGINE_GROUPS are in registers. */
+template <int FORMAT, int HALVES> struct us_engine_page_groups {
+  static constexpr int most = FORMAT == US_FORMAT_MXFP4  ? 4
+                              : FORMAT == US_FORMAT_FP8  ? 4 / HALVES
+                              : FORMAT == US_FORMAT_BF16 ? 2 / HALVES
+                                                         : 1;
 };
+
+/* Keeps the compiler from loading the codes of later groups early: four warps a scheduler hide the latency, and the registers
+ * are needed for the activations. */
+static __device__ __forceinline__ void us_engine_in_order(void) {
+  asm volatile("" ::: "memory");
+}
 
 /* The float of stored scale byte j of `bytes`, j known when compiled. */
 static __device__ __forceinline__ float us_scale_at(uint32_t bytes, int j) {
@@ -105,7 +114,8 @@ static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *pag
     *(uint2 *)scales = ((const uint2 *)tail)[lane / 4];
 #pragma unroll
   for (int q = 0; q < 4; q++) {
-    if (q >= groups) break;
+    if (q >= groups) continue; /* a break would keep the loop from unrolling, and the rows out of registers */
+    us_engine_in_order();
     uint32_t word[2 * HALVES], a[4];
     if (HALVES == 2)
       *(uint4 *)word = ((const uint4 *)page)[q * 32 + lane];
@@ -136,8 +146,9 @@ static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page,
   for (int h = 0; h < HALVES; h++) {
     float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int q = 0; q < 4; q++) {
-      if (q >= groups) break;
+    for (int q = 0; q < 4 / HALVES; q++) {
+      if (q >= groups) continue;
+      us_engine_in_order();
       uint4 w = ((const uint4 *)page)[(q * HALVES + h) * 32 + lane];
       uint32_t a[4];
       us_fp8_fragment(w.x, a), us_fp8_fragment(w.y, a + 2);
@@ -154,10 +165,11 @@ template <int HALVES>
 static __device__ __forceinline__ void us_page_multiply_bf16(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
                                                              float *acc) {
 #pragma unroll
-  for (int q = 0; q < 2; q++) {
-    if (q >= groups) break;
+  for (int q = 0; q < 2 / HALVES; q++) {
+    if (q >= groups) continue;
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
+      us_engine_in_order();
       const uint4 *chunk = (const uint4 *)page + (q * HALVES + h) * 64 + lane;
       uint4 w0 = chunk[0], w1 = chunk[32];
       us_mma_bf16(acc + 4 * h, &w0.x, b[q].x, b[q].y, acc + 4 * h);
@@ -234,14 +246,15 @@ static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engin
   if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_full[buffer]));
 }
 
-template <int FORMAT, int HALVES>
-static __device__ __noinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
-  constexpr int MOST = us_engine_page_groups<FORMAT>::most;
+/* WHOLE: pages have as many groups as they can, which spares the inner loop its tests. */
+template <int FORMAT, int HALVES, bool WHOLE>
+static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
+  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t groups = g->w.groups, subs = g->subs, tiles = g->w.tiles, blocks = b->blocks, tile = b->tile;
+  uint32_t groups = WHOLE ? MOST : g->w.groups, subs = g->subs, tiles = g->w.tiles, blocks = b->blocks, tile = b->tile;
   uint32_t items = us_engine_gemm_items(b, g), loaded = US_ENGINE_NONE, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps, experts = g->experts;
   uint4 rows[US_ENGINE_GROUPS];
@@ -252,7 +265,7 @@ static __device__ __noinline__ void us_engine_gemm_tiles(struct us_engine_block 
     float acc[4 * HALVES] = {};
 #pragma unroll
     for (int j = 0; j < US_ENGINE_GROUPS / MOST; j++) {
-      if (j >= subs) break;
+      if (j >= subs) continue;
       us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
       if (working)
         us_page_multiply<FORMAT, HALVES>(s->ring[c.stage] + offset, groups, lane, rows + j * MOST, acc);
@@ -264,17 +277,25 @@ static __device__ __noinline__ void us_engine_gemm_tiles(struct us_engine_block 
   b->stage = c.stage, b->phase = c.phase, b->tile = tile;
 }
 
-static __device__ __noinline__ void us_engine_gemm_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+template <int FORMAT, int HALVES>
+static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most)
+    us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op);
+  else
+    us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op);
+}
+
+static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_block *b, const struct us_engine_op *op) {
   us_engine_wait_done(b, op->wait);
   uint32_t format = op->gemm.w.format;
   bool two = op->gemm.w.halves == 2;
-  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_tiles<US_FORMAT_MXFP4, 2>(b, op);
-  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_tiles<US_FORMAT_MXFP4, 1>(b, op);
-  if (format == US_FORMAT_FP8 && two) us_engine_gemm_tiles<US_FORMAT_FP8, 2>(b, op);
-  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_tiles<US_FORMAT_FP8, 1>(b, op);
-  if (format == US_FORMAT_BF16 && two) us_engine_gemm_tiles<US_FORMAT_BF16, 2>(b, op);
-  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_tiles<US_FORMAT_BF16, 1>(b, op);
-  if (format == US_FORMAT_F32) us_engine_gemm_tiles<US_FORMAT_F32, 1>(b, op);
+  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op);
+  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op);
+  if (format == US_FORMAT_FP8 && two) us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op);
+  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op);
+  if (format == US_FORMAT_BF16 && two) us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op);
+  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op);
+  if (format == US_FORMAT_F32) us_engine_gemm_tiles<US_FORMAT_F32, 1, true>(b, op);
 }
 
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
@@ -283,8 +304,10 @@ static __device__ __noinline__ void us_engine_gemm_compute(struct us_engine_bloc
 static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer, uint32_t half,
                                                              uint32_t warps, int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
+  const float4 *from = (const float4 *)b->shared->partial[buffer][0] + half * 32 + lane;
+#pragma unroll 8
   for (uint32_t w = 0; w < warps; w++) {
-    float4 v = ((const float4 *)b->shared->partial[buffer][w])[half * 32 + lane];
+    float4 v = from[w * (US_ENGINE_PARTIAL / 4)];
     sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
     sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
   }
@@ -365,7 +388,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
 }
 
 static __device__ __noinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
-  const struct us_engine_gemm *g = &op->gemm;
+  const struct us_engine_gemm local = op->gemm, *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = b->shared;
   int lane = threadIdx.x % 32;
   uint32_t tiles = g->w.tiles, tile = b->tile;

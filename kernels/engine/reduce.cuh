@@ -172,12 +172,14 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
     if (r->weight && threadIdx.x < US_ENGINE_ROWS) us_reduce_publish(b, slices, slice, running, squares, tiles);
     us_engine_meet();
   }
-  if (r->weight) {
+  if (r->weight && b->index < slices) { /* a block without a slice may be late: the words may be of another REDUCE by then */
     us_engine_jitter(b);
+    uint64_t begin = threadIdx.x == 0 ? us_engine_span_begin(b) : 0;
     if (warp < US_ENGINE_ROWS) {
       float s = us_reduce_scale(b, r, slices, warp, running, lane);
       if (lane == 0) scale[warp] = s;
     }
+    us_engine_span_end(b, US_ENGINE_WAIT_NORM, begin);
     us_engine_meet();
     for (uint32_t slice = b->index; slice < slices; slice += b->blocks)
       if (warp < tiles) us_reduce_norm(r, scale, slice * tiles + warp, lane);

@@ -14,6 +14,7 @@
 
 /* What a row chose, and which experts anybody chose: over us_engine_scratch. */
 struct us_route_work {
+  float logit[US_ENGINE_ROWS][32 * US_ROUTE_LANE_EXPERTS];
   uint32_t chosen[US_ENGINE_ROWS][US_ROUTE_LANE_EXPERTS]; /* bit masks of 32 experts */
   uint32_t any[US_ROUTE_LANE_EXPERTS];
   float score[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK]; /* by ascending id */
@@ -31,44 +32,55 @@ static __device__ __forceinline__ uint32_t us_route_key(float choice) {
 }
 
 /* Uniform routing: a random key an expert, a function of request, position and layer, so that plain and speculative decoding
- * route a token alike. */
-static __device__ __forceinline__ uint32_t us_route_random(const struct us_engine_block *b, const struct us_engine_op *op,
-                                                           const struct us_engine_row *row, uint32_t e) {
-  const struct us_engine_sequence *sequence = &b->rank->state->sequence[row->sequence];
-  uint32_t out[4];
-  struct us_philox_key key = us_philox_key(op->route.uniform_seed ^ __ldcg(&sequence->seed));
-  us_philox_quad(key, __ldcg(&row->position), __ldcg(&sequence->sample), e / 4, US_STREAM_ROUTE | op->layer << 8, out);
-  return (out[e % 4] >> 1) + 1; /* 0 stands for no expert */
+ * route a token alike. Experts 32 i + lane for i = 4 q + j share the quad of words (q, lane). */
+static __device__ __forceinline__ void us_route_random(const struct us_engine_block *b, const struct us_engine_op *op,
+                                                       uint32_t token, uint32_t lane, uint32_t *key) {
+  const struct us_engine_row *row = us_engine_rows(b, op) + token;
+  const struct us_engine_sequence *sequence = &b->rank->state->sequence[__ldcg(&row->sequence)];
+  struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ __ldcg(&sequence->seed));
+  uint32_t position = __ldcg(&row->position), sample = __ldcg(&sequence->sample), E = op->route.E;
+#pragma unroll
+  for (int q = 0; q < US_ROUTE_LANE_EXPERTS / 4; q++) {
+    uint32_t out[4];
+    if (q * 128 >= E) continue;
+    us_philox_quad(philox, position, sample, q * 32 + lane, US_STREAM_ROUTE | op->layer << 8, out);
+#pragma unroll
+    for (int j = 0; j < 4; j++) key[4 * q + j] = (4 * q + j) * 32 + lane < E ? (out[j] >> 1) + 1 : 0;
+  }
 }
 
-/* The logits of one row and the keys to choose by; returns how many experts of this lane there are. */
-static __device__ __forceinline__ void us_route_load(const struct us_engine_block *b, const struct us_engine_op *op,
-                                                     uint32_t token, uint32_t lane, float *logit, uint32_t *key) {
+/* The logits of all rows into shared memory, every load under way at once. */
+static __device__ __forceinline__ void us_route_gather(struct us_route_work *work, const struct us_engine_route *r) {
+#pragma unroll 8
+  for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * r->E; i += US_ENGINE_COMPUTE) {
+    uint32_t token = i / r->E, e = i % r->E;
+    const float *from = r->logits + (size_t)token * r->stride + e;
+    float sum = __ldcg(from);
+#pragma unroll 4
+    for (uint32_t p = 1; p < r->parts; p++) sum = __fadd_rn(sum, __ldcg(from + (size_t)p * US_ENGINE_ROWS * r->stride));
+    work->logit[token][e] = sum;
+  }
+}
+
+/* What to choose by; 0 stands for no expert. */
+static __device__ __forceinline__ void us_route_keys(const struct us_engine_block *b, const struct us_engine_op *op,
+                                                     const struct us_route_work *work, uint32_t token, uint32_t lane,
+                                                     uint32_t *key) {
   const struct us_engine_route *r = &op->route;
-  const struct us_engine_row *row = us_engine_rows(b, op) + token;
-  const float *from = r->logits + (size_t)token * r->stride;
 #pragma unroll
   for (int i = 0; i < US_ROUTE_LANE_EXPERTS; i++) {
     uint32_t e = i * 32 + lane;
-    key[i] = 0, logit[i] = 0;
-    if (e >= r->E) continue;
-    float sum = __ldcg(from + e);
-    for (uint32_t p = 1; p < r->parts; p++) sum = __fadd_rn(sum, __ldcg(from + (size_t)p * 8 * r->stride + e));
-    logit[i] = sum;
+    key[i] = 0;
+    if (e >= r->E || r->uniform) continue;
+    key[i] = us_route_key(us_route_sigmoid(work->logit[token][e]) + (r->bias ? r->bias[e] : 0.0f));
+    if (!key[i]) key[i] = 1; /* a NaN choice still is an expert */
   }
-#pragma unroll
-  for (int i = 0; i < US_ROUTE_LANE_EXPERTS; i++) {
-    uint32_t e = i * 32 + lane;
-    if (e >= r->E) continue;
-    key[i] = r->uniform ? us_route_random(b, op, row, e)
-                        : us_route_key(us_route_sigmoid(logit[i]) + (r->bias ? r->bias[e] : 0.0f));
-    if (!r->uniform && !key[i]) key[i] = 1; /* a NaN choice still is an expert */
-  }
+  if (r->uniform) us_route_random(b, op, token, lane, key);
 }
 
 /* Choose top_k experts of a row: bit masks of its experts, and their scores by ascending id. */
 static __device__ __forceinline__ void us_route_choose(struct us_route_work *work, const struct us_engine_route *r,
-                                                       uint32_t token, uint32_t lane, const float *logit, uint32_t *key) {
+                                                       uint32_t token, uint32_t lane, const uint32_t *key) {
   uint32_t mine = 0; /* bit i: expert 32 i + lane */
   for (uint32_t k = 0; k < r->top_k; k++) {
     uint32_t best = 0, id = US_ENGINE_NONE;
@@ -84,7 +96,7 @@ static __device__ __forceinline__ void us_route_choose(struct us_route_work *wor
   for (int i = 0; i < US_ROUTE_LANE_EXPERTS; i++) {
     uint32_t word = __ballot_sync(0xffffffffu, mine >> i & 1), at = before + __popc(word & ((1u << lane) - 1));
     if (lane == 0) work->chosen[token][i] = word;
-    if ((mine >> i & 1) && at < US_ENGINE_MAX_TOPK) work->score[token][at] = us_route_sigmoid(logit[i]);
+    if ((mine >> i & 1) && at < US_ENGINE_MAX_TOPK) work->score[token][at] = us_route_sigmoid(work->logit[token][i * 32 + lane]);
     before += __popc(word);
   }
 }
@@ -128,13 +140,13 @@ static __device__ __noinline__ void us_engine_route_build(struct us_engine_block
   for (uint32_t i = threadIdx.x; i < US_ENGINE_ACTIVE * US_ENGINE_ROWS; i += US_ENGINE_COMPUTE)
     active->pair[i / US_ENGINE_ROWS][i % US_ENGINE_ROWS] = -1, active->weight[i / US_ENGINE_ROWS][i % US_ENGINE_ROWS] = 0;
   if (threadIdx.x < US_ROUTE_LANE_EXPERTS) work->any[threadIdx.x] = 0;
+  us_route_gather(work, r);
   us_engine_meet();
   bool exists = warp < US_ENGINE_ROWS && __ldcg(&us_engine_rows(b, op)[warp % US_ENGINE_ROWS].sequence) != US_ENGINE_NONE;
   if (exists) {
-    float logit[US_ROUTE_LANE_EXPERTS];
     uint32_t key[US_ROUTE_LANE_EXPERTS];
-    us_route_load(b, op, warp, lane, logit, key);
-    us_route_choose(work, r, warp, lane, logit, key);
+    us_route_keys(b, op, work, warp, lane, key);
+    us_route_choose(work, r, warp, lane, key);
     __syncwarp();
     if (lane < US_ROUTE_LANE_EXPERTS) atomicOr(&work->any[lane], work->chosen[warp][lane]);
   }
