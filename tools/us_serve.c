@@ -1,6 +1,11 @@
 /* us_serve.c: generate text with a model, plainly or with a drafter. */
+#include "base/opt_value.h"
+#include "base/philox.h"
+#include "base/progress.h"
 #include "decode/pair.h"
 #include "decode/serve.h"
+#include "device/executor.h"
+#include "model/random.h"
 #include "plan/tiles.h"
 #include "tools/tool.h"
 
@@ -13,10 +18,14 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("model", 'm', "FILE", "checkpoint: a folder or an .h5 file; - reads its record from stdin",
                 .required = true),
     US_OPT_FILE("draft", 'd', "FILE", "drafter of this model; - reads its record from stdin"),
+    US_OPT_INT("synthetic", 0, "SEED",
+               "random weights; --model and --draft name shapes instead of checkpoints"),
     US_OPT_ARG("prompts", "PROMPTS", "prompts as JSON lines, or a folder of them; - is stdin",
                .repeat = true),
     US_OPT_STR("prompt", 'p', "TEXT", "prompt", .repeat = true),
     US_OPT_FILE("file", 'f', "FILE", "text file that is one prompt", .repeat = true),
+    US_OPT_INT("prompt-tokens", 0, "N", "prompt of N random tokens", .min = 1, .max = 1 << 20,
+               .repeat = true),
     US_OPT_FLAG("chat", 0, "text prompts are user turns of the chat template"),
     US_OPT_FLAG("raw", 0, "refuse prompts that need the chat template"),
     US_OPT_FLAG("thinking", 0, "let a chat answer think first"),
@@ -45,13 +54,20 @@ static const struct us_opt opts[] = {
                 "propose the tokens of a recorded plain run instead of the drafter's"),
     US_OPT_STR("accept", 0, "P,P,...", "rates at which the recorded tokens are kept, by slot", .def = "1"),
     US_OPT_INT("batch", 0, "N", "sequences that step together", .def = "1", .min = 1, .max = US_MAX_BATCH),
+    US_OPT_GROUP("GPUs"),
+    US_OPT_DEVICE("device", 0, "where to compute: cpu, cuda or cuda:N", .def = "cpu"),
+    US_OPT_INT("gpus", 0, "N", "number of GPUs, from --device on", .def = "1", .min = 1, .max = 8),
+    US_OPT_ENUM("engine", 0, "engine|graph",
+                "one persistent kernel, or a CUDA graph of one kernel an operation", .def = "engine"),
+    US_OPT_INT("positions", 0, "N", "positions of a sequence that the caches hold; 0: as many as fit",
+               .def = "0", .max = 1 << 20),
+    US_OPT_FLAG("uniform", 0, "synthetic weights: draw experts uniformly instead of by the router"),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "JSON lines also to a terminal"),
     US_OPT_FLAG("text", 0, "plain text also to a pipe"),
     US_OPT_FLAG("stats", 0, "detailed statistics at the end"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
-    US_OPT_DEVICE("device", 0, "where to compute: cpu, cuda or cuda:N", .def = "cpu"),
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_COMMON_TALK,
     US_OPT_END};
@@ -63,42 +79,113 @@ static const char description[] = "Answers every prompt with the model, on a ter
                                   "those of plain decoding. Without prompts on the command line, stdin is "
                                   "one prompt. Statistics go to stderr.";
 
-static const char examples[] = "# continue a text\n"
-                               "us-serve -m pico.h5 -p 'def fibonacci(n):'\n"
-                               "# answer a prompt set with a drafter, four at a time, and record the run\n"
-                               "us-serve -m q.h5 -d d.h5 --batch 4 data/prompts/math.jsonl > run.jsonl\n"
-                               "# every accept length on any weights: replay a plain run\n"
-                               "us-serve -m q.h5 -d d.h5 --draft-from run.jsonl --accept 0.9,0.8,0.7 "
-                               "data/prompts/math.jsonl\n";
+static const char examples[] =
+    "# continue a text\n"
+    "us-serve -m pico.h5 -p 'def fibonacci(n):'\n"
+    "# answer a prompt set with a drafter, four at a time, and record the run\n"
+    "us-serve -m q.h5 -d d.h5 --batch 4 data/prompts/math.jsonl > run.jsonl\n"
+    "# every accept length on any weights: replay a plain run\n"
+    "us-serve -m q.h5 -d d.h5 --draft-from run.jsonl --accept 0.9,0.8,0.7 "
+    "data/prompts/math.jsonl\n"
+    "# random weights of a shape on four GPUs, token ids in and out\n"
+    "us-serve -m mimo-v2.5-pro -d mimo-v2.5-pro-dflash --synthetic 1 --device cuda "
+    "--gpus 4 --prompt-tokens 512\n";
 
 /* Everything that main opens. */
 struct session {
   struct us_tool_run *run;
-  struct us_pair pair;
+  struct us_pair
+      pair; /* of synthetic weights: without a tokenizer, and without models if they are made on a GPU */
   struct us_pool *pool;
   struct us_executor *ex;
+  struct us_progress progress;
+  bool loading;
   struct us_run *replay;
   struct us_prompt *prompts;
   size_t n, capacity;
   struct us_prompts **sets; /* own the prompts of files */
   struct us_buffer *texts;  /* own the texts of files */
-  size_t n_sets, n_texts;
+  int32_t **random;         /* own the tokens of random prompts */
+  size_t n_sets, n_texts, n_random;
   const char **stops;
   float accept[US_MAX_BLOCK];
   size_t accept_count;
   bool as_text, streaming;
 };
 
-static enum us_status open_model(struct session *s, struct us_err *err) {
+/* ---- the model and what runs it ---- */
+
+static void say(void *arg, const char *line) {
+  us_log_notice(((struct session *)arg)->run->log, "%s", line);
+}
+
+static void loaded(void *arg, uint64_t done, uint64_t total) {
+  struct session *s = arg;
+  if (!s->loading)
+    us_progress_start(&s->progress, s->run->quiet ? NULL : stderr, "weights to the GPU", "bytes", total);
+  s->loading = true;
+  us_progress_set(&s->progress, done);
+}
+
+static struct us_executor_cuda_options gpu_options(struct session *s) {
   struct us_opts *o = s->run->opts;
-  if (us_opt_device(o, "device") >= 0)
-    return us_err_set(err, US_ERR_DEVICE, "this build generates on the CPU only");
-  enum us_status status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
-  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  return (struct us_executor_cuda_options){
+      .device = us_opt_device(o, "device"),
+      .gpus = (uint32_t)us_opt_int(o, "gpus"),
+      .mode = us_opt_choice(o, "engine") == 1 ? US_DEVICE_GRAPH : US_DEVICE_ENGINE,
+      .sequences = (uint32_t)us_opt_int(o, "batch") + 1, /* and a prompt whose samples have not all started */
+      .positions = (uint32_t)us_opt_int(o, "positions"),
+      .uniform = us_opt_flag(o, "uniform"),
+      .uniform_seed = (uint64_t)us_opt_int(o, "seed"),
+      .say = say,
+      .progress = loaded,
+      .arg = s};
+}
+
+/* Random weights: on the GPUs, or the same ones here. */
+static enum us_status open_synthetic(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  struct us_shape shape;
+  struct us_draft_shape draft;
+  bool drafting = us_opt_given(o, "draft");
+  uint64_t seed = (uint64_t)us_opt_int(o, "synthetic");
+  enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
+  if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
+  if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
+  if (status != US_OK) return status;
+  if (us_opt_device(o, "device") >= 0) {
+    struct us_executor_cuda_options options = gpu_options(s);
+    return us_executor_create_synthetic(&shape, drafting ? &draft : NULL, seed, &options, &s->ex, err);
+  }
+  status = us_model_random(&shape, seed, s->pool, &s->pair.model, err);
   if (status == US_OK)
-    status = us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->ex, err);
+    snprintf(s->pair.model->path, sizeof s->pair.model->path, "%s, random weights of seed %llu", shape.name,
+             (unsigned long long)seed);
+  if (status == US_OK && drafting)
+    status = us_draft_random(&draft, shape.precision.draft, seed, s->pool, &s->pair.draft, err);
   return status;
 }
+
+static enum us_status open_model(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  bool synthetic = us_opt_given(o, "synthetic"), gpu = us_opt_device(o, "device") >= 0;
+  if (us_opt_flag(o, "uniform") && !(synthetic && gpu))
+    return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic and --device cuda");
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  if (status == US_OK)
+    status = synthetic ? open_synthetic(s, err)
+                       : us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
+  if (status == US_OK && !s->ex && gpu) {
+    struct us_executor_cuda_options options = gpu_options(s);
+    status = us_executor_create_cuda(s->pair.model, s->pair.draft, &options, &s->ex, err);
+  } else if (status == US_OK && !s->ex) {
+    status = us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->ex, err);
+  }
+  if (s->loading) us_progress_end(&s->progress);
+  return status;
+}
+
+/* ---- prompts ---- */
 
 static enum us_status add_prompts(struct session *s, const struct us_prompt *prompts, size_t n,
                                   struct us_err *err) {
@@ -122,11 +209,40 @@ static enum us_status add_text_file(struct session *s, const char *path, struct 
   return add_prompts(s, &prompt, 1, err);
 }
 
+/* Tokens that any build draws alike, below the vocabulary's size. */
+static enum us_status add_random(struct session *s, size_t index, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  int64_t count = 0;
+  bool counted =
+      us_opt_value_int(us_opt_nth(o, "prompt-tokens", index), &count); /* checked by the option's table */
+  size_t n = counted ? (size_t)count : 0;
+  struct us_philox_key key = us_philox_key((uint64_t)us_opt_int(o, "seed"));
+  int32_t *ids = malloc(n * sizeof *ids);
+  if (!ids) return us_err_memory(err, "a prompt", n * sizeof *ids);
+  s->random[s->n_random++] = ids;
+  for (size_t i = 0; i < n; i++) {
+    uint32_t words[4];
+    us_philox_quad(key, (uint32_t)i, (uint32_t)index, 0, US_STREAM_INIT, words);
+    ids[i] = (int32_t)us_uniform_index(words[0], s->ex->model->shape.vocab);
+  }
+  struct us_prompt prompt = us_serve_ids_prompt("random", ids, n);
+  return add_prompts(s, &prompt, 1, err);
+}
+
+static enum us_status add_random_prompts(struct session *s, struct us_err *err) {
+  size_t n = us_opt_count(s->run->opts, "prompt-tokens");
+  s->random = calloc(n + 1, sizeof *s->random);
+  if (!s->random) return us_err_memory(err, "prompts", n * sizeof *s->random);
+  enum us_status status = US_OK;
+  for (size_t i = 0; status == US_OK && i < n; i++) status = add_random(s, i, err);
+  return status;
+}
+
 static enum us_status open_prompts(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   size_t texts = us_opt_count(o, "prompt"), files = us_opt_count(o, "file"),
-         sets = us_opt_count(o, "prompts");
-  bool stdin_is_prompt = !texts && !files && !sets, record = !strcmp(us_opt_str(o, "model"), "-");
+         sets = us_opt_count(o, "prompts"), random = us_opt_count(o, "prompt-tokens");
+  bool stdin_is_prompt = !texts && !files && !sets && !random, record = !strcmp(us_opt_str(o, "model"), "-");
   record |= us_opt_given(o, "draft") && !strcmp(us_opt_str(o, "draft"), "-");
   for (size_t i = 0; i < files; i++) stdin_is_prompt |= !strcmp(us_opt_nth(o, "file", i), "-");
   for (size_t i = 0; i < sets; i++) stdin_is_prompt |= !strcmp(us_opt_nth(o, "prompts", i), "-");
@@ -150,7 +266,7 @@ static enum us_status open_prompts(struct session *s, struct us_err *err) {
     s->n_sets++;
     status = add_prompts(s, (*set)->items, (*set)->n, err);
   }
-  if (status == US_OK && !texts && !files && !sets) status = add_text_file(s, "-", err);
+  if (status == US_OK && !texts && !files && !sets && !random) status = add_text_file(s, "-", err);
   return status;
 }
 
@@ -238,6 +354,7 @@ static enum us_status serve(struct session *s, struct us_err *err) {
     status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
   if (status == US_OK) status = open_prompts(s, err);
   if (status == US_OK) status = open_model(s, err);
+  if (status == US_OK) status = add_random_prompts(s, err);
   if (status == US_OK) status = fill(s, &settings, err);
   if (status == US_OK) status = us_serve_run(&settings, s->ex, s->prompts, s->n, &stats, err);
   if (status != US_OK) return status;
@@ -254,6 +371,8 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   us_run_free(s.replay);
   for (size_t i = 0; i < s.n_sets; i++) us_prompts_free(s.sets[i]);
   for (size_t i = 0; i < s.n_texts; i++) us_buffer_release(&s.texts[i]);
+  for (size_t i = 0; i < s.n_random; i++) free(s.random[i]);
+  free(s.random);
   free(s.sets);
   free(s.texts);
   free(s.prompts);

@@ -32,10 +32,15 @@ struct us_prompt us_serve_text_prompt(const char *id, const char *text) {
   return (struct us_prompt){.kind = US_PROMPT_TEXT, .id = id, .scenario = "", .text = text};
 }
 
+struct us_prompt us_serve_ids_prompt(const char *id, const int32_t *ids, size_t n) {
+  return (struct us_prompt){.kind = US_PROMPT_IDS, .id = id, .scenario = "", .ids = ids, .n_ids = n};
+}
+
 /* Prompts to requests */
 
 static bool is_chat(const struct us_serve *serve, const struct us_prompt *p) {
-  return serve->mode == US_SERVE_CHAT || p->kind == US_PROMPT_TURNS || p->kind == US_PROMPT_MESSAGES;
+  return (serve->mode == US_SERVE_CHAT && p->kind != US_PROMPT_IDS) || p->kind == US_PROMPT_TURNS ||
+         p->kind == US_PROMPT_MESSAGES;
 }
 
 static uint32_t turns_of(const struct us_prompt *p) {
@@ -70,6 +75,10 @@ static enum us_status encode_turn(const struct us_serve *serve, struct conversat
   struct us_buffer text = {0};
   enum us_status status = US_OK;
   c->ids.count = 0;
+  if (c->prompt->kind == US_PROMPT_IDS) return us_ids_append(&c->ids, c->prompt->ids, c->prompt->n_ids, err);
+  if (!serve->tokenizer)
+    return us_err_set(err, US_ERR_USAGE, "prompt '%s' is text, and the model has no tokenizer",
+                      c->prompt->id);
   if (is_chat(serve, c->prompt)) {
     if (serve->mode == US_SERVE_RAW)
       return us_err_set(err, US_ERR_USAGE, "prompt '%s' is a chat and cannot be raw", c->prompt->id);
@@ -204,7 +213,7 @@ static char *settings_text(const struct us_serve *s, const struct us_executor *e
 
 static size_t collect_stop_ids(const struct us_serve *serve, const struct us_shape *shape, int32_t *ids) {
   if (serve->ignore_end) return 0;
-  size_t n = (size_t)us_tokenizer_stop_ids(serve->tokenizer, ids);
+  size_t n = serve->tokenizer ? (size_t)us_tokenizer_stop_ids(serve->tokenizer, ids) : 0;
   for (uint32_t i = 0; i < shape->stop_count; i++) ids[n++] = (int32_t)shape->stop_ids[i];
   return n;
 }

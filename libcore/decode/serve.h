@@ -22,7 +22,7 @@ enum us_serve_mode {
 };
 
 struct us_serve {
-  const struct us_tokenizer *tokenizer;
+  const struct us_tokenizer *tokenizer; /* NULL: prompts are ids, answers have no text */
   enum us_serve_mode mode;
   struct us_chat_options chat; /* `generate` is set by us_serve_run */
   struct us_sampling sampling;
@@ -44,7 +44,10 @@ struct us_serve {
 /* A prompt of plain text, for a command line; strings are borrowed. */
 struct us_prompt us_serve_text_prompt(const char *id, const char *text);
 
-/* Answer prompts (n). US_ERR_USAGE: a mode that does not fit a prompt, or what us_generate refuses; US_ERR_INPUT: the
+/* A prompt of tokens: it needs no tokenizer, and the chat template leaves it alone; ids are borrowed. */
+struct us_prompt us_serve_ids_prompt(const char *id, const int32_t *ids, size_t n);
+
+/* Answer prompts (n). US_ERR_USAGE: a mode that does not fit a prompt, text without a tokenizer, or what us_generate refuses; US_ERR_INPUT: the
  * replay has no run of a prompt. opt_stats is the sum over turns. */
 US_CHECKED enum us_status us_serve_run(const struct us_serve *serve, struct us_executor *ex,
                                        const struct us_prompt *prompts, size_t n,

@@ -19,7 +19,14 @@
 
 #include "formats/chat.h"
 
-enum us_prompt_kind { US_PROMPT_TEXT, US_PROMPT_TURNS, US_PROMPT_MESSAGES, US_PROMPT_QUESTION };
+/* IDS is not of files: tokens that need no tokenizer. */
+enum us_prompt_kind {
+  US_PROMPT_TEXT,
+  US_PROMPT_TURNS,
+  US_PROMPT_MESSAGES,
+  US_PROMPT_QUESTION,
+  US_PROMPT_IDS
+};
 
 struct us_prompt {
   enum us_prompt_kind kind;
@@ -29,6 +36,8 @@ struct us_prompt {
   const char *answer;          /* QUESTION; else NULL */
   struct us_message *messages; /* TURNS (all of role user) and MESSAGES; else NULL */
   size_t n_messages;
+  const int32_t *ids; /* IDS; else NULL */
+  size_t n_ids;
 };
 
 struct us_prompts {

@@ -202,28 +202,39 @@ enum us_status us_draft_shape_check(const struct us_draft_shape *d, const struct
 
 /* --- loading --- */
 
-static enum us_status load_path(const char *path, struct us_shape *ret_shape, struct us_err *err) {
+/* The file that a name or path means. */
+static enum us_status find_file(const char *name_or_path, char *path, size_t bytes, struct us_err *err) {
+  struct stat st;
+  if (stat(name_or_path, &st) == 0) {
+    snprintf(path, bytes, "%s%s", name_or_path, S_ISDIR(st.st_mode) ? "/config.json" : "");
+    return US_OK;
+  }
+  if (strchr(name_or_path, '/')) return us_err_errno(err, US_ERR_IO, "cannot open '%s'", name_or_path);
+  const char *data = getenv("ULTRASPEED_DATA");
+  snprintf(path, bytes, "%s/shapes/%s.json", data && *data ? data : US_DATA_DIR, name_or_path);
+  if (stat(path, &st) == 0) return US_OK;
+  return us_err_set(err, US_ERR_USAGE, "no shape '%s': neither a file nor in %s", name_or_path,
+                    data && *data ? "$ULTRASPEED_DATA/shapes" : US_DATA_DIR "/shapes");
+}
+
+enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape, struct us_err *err) {
+  char path[4096];
   struct us_buffer text = {0};
-  enum us_status status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
+  enum us_status status = find_file(name_or_path, path, sizeof path, err);
+  if (status == US_OK) status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
   if (status == US_OK) status = us_shape_parse(text.data ? text.data : "", text.size, path, ret_shape, err);
   us_buffer_release(&text);
   return status;
 }
 
-enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape, struct us_err *err) {
+enum us_status us_draft_shape_load(const char *name_or_path, struct us_draft_shape *ret_draft,
+                                   struct us_err *err) {
   char path[4096];
-  struct stat st;
-  if (stat(name_or_path, &st) == 0) {
-    if (!S_ISDIR(st.st_mode)) return load_path(name_or_path, ret_shape, err);
-    snprintf(path, sizeof path, "%s/config.json", name_or_path);
-    return load_path(path, ret_shape, err);
-  }
-  if (strchr(name_or_path, '/')) return us_err_errno(err, US_ERR_IO, "cannot open '%s'", name_or_path);
-  const char *data = getenv("ULTRASPEED_DATA");
-  snprintf(path, sizeof path, "%s/shapes/%s.json", data && *data ? data : US_DATA_DIR, name_or_path);
-  if (stat(path, &st) != 0) {
-    return us_err_set(err, US_ERR_USAGE, "no shape '%s': neither a file nor in %s", name_or_path,
-                      data && *data ? "$ULTRASPEED_DATA/shapes" : US_DATA_DIR "/shapes");
-  }
-  return load_path(path, ret_shape, err);
+  struct us_buffer text = {0};
+  enum us_status status = find_file(name_or_path, path, sizeof path, err);
+  if (status == US_OK) status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
+  if (status == US_OK)
+    status = us_draft_shape_parse(text.data ? text.data : "", text.size, path, ret_draft, err);
+  us_buffer_release(&text);
+  return status;
 }

@@ -130,5 +130,7 @@ US_CHECKED enum us_status us_draft_shape_print(const struct us_draft_shape *draf
  * folder (data/shapes, or $ULTRASPEED_DATA/shapes). */
 US_CHECKED enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape,
                                         struct us_err *err);
+US_CHECKED enum us_status us_draft_shape_load(const char *name_or_path, struct us_draft_shape *ret_draft,
+                                              struct us_err *err);
 
 #endif
