@@ -1,0 +1,230 @@
+/* select.cuh: logits of all ranks to one token a row, the one that us_sample_token (base/sample.h) draws.
+ *
+ * Every block looks at its piece of the rank's vocabulary and sends its best candidate of each row to every rank; block 0 of
+ * every rank waits for all of them and takes the best. Scores are not sums, so any cut gives the same token; ties go to the
+ * lowest id. A candidate is 16 bytes that carry their own flag, stored and loaded whole: no fence, no counter, one hop. Rows that
+ * top-k, top-p or min-p filter go on in filter.cuh; their logits travel to every rank before the candidates do.
+ *
+ * Bound: latency. 8 x 38,144 logits are 1.2 MB of L2 and one Philox quad a thread; the rest is one store and one load between
+ * blocks (GPUs).
+ */
+#ifndef US_KERNELS_ENGINE_SELECT_CUH
+#define US_KERNELS_ENGINE_SELECT_CUH
+
+#include "kernels/engine/filter.cuh"
+
+/* What one row of the tile wants. */
+struct us_engine_draw {
+  bool wanted, noisy, filtered; /* noisy: the score is logit / temperature + Gumbel noise; else the logit */
+  float inv_temperature;
+  struct us_noise noise;
+};
+
+static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine_block *b,
+                                                          const struct us_engine_op *op, uint32_t r) {
+  const struct us_engine_state *state = b->rank->state;
+  const struct us_engine_row *row =
+      (op->select.draft ? state->draft : state->target) + op->row_tile * US_ENGINE_ROWS + r;
+  struct us_engine_draw draw = {};
+  if (row->sequence == US_ENGINE_NONE) return draw;
+  const struct us_engine_sequence *s = &state->sequence[row->sequence];
+  draw.wanted = !op->select.draft || (row->slot && !s->replay);
+  if (op->select.draft || !(s->sampling.temperature > 0.0f)) return draw;
+  draw.filtered = us_engine_filters(&s->sampling, op->select.vocab);
+  draw.noisy = !draw.filtered;
+  draw.inv_temperature = 1.0f / s->sampling.temperature;
+  draw.noise = us_noise_target(s->seed, row->position + 1, s->sample);
+  return draw;
+}
+
+/* Rows that filters apply to, as bits: the same in every warp of every rank. */
+static __device__ uint32_t us_engine_filtered_rows(const struct us_engine_block *b,
+                                                   const struct us_engine_op *op) {
+  uint32_t lane = threadIdx.x % 32;
+  return __ballot_sync(0xffffffffu,
+                       lane < US_ENGINE_ROWS && us_engine_draw_of(b, op, lane % US_ENGINE_ROWS).filtered);
+}
+
+/* This block's piece of the share, in quads of 4 ids. */
+static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engine_block *b,
+                                                            const struct us_engine_select *s,
+                                                            const float *logits) {
+  struct us_engine_piece piece = {logits, s->first, s->first + s->count, 0, 0};
+  uint32_t from = s->first / 4, quads = (s->first + s->count + 3) / 4 - from;
+  piece.begin = from + (uint32_t)((uint64_t)quads * b->index / b->blocks);
+  piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
+  return piece;
+}
+
+/* ---- candidates ---------------------------------------------------------------------------------------------------------- */
+
+/* The best token of the piece, and its largest logit, for one row: two warps. */
+static __device__ struct us_engine_best us_engine_scan(const struct us_engine_piece *piece,
+                                                       const struct us_engine_draw *draw) {
+  struct us_engine_best best = us_engine_best_none();
+  for (uint32_t q = piece->begin + threadIdx.x % 64; q < piece->end; q += 64) {
+    float x[4];
+    uint32_t bits[4];
+    us_engine_quad(piece, q, x);
+    if (draw->noisy)
+      us_philox_quad(draw->noise.key, draw->noise.position, draw->noise.sample, q, draw->noise.stream, bits);
+    for (uint32_t j = 0; j < 4; j++) {
+      float score = x[j];
+      if (x[j] > best.max) best.max = x[j], best.max_id = 4 * q + j;
+      if (draw->noisy) {
+        if (fmaf(x[j], draw->inv_temperature, us_gumbel_bound(bits[j])) < best.score) continue;
+        score = fmaf(x[j], draw->inv_temperature, us_gumbel_bits(bits[j]));
+      }
+      if (score > best.score) best.score = score, best.id = 4 * q + j;
+    }
+  }
+  return us_engine_best_of_lanes(best, 1);
+}
+
+/* Filtered rows: the piece's logits to every rank. */
+static __device__ void us_engine_spread(const struct us_engine_block *b, const struct us_engine_op *op,
+                                        uint32_t rows) {
+  const struct us_engine_select *s = &op->select;
+  for (uint32_t r = 0; r < US_ENGINE_ROWS; r++) {
+    if (!(rows >> r & 1)) continue;
+    struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
+    uint32_t last = 4 * piece.end < piece.past ? 4 * piece.end : piece.past;
+    for (uint32_t id = max(4 * piece.begin, piece.first) + threadIdx.x; id < last; id += US_ENGINE_COMPUTE) {
+      float x = __ldcg(piece.logits + id - piece.first);
+      for (uint32_t to = 0; to < b->rank->ranks; to++)
+        b->rank->logits_all[to][(size_t)(op->row_tile * US_ENGINE_ROWS + r) * s->vocab + id] = x;
+    }
+  }
+}
+
+/* Candidates of this SELECT in a rank's buffer: (ranks, blocks, 8), then 8 of the mailbox. */
+static __device__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
+                                                const struct us_engine_op *op, uint32_t rank) {
+  uint64_t bytes = us_engine_candidate_bytes(b->rank->ranks, b->blocks);
+  return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES +
+         (2 * op->row_tile + op->select.draft) * bytes;
+}
+
+/* What this SELECT's data carry: differs from what its places held before. */
+static __device__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
+                                                 const struct us_engine_op *op) {
+  return (b->rank->state->round * US_ENGINE_MAX_TILES + op->row_tile) * 2 + op->select.draft + 1;
+}
+
+/* Warp 0: the block's candidates to every rank, 128 bytes each. `fenced`: what other threads stored comes first. */
+static __device__ void us_engine_send(const struct us_engine_block *b, const struct us_engine_op *op,
+                                      const struct us_engine_best *best, bool fenced) {
+  const uint32_t r = threadIdx.x % US_ENGINE_ROWS, ranks = b->rank->ranks;
+  struct us_engine_best o = best[2 * r];
+  us_engine_best_add(&o, best[2 * r + 1]);
+  struct us_engine_pair pair = {us_float_bits(o.score) | (uint64_t)o.id << 32,
+                                us_float_bits(o.max) | (uint64_t)us_engine_select_flag(b, op) << 32};
+  if (fenced) __threadfence_system();
+  for (uint32_t to = threadIdx.x / US_ENGINE_ROWS; to < ranks; to += 32 / US_ENGINE_ROWS)
+    us_store_pair(us_engine_candidates(b, op, to) +
+                      ((b->rank->rank * b->blocks + b->index) * US_ENGINE_ROWS + r) * 16,
+                  pair);
+}
+
+/* All candidates have arrived; the best of each row, in all threads' view. A thread looks at one row: 64 threads a row. */
+static __device__ void us_engine_gather(const struct us_engine_block *b, const struct us_engine_op *op,
+                                        struct us_engine_select_shared *shared) {
+  const uint32_t r = threadIdx.x % US_ENGINE_ROWS, n = b->rank->ranks * b->blocks,
+                 flag = us_engine_select_flag(b, op);
+  const uint8_t *from = us_engine_candidates(b, op, b->rank->rank) + r * 16;
+  struct us_engine_best best = us_engine_best_none();
+  for (uint32_t e = threadIdx.x / US_ENGINE_ROWS; e < n; e += 64 * US_ENGINE_BATCH) {
+    struct us_engine_pair pair[US_ENGINE_BATCH];
+    us_engine_await_pairs(b, from + e * 128, 64 * 128, (n - e + 63) / 64, (uint64_t)flag << 32,
+                          0xffffffffull << 32, pair);
+    for (uint32_t i = 0; i < US_ENGINE_BATCH; i++) {
+      if (e + 64 * i >= n) break;
+      struct us_engine_best o = {us_float_from_bits((uint32_t)pair[i].low), (uint32_t)(pair[i].low >> 32),
+                                 us_float_from_bits((uint32_t)pair[i].high), (uint32_t)(pair[i].low >> 32)};
+      us_engine_best_add(&best, o);
+    }
+  }
+  best = us_engine_best_of_lanes(best, US_ENGINE_ROWS);
+  if (threadIdx.x % 32 < US_ENGINE_ROWS) shared->gathered[threadIdx.x / 32][r] = best;
+  us_engine_meet();
+  if (threadIdx.x >= US_ENGINE_ROWS) return;
+  for (uint32_t w = 1; w < US_ENGINE_COMPUTE_WARPS; w++)
+    us_engine_best_add(&shared->gathered[0][r], shared->gathered[w][r]);
+}
+
+/* ---- the host's wishes --------------------------------------------------------------------------------------------------- */
+
+/* One thread of block 0 of rank 0: start to load them before anything else, PCIe takes its time. */
+static __device__ bool us_engine_is_mailman(const struct us_engine_block *b,
+                                            const struct us_engine_select *s) {
+  return b->rank->rank == 0 && b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1;
+}
+
+/* To every rank, whether to park and whom to cancel. A ring without room for this round and the next parks too. */
+static __device__ void us_engine_send_wishes(const struct us_engine_block *b, const struct us_engine_op *op,
+                                             uint4 mail) {
+  uint32_t room = US_ENGINE_EVENTS - (b->rank->state->events - mail.z);
+  uint32_t park = mail.x || room < 2 * US_ENGINE_SEQUENCES;
+  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, op) << 32};
+  for (uint32_t to = 0; to < b->rank->ranks; to++)
+    us_store_pair(us_engine_candidates(b, op, to) + b->rank->ranks * b->blocks * 128, pair);
+}
+
+static __device__ void us_engine_take_wishes(const struct us_engine_block *b, const struct us_engine_op *op) {
+  struct us_engine_pair pair[US_ENGINE_BATCH];
+  const uint8_t *from = us_engine_candidates(b, op, b->rank->rank) + b->rank->ranks * b->blocks * 128;
+  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, op) << 32, 0xffffffffull << 32,
+                        pair);
+  b->rank->state->park = (uint32_t)pair[0].low;
+  b->rank->state->cancel = (uint32_t)(pair[0].low >> 32);
+}
+
+/* ---- the operation ------------------------------------------------------------------------------------------------------- */
+
+/* Block 0, thread r: the row's token, unless it is filtered. */
+static __device__ void us_engine_take(const struct us_engine_block *b, const struct us_engine_op *op,
+                                      const struct us_engine_best *best, uint32_t r) {
+  struct us_engine_state *state = b->rank->state;
+  struct us_engine_draw draw = us_engine_draw_of(b, op, r);
+  uint32_t at = op->row_tile * US_ENGINE_ROWS + r;
+  if (!draw.wanted) return;
+  if (op->select.draft) {
+    int32_t token = best->max > -INFINITY ? (int32_t)best->id : 0;
+    state->proposal[at] = token;
+    state->target[at].token = token;
+  } else if (!us_engine_finite(best->max)) {
+    state->drawn[at] = -1;
+  } else if (!draw.filtered) {
+    state->drawn[at] = (int32_t)best->id;
+  }
+}
+
+static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
+  const struct us_engine_select *s = &op->select;
+  const bool mailman = us_engine_is_mailman(b, s);
+  uint4 mail = mailman ? us_load_mail(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
+  us_engine_wait_done(b, op->wait);
+  us_engine_drain(b);
+  struct us_engine_select_shared *shared = (struct us_engine_select_shared *)us_engine_scratch(b);
+  const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
+  const bool spread = filtered && b->rank->ranks > 1;
+  if (spread) us_engine_spread(b, op, filtered);
+  struct us_engine_draw draw = us_engine_draw_of(b, op, r);
+  struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
+  struct us_engine_best best = draw.wanted ? us_engine_scan(&piece, &draw) : us_engine_best_none();
+  if (threadIdx.x % 32 == 0) shared->best[threadIdx.x / 32] = best;
+  us_engine_meet();
+  if (threadIdx.x < 32) us_engine_send(b, op, shared->best, spread);
+  if (mailman) us_engine_send_wishes(b, op, mail);
+  if (b->index == 0 || us_engine_filters_here(b, filtered)) {
+    us_engine_gather(b, op, shared);
+    if (b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1) us_engine_take_wishes(b, op);
+    if (b->index == 0 && threadIdx.x < US_ENGINE_ROWS)
+      us_engine_take(b, op, &shared->gathered[0][threadIdx.x], threadIdx.x);
+  }
+  if (us_engine_filters_here(b, filtered))
+    us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op), shared);
+  us_engine_finish(b);
+}
+
+#endif
