@@ -28,6 +28,21 @@ cudaError_t us_synthetic_gpu(enum us_format format, const struct us_init *inits,
                              uint32_t rows, uint32_t cols, uint32_t scale_chunk_rows, void *data,
                              void *scales, cudaStream_t stream);
 
+/* A window of random tensors of one shape: rows [first_row, first_row + window_rows), columns likewise. */
+struct us_synthetic {
+  enum us_format format;
+  uint32_t rows, cols;       /* of a whole tensor */
+  uint32_t scale_chunk_rows; /* FP8: its grid of scales restarts after so many rows; 0: never */
+  uint32_t first_row, window_rows, first_col, window_cols;
+  uint32_t scale_rows; /* FP8: write a scale for every so many rows of the window, that of their first */
+  uint64_t data_stride, scale_stride; /* bytes from one tensor's window to the next one's */
+};
+
+/* The same for windows: codes and MXFP4 scales are those of a matrix (window_rows, window_cols), FP8 scales (ceil(window_rows /
+ * scale_rows), ceil(window_cols / 128)). Columns start at multiples of 32 (MXFP4), 128 (FP8) or 4. */
+cudaError_t us_synthetic_window_gpu(const struct us_synthetic *synthetic, const struct us_init *inits,
+                                    uint32_t count, void *data, void *scales, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

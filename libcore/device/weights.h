@@ -28,15 +28,17 @@ struct us_device_matrix {
 };
 
 struct us_device_layer {
-  struct us_device_matrix qkv;    /* rows [Q heads | K heads | V heads] of this rank, whatever the checkpoint's chunks */
+  struct us_device_matrix
+      qkv; /* rows [Q heads | K heads | V heads] of this rank, whatever the checkpoint's chunks */
   struct us_device_matrix o_proj; /* (D, H*V of this rank) */
   struct us_device_matrix router; /* MoE layers: (E, D) */
-  struct us_device_matrix up;     /* halves 2: gate above up in every tile of 32 rows: (2F, D); MoE: of every expert */
-  struct us_device_matrix down;   /* (D, F); MoE: of every expert, tiles of 16 rows */
-  float *input_norm, *post_norm;  /* (D) */
-  float *sink;                    /* (H of this rank) or NULL */
-  float *router_bias;             /* (E) or NULL */
-  float *q_norm, *k_norm;         /* drafter: (Q) */
+  struct us_device_matrix
+      up; /* halves 2: gate above up in every tile of 32 rows: (2F, D); MoE: of every expert */
+  struct us_device_matrix down;  /* (D, F); MoE: of every expert, tiles of 16 rows */
+  float *input_norm, *post_norm; /* (D) */
+  float *sink;                   /* (H of this rank) or NULL */
+  float *router_bias;            /* (E) or NULL */
+  float *q_norm, *k_norm;        /* drafter: (Q) */
 };
 
 /* GPU memory by kind, each thing rounded up to 256 bytes. */
@@ -56,17 +58,17 @@ struct us_device_weights {
   float *final_norm;                    /* (D) */
   struct us_device_layer *draft_layers; /* NULL without a drafter */
   struct us_device_matrix draft_fc;     /* (D / ranks, taps * D): rows of this rank */
-  struct us_device_matrix draft_kv;     /* all drafter layers' [K heads | V heads] of this rank: one product */
-  float *draft_k_norms;                 /* (layers, Q) */
+  struct us_device_matrix draft_kv; /* all drafter layers' [K heads | V heads] of this rank: one product */
+  float *draft_k_norms;             /* (layers, Q) */
   float *draft_hidden_norm, *draft_final_norm, *mask_embedding; /* (D) */
   struct us_shape shape;
-  struct us_draft_shape draft_shape;    /* layers 0: no drafter */
-  void *owner;                          /* what us_device_weights_free releases */
+  struct us_draft_shape draft_shape; /* layers 0: no drafter */
+  void *owner;                       /* what us_device_weights_free releases */
 };
 
 struct us_device_weights_options {
-  int device;            /* CUDA device */
-  uint32_t rank, ranks;  /* 1, 2, 4, 8 */
+  int device;                                                 /* CUDA device */
+  uint32_t rank, ranks;                                       /* 1, 2, 4, 8 */
   void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes; may be NULL */
   void *arg;
 };
@@ -76,22 +78,25 @@ static inline uint64_t us_device_bytes_weights(const struct us_device_bytes *b) 
 }
 
 /* What a rank needs, from the shapes and their precision alone. US_ERR_USAGE: the shape cannot be cut so (says which size). */
-US_CHECKED enum us_status us_device_weights_bytes(const struct us_shape *shape, const struct us_draft_shape *opt_draft,
+US_CHECKED enum us_status us_device_weights_bytes(const struct us_shape *shape,
+                                                  const struct us_draft_shape *opt_draft,
                                                   const struct us_device_weights_options *options,
                                                   struct us_device_bytes *ret_bytes, struct us_err *err);
 
 /* Copy and pack. US_ERR_DEVICE: CUDA; US_ERR_MEMORY: too little GPU memory (says how much is needed and free); US_ERR_INPUT: a
  * scale that pages cannot hold. */
-US_CHECKED enum us_status us_device_weights_load(const struct us_model *model, const struct us_draft *opt_draft,
+US_CHECKED enum us_status us_device_weights_load(const struct us_model *model,
+                                                 const struct us_draft *opt_draft,
                                                  const struct us_device_weights_options *options,
                                                  struct us_device_weights **ret_weights, struct us_err *err);
 
-/* Random weights of the shape and its precision: the tensors that us_model_random(seed) makes on the CPU (model/random.h), made
- * on the GPU, bit for bit. */
+/* Random weights of the shape and its precision: the tensors that us_model_random(seed) and us_draft_random(precision.draft, seed)
+ * make on the CPU (model/random.h), made on the GPU, bit for bit. */
 US_CHECKED enum us_status us_device_weights_synthetic(const struct us_shape *shape,
                                                       const struct us_draft_shape *opt_draft, uint64_t seed,
                                                       const struct us_device_weights_options *options,
-                                                      struct us_device_weights **ret_weights, struct us_err *err);
+                                                      struct us_device_weights **ret_weights,
+                                                      struct us_err *err);
 
 void us_device_weights_free(struct us_device_weights *weights); /* NULL is allowed */
 

@@ -38,7 +38,7 @@ US_CHECKED enum us_status us_weights_pages(enum us_format format, uint32_t rows,
                                            enum us_weights_use use, struct us_pages *ret_pages,
                                            struct us_err *err);
 
-/* Empty model and drafter of a shape whose matrices have the formats of its precision, for planning. */
+/* Empty model and drafter of a shape whose matrices have the formats of its precision but no data. */
 US_CHECKED enum us_status us_weights_skeleton(const struct us_shape *shape,
                                               const struct us_draft_shape *opt_draft,
                                               struct us_model **ret_model, struct us_draft **ret_opt_draft,

@@ -53,6 +53,49 @@ static void compare(const char *what, const struct bits_case *c, const std::vect
   us_gpu_report(name, got.size(), bad, first);
 }
 
+/* What a window holds, cut out of the whole tensor. */
+static struct host_matrix cut_window(const struct us_synthetic *s, const struct host_matrix *whole) {
+  struct us_matrix w = {s->format, s->rows, s->cols, NULL, NULL, s->scale_chunk_rows};
+  size_t row_bytes = us_matrix_data_bytes(s->format, 1, s->window_cols),
+         blocks = (s->window_cols + 127) / 128;
+  struct host_matrix m;
+  auto append = [](std::vector<uint8_t> &to, const std::vector<uint8_t> &from, size_t at, size_t bytes) {
+    to.insert(to.end(), from.begin() + at, from.begin() + at + bytes);
+  };
+  for (uint32_t n = 0; n < s->window_rows; n++) {
+    size_t row = s->first_row + n, col = s->first_col;
+    append(m.data, whole->data, us_matrix_data_bytes(s->format, 1, row * s->cols + col), row_bytes);
+    if (s->format == US_FORMAT_MXFP4)
+      append(m.scales, whole->scales, (row * s->cols + col) / 32, s->window_cols / 32);
+    if (s->format == US_FORMAT_FP8 && n % s->scale_rows == 0)
+      append(m.scales, whole->scales,
+             (us_matrix_scale_row(&w, row) * ((s->cols + 127) / 128) + col / 128) * 4, blocks * 4);
+  }
+  return m;
+}
+
+/* A window of both tensors that cuts blocks and begins inside the matrix. */
+static void check_window(const struct bits_case *c, const struct us_init *device_inits,
+                         const struct host_matrix host[2]) {
+  struct us_synthetic s = {};
+  s.format = c->format, s.rows = c->rows, s.cols = c->cols, s.scale_chunk_rows = c->chunk, s.scale_rows = 16;
+  s.first_row = 16, s.window_rows = c->rows - 20;
+  s.first_col = c->cols > 128 ? 128 : 32, s.window_cols = (c->cols - s.first_col) / 64 * 32;
+  struct host_matrix expected[2] = {cut_window(&s, &host[0]), cut_window(&s, &host[1])};
+  uint8_t *data, *scales = NULL;
+  s.data_stride = (expected[0].data.size() + 255) / 256 * 256;
+  s.scale_stride = (expected[0].scales.size() + 255) / 256 * 256;
+  US_CUDA(cudaMalloc(&data, 2 * s.data_stride));
+  if (s.scale_stride) US_CUDA(cudaMalloc(&scales, 2 * s.scale_stride));
+  US_CUDA(us_synthetic_window_gpu(&s, device_inits, 2, data, scales, 0));
+  for (int i = 0; i < 2; i++) {
+    compare("codes of a window", c, expected[i].data, data + i * s.data_stride);
+    if (scales) compare("scales of a window", c, expected[i].scales, scales + i * s.scale_stride);
+  }
+  US_CUDA(cudaFree(data));
+  US_CUDA(cudaFree(scales));
+}
+
 static void run_case(const struct bits_case *c) {
   struct us_init inits[2], *device_inits;
   struct host_matrix host[2];
@@ -71,6 +114,8 @@ static void run_case(const struct bits_case *c) {
     compare("codes", c, host[i].data, data + i * data_bytes);
     if (scale_bytes) compare("scales", c, host[i].scales, scales + i * scale_bytes);
   }
+
+  check_window(c, device_inits, host);
 
   struct us_pages p = {c->format, c->rows * c->matrices, c->cols, c->tile_rows, c->slice_cols};
   struct us_pages_source on_host = {}, on_device = {}, *sources;
