@@ -25,7 +25,8 @@ struct us_cuda {
 struct us_cuda_chunk {
   struct us_device_group *group;
   const struct us_pass *pass;
-  size_t begin, rows; /* of the pass */
+  size_t begin, rows;                 /* of the pass */
+  uint32_t place[US_ENGINE_MAX_ROWS]; /* (rows) each row's in the group, ascending */
 };
 
 /* The smallest group of at least `rows` rows. */
@@ -43,7 +44,21 @@ uint32_t us_cuda_range_end(const struct us_device_schedule *schedule, enum us_en
 US_CHECKED enum us_status us_cuda_fetch(const struct us_cuda *cuda, uint32_t rank, void *to, const void *from,
                                         size_t bytes, struct us_err *err);
 
-/* The operations of an executor (passes.c). */
+/* The stream of a rank's GPU, which becomes the current one. */
+cudaStream_t us_cuda_use_rank(const struct us_cuda *cuda, uint32_t rank);
+
+void us_cuda_clear_rows(struct us_engine_row rows[US_ENGINE_MAX_ROWS]);
+
+/* Upload the group's state with cuda->tables and launch a program of it. */
+US_CHECKED enum us_status us_cuda_run(struct us_cuda *cuda, struct us_device_group *group,
+                                      enum us_engine_program program, bool head, struct us_err *err);
+
+/* Rows [a, b) of the logits of all ranks side by side into the staging memory (row r at r * N); does not wait. */
+US_CHECKED enum us_status us_cuda_fetch_logits(const struct us_cuda *cuda,
+                                               const struct us_device_group *group, bool draft, size_t a,
+                                               size_t b, struct us_err *err);
+
+/* The operations of an executor (passes.c, passes_draft.c). */
 enum us_status us_cuda_forward(struct us_executor *executor, const struct us_pass *pass, struct us_err *err);
 enum us_status us_cuda_draft_context(struct us_executor *executor, const struct us_draft_context *context,
                                      struct us_err *err);

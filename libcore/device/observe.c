@@ -17,7 +17,8 @@ struct watch {
   struct us_cuda *cuda;
   const struct us_cuda_chunk *chunk;
   const struct us_device_schedule *schedule; /* rank 0's */
-  float *kept[OUTPUTS];                      /* (rows, width) */
+  float *kept[OUTPUTS];                      /* (the group's rows, width) */
+  float *told;                               /* (the pass's rows, width) */
   uint8_t *raw;                              /* what was copied from the GPU */
   size_t raw_bytes;
   struct us_err *err;
@@ -35,11 +36,18 @@ static size_t widest(const struct us_shape *s, enum output output) {
                               : s->hidden;
 }
 
-static enum us_status keep(struct watch *w, enum output output) {
-  size_t bytes = w->chunk->rows * widest(&w->cuda->base.model->shape, output) * sizeof(float);
-  if (!w->kept[output] && !(w->kept[output] = calloc(1, bytes + 1)))
-    return us_err_memory(w->err, "observed values", bytes);
-  return US_OK;
+static enum us_status make_room(struct watch *w) {
+  const struct us_shape *shape = &w->cuda->base.model->shape;
+  size_t most = 0;
+  for (enum output o = 0; o < OUTPUTS; o++) {
+    size_t width = widest(shape, o);
+    if (width > most) most = width;
+    w->kept[o] = calloc(w->chunk->group->rows * width + 1, sizeof(float));
+    if (!w->kept[o])
+      return us_err_memory(w->err, "observed values", w->chunk->group->rows * width * sizeof(float));
+  }
+  w->told = malloc(w->chunk->rows * most * sizeof(float));
+  return w->told ? US_OK : us_err_memory(w->err, "observed values", w->chunk->rows * most * sizeof(float));
 }
 
 /* Bytes of a rank's memory, on the host; valid until the next call. */
@@ -57,12 +65,6 @@ static enum us_status fetch(struct watch *w, uint32_t rank, const void *from, si
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
-static size_t rows_of(const struct watch *w, const struct us_engine_op *op) {
-  size_t first = (size_t)op->row_tile * US_ENGINE_ROWS,
-         left = w->chunk->rows > first ? w->chunk->rows - first : 0;
-  return left < US_ENGINE_ROWS ? left : US_ENGINE_ROWS;
-}
-
 static float *row_of(const struct watch *w, const struct us_engine_op *op, enum output output, size_t r,
                      size_t width) {
   return w->kept[output] + ((size_t)op->row_tile * US_ENGINE_ROWS + r) * width;
@@ -72,9 +74,9 @@ static enum us_status take_residual(struct watch *w, const struct us_engine_op *
   size_t D = op->reduce.D;
   const void *from;
   enum us_status status = fetch(w, 0, op->reduce.residual, US_ENGINE_ROWS * D * sizeof(float), &from);
-  if (status == US_OK) memcpy(row_of(w, op, RESIDUAL, 0, D), from, rows_of(w, op) * D * sizeof(float));
+  if (status == US_OK) memcpy(row_of(w, op, RESIDUAL, 0, D), from, US_ENGINE_ROWS * D * sizeof(float));
   if (status == US_OK) status = fetch(w, 0, op->reduce.operand, us_operand_bytes(D), &from);
-  if (status == US_OK) us_operand_unpack(from, rows_of(w, op), D, row_of(w, op, NORMED, 0, D));
+  if (status == US_OK) us_operand_unpack(from, US_ENGINE_ROWS, D, row_of(w, op, NORMED, 0, D));
   return status;
 }
 
@@ -84,13 +86,13 @@ static enum us_status take_qkv(struct watch *w, uint32_t index) {
   const struct us_engine_op *op = &w->schedule->ops[index];
   const struct us_attention_shape *a = us_shape_attention(s, op->layer);
   uint32_t ranks = w->cuda->devices->ranks, H = a->q_heads / ranks, G = a->kv_heads / ranks;
-  size_t width = us_attention_qkv_rows(a), stride = op->gemm.out_stride, rows = rows_of(w, op);
+  size_t width = us_attention_qkv_rows(a), stride = op->gemm.out_stride;
   for (uint32_t rank = 0; rank < ranks; rank++) {
     const void *raw;
     const float *out = w->chunk->group->schedule[rank]->ops[index].gemm.out;
     enum us_status status = fetch(w, rank, out, US_ENGINE_ROWS * stride * sizeof(float), &raw);
     if (status != US_OK) return status;
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; r < US_ENGINE_ROWS; r++) {
       const float *from = (const float *)raw + r * stride;
       float *to = row_of(w, op, QKV, r, width);
       for (uint32_t h = 0; h < H; h++, from += a->qk_dim)
@@ -106,8 +108,7 @@ static enum us_status take_qkv(struct watch *w, uint32_t index) {
 
 static enum us_status take_attended(struct watch *w, uint32_t index) {
   const struct us_engine_op *op = &w->schedule->ops[index];
-  size_t width = (size_t)op->attention.H * op->attention.V, ranks = w->cuda->devices->ranks,
-         rows = rows_of(w, op);
+  size_t width = (size_t)op->attention.H * op->attention.V, ranks = w->cuda->devices->ranks;
   float *part = malloc(US_ENGINE_ROWS * width * sizeof *part);
   enum us_status status =
       part ? US_OK : us_err_memory(w->err, "observed values", US_ENGINE_ROWS * width * sizeof *part);
@@ -115,8 +116,8 @@ static enum us_status take_attended(struct watch *w, uint32_t index) {
     const void *raw, *from = w->chunk->group->schedule[rank]->ops[index].attention.operand;
     status = fetch(w, rank, from, us_operand_bytes(width), &raw);
     if (status != US_OK) break;
-    us_operand_unpack(raw, rows, width, part);
-    for (size_t r = 0; r < rows; r++)
+    us_operand_unpack(raw, US_ENGINE_ROWS, width, part);
+    for (size_t r = 0; r < US_ENGINE_ROWS; r++)
       memcpy(row_of(w, op, ATTENDED, r, ranks * width) + rank * width, part + r * width,
              width * sizeof *part);
   }
@@ -139,7 +140,7 @@ static enum us_status take_sums(struct watch *w, const struct us_engine_op *op) 
   enum us_status status =
       fetch(w, 0, rank->exchange[0] + slot * rank->addends * one, addends * one * sizeof(float), &raw);
   if (status != US_OK) return status;
-  for (uint32_t r = 0; r < rows_of(w, op); r++)
+  for (uint32_t r = 0; r < US_ENGINE_ROWS; r++)
     for (uint32_t c = 0; c < D; c++) {
       const float *from = (const float *)raw + us_engine_fragment_index(r, c);
       float sum = from[0];
@@ -155,7 +156,7 @@ static enum us_status take_router(struct watch *w, const struct us_engine_op *op
   enum us_status status =
       fetch(w, 0, op->gemm.out, op->gemm.parts * US_ENGINE_ROWS * stride * sizeof(float), &raw);
   if (status != US_OK) return status;
-  for (size_t r = 0; r < rows_of(w, op); r++)
+  for (size_t r = 0; r < US_ENGINE_ROWS; r++)
     for (size_t e = 0; e < E; e++) {
       const float *from = (const float *)raw + r * stride + e;
       float sum = from[0];
@@ -174,7 +175,7 @@ static enum us_status take_logits(struct watch *w, const struct us_engine_op *op
     enum us_status status = fetch(w, rank, s->logits + first * s->logits_stride,
                                   US_ENGINE_ROWS * s->logits_stride * sizeof(float), &raw);
     if (status != US_OK) return status;
-    for (size_t r = 0; r < rows_of(w, op); r++)
+    for (size_t r = 0; r < US_ENGINE_ROWS; r++)
       memcpy(row_of(w, op, LOGITS, r, N) + s->logits_first, (const float *)raw + r * s->logits_stride,
              s->logits_count * sizeof(float));
   }
@@ -183,9 +184,12 @@ static enum us_status take_logits(struct watch *w, const struct us_engine_op *op
 
 /* ---- names ------------------------------------------------------------------------------------------------------- */
 
-static bool tell(const struct watch *w, const char *name, uint32_t layer, enum output output, size_t width) {
+/* The rows of the pass, without those between them that do not exist. */
+static bool tell(struct watch *w, const char *name, uint32_t layer, enum output output, size_t width) {
   const struct us_observer *observer = w->chunk->pass->observer;
-  return observer->after_op(observer->arg, name, layer, w->kept[output], w->chunk->rows, width);
+  for (size_t r = 0; r < w->chunk->rows; r++)
+    memcpy(w->told + r * width, w->kept[output] + w->chunk->place[r] * width, width * sizeof(float));
+  return observer->after_op(observer->arg, name, layer, w->told, w->chunk->rows, width);
 }
 
 /* Whether a reduction adds the attention's sums, not the MLP's. */
@@ -197,7 +201,7 @@ static bool after_attention(const struct watch *w, const struct us_engine_op *op
   return false;
 }
 
-static bool tell_reduction(const struct watch *w, const struct us_engine_op *op) {
+static bool tell_reduction(struct watch *w, const struct us_engine_op *op) {
   const struct us_shape *s = &w->cuda->base.model->shape;
   size_t D = s->hidden;
   if (op->kind == US_ENGINE_EMBED) return tell(w, "attn_norm", 0, NORMED, D);
@@ -211,11 +215,12 @@ static bool tell_reduction(const struct watch *w, const struct us_engine_op *op)
 static enum us_status observe(struct watch *w, uint32_t index, bool *ret_go) {
   const struct us_engine_op *op = &w->schedule->ops[index];
   const struct us_shape *s = &w->cuda->base.model->shape;
-  bool last = (op->row_tile + 1) * US_ENGINE_ROWS >= w->chunk->rows;
+  uint32_t last_tile = w->chunk->place[w->chunk->rows - 1] / US_ENGINE_ROWS;
+  bool last = op->row_tile == last_tile;
   const struct us_attention_shape *a = op->layer < s->layers ? us_shape_attention(s, op->layer) : &s->full;
   enum us_status status;
   *ret_go = true;
-  if (!rows_of(w, op)) return US_OK;
+  if (op->row_tile > last_tile) return US_OK; /* rows that do not exist */
   switch ((enum us_task_op)op->task_op) {
   case US_TASK_EMBED_NORM:
   case US_TASK_RESIDUAL_NORM:
@@ -258,9 +263,8 @@ static enum us_status observe(struct watch *w, uint32_t index, bool *ret_go) {
 enum us_status us_cuda_observe(struct us_cuda *cuda, const struct us_cuda_chunk *chunk, uint32_t first,
                                uint32_t last, bool *ret_stopped, struct us_err *err) {
   struct watch w = {.cuda = cuda, .chunk = chunk, .schedule = chunk->group->schedule[0], .err = err};
-  enum us_status status = US_OK;
+  enum us_status status = make_room(&w);
   bool go = true;
-  for (enum output o = 0; status == US_OK && o < OUTPUTS; o++) status = keep(&w, o);
   for (uint32_t i = first; status == US_OK && go && i < last; i++) {
     status = us_device_group_run(chunk->group, US_DEVICE_SINGLE, i, i + 1, err);
     if (status == US_OK) status = us_device_group_sync(chunk->group, err);
@@ -269,6 +273,7 @@ enum us_status us_cuda_observe(struct us_cuda *cuda, const struct us_cuda_chunk 
   *ret_stopped = !go;
   if (status == US_OK && !go) status = us_device_group_reset(chunk->group, err);
   for (int o = 0; o < OUTPUTS; o++) free(w.kept[o]);
+  free(w.told);
   free(w.raw);
   return status;
 }

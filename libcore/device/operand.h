@@ -24,14 +24,18 @@ static inline void us_operand_pack(const float *rows, size_t R, size_t width, ui
     }
 }
 
-/* operand -> rows (R, width). */
+/* Row r of an operand -> row (width). */
+static inline void us_operand_unpack_row(const uint8_t *operand, uint32_t r, size_t width, float *row) {
+  for (uint32_t c = 0; c < width; c++) {
+    uint16_t bits;
+    memcpy(&bits, operand + us_engine_operand_offset(r, c), sizeof bits);
+    row[c] = us_bf16_to_f32(bits) / US_ENGINE_OPERAND_UNIT;
+  }
+}
+
+/* The first R rows of an operand -> rows (R, width). */
 static inline void us_operand_unpack(const uint8_t *operand, size_t R, size_t width, float *rows) {
-  for (uint32_t r = 0; r < R; r++)
-    for (uint32_t c = 0; c < width; c++) {
-      uint16_t bits;
-      memcpy(&bits, operand + us_engine_operand_offset(r, c), sizeof bits);
-      rows[r * width + c] = us_bf16_to_f32(bits) / US_ENGINE_OPERAND_UNIT;
-    }
+  for (uint32_t r = 0; r < R; r++) us_operand_unpack_row(operand, r, width, rows + r * width);
 }
 
 #endif

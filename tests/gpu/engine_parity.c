@@ -1,0 +1,659 @@
+/* engine_parity.c: the CUDA executor against the tile executor on the CPU, its two modes against each other, and generation.
+ *
+ *   Records | Models | A script of passes | Comparison | Generation | Cases
+ *
+ * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, pico; without one, all whose files are there. Exit 0, 1, 5, 77.
+ *
+ * Bound. Both sides round at the same points (to bf16) and differ in the order of FP32 sums, so an intermediate value is either
+ * equal or one bf16 step (2^-8 of it) off; fewer than one in 16 is (sums of a few thousand terms differ by less than 2^-12 of a
+ * value, a step is 2^-8). Over n roundings on the way to a logit these add up at random: sqrt(n / 16) 2^-8 of its row's scale. A
+ * layer has 6 roundings (two norms, attention's q, kv and output, inner activations); 6 deviations cover all values looked at.
+ *
+ * Where two experts nearly tie, the sides may choose differently; that row and those that see it are then not compared. The first
+ * difference of a sequence must be a near-tie: the scores differ by less than 2^-5 (a score's slope is 1/4).
+ */
+#include "decode/generate.h"
+#include "device/executor.h"
+#include "model/checkpoint.h"
+#include "model/random.h"
+#include "plan/tiles.h"
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SEQUENCES 8
+#define MAX_RANKS 8
+#define SKIPPED   77
+
+/* Records */
+
+static bool any_failed;
+
+static void record(const char *name, const char *check, uint64_t checked, uint64_t bad, const char *note) {
+  bool ok = checked > 0 && bad == 0;
+  if (!ok) any_failed = true;
+  printf("{\"check\": \"%s: %s\", \"ok\": %s, \"checked\": %llu, \"bad\": %llu, \"note\": \"%s\"}\n", name,
+         check, ok ? "true" : "false", (unsigned long long)checked, (unsigned long long)bad, note);
+  fflush(stdout);
+}
+
+static void need(enum us_status status, const struct us_err *err, const char *what) {
+  if (status == US_OK) return;
+  fprintf(stderr, "%s: %s\n", what, err->message);
+  exit(strstr(err->message, "no GPU") ? SKIPPED : 5);
+}
+
+static void say(void *arg, const char *line) {
+  fprintf(stderr, "%s\n", line);
+}
+
+static void hung(int number) {
+  static const char message[] = "the test hangs: its watchdog ends it\n";
+  if (write(2, message, sizeof message - 1) < 0) _exit(4);
+  _exit(5);
+}
+
+static void *take(size_t n, size_t size) {
+  void *p = calloc(n + 1, size);
+  if (!p) need(US_ERR_MEMORY, &(struct us_err){.message = "out of memory"}, "test");
+  return p;
+}
+
+/* Models */
+
+struct models {
+  const char *name;
+  struct us_model *model;
+  struct us_draft *draft;
+  struct us_pool *pool;
+  struct us_executor *cpu;
+};
+
+static struct us_draft_shape draft_shape(const struct us_shape *target, uint32_t heads) {
+  return (struct us_draft_shape){.layers = 2,
+                                 .hidden = target->hidden,
+                                 .vocab = target->vocab,
+                                 .inner = 256,
+                                 .norm_eps = 1e-5,
+                                 .value_scale = 0.612,
+                                 .block = 16,
+                                 .mask_id = 3,
+                                 .taps = 3,
+                                 .tap_layer = {0, 2, 3},
+                                 .target_layers = target->layers,
+                                 .attention = {.q_heads = 2 * heads,
+                                               .kv_heads = heads,
+                                               .qk_dim = 32,
+                                               .v_dim = 32,
+                                               .rotary_dim = 16,
+                                               .rope_theta = 1e4,
+                                               .window = 24,
+                                               .sink = true}};
+}
+
+/* Room for 8 ranks, and every format that experts and projections come in. */
+static void widen(struct us_shape *s) {
+  snprintf(s->name, sizeof s->name, "wide");
+  s->hidden = 256, s->dense_inner = 512, s->expert_inner = 256, s->experts = 32, s->top_k = 8;
+  s->full.q_heads = s->swa.q_heads = 16, s->full.kv_heads = s->swa.kv_heads = 8;
+  s->full.v_dim = s->swa.v_dim = 32;
+  s->qkv_chunks = 8;
+  s->precision.experts = US_FORMAT_MXFP4, s->precision.qkv = US_FORMAT_FP8;
+}
+
+/* Choice of experts is spread out, so that near-ties are rare; scores still decide between neighbours. */
+static void spread_router(struct us_model *m) {
+  uint32_t word = 12345;
+  for (uint32_t l = 0; l < m->shape.layers; l++)
+    for (uint32_t e = 0; m->layers[l].router_bias && e < m->shape.experts; e++) {
+      word = word * 1664525u + 1013904223u;
+      m->layers[l].router_bias[e] = (float)(word >> 16) * 0x1p-16f;
+    }
+}
+
+static struct models open_random(const char *name, bool wide) {
+  struct models m = {.name = name};
+  struct us_shape shape;
+  struct us_err err = {0};
+  need(us_shape_load(wide ? "tiny-pro" : name, &shape, &err), &err, name);
+  if (wide) widen(&shape);
+  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2);
+  need(us_pool_create(0, &m.pool, &err), &err, name);
+  need(us_shape_check(&shape, &err), &err, name);
+  need(us_model_random(&shape, 5, m.pool, &m.model, &err), &err, name);
+  need(us_draft_random(&draft, US_FORMAT_BF16, 6, m.pool, &m.draft, &err), &err, name);
+  spread_router(m.model);
+  need(us_executor_create_tiles(m.model, m.draft, m.pool, US_ROUND_BF16, &m.cpu, &err), &err, name);
+  return m;
+}
+
+static void close_models(struct models *m) {
+  m->cpu->ops->free(m->cpu);
+  us_draft_free(m->draft);
+  us_model_free(m->model);
+  us_pool_free(m->pool);
+}
+
+static struct us_executor *open_cuda(const struct models *m, enum us_device_mode mode, uint32_t ranks,
+                                     uint32_t jitter) {
+  struct us_executor_cuda_options options = {
+      .gpus = 1, .ranks = ranks, .mode = mode, .sequences = SEQUENCES + 1, .jitter = jitter, .say = say};
+  struct us_executor *ex;
+  struct us_err err = {0};
+  need(us_executor_create_cuda(m->model, m->draft, &options, &ex, &err), &err, m->name);
+  return ex;
+}
+
+/* A script of passes */
+
+#define MAX_OUTPUT_ROWS 512
+
+/* Every row that ran, in order. */
+struct trace {
+  size_t rows, draft_rows;
+  float *logits, *taps, *router; /* (rows, N), (rows, taps * D), (L, E) of each row: the CPU's */
+  uint32_t *routed;              /* (rows, L, K) */
+  uint32_t sequence[MAX_OUTPUT_ROWS], position[MAX_OUTPUT_ROWS];
+  float *draft_logits, *hidden; /* (draft_rows, N), (draft_rows, D) */
+};
+
+struct script {
+  const struct models *m;
+  struct us_executor *ex;
+  const struct trace *opt_cpu; /* the drafter gets the CPU's taps */
+  struct trace *out;
+  struct us_kv *kv[SEQUENCES], *draft_kv;
+  uint32_t position[SEQUENCES], salt; /* salt: other tokens after a step back */
+};
+
+static struct trace new_trace(const struct models *m) {
+  const struct us_shape *s = &m->model->shape;
+  return (struct trace){.logits = take(MAX_OUTPUT_ROWS * (size_t)s->vocab, sizeof(float)),
+                        .taps =
+                            take(MAX_OUTPUT_ROWS * (size_t)m->draft->shape.taps * s->hidden, sizeof(float)),
+                        .router = take(MAX_OUTPUT_ROWS * (size_t)s->layers * s->experts, sizeof(float)),
+                        .routed = take(MAX_OUTPUT_ROWS * (size_t)s->layers * s->top_k, sizeof(uint32_t)),
+                        .draft_logits = take(64 * (size_t)s->vocab, sizeof(float)),
+                        .hidden = take(64 * (size_t)s->hidden, sizeof(float))};
+}
+
+static void drop_trace(struct trace *t) {
+  free(t->logits), free(t->taps), free(t->router), free(t->routed), free(t->draft_logits), free(t->hidden);
+}
+
+/* The CPU's router scores, for near-ties. */
+static bool keep_router(void *arg, const char *op, uint32_t layer, const float *values, size_t R,
+                        size_t width) {
+  const struct script *s = arg;
+  uint32_t layers = s->m->model->shape.layers;
+  for (size_t r = 0; !strcmp(op, "router") && r < R; r++)
+    memcpy(s->out->router + ((s->out->rows + r) * layers + layer) * width, values + r * width,
+           width * sizeof *values);
+  return true;
+}
+
+static int32_t token_at(const struct script *s, uint32_t sequence, uint32_t position) {
+  return (int32_t)(((sequence * 977u + s->salt * 31u + position * 2654435761u) >> 5) %
+                   s->m->model->shape.vocab);
+}
+
+/* One pass: counts[i] rows of sequence i. */
+static void pass(struct script *s, const uint32_t *counts, bool prefill) {
+  const struct us_shape *shape = &s->m->model->shape;
+  struct us_row rows[MAX_OUTPUT_ROWS];
+  struct trace *t = s->out;
+  struct us_err err = {0};
+  size_t R = 0, LK = (size_t)shape->layers * shape->top_k, K = shape->top_k;
+  for (uint32_t i = 0; i < SEQUENCES; i++)
+    for (uint32_t j = 0; j < counts[i]; j++, R++) {
+      t->sequence[t->rows + R] = i, t->position[t->rows + R] = s->position[i];
+      rows[R] = (struct us_row){token_at(s, i, s->position[i]), s->position[i], s->kv[i]};
+      s->position[i]++;
+    }
+  uint32_t *routed = take(R * LK, sizeof *routed);
+  struct us_observer observer = {keep_router, s};
+  struct us_pass p = {.rows = rows,
+                      .R = R,
+                      .logits = t->logits + t->rows * shape->vocab,
+                      .taps = t->taps + t->rows * s->m->draft->shape.taps * shape->hidden,
+                      .routed = routed,
+                      .observer = s->ex == s->m->cpu ? &observer : NULL,
+                      .prefill = prefill};
+  need(s->ex->ops->forward(s->ex, &p, &err), &err, "forward");
+  for (size_t r = 0; r < R; r++)
+    for (uint32_t l = 0; l < shape->layers; l++)
+      memcpy(t->routed + (t->rows + r) * LK + l * K, routed + (l * R + r) * K, K * sizeof *routed);
+  free(routed);
+  t->rows += R;
+}
+
+/* Drafts of `block` rows after the tokens of sequence 0 so far, whose first rows of the trace are its taps. */
+static void draft(struct script *s, uint32_t block) {
+  const struct us_shape *shape = &s->m->model->shape;
+  struct trace *t = s->out;
+  struct us_err err = {0};
+  struct us_draft_pass p = {.kv = s->draft_kv,
+                            .anchor = 7,
+                            .position = s->position[0],
+                            .block = block,
+                            .logits = t->draft_logits + t->draft_rows * shape->vocab,
+                            .hidden = t->hidden + t->draft_rows * shape->hidden};
+  need(s->ex->ops->draft(s->ex, &p, &err), &err, "draft");
+  t->draft_rows += block;
+}
+
+static void context(struct script *s, uint32_t first, uint32_t count) {
+  const struct trace *from = s->opt_cpu ? s->opt_cpu : s->out;
+  struct us_err err = {0};
+  size_t width = (size_t)s->m->draft->shape.taps * s->m->model->shape.hidden;
+  struct us_draft_context c = {
+      .kv = s->draft_kv, .position = first, .R = count, .taps = from->taps + first * width};
+  need(s->ex->ops->draft_context(s->ex, &c, &err), &err, "context");
+}
+
+static void open_caches(struct script *s) {
+  struct us_kv_spec spec = us_kv_spec_of(&s->m->model->shape),
+                    draft = us_kv_spec_of_draft(&s->m->draft->shape);
+  struct us_err err = {0};
+  for (uint32_t i = 0; i < SEQUENCES; i++) {
+    if (i != 1)
+      need(us_kv_create_in(s->ex->kv_memory, &spec, 400, US_KV_BF16, &s->kv[i], &err), &err, "cache");
+  }
+  need(us_kv_create_in(s->ex->draft_kv_memory, &draft, 400, US_KV_BF16, &s->draft_kv, &err), &err, "cache");
+}
+
+/* A prompt, a fork, passes of one row, of a block, of two, of all sequences, and a step back over rejected rows. */
+static struct trace run_script(const struct models *m, struct us_executor *ex, const struct trace *opt_cpu) {
+  struct trace out = new_trace(m);
+  struct script s = {.m = m, .ex = ex, .opt_cpu = opt_cpu, .out = &out};
+  struct us_err err = {0};
+  open_caches(&s);
+  pass(&s, (uint32_t[SEQUENCES]){75}, true);
+  need(us_kv_fork(s.kv[0], &s.kv[1], &err), &err, "fork");
+  s.position[1] = s.position[0];
+  context(&s, 0, 75);
+  draft(&s, 8), draft(&s, 16), draft(&s, 3);
+  pass(&s, (uint32_t[SEQUENCES]){8, 3}, false);
+  s.position[0] -= 5, s.salt = 1;
+  context(&s, 75, 3);
+  draft(&s, 8);
+  pass(&s, (uint32_t[SEQUENCES]){1, 8}, false);
+  pass(&s, (uint32_t[SEQUENCES]){0, 0, 1, 1, 1, 1, 1, 1}, false);
+  pass(&s, (uint32_t[SEQUENCES]){8, 8, 8, 8, 8, 8, 8, 8}, false);
+  pass(&s, (uint32_t[SEQUENCES]){16, 0, 5, 7, 9}, false);
+  pass(&s, (uint32_t[SEQUENCES]){1}, false);
+  for (uint32_t i = 0; i < SEQUENCES; i++) us_kv_free(s.kv[i]);
+  us_kv_free(s.draft_kv);
+  return out;
+}
+
+/* Comparison */
+
+static double row_scale(const float *x, size_t n) {
+  double sum = 0;
+  for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+  return sqrt(sum / (double)n);
+}
+
+/* Largest difference in units of the row's root mean square; infinite for a value that is not a number. */
+static double row_error(const float *a, const float *b, size_t n) {
+  double worst = 0, scale = row_scale(a, n);
+  for (size_t i = 0; i < n; i++) {
+    double e = fabs((double)a[i] - (double)b[i]) / scale;
+    if (!(e <= worst)) worst = e == e ? e : INFINITY;
+  }
+  return worst;
+}
+
+static double bound_of(uint32_t layers) {
+  return 6.0 * sqrt((6.0 * layers + 2.0) / 16.0) * 0x1p-8;
+}
+
+/* Distance between the last chosen and the first refused score + bias of the CPU's row in a layer. */
+static double gap_of(const struct models *m, const struct trace *cpu, size_t row, uint32_t layer) {
+  const struct us_shape *s = &m->model->shape;
+  const float *scores = cpu->router + (row * s->layers + layer) * s->experts;
+  const uint32_t *chosen = cpu->routed + (row * s->layers + layer) * s->top_k;
+  double least = INFINITY, most = -INFINITY;
+  for (uint32_t e = 0; e < s->experts; e++) {
+    double score = 1.0 / (1.0 + exp(-(double)scores[e])) + (double)m->model->layers[layer].router_bias[e];
+    bool in = false;
+    for (uint32_t k = 0; k < s->top_k; k++) in |= chosen[k] == e;
+    if (in && score < least) least = score;
+    if (!in && score > most) most = score;
+  }
+  return least - most;
+}
+
+struct verdict {
+  uint64_t rows, over, ties, wrong_routes;
+  double worst, worst_taps;
+};
+
+/* Rows of sequences that have not met a near-tie yet. Sequence 1 begins as sequence 0. */
+static struct verdict compare(const struct models *m, const struct trace *cpu, const struct trace *gpu) {
+  const struct us_shape *s = &m->model->shape;
+  size_t LK = (size_t)s->layers * s->top_k, width = (size_t)m->draft->shape.taps * s->hidden;
+  uint32_t spoilt[SEQUENCES];
+  struct verdict v = {0};
+  memset(spoilt, 0xff, sizeof spoilt); /* from this position on */
+  for (size_t r = 0; r < cpu->rows; r++) {
+    uint32_t q = cpu->sequence[r], p = cpu->position[r];
+    if (r == 75) spoilt[1] = spoilt[0];
+    if (p >= spoilt[q]) continue;
+    for (uint32_t l = 0; l < s->layers && spoilt[q] > p; l++) {
+      if (!memcmp(cpu->routed + r * LK + l * s->top_k, gpu->routed + r * LK + l * s->top_k,
+                  s->top_k * sizeof *cpu->routed))
+        continue;
+      spoilt[q] = p, v.ties++;
+      if (gap_of(m, cpu, r, l) > 0x1p-5) v.wrong_routes++;
+    }
+    if (p >= spoilt[q]) continue;
+    double e = row_error(cpu->logits + r * s->vocab, gpu->logits + r * s->vocab, s->vocab);
+    double taps = row_error(cpu->taps + r * width, gpu->taps + r * width, width);
+    v.rows++;
+    v.over += e > bound_of(s->layers) || taps > bound_of(s->layers);
+    if (e > v.worst) v.worst = e;
+    if (taps > v.worst_taps) v.worst_taps = taps;
+  }
+  return v;
+}
+
+static void compare_drafts(const struct models *m, const char *name, const struct trace *cpu,
+                           const struct trace *gpu) {
+  const struct us_shape *s = &m->model->shape;
+  double worst = 0, hidden = 0, bound = bound_of(m->draft->shape.layers + 1);
+  uint64_t over = 0;
+  char note[128];
+  for (size_t r = 0; r < cpu->draft_rows; r++) {
+    double e = r + 1 < cpu->draft_rows && row_scale(cpu->draft_logits + r * s->vocab, s->vocab) > 0
+                   ? row_error(cpu->draft_logits + r * s->vocab, gpu->draft_logits + r * s->vocab, s->vocab)
+                   : 0;
+    double h = row_error(cpu->hidden + r * s->hidden, gpu->hidden + r * s->hidden, s->hidden);
+    over += e > bound || h > bound;
+    if (e > worst) worst = e;
+    if (h > hidden) hidden = h;
+  }
+  snprintf(note, sizeof note, "worst %.3g hidden %.3g of %.3g", worst, hidden, bound);
+  record(name, "drafts within the bound", cpu->draft_rows, over, note);
+}
+
+static void compare_traces(const struct models *m, const char *name, const struct trace *cpu,
+                           const struct trace *gpu) {
+  char note[160];
+  struct verdict v = compare(m, cpu, gpu);
+  snprintf(note, sizeof note, "worst %.3g taps %.3g of %.3g, %llu near-ties", v.worst, v.worst_taps,
+           bound_of(m->model->shape.layers), (unsigned long long)v.ties);
+  record(name, "logits within the bound", v.rows, v.over, note);
+  record(name, "experts equal but for near-ties", v.rows + v.ties, v.wrong_routes, "");
+  record(name, "half of the rows compared", cpu->rows, v.rows * 2 < cpu->rows, "");
+  compare_drafts(m, name, cpu, gpu);
+}
+
+static void compare_bits(const struct models *m, const char *name, const char *check, const struct trace *a,
+                         const struct trace *b) {
+  const struct us_shape *s = &m->model->shape;
+  size_t width = (size_t)m->draft->shape.taps * s->hidden, LK = (size_t)s->layers * s->top_k;
+  uint64_t bad = 0;
+  for (size_t r = 0; r < a->rows; r++)
+    bad += memcmp(a->logits + r * s->vocab, b->logits + r * s->vocab, s->vocab * sizeof(float)) ||
+           memcmp(a->taps + r * width, b->taps + r * width, width * sizeof(float)) ||
+           memcmp(a->routed + r * LK, b->routed + r * LK, LK * sizeof(uint32_t));
+  bad += memcmp(a->draft_logits, b->draft_logits, a->draft_rows * s->vocab * sizeof(float)) != 0;
+  record(name, check, a->rows + a->draft_rows, bad, "");
+}
+
+/* Operation by operation: the same names in the same order, values near the CPU's, for rows that route alike. */
+
+struct watch {
+  FILE *names;
+  float *values[512];
+  size_t count, n[512];
+  const char *name[512];
+  uint32_t layer[512];
+};
+
+static bool note_op(void *arg, const char *op, uint32_t layer, const float *values, size_t R, size_t width) {
+  struct watch *w = arg;
+  if (w->count == 512) return false;
+  w->values[w->count] = take(R * width, sizeof(float));
+  memcpy(w->values[w->count], values, R * width * sizeof(float));
+  w->n[w->count] = R * width, w->name[w->count] = op, w->layer[w->count] = layer;
+  w->count++;
+  return true;
+}
+
+static void observe(const struct models *m, struct us_executor *ex, struct watch *w) {
+  struct us_kv_spec spec = us_kv_spec_of(&m->model->shape);
+  struct us_observer observer = {note_op, w};
+  struct us_kv *kv;
+  struct us_row rows[11];
+  struct us_err err = {0};
+  float *logits = take(11 * (size_t)m->model->shape.vocab, sizeof *logits);
+  need(us_kv_create_in(ex->kv_memory, &spec, 64, US_KV_BF16, &kv, &err), &err, "cache");
+  for (uint32_t i = 0; i < 11; i++) rows[i] = (struct us_row){(int32_t)(i * 37 + 5), i, kv};
+  struct us_pass p = {.rows = rows, .R = 11, .logits = logits, .observer = &observer};
+  need(ex->ops->forward(ex, &p, &err), &err, "observed pass");
+  us_kv_free(kv);
+  free(logits);
+}
+
+static void compare_ops(const struct models *m, const char *name, struct us_executor *ex) {
+  struct watch *cpu = take(1, sizeof *cpu), *gpu = take(1, sizeof *gpu);
+  uint64_t bad = 0;
+  double worst = 0;
+  char note[160] = "";
+  observe(m, m->cpu, cpu), observe(m, ex, gpu);
+  if (cpu->count != gpu->count)
+    snprintf(note, sizeof note, "%zu operations, not %zu", gpu->count, cpu->count), bad++;
+  for (size_t i = 0; !bad && i < cpu->count; i++) {
+    bool same =
+        !strcmp(cpu->name[i], gpu->name[i]) && cpu->layer[i] == gpu->layer[i] && cpu->n[i] == gpu->n[i];
+    double e = same ? row_error(cpu->values[i], gpu->values[i], cpu->n[i]) : INFINITY;
+    if (e > worst) worst = e;
+    if (same && e <= 4.0 * bound_of(m->model->shape.layers)) continue;
+    bad++;
+    snprintf(note, sizeof note, "%s of layer %d: error %.3g; the CPU's is %s of layer %d", gpu->name[i],
+             (int)gpu->layer[i], e, cpu->name[i], (int)cpu->layer[i]);
+  }
+  if (!bad) snprintf(note, sizeof note, "worst %.3g", worst);
+  record(name, "every operation near the CPU's", cpu->count, bad, note);
+  for (size_t i = 0; i < cpu->count; i++) free(cpu->values[i]);
+  for (size_t i = 0; i < gpu->count; i++) free(gpu->values[i]);
+  free(cpu), free(gpu);
+}
+
+/* Generation */
+
+#define REQUESTS 8
+
+static void generate(struct us_executor *ex, size_t vocab, uint32_t block, uint32_t batch, uint32_t tokens,
+                     float temperature, struct us_result *results) {
+  static int32_t prompts[REQUESTS][90];
+  struct us_request requests[REQUESTS];
+  struct us_err err = {0};
+  for (uint32_t i = 0; i < REQUESTS; i++) {
+    for (uint32_t j = 0; j < 90; j++) prompts[i][j] = (int32_t)((i * 7919u + j * 104729u) % vocab);
+    requests[i] = (struct us_request){.prompt = prompts[i],
+                                      .prompt_count = 10 + 11 * i,
+                                      .sampling = {.temperature = temperature, .top_p = 1.0f},
+                                      .seed = 3 + i,
+                                      .samples = i == 2 ? 3 : 1,
+                                      .max_tokens = tokens};
+  }
+  struct us_generate_options options = {.block = block, .batch = batch};
+  need(us_generate(ex, requests, REQUESTS, &options, results, NULL, &err), &err, "generate");
+}
+
+static uint64_t differing(const struct us_result *a, const struct us_result *b) {
+  uint64_t bad = 0;
+  for (uint32_t i = 0; i < REQUESTS; i++)
+    for (uint32_t s = 0; s < a[i].samples; s++) {
+      const struct us_ids *x = &a[i].outputs[s].ids, *y = &b[i].outputs[s].ids;
+      bad += x->count != y->count || memcmp(x->ids, y->ids, x->count * sizeof *x->ids);
+    }
+  return bad;
+}
+
+static void release(struct us_result *results) {
+  for (uint32_t i = 0; i < REQUESTS; i++) us_result_release(&results[i]);
+}
+
+/* Speculative equals plain: blocks 1 to the drafter's, batches 1 to 8, greedy and drawn. */
+static void check_generation(const struct models *m, const char *name, struct us_executor *ex,
+                             uint32_t tokens) {
+  static const struct {
+    uint32_t block, batch;
+    float temperature;
+  } runs[] = {{1, 8, 0}, {2, 1, 0},  {8, 1, 0}, {16, 1, 0}, {5, 3, 0},
+              {8, 8, 0}, {16, 8, 0}, {1, 8, 1}, {8, 4, 1}};
+  size_t vocab = m->model->shape.vocab;
+  struct us_result plain[2][REQUESTS], other[REQUESTS];
+  uint64_t bad = 0, runs_done = 0;
+  for (int t = 0; t < 2; t++) generate(ex, vocab, 1, 1, tokens, (float)t, plain[t]);
+  for (size_t i = 0; i < sizeof runs / sizeof *runs; i++) {
+    uint32_t most = m->draft->shape.block, block = runs[i].block < most ? runs[i].block : most;
+    generate(ex, vocab, block, runs[i].batch, tokens, runs[i].temperature, other);
+    bad += differing(plain[runs[i].temperature > 0], other), runs_done++;
+    release(other);
+  }
+  record(name, "speculative equals plain, any block and batch", runs_done * REQUESTS, bad, "");
+  release(plain[0]), release(plain[1]);
+}
+
+/* Cases */
+
+/* The bound must tell a mistake from rounding: the CPU with one, against itself. */
+static void check_bound(const struct models *m, const struct trace *cpu) {
+  struct us_attention_shape *swa = &m->model->shape.swa;
+  float *sink = m->model->layers[1].sink, kept = sink[0];
+  double theta = swa->rope_theta;
+  for (int i = 0; i < 2; i++) {
+    sink[0] = i == 0 ? -INFINITY : kept; /* one head of one layer without its sink */
+    swa->rope_theta = i == 1 ? m->model->shape.full.rope_theta : theta;
+    struct trace wrong = run_script(m, m->cpu, NULL);
+    struct verdict v = compare(m, cpu, &wrong);
+    char note[64];
+    snprintf(note, sizeof note, "worst %.3g, %llu near-ties", v.worst, (unsigned long long)v.ties);
+    record(m->name, i ? "the other kind's theta is outside the bound" : "a dropped sink is outside the bound",
+           v.rows, v.over == 0, note);
+    drop_trace(&wrong);
+  }
+  sink[0] = kept, swa->rope_theta = theta;
+}
+
+static void run_case(const struct models *m, uint32_t ranks, bool observed) {
+  char name[64];
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  struct trace cpu = run_script(m, m->cpu, NULL);
+  if (ranks == 1) check_bound(m, &cpu);
+  struct us_executor *ex = open_cuda(m, US_DEVICE_ENGINE, ranks, 0);
+  struct trace engine = run_script(m, ex, &cpu);
+  compare_traces(m, name, &cpu, &engine);
+  struct trace again = run_script(m, ex, &cpu);
+  compare_bits(m, name, "a second run gives the same bits", &engine, &again);
+  if (observed) compare_ops(m, name, ex);
+  check_generation(m, name, ex, 24);
+  ex->ops->free(ex);
+  ex = open_cuda(m, US_DEVICE_GRAPH, ranks, 0);
+  struct trace graph = run_script(m, ex, &cpu);
+  compare_bits(m, name, "graph equals engine", &engine, &graph);
+  ex->ops->free(ex);
+  ex = open_cuda(m, US_DEVICE_ENGINE, ranks, 3000);
+  struct trace late = run_script(m, ex, &cpu);
+  compare_bits(m, name, "random delays change nothing", &engine, &late);
+  ex->ops->free(ex);
+  drop_trace(&cpu), drop_trace(&engine), drop_trace(&again), drop_trace(&graph), drop_trace(&late);
+}
+
+/* Where the GPU's greedy text leaves the CPU's, the CPU's two best logits must nearly tie. */
+static uint64_t unexplained(const struct models *m, const int32_t *prompt, size_t prompt_count,
+                            const struct us_ids *cpu, const struct us_ids *gpu, size_t *ret_same) {
+  size_t N = m->model->shape.vocab, same = 0;
+  while (same < cpu->count && same < gpu->count && cpu->ids[same] == gpu->ids[same]) same++;
+  *ret_same += same;
+  if (same == cpu->count && same == gpu->count) return 0;
+  size_t R = prompt_count + same;
+  struct us_row *rows = take(R, sizeof *rows);
+  float *logits = take(R * N, sizeof *logits);
+  uint8_t *want = take(R, 1);
+  struct us_kv_spec spec = us_kv_spec_of(&m->model->shape);
+  struct us_kv *kv;
+  struct us_err err = {0};
+  need(us_kv_create(&spec, (uint32_t)R, US_KV_BF16, &kv, &err), &err, "cache");
+  for (size_t i = 0; i < R; i++)
+    rows[i] = (struct us_row){i < prompt_count ? prompt[i] : cpu->ids[i - prompt_count], (uint32_t)i, kv};
+  want[R - 1] = 1;
+  struct us_pass p = {.rows = rows, .R = R, .logits = logits, .want_logits = want};
+  need(m->cpu->ops->forward(m->cpu, &p, &err), &err, "forward");
+  const float *row = logits + (R - 1) * N;
+  double gap = fabs((double)row[cpu->ids[same]] - (double)row[gpu->ids[same]]);
+  double bound = 2.0 * bound_of(m->model->shape.layers) * row_scale(row, N);
+  us_kv_free(kv);
+  free(rows), free(logits), free(want);
+  return gap > bound;
+}
+
+static void run_pico(const char *folder) {
+  char path[2][1024];
+  struct models m = {.name = "pico"};
+  struct us_err err = {0};
+  struct us_result cpu[REQUESTS], gpu[REQUESTS];
+  snprintf(path[0], sizeof path[0], "%s/pico.h5", folder),
+      snprintf(path[1], sizeof path[1], "%s/draft.h5", folder);
+  need(us_model_open(path[0], &m.model, &err), &err, path[0]);
+  need(us_draft_open(path[1], &m.draft, &err), &err, path[1]);
+  need(us_pool_create(0, &m.pool, &err), &err, "pico");
+  need(us_executor_create_tiles(m.model, m.draft, m.pool, US_ROUND_BF16, &m.cpu, &err), &err, "pico");
+  struct us_executor *ex = open_cuda(&m, US_DEVICE_ENGINE, 1, 0);
+  size_t vocab = m.model->shape.vocab, same = 0;
+  generate(m.cpu, vocab, 1, 8, 48, 0, cpu);
+  generate(ex, vocab, 1, 8, 48, 0, gpu);
+  uint64_t bad = 0;
+  for (uint32_t i = 0; i < REQUESTS; i++) {
+    int32_t prompt[90];
+    for (uint32_t j = 0; j < 90; j++) prompt[j] = (int32_t)((i * 7919u + j * 104729u) % vocab);
+    bad += unexplained(&m, prompt, 10 + 11 * i, &cpu[i].outputs[0].ids, &gpu[i].outputs[0].ids, &same);
+  }
+  char note[64];
+  snprintf(note, sizeof note, "%zu of %d tokens before the first difference", same, REQUESTS * 48);
+  record("pico", "greedy text leaves the CPU's only at near-ties", REQUESTS, bad, note);
+  check_generation(&m, "pico", ex, 48);
+  release(cpu), release(gpu);
+  ex->ops->free(ex);
+  close_models(&m);
+}
+
+static bool asked(int argc, char **argv, const char *name) {
+  for (int i = 1; i < argc; i++)
+    if (!strcmp(argv[i], name)) return true;
+  return argc == 1;
+}
+
+int main(int argc, char **argv) {
+  signal(SIGALRM, hung);
+  alarm(150);
+  static const char *const plain[] = {"tiny", "tiny-pro"};
+  for (int i = 0; i < 2; i++) {
+    if (!asked(argc, argv, plain[i])) continue;
+    struct models m = open_random(plain[i], false);
+    run_case(&m, 1, true);
+    close_models(&m);
+  }
+  if (asked(argc, argv, "ranks")) {
+    struct models m = open_random("wide", true);
+    for (uint32_t ranks = 1; ranks <= MAX_RANKS; ranks *= 2) run_case(&m, ranks, ranks == 2);
+    close_models(&m);
+  }
+  const char *data = getenv("ULTRASPEED_DATA");
+  if (asked(argc, argv, "pico") && data) {
+    char folder[900];
+    snprintf(folder, sizeof folder, "%s/models/pico", data);
+    run_pico(folder);
+  }
+  return any_failed ? 1 : 0;
+}
