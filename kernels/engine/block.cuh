@@ -29,23 +29,10 @@ struct us_engine_active {
   uint32_t count;
 };
 
-/* Dynamic shared memory. Compute warps may use `partial` and `scratch` (contiguous, us_engine_scratch) inside an operation
- * other than GEMM and DOWN, after us_engine_drain. */
-struct us_engine_shared {
-  uint8_t ring[US_ENGINE_STAGES][US_ENGINE_STAGE_BYTES];
-  float partial[2][US_ENGINE_COMPUTE_WARPS][US_ENGINE_PARTIAL];
-  uint8_t scratch[US_ENGINE_SCRATCH];
-  struct us_engine_active active;
-  uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
-  uint64_t sums_full[2], sums_empty[2];                     /* of partial */
-  uint64_t routed;                                          /* one phase a ROUTE operation */
-  uint64_t ended;                                           /* one phase a round */
-  uint32_t stop;                                            /* no further round */
-  float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
-};
-static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
+struct us_engine_shared;
 
-/* One role's view. The launch is a kernel parameter. */
+/* One warp's view, in shared memory: the same for all its lanes. (On the stack it would be 640 copies, more than the first-level
+ * cache holds beside the ring.) The launch is a kernel parameter. */
 struct us_engine_block {
   struct us_engine_shared *shared;
   const struct us_engine_launch *launch;
@@ -60,6 +47,23 @@ struct us_engine_block {
   uint32_t routes;        /* ROUTE operations passed */
   uint32_t select; /* running index of the next SELECT */
 };
+
+/* Dynamic shared memory. Compute warps may use `partial` and `scratch` (contiguous, us_engine_scratch) inside an operation
+ * other than GEMM and DOWN, after us_engine_drain. */
+struct us_engine_shared {
+  uint8_t ring[US_ENGINE_STAGES][US_ENGINE_STAGE_BYTES];
+  float partial[2][US_ENGINE_COMPUTE_WARPS][US_ENGINE_PARTIAL];
+  uint8_t scratch[US_ENGINE_SCRATCH];
+  struct us_engine_active active;
+  uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
+  uint64_t sums_full[2], sums_empty[2];                     /* of partial */
+  uint64_t routed;                                          /* one phase a ROUTE operation */
+  uint64_t ended;                                           /* one phase a round */
+  struct us_engine_block warp[US_ENGINE_THREADS / 32];
+  uint32_t stop;                                            /* no further round */
+  float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
+};
+static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
 
 /* Shared memory for operations of the compute warps, bytes. */
 #define US_ENGINE_VECTOR_BYTES (sizeof(float) * 2 * US_ENGINE_COMPUTE_WARPS * US_ENGINE_PARTIAL + US_ENGINE_SCRATCH)
@@ -99,10 +103,10 @@ static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engi
 static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b, struct us_engine_watch *w,
                                                            uint32_t what, uint32_t index, uint64_t have,
                                                            uint64_t want) {
-  if ((++w->tries & 1023u) != 0) return;
+  if (__builtin_expect((++w->tries & 1023u) != 0, 1)) return;
   uint64_t now = us_engine_now();
   if (!w->since) w->since = now;
-  if (now - w->since > b->launch->timeout_ns) us_engine_stop_stuck(b, what, index, have, want);
+  if (__builtin_expect(now - w->since > b->launch->timeout_ns, 0)) us_engine_stop_stuck(b, what, index, have, want);
 }
 
 static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t parity) {
@@ -165,6 +169,14 @@ static __device__ __forceinline__ uint64_t us_load_flagged(const uint64_t *p) {
 }
 static __device__ __forceinline__ void us_store_flagged(uint64_t *p, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+
+/* A warp's lanes together: one more. */
+static __device__ __forceinline__ void us_engine_count(uint32_t *counter) {
+  uint32_t lanes = __activemask();
+  __syncwarp(lanes);
+  if (threadIdx.x % 32 == 0) *(volatile uint32_t *)counter += 1;
+  __syncwarp(lanes);
 }
 
 /* ---- hand-offs --------------------------------------------------------------------------------------------------------- */

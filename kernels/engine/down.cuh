@@ -2,7 +2,7 @@
  *
  * Bound: bytes of weights from HBM. A block owns 48 output columns (three tiles of 16) and goes through all active experts, its
  * sums in registers: 6144 / 48 = 128 blocks. A warp takes one group of 32 inner columns of all three tiles, so that one load of
- * activations serves three multiplies; activations come from L2 four steps ahead. A step is what 16 warps multiply at once:
+ * activations serves three multiplies; activations come from L2 two steps ahead (a step takes as long as a load). A step is what 16 warps multiply at once:
  * step_slices pages of each tile. Rows that are not routed to an expert have zero activations and weight 0.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_CUH
@@ -11,7 +11,7 @@
 #include "kernels/engine/gemm.cuh"
 
 #define US_DOWN_TILES 3
-#define US_DOWN_AHEAD 4 /* steps whose activations are under way */
+#define US_DOWN_AHEAD 2 /* steps whose activations are under way */
 
 /* Blocks' shares: groups of three tiles. */
 static __device__ __forceinline__ uint32_t us_engine_down_groups(const struct us_engine_down *d) {
@@ -36,10 +36,11 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
     us_bulk_load(to + t * run, from + (size_t)t * d->w.slices * d->w.page_bytes, run, full);
 }
 
-static __device__ __noinline__ void us_engine_down_stream(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
+  bool copies = us_engine_copies(b);
   us_engine_wait_routed(b);
   uint32_t groups = us_engine_down_groups(d), total = s->active.count * d->steps, run = d->step_slices * d->w.page_bytes;
   for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
@@ -47,8 +48,8 @@ static __device__ __noinline__ void us_engine_down_stream(struct us_engine_block
     const uint8_t *mine = d->w.pages + (size_t)group * US_DOWN_TILES * d->w.slices * d->w.page_bytes;
     for (uint32_t step = 0; step < total; step += d->stage_steps) {
       uint32_t count = total - step < d->stage_steps ? total - step : d->stage_steps;
-      uint32_t full = us_engine_take(b, s, c, count * bytes);
-      for (uint32_t k = 0; k < count; k++) {
+      uint32_t full = us_engine_take(b, s, c, copies ? count * bytes : 0);
+      for (uint32_t k = 0; copies && k < count; k++) {
         uint32_t slot = (step + k) / d->steps, part = (step + k) % d->steps;
         us_engine_down_copy(d, mine + s->active.expert[slot] * d->w.matrix_bytes + (size_t)part * run, tiles,
                             us_shared_address(s->ring[c.stage]) + k * US_DOWN_TILES * run, full);
@@ -61,33 +62,29 @@ static __device__ __noinline__ void us_engine_down_stream(struct us_engine_block
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
-/* A warp's place in a step. */
-struct us_down_lane {
-  uint32_t slice, group; /* of the step; in the page */
-  uint32_t columns;      /* group of 32 inner columns in step 0 of an expert */
-  int lane;
-  bool working;
+/* A lane's way through the activations: its token's pair of every active expert, ahead of the multiplies. */
+struct us_down_rows {
+  const uint8_t *from;     /* its columns of pair 0, step 0 */
+  uint32_t pair_bytes, step_bytes;
+  uint32_t slot, step;     /* of the next load */
 };
 
-/* Activations of step i: this lane's token and columns of its expert's pair; zero if the row is not routed to it. */
-static __device__ __forceinline__ uint4 us_engine_down_rows(const struct us_engine_shared *s, const struct us_engine_down *d,
-                                                            const struct us_down_lane *at, uint32_t i, uint32_t total) {
-  uint4 zero = {0, 0, 0, 0};
-  if (!at->working || i >= total) return zero;
-  uint32_t slot = d->steps == 1 ? i : i / d->steps, step = d->steps == 1 ? 0 : i % d->steps;
-  int pair = s->active.pair[slot][at->lane / 4];
-  if (pair < 0) return zero;
-  uint32_t group = step * d->step_slices * d->w.groups + at->columns;
-  return __ldcg((const uint4 *)((const uint8_t *)d->pairs + (size_t)pair * us_engine_pair_bytes(d->F) + group * 64) +
-                at->lane % 4);
+/* The next step's activations; zero if the row is not routed to the expert, or there is none. */
+static __device__ __forceinline__ uint4 us_engine_down_rows(const struct us_engine_shared *s, struct us_down_rows *r,
+                                                            uint32_t steps, uint32_t token) {
+  uint4 rows = {0, 0, 0, 0};
+  if (r->slot >= s->active.count) return rows;
+  int pair = s->active.pair[r->slot][token];
+  if (pair >= 0) rows = __ldcg((const uint4 *)(r->from + pair * r->pair_bytes + r->step * r->step_bytes));
+  if (++r->step == steps) r->step = 0, r->slot++;
+  return rows;
 }
 
-/* d (16 rows x 8 tokens) = one group of 32 columns of a 16-row page; low, high: the scales of rows r and r + 8. */
+/* d (16 rows x 8 tokens) = group q of 32 columns of a 16-row page; low, high: the scales of rows r and r + 8. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32_t groups, const struct us_down_lane *at,
-                                                     uint4 rows, float d[4], float *low, float *high) {
-  uint32_t q = at->group, a[4];
-  int lane = at->lane;
+static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32_t groups, uint32_t q, int lane, uint4 rows,
+                                                     float d[4], float *low, float *high) {
+  uint32_t a[4];
   d[0] = d[1] = d[2] = d[3] = 0;
   if (FORMAT == US_FORMAT_MXFP4) {
     uint2 w = ((const uint2 *)page)[(q / 2 * 32 + lane) * 2 + q % 2];
@@ -108,19 +105,16 @@ static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32
   }
 }
 
-/* y[4 t + c] += routing weight * step i. */
+/* y[4 t + c] += routing weight * this warp's columns of a step; `page` is the first tile's, the next one `run` bytes on. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_engine_down_step(const struct us_engine_shared *s, const struct us_engine_down *d,
-                                                           const struct us_down_lane *at, const uint8_t *step_pages,
-                                                           uint32_t tiles, uint32_t i, uint4 rows, float *y) {
-  uint32_t run = d->step_slices * d->w.page_bytes;
-  float2 weight = *(const float2 *)&s->active.weight[d->steps == 1 ? i : i / d->steps][at->lane % 4 * 2];
-  const uint8_t *page = step_pages + at->slice * d->w.page_bytes;
+static __device__ __forceinline__ void us_engine_down_step(const uint8_t *page, uint32_t run, uint32_t groups, uint32_t q,
+                                                           int lane, uint32_t tiles, float2 weight, uint4 rows, float *y) {
 #pragma unroll
   for (int t = 0; t < US_DOWN_TILES; t++) {
     if (t >= tiles) continue;
     float sum[4], low, high;
-    us_down_group<FORMAT>(page + t * run, d->w.groups, at, rows, sum, &low, &high);
+    us_engine_in_order();
+    us_down_group<FORMAT>(page + t * run, groups, q, lane, rows, sum, &low, &high);
     y[4 * t + 0] = __fmaf_rn(weight.x, low * sum[0], y[4 * t + 0]);
     y[4 * t + 1] = __fmaf_rn(weight.y, low * sum[1], y[4 * t + 1]);
     y[4 * t + 2] = __fmaf_rn(weight.x, high * sum[2], y[4 * t + 2]);
@@ -128,29 +122,37 @@ static __device__ __forceinline__ void us_engine_down_step(const struct us_engin
   }
 }
 
+/* All active experts' share of three tiles: warp w has group w % groups of slice w / groups of every step. */
 template <int FORMAT>
 static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b, const struct us_engine_op *op,
                                                               uint32_t tiles, float *y) {
-  const struct us_engine_down local = op->down, *d = &local; /* barriers would make the compiler load it again and again */
+  const struct us_engine_down *d = &op->down;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t warp = threadIdx.x / 32, groups = d->w.groups, total = s->active.count * d->steps;
+  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = d->w.groups, steps = d->steps;
   uint32_t run = d->step_slices * d->w.page_bytes, stage_steps = d->stage_steps, in_stage = 0;
-  struct us_down_lane at = {warp / groups, warp % groups, warp, (int)(threadIdx.x % 32), warp < d->step_slices * groups};
+  uint32_t offset = warp / groups * d->w.page_bytes, q = warp % groups, total = s->active.count * steps, slot = 0, step = 0;
+  bool working = warp < d->step_slices * groups;
+  struct us_down_rows next = {(const uint8_t *)d->pairs + warp * 64 + lane % 4 * 16, us_engine_pair_bytes(d->F),
+                              d->step_slices * groups * 64, working ? 0 : US_ENGINE_NONE, 0};
   uint4 rows[US_DOWN_AHEAD];
 #pragma unroll
-  for (int k = 0; k < US_DOWN_AHEAD; k++) rows[k] = us_engine_down_rows(s, d, &at, k, total);
+  for (int k = 0; k < US_DOWN_AHEAD; k++) rows[k] = us_engine_down_rows(s, &next, steps, lane / 4);
+#pragma unroll 1
   for (uint32_t i = 0; i < total; i += US_DOWN_AHEAD) {
 #pragma unroll
     for (int k = 0; k < US_DOWN_AHEAD; k++) {
       if (i + k >= total) continue;
       if (in_stage == 0) us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
       uint4 now = rows[k];
-      rows[k] = us_engine_down_rows(s, d, &at, i + k + US_DOWN_AHEAD, total);
-      if (at.working)
-        us_engine_down_step<FORMAT>(s, d, &at, s->ring[c.stage] + in_stage * US_DOWN_TILES * run, tiles, i + k, now, y);
+      rows[k] = us_engine_down_rows(s, &next, steps, lane / 4);
+      float2 weight = *(const float2 *)&s->active.weight[slot][lane % 4 * 2];
+      if (working)
+        us_engine_down_step<FORMAT>(s->ring[c.stage] + in_stage * US_DOWN_TILES * run + offset, run, groups, q, lane, tiles,
+                                    weight, now, y);
+      if (++step == steps) step = 0, slot++;
       if (++in_stage == stage_steps || i + k + 1 == total) {
-        us_engine_release(s, c, at.lane);
+        us_engine_release(s, c, lane);
         us_engine_advance(&c);
         in_stage = 0;
       }
@@ -181,7 +183,7 @@ static __device__ void us_engine_down_out(struct us_engine_block *b, const struc
   }
 }
 
-static __device__ __forceinline__ void us_engine_down_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __noinline__ void us_engine_down_compute(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_down *d = &op->down;
   us_engine_wait_done(b, op->wait);
   uint32_t groups = us_engine_down_groups(d);

@@ -65,11 +65,13 @@ template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_
   const struct us_engine_launch *launch = b->launch;
   const struct us_engine_op *ops = b->rank->ops;
   for (uint32_t round = 0; round != launch->rounds; round++) {
+    if (ROLE != ROLE_STREAM) __syncwarp();
     b->round = round;
     for (uint32_t i = launch->first; i < launch->last; i++) {
+      if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
       b->op_index = i;
       uint64_t begin = us_engine_leads(b) ? us_engine_span_begin(b) : 0;
-      if (ops[i].kind == US_ENGINE_ROUTE) b->routes++;
+      if (ops[i].kind == US_ENGINE_ROUTE) us_engine_count(&b->routes);
       if (ROLE == ROLE_COMPUTE) compute(b, ops + i);
       if (ROLE == ROLE_STREAM) stream(b, ops + i);
       if (ROLE == ROLE_EPILOGUE) epilogue(b, ops + i);
@@ -86,15 +88,20 @@ template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_
   }
 }
 
-/* Which rank and which of its blocks this block is. */
-static __device__ struct us_engine_block make_block(const struct us_engine_launch *launch, struct us_engine_shared *shared) {
-  struct us_engine_block b = {};
+/* Which rank and which of its blocks this block is; a warp's view of it. */
+static __device__ struct us_engine_block *make_block(const struct us_engine_launch *launch, struct us_engine_shared *shared) {
   uint32_t each = gridDim.x / launch->ranks, warp = threadIdx.x / 32;
-  b.shared = shared, b.launch = launch;
-  b.rank = &launch->rank[blockIdx.x / each];
-  b.index = blockIdx.x % each, b.blocks = each, b.grid_block = blockIdx.x;
-  b.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
-  b.select = launch->selects;
+  struct us_engine_block *b = &shared->warp[warp];
+  if (threadIdx.x % 32 == 0) {
+    struct us_engine_block view = {};
+    view.shared = shared, view.launch = launch;
+    view.rank = &launch->rank[blockIdx.x / each];
+    view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
+    view.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
+    view.select = launch->selects;
+    *b = view;
+  }
+  __syncwarp();
   return b;
 }
 
@@ -112,14 +119,18 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
   s->stop = 0;
 }
 
-/* The active list of a launch that begins behind its ROUTE operation. */
+/* A launch that begins behind its ROUTE operation: the compute warps make the active list again, the others count it. */
+static __device__ bool begins_behind_route(const struct us_engine_block *b) {
+  return uses_experts(b->rank->ops + b->launch->first);
+}
+static __device__ void skip_route(struct us_engine_block *b) {
+  if (begins_behind_route(b)) us_engine_count(&b->routes);
+}
 static __device__ void restore_route(struct us_engine_block *b) {
   const struct us_engine_op *first = b->rank->ops + b->launch->first;
-  if (!uses_experts(first)) return;
-  uint32_t route = first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route;
-  b->routes = 1;
-  if (b->role != ROLE_COMPUTE) return;
-  us_engine_route_build(b, b->rank->ops + route);
+  if (!begins_behind_route(b)) return;
+  us_engine_count(&b->routes);
+  us_engine_route_build(b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route));
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->routed));
 }
 
@@ -130,14 +141,14 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   if (threadIdx.x == 0) init_barriers(shared);
   us_barrier_init_fence();
   __syncthreads();
-  struct us_engine_block b = make_block(&launch, shared);
+  struct us_engine_block *b = make_block(&launch, shared);
   if (threadIdx.x < US_ENGINE_COMPUTE) {
-    restore_route(&b);
-    run_rounds<ROLE_COMPUTE>(&b);
+    restore_route(b);
+    run_rounds<ROLE_COMPUTE>(b);
   } else {
-    restore_route(&b);
-    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM>(&b);
-    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE>(&b);
+    skip_route(b);
+    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM>(b);
+    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE>(b);
   }
 }
 

@@ -35,6 +35,11 @@ static __device__ __forceinline__ void us_engine_advance(struct us_engine_cursor
   if (++c->stage == US_ENGINE_STAGES) c->stage = 0, c->phase ^= 1;
 }
 
+/* Whether this round's weights are copied: see us_engine_launch.resident. */
+static __device__ __forceinline__ bool us_engine_copies(const struct us_engine_block *b) {
+  return b->round == 0 || !b->launch->resident;
+}
+
 /* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier. */
 static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b, struct us_engine_shared *s,
                                                           struct us_engine_cursor c, uint32_t bytes) {
@@ -55,13 +60,13 @@ static __device__ __forceinline__ void us_engine_wait_routed(const struct us_eng
   us_engine_barrier_wait(b, &b->shared->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
 }
 
-static __device__ __noinline__ void us_engine_gemm_stream(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   const struct us_engine_matrix w = g->w;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t bytes = g->warps * w.page_bytes, subs = g->subs, blocks = b->blocks;
-  bool experts = g->experts;
+  bool experts = g->experts, copies = us_engine_copies(b);
   if (experts) us_engine_wait_routed(b);
   uint32_t items = us_engine_gemm_items(b, g);
   uint64_t tile_bytes = (uint64_t)w.slices * w.page_bytes, part_bytes = (uint64_t)subs * bytes;
@@ -70,8 +75,8 @@ static __device__ __noinline__ void us_engine_gemm_stream(struct us_engine_block
     const uint8_t *from = w.pages + tile * tile_bytes;
     from += experts ? s->active.expert[outer] * w.matrix_bytes : outer * part_bytes;
     for (uint32_t j = 0; j < subs; j++, from += bytes) {
-      uint32_t full = us_engine_take(b, s, c, bytes);
-      us_bulk_load(us_shared_address(s->ring[c.stage]), from, bytes, full);
+      uint32_t full = us_engine_take(b, s, c, copies ? bytes : 0);
+      if (copies) us_bulk_load(us_shared_address(s->ring[c.stage]), from, bytes, full);
       us_engine_advance(&c);
     }
   }
@@ -86,6 +91,8 @@ template <int FORMAT, int HALVES> struct us_engine_page_groups {
                               : FORMAT == US_FORMAT_FP8  ? 4 / HALVES
                               : FORMAT == US_FORMAT_BF16 ? 2 / HALVES
                                                          : 1;
+  /* Stages a tile and part; F32, a small matrix whose code is long, is cut into more parts. */
+  static constexpr int subs = FORMAT == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / most;
 };
 
 /* Keeps the compiler from loading the codes of later groups early: four warps a scheduler hide the latency, and the registers
@@ -218,18 +225,20 @@ static __device__ __forceinline__ float us_engine_undo(uint32_t format) {
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
 /* Activations of this warp for `part`: slice part * warps * subs + j * warps + warp, all its groups. */
-template <int MOST>
+template <int FORMAT, int HALVES>
 static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part, int warp, int lane,
                                                            uint4 *rows) {
-  uint32_t groups = g->w.groups;
-  const uint4 *operand = (const uint4 *)g->operand;
+  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
+  uint32_t groups = g->w.groups, subs = g->subs, step = g->warps * groups * 32;
+  const uint4 *operand = (const uint4 *)g->operand + (part * subs * g->warps + warp) * groups * 32 + lane;
 #pragma unroll
-  for (int j = 0; j < US_ENGINE_GROUPS / MOST; j++)
+  for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++)
 #pragma unroll
     for (int q = 0; q < MOST; q++)
-      if (j < g->subs && q < groups)
-        rows[j * MOST + q] =
-            __ldcg(operand + (((part * g->subs + j) * g->warps + warp) * groups + q) * 32 + lane);
+    {
+      rows[j * MOST + q] = make_uint4(0, 0, 0, 0); /* a conditional load alone would keep 48 registers busy everywhere */
+      if (j < subs && q < groups) rows[j * MOST + q] = __ldcg(operand + j * step + q * 32);
+    }
 }
 
 /* This warp's sums of the tile-th tile of the launch to the epilogue. */
@@ -246,35 +255,48 @@ static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engin
   if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_full[buffer]));
 }
 
-/* WHOLE: pages have as many groups as they can, which spares the inner loop its tests. */
+/* One tile: all its stages. */
+template <int FORMAT, int HALVES, bool WHOLE>
+static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engine_block *b, struct us_engine_shared *s,
+                                                           struct us_engine_cursor *c, uint32_t subs, uint32_t groups,
+                                                           uint32_t offset, bool working, int lane, const uint4 *rows,
+                                                           float *acc) {
+  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
+#pragma unroll
+  for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++) {
+    if (j >= subs) continue;
+    us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
+    if (working)
+      us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane, rows + j * MOST, acc);
+    us_engine_release(s, *c, lane);
+    us_engine_advance(c);
+  }
+}
+
+/* This block's items, part by part, so that a part's activations are loaded once. WHOLE: pages have as many groups as they can,
+ * which spares the inner loop its tests. Every register counts: what the loop needs once a tile stays in memory. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
-  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = b->shared;
   struct us_engine_cursor c = {b->stage, b->phase};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t groups = WHOLE ? MOST : g->w.groups, subs = g->subs, tiles = g->w.tiles, blocks = b->blocks, tile = b->tile;
-  uint32_t items = us_engine_gemm_items(b, g), loaded = US_ENGINE_NONE, offset = warp * g->w.page_bytes;
-  bool working = warp < g->warps, experts = g->experts;
-  uint4 rows[US_ENGINE_GROUPS];
-  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += blocks) {
-    uint32_t part = experts ? 0 : i / tiles;
-    if (working && part != loaded) us_engine_load_rows<MOST>(g, part, warp, lane, rows);
-    loaded = part;
-    float acc[4 * HALVES] = {};
-#pragma unroll
-    for (int j = 0; j < US_ENGINE_GROUPS / MOST; j++) {
-      if (j >= subs) continue;
-      us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
-      if (working)
-        us_page_multiply<FORMAT, HALVES>(s->ring[c.stage] + offset, groups, lane, rows + j * MOST, acc);
-      us_engine_release(s, c, lane);
-      us_engine_advance(&c);
+  uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
+  bool working = warp < g->warps;
+  uint32_t i = us_engine_first_item(b, op->shift), items = us_engine_gemm_items(b, g);
+  for (uint32_t part = 0; i < items; part++) {
+    uint32_t end = g->experts ? items : (part + 1) * g->w.tiles;
+    if (i >= end) continue;
+    uint4 rows[US_ENGINE_GROUPS];
+    us_engine_load_rows<FORMAT, HALVES>(g, part, working ? warp : 0, lane, rows);
+    for (; i < end; i += b->blocks) {
+      float acc[4 * HALVES] = {};
+      us_engine_gemm_tile<FORMAT, HALVES, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows, acc);
+      us_engine_hand_sums<HALVES>(b, s, b->tile, warp, lane, acc);
+      us_engine_count(&b->tile);
     }
-    us_engine_hand_sums<HALVES>(b, s, tile++, warp, lane, acc);
   }
-  b->stage = c.stage, b->phase = c.phase, b->tile = tile;
+  b->stage = c.stage, b->phase = c.phase;
 }
 
 template <int FORMAT, int HALVES>
@@ -381,13 +403,15 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
       us_engine_push(b, g->exchange, addend, g->first + row, lane, v);
       continue;
     }
-    uint32_t r = row + lane / 4, t = lane % 4 * 2;
-    us_engine_emit(b, g, outer, r, t, v.x, u.x), us_engine_emit(b, g, outer, r, t + 1, v.y, u.y);
-    us_engine_emit(b, g, outer, r + 8, t, v.z, u.z), us_engine_emit(b, g, outer, r + 8, t + 1, v.w, u.w);
+#pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
+    for (int c = 0; c < 4; c++) {
+      us_engine_emit(b, g, outer, row + lane / 4 + c / 2 * 8, lane % 4 * 2 + c % 2, v.x, u.x);
+      v.x = c == 0 ? v.y : c == 1 ? v.z : v.w, u.x = c == 0 ? u.y : c == 1 ? u.z : u.w;
+    }
   }
 }
 
-static __device__ __noinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_gemm local = op->gemm, *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = b->shared;
   int lane = threadIdx.x % 32;
