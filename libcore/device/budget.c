@@ -42,19 +42,26 @@ static uint64_t workspace_of(const struct us_shape *shape, const struct us_draft
   return bytes;
 }
 
+/* Bytes of a pool of one rank for all sequences' caches. */
+static enum us_status add_pool(const struct us_kv_spec *spec, const struct us_device_budget_options *o,
+                               struct us_kv_pool_options *pool, uint64_t *ret_bytes, struct us_err *err) {
+  struct us_kv_pool_layout layout;
+  pool->positions = o->positions + US_MAX_BLOCK;
+  us_kv_pool_need(spec, pool->positions, o->sequences, pool->pages);
+  enum us_status status = us_kv_pool_lay_out(spec, o->ranks, pool, &layout, err);
+  if (status == US_OK) *ret_bytes = us_kv_pool_layout_bytes(&layout);
+  return status;
+}
+
 /* Everything that depends on the number of positions. */
 static enum us_status add_positions(const struct us_shape *shape, const struct us_draft_shape *opt_draft,
                                     struct us_device_budget *budget, struct us_err *err) {
   const struct us_device_budget_options *o = &budget->options;
   struct us_kv_spec spec = us_kv_spec_of(shape);
-  budget->pool.positions = o->positions + US_MAX_BLOCK;
-  us_kv_pool_need(&spec, budget->pool.positions, o->sequences, budget->pool.pages);
-  enum us_status status = us_kv_pool_bytes(&spec, o->ranks, &budget->pool, &budget->caches, err);
+  enum us_status status = add_pool(&spec, o, &budget->pool, &budget->caches, err);
   if (status == US_OK && opt_draft) {
     spec = us_kv_spec_of_draft(opt_draft);
-    budget->draft_pool.positions = budget->pool.positions;
-    us_kv_pool_need(&spec, budget->pool.positions, o->sequences, budget->draft_pool.pages);
-    status = us_kv_pool_bytes(&spec, o->ranks, &budget->draft_pool, &budget->draft_caches, err);
+    status = add_pool(&spec, o, &budget->draft_pool, &budget->draft_caches, err);
   }
   budget->workspace = workspace_of(shape, opt_draft, o);
   budget->gpu_bytes =
@@ -105,7 +112,7 @@ static void list(const struct us_device_budget *budget, char *text, size_t bytes
   text[0] = 0;
   for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
     if (!kinds[i].bytes || used >= bytes) continue;
-    used += (size_t)snprintf(text + used, bytes - used, "%s%s %.3g", used ? ", " : "", kinds[i].name,
+    used += (size_t)snprintf(text + used, bytes - used, "%s%s %.4g", used ? ", " : "", kinds[i].name,
                              gib(kinds[i].bytes * ranks_a_gpu(budget)));
   }
 }

@@ -7,9 +7,8 @@
 
 /* Pages of one kind: those never used, which are zero, and those given back, which are not. */
 struct kind {
-  uint64_t first, page_bytes, count; /* first: byte offset of page 0 of the kind */
-  uint64_t fresh;                    /* pages used so far */
-  uint64_t *returned;                /* (count) offsets, a stack */
+  uint64_t fresh;     /* pages used so far */
+  uint64_t *returned; /* (count) offsets, a stack */
   uint64_t returned_count;
 };
 
@@ -22,68 +21,16 @@ struct tables {
 
 struct us_kv_pool {
   struct us_devices *devices;
-  struct us_kv_spec spec;
+  uint32_t layers;
   struct us_kv_memory memory;
+  struct us_kv_pool_layout layout;
   struct kind kind[2];
-  uint64_t bytes;                       /* of a rank's pages */
   uint8_t *pages[US_ENGINE_MAX_RANKS];  /* device */
-  uint8_t *tables[US_ENGINE_MAX_RANKS]; /* device: US_KV_POOL_TABLES of table_bytes */
-  uint64_t table_bytes;                 /* (layers) pointers, then every layer's offsets */
-  uint32_t entry[US_MAX_LAYERS + 1];    /* first offset of each layer, in entries */
+  uint8_t *tables[US_ENGINE_MAX_RANKS]; /* device: US_KV_POOL_TABLES of layout.table_bytes */
   struct tables slot[US_KV_POOL_TABLES];
   uint64_t calls;
   uint64_t *staging; /* host: one cache's tables */
 };
-
-/* ---- sizes ------------------------------------------------------------------------------------------------------- */
-
-static const struct us_attention_shape *attention_of(const struct us_kv_spec *spec, uint32_t layer) {
-  return &spec->attention[spec->kind[layer]];
-}
-
-void us_kv_pool_need(const struct us_kv_spec *spec, uint32_t positions, uint32_t caches, uint64_t pages[2]) {
-  pages[0] = pages[1] = 0;
-  for (uint32_t l = 0; l < spec->layers; l++)
-    pages[spec->kind[l]] += (uint64_t)us_kv_pages_of(attention_of(spec, l), positions) * caches;
-}
-
-static enum us_status check_heads(const struct us_kv_spec *spec, uint32_t ranks, struct us_err *err) {
-  for (uint32_t l = 0; l < spec->layers; l++)
-    if (attention_of(spec, l)->kv_heads % ranks)
-      return us_err_set(err, US_ERR_USAGE, "the %u KV heads of layer %u cannot be shared by %u ranks",
-                        attention_of(spec, l)->kv_heads, l, ranks);
-  return US_OK;
-}
-
-static uint64_t page_bytes_of(const struct us_kv_spec *spec, uint32_t kind, uint32_t ranks) {
-  const struct us_attention_shape *a = &spec->attention[kind];
-  return us_engine_page_bytes(a->kv_heads / ranks, a->qk_dim, a->v_dim);
-}
-
-/* One page more than the caches take: page 0 is zero for ever, and what absent entries of tables point at. */
-static uint64_t pages_bytes(const struct us_kv_spec *spec, uint32_t ranks,
-                            const struct us_kv_pool_options *options) {
-  uint64_t a = page_bytes_of(spec, 0, ranks), b = page_bytes_of(spec, 1, ranks);
-  return (a > b ? a : b) + options->pages[0] * a + options->pages[1] * b;
-}
-
-static uint64_t table_bytes_of(const struct us_kv_spec *spec, uint32_t positions, uint32_t *entry) {
-  entry[0] = 0;
-  for (uint32_t l = 0; l < spec->layers; l++)
-    entry[l + 1] = entry[l] + us_kv_pages_of(attention_of(spec, l), positions);
-  return (spec->layers + (uint64_t)entry[spec->layers]) * sizeof(uint64_t);
-}
-
-enum us_status us_kv_pool_bytes(const struct us_kv_spec *spec, uint32_t ranks,
-                                const struct us_kv_pool_options *options, uint64_t *ret_bytes,
-                                struct us_err *err) {
-  uint32_t entry[US_MAX_LAYERS + 1];
-  enum us_status status = check_heads(spec, ranks, err);
-  if (status != US_OK) return status;
-  *ret_bytes =
-      pages_bytes(spec, ranks, options) + US_KV_POOL_TABLES * table_bytes_of(spec, options->positions, entry);
-  return US_OK;
-}
 
 /* ---- pages ------------------------------------------------------------------------------------------------------- */
 
@@ -96,19 +43,19 @@ static cudaStream_t stream_of(const struct us_kv_pool *pool, uint32_t rank) {
 static enum us_status take(void *arg, uint32_t kind, uint64_t *ret_place, struct us_err *err) {
   struct us_kv_pool *pool = arg;
   struct kind *k = &pool->kind[kind];
-  if (!k->returned_count && k->fresh == k->count)
+  if (!k->returned_count && k->fresh == pool->layout.count[kind])
     return us_err_set(
         err, US_ERR_MEMORY,
         "all %llu pages of the key/value caches on the GPU are taken: fewer or shorter sequences fit",
-        (unsigned long long)k->count);
+        (unsigned long long)pool->layout.count[kind]);
   if (!k->returned_count) {
-    *ret_place = k->first + k->fresh++ * k->page_bytes;
+    *ret_place = pool->layout.first[kind] + k->fresh++ * pool->layout.page_bytes[kind];
     return US_OK;
   }
   *ret_place = k->returned[--k->returned_count];
   for (uint32_t rank = 0; rank < pool->devices->ranks; rank++) {
     cudaStream_t stream = stream_of(pool, rank);
-    int code = (int)cudaMemsetAsync(pool->pages[rank] + *ret_place, 0, k->page_bytes, stream);
+    int code = (int)cudaMemsetAsync(pool->pages[rank] + *ret_place, 0, pool->layout.page_bytes[kind], stream);
     enum us_status status = us_cuda_status(code, "zeroing a page", err);
     if (status != US_OK) return status;
   }
@@ -120,7 +67,7 @@ static enum us_status copy(void *arg, uint32_t kind, uint64_t to, uint64_t from,
   for (uint32_t rank = 0; rank < pool->devices->ranks; rank++) {
     cudaStream_t stream = stream_of(pool, rank);
     uint8_t *pages = pool->pages[rank];
-    int code = (int)cudaMemcpyAsync(pages + to, pages + from, pool->kind[kind].page_bytes,
+    int code = (int)cudaMemcpyAsync(pages + to, pages + from, pool->layout.page_bytes[kind],
                                     cudaMemcpyDeviceToDevice, stream);
     enum us_status status = us_cuda_status(code, "copying a page", err);
     if (status != US_OK) return status;
@@ -148,7 +95,7 @@ const uint8_t *us_kv_pool_pages(const struct us_kv_pool *pool, uint32_t rank) {
 }
 
 uint64_t us_kv_pool_left(const struct us_kv_pool *pool, uint32_t kind) {
-  return pool->kind[kind].count - pool->kind[kind].fresh + pool->kind[kind].returned_count;
+  return pool->layout.count[kind] - pool->kind[kind].fresh + pool->kind[kind].returned_count;
 }
 
 /* ---- tables ------------------------------------------------------------------------------------------------------ */
@@ -165,31 +112,32 @@ static struct tables *find_slot(struct us_kv_pool *pool, const struct us_kv *kv)
 }
 
 static uint8_t *table_at(const struct us_kv_pool *pool, uint32_t rank, const struct tables *slot) {
-  return pool->tables[rank] + (uint64_t)(slot - pool->slot) * pool->table_bytes;
+  return pool->tables[rank] + (uint64_t)(slot - pool->slot) * pool->layout.table_bytes;
 }
 
 /* Offsets of pages, the same on every rank; what is not reserved reads page 0. */
 static void fill_offsets(const struct us_kv_pool *pool, const struct us_kv *kv, uint64_t *offsets) {
-  for (uint32_t l = 0; l < pool->spec.layers; l++) {
-    uint32_t entries = pool->entry[l + 1] - pool->entry[l], held = us_kv_page_count(kv, l);
+  for (uint32_t l = 0; l < pool->layers; l++) {
+    uint32_t entries = pool->layout.entry[l + 1] - pool->layout.entry[l], held = us_kv_page_count(kv, l);
     for (uint32_t i = 0; i < entries; i++) {
       uint64_t place = i < held ? us_kv_place(kv, l, i) : US_KV_ABSENT;
-      offsets[pool->entry[l] + i] = place == US_KV_ABSENT ? 0 : place;
+      offsets[pool->layout.entry[l] + i] = place == US_KV_ABSENT ? 0 : place;
     }
   }
 }
 
 static enum us_status upload(struct us_kv_pool *pool, const struct tables *slot, struct us_err *err) {
-  uint32_t layers = pool->spec.layers;
+  uint32_t layers = pool->layers;
   fill_offsets(pool, slot->kv, pool->staging + layers);
   for (uint32_t rank = 0; rank < pool->devices->ranks; rank++) {
     uint8_t *table = table_at(pool, rank, slot);
     for (uint32_t l = 0; l < layers; l++)
       pool->staging[l] =
-          (uint64_t)(uintptr_t)(table + (layers + (uint64_t)pool->entry[l]) * sizeof(uint64_t));
+          (uint64_t)(uintptr_t)(table + (layers + (uint64_t)pool->layout.entry[l]) * sizeof(uint64_t));
     cudaStream_t stream = stream_of(pool, rank);
     /* From pageable memory: the call returns when the staging buffer may be written again. */
-    int code = (int)cudaMemcpyAsync(table, pool->staging, pool->table_bytes, cudaMemcpyHostToDevice, stream);
+    int code =
+        (int)cudaMemcpyAsync(table, pool->staging, pool->layout.table_bytes, cudaMemcpyHostToDevice, stream);
     enum us_status status = us_cuda_status(code, "page tables", err);
     if (status != US_OK) return status;
   }
@@ -218,11 +166,11 @@ static enum us_status allocate(struct us_kv_pool *pool, struct us_err *err) {
   for (uint32_t rank = 0; rank < pool->devices->ranks; rank++) {
     cudaStream_t stream = stream_of(pool, rank);
     void *pages = NULL, *tables = NULL;
-    int code = (int)cudaMalloc(&pages, pool->bytes);
+    int code = (int)cudaMalloc(&pages, pool->layout.pages_bytes);
     pool->pages[rank] = pages;
-    if (!code) code = (int)cudaMalloc(&tables, US_KV_POOL_TABLES * pool->table_bytes);
+    if (!code) code = (int)cudaMalloc(&tables, US_KV_POOL_TABLES * pool->layout.table_bytes);
     pool->tables[rank] = tables;
-    if (!code) code = (int)cudaMemsetAsync(pages, 0, pool->bytes, stream);
+    if (!code) code = (int)cudaMemsetAsync(pages, 0, pool->layout.pages_bytes, stream);
     enum us_status status = us_cuda_status(code, "key/value caches", err);
     if (status != US_OK) return status;
   }
@@ -233,34 +181,27 @@ enum us_status us_kv_pool_create(struct us_devices *devices, const struct us_kv_
                                  const struct us_kv_pool_options *options, struct us_kv_pool **ret_pool,
                                  struct us_err *err) {
   *ret_pool = NULL;
-  enum us_status status = check_heads(spec, devices->ranks, err);
+  struct us_kv_pool_layout layout;
+  enum us_status status = us_kv_pool_lay_out(spec, devices->ranks, options, &layout, err);
   if (status != US_OK) return status;
   struct us_kv_pool *pool = calloc(1, sizeof *pool);
   if (!pool) return us_err_memory(err, "key/value caches", sizeof *pool);
   pool->devices = devices;
-  pool->spec = *spec;
-  pool->memory = (struct us_kv_memory){.take = take,
-                                       .copy = copy,
-                                       .give = give,
-                                       .forget = forget,
-                                       .arg = pool,
-                                       .max_positions = options->positions};
-  pool->table_bytes = table_bytes_of(spec, options->positions, pool->entry);
-  pool->staging = malloc(pool->table_bytes);
-  pool->bytes = pages_bytes(spec, devices->ranks, options);
-  uint64_t first = pool->bytes;
-  bool failed = !pool->staging;
-  for (uint32_t i = 2; i-- > 0;) {
-    struct kind *k = &pool->kind[i];
-    k->page_bytes = page_bytes_of(spec, i, devices->ranks);
-    pool->memory.page_bytes[i] = k->page_bytes * devices->ranks;
-    k->count = options->pages[i];
-    first -= k->count * k->page_bytes;
-    k->first = first;
-    k->returned = calloc(k->count + 1, sizeof *k->returned);
-    failed |= !k->returned;
-  }
-  status = failed ? us_err_memory(err, "key/value page lists", pool->table_bytes) : allocate(pool, err);
+  pool->layers = spec->layers;
+  pool->layout = layout;
+  pool->memory = (struct us_kv_memory){
+      .take = take,
+      .copy = copy,
+      .give = give,
+      .forget = forget,
+      .arg = pool,
+      .page_bytes = {layout.page_bytes[0] * devices->ranks, layout.page_bytes[1] * devices->ranks},
+      .max_positions = options->positions};
+  pool->staging = malloc(layout.table_bytes);
+  pool->kind[0].returned = calloc(layout.count[0] + 1, sizeof(uint64_t));
+  pool->kind[1].returned = calloc(layout.count[1] + 1, sizeof(uint64_t));
+  bool failed = !pool->staging || !pool->kind[0].returned || !pool->kind[1].returned;
+  status = failed ? us_err_memory(err, "key/value page lists", layout.table_bytes) : allocate(pool, err);
   if (status != US_OK) {
     us_kv_pool_free(pool);
     return status;

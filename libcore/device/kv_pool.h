@@ -29,10 +29,26 @@ struct us_kv_pool;
 /* Pages of every kind that `caches` caches of `positions` positions take when they share nothing. */
 void us_kv_pool_need(const struct us_kv_spec *spec, uint32_t positions, uint32_t caches, uint64_t pages[2]);
 
-/* Bytes of one rank: pages and tables. US_ERR_USAGE: the KV heads cannot be cut into so many ranks. */
-US_CHECKED enum us_status us_kv_pool_bytes(const struct us_kv_spec *spec, uint32_t ranks,
-                                           const struct us_kv_pool_options *options, uint64_t *ret_bytes,
-                                           struct us_err *err);
+/* A rank's memory: pages of kind 0, then of kind 1, behind one that is zero for ever: absent entries of tables name it. Tables:
+ * pointers (layers), then the offsets of every layer's pages. Needs no GPU. */
+struct us_kv_pool_layout {
+  uint64_t page_bytes[2], first[2], count[2]; /* first: byte offset of page 0 of a kind */
+  uint64_t pages_bytes, table_bytes;          /* of all pages; of one cache's tables */
+  uint32_t entry[US_MAX_LAYERS + 1];          /* first offset of each layer in a table, in entries */
+};
+
+/* US_ERR_USAGE: the KV heads cannot be cut into so many ranks. */
+US_CHECKED enum us_status us_kv_pool_lay_out(const struct us_kv_spec *spec, uint32_t ranks,
+                                             const struct us_kv_pool_options *options,
+                                             struct us_kv_pool_layout *ret_layout, struct us_err *err);
+
+/* Device tables that are kept: of the caches that were asked for last. */
+#define US_KV_POOL_TABLES 24
+
+/* Bytes of one rank. */
+static inline uint64_t us_kv_pool_layout_bytes(const struct us_kv_pool_layout *layout) {
+  return layout->pages_bytes + US_KV_POOL_TABLES * layout->table_bytes;
+}
 
 US_CHECKED enum us_status us_kv_pool_create(struct us_devices *devices, const struct us_kv_spec *spec,
                                             const struct us_kv_pool_options *options,
@@ -47,7 +63,6 @@ const struct us_kv_memory *us_kv_pool_memory(const struct us_kv_pool *pool);
 US_CHECKED enum us_status us_kv_pool_tables(struct us_kv_pool *pool, const struct us_kv *kv,
                                             struct us_engine_kv ret_tables[US_ENGINE_MAX_RANKS],
                                             struct us_err *err);
-#define US_KV_POOL_TABLES 24
 
 /* Where the pages of a rank begin (struct us_engine_rank kv_pool or draft_pool). */
 const uint8_t *us_kv_pool_pages(const struct us_kv_pool *pool, uint32_t rank);
