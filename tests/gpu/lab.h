@@ -16,13 +16,14 @@
 #include <vector>
 
 #define LAB_REPEATS 15
-#define LAB_WARM_MS 200
+#define LAB_WARM_MS 100
 
 struct lab_result {
   const char *op, *shape, *format;
-  double worst = 0;                  /* largest error / allowed */
-  double units = 0, units_most = 0;  /* largest error, and largest allowed, in 2^-24 of the sum of magnitudes */
-  unsigned samples = 0, bad = 0;     /* bad: not a number, or beyond what is allowed */
+  double worst = 0; /* largest error / allowed */
+  double units = 0,
+         units_most = 0;         /* largest error, and largest allowed, in 2^-24 of the sum of magnitudes */
+  unsigned samples = 0, bad = 0; /* bad: not a number, or beyond what is allowed */
   const char *mutation[8] = {};
   double ratio[8] = {};
   unsigned mutations = 0;
@@ -81,16 +82,18 @@ static inline void lab_report(const struct lab_result *r) {
   if (!ok) us_gpu_failed = true;
   printf("{\"op\": \"%s\", \"shape\": \"%s\", \"format\": \"%s\", \"ok\": %s, \"device\": \"%s\", ", r->op,
          r->shape, r->format, ok ? "true" : "false", us_gpu_name);
-  printf("\"samples\": %u, \"bad\": %u, \"error\": %.3g, \"error_units\": %.3g, \"allowed_units\": %.3g, \"mutations\": {",
+  printf("\"samples\": %u, \"bad\": %u, \"error\": %.3g, \"error_units\": %.3g, \"allowed_units\": %.3g, "
+         "\"mutations\": {",
          r->samples, r->bad, r->worst, r->units, r->units_most);
   for (unsigned i = 0; i < r->mutations; i++)
     printf("%s\"%s\": %.3g", i ? ", " : "", r->mutation[i], r->ratio[i]);
   printf("}");
   double rate = r->us > 0 ? r->bytes / r->us * 1e-3 : 0;
   if (r->us > 0)
-    printf(", \"us\": %.2f, \"gbs\": %.0f, \"ceiling_gbs\": %.0f, \"fraction\": %.4f, \"gflops\": %.0f", r->us, rate,
-           lab_ceiling * 1e-9, rate / (lab_ceiling * 1e-9), r->flops / r->us * 1e-3);
-  if (r->chained_us > 0) printf(", \"chained_us\": %.2f, \"chained_gbs\": %.0f", r->chained_us, r->bytes / r->chained_us * 1e-3);
+    printf(", \"us\": %.2f, \"gbs\": %.0f, \"ceiling_gbs\": %.0f, \"fraction\": %.4f, \"gflops\": %.0f",
+           r->us, rate, lab_ceiling * 1e-9, rate / (lab_ceiling * 1e-9), r->flops / r->us * 1e-3);
+  if (r->chained_us > 0)
+    printf(", \"chained_us\": %.2f, \"chained_gbs\": %.0f", r->chained_us, r->bytes / r->chained_us * 1e-3);
   if (r->resident_us > 0) printf(", \"resident_gbs\": %.0f", r->bytes / r->resident_us * 1e-3);
   printf("}\n");
   fflush(stdout);

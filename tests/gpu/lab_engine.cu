@@ -1,10 +1,11 @@
-/* lab_engine.cu: see lab_engine.h. */
+/* lab_engine.cu: weights made and packed on the device, the truth about their products, lists of operations and their launches.
+ *
+ * Contents: weights; truth; runs; operations; launches. */
 #include "lab_engine.h"
 
+#include "device/operand.h"
+
 #include <cstring>
-extern "C" {
-#include "formats/bf16.h"
-}
 
 /* ---- weights ------------------------------------------------------------------------------------------------------ */
 
@@ -15,27 +16,40 @@ struct lab_weights lab_weights(enum us_format format, uint32_t rows, uint32_t co
 }
 
 static uint32_t page_groups(enum us_format format, uint32_t halves) {
-  return format == US_FORMAT_MXFP4 ? 4 : format == US_FORMAT_FP8 ? 4 / halves : format == US_FORMAT_BF16 ? 2 / halves : 1;
+  return format == US_FORMAT_MXFP4  ? 4
+         : format == US_FORMAT_FP8  ? 4 / halves
+         : format == US_FORMAT_BF16 ? 2 / halves
+                                    : 1;
 }
 
 /* The most warps, then the largest pages. */
 static struct lab_cut choose_cut(enum us_format format, uint32_t halves, uint32_t cols, uint32_t parts) {
   struct lab_cut best = {};
   uint32_t most = page_groups(format, halves), groups = cols / 32 / parts;
+  uint32_t subs = format == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / most;
   for (uint32_t g = 1; g <= most; g++)
     for (uint32_t warps = 1; warps <= US_ENGINE_COMPUTE_WARPS; warps++) {
-      if (groups % (g * warps) || groups / (g * warps) > US_ENGINE_GROUPS / most) continue;
-      if (format == US_FORMAT_FP8 && g == 3 && cols != 96) continue;
-      if (warps * g < best.warps * best.groups || (warps * g == best.warps * best.groups && warps < best.warps)) continue;
+      if (groups % (g * warps) || groups / (g * warps) > subs) continue;
+      if (format == US_FORMAT_FP8 && g == 3) continue; /* would cut blocks of 128 */
+      if (warps * g < best.warps * best.groups ||
+          (warps * g == best.warps * best.groups && warps < best.warps))
+        continue;
       best = {format, g, warps, groups / (g * warps), parts};
     }
   if (!best.warps) fprintf(stderr, "no cut of %u columns in %u parts\n", cols, parts), exit(3);
   return best;
 }
 
+static size_t code_bytes(const struct lab_weights *w) {
+  return us_matrix_data_bytes(w->format, w->gated ? w->rows / 2 : w->rows, w->cols);
+}
+
+static size_t scale_bytes(const struct lab_weights *w) {
+  return us_matrix_scale_bytes(w->format, w->gated ? w->rows / 2 : w->rows, w->cols, 0);
+}
+
 static void make_codes(struct lab_weights *w, uint32_t kind, uint64_t seed) {
   uint32_t rows = w->gated ? w->rows / 2 : w->rows;
-  size_t codes = us_matrix_data_bytes(w->format, rows, w->cols), scales = us_matrix_scale_bytes(w->format, rows, w->cols, 0);
   std::vector<struct us_init> inits(w->count);
   for (uint32_t i = 0; i < w->count; i++) {
     char name[64];
@@ -43,9 +57,10 @@ static void make_codes(struct lab_weights *w, uint32_t kind, uint64_t seed) {
     inits[i] = {us_philox_key(seed), us_init_name(name), 0, w->half};
   }
   struct us_init *device = lab_upload(inits);
-  US_CUDA(cudaMalloc(&w->codes[kind], codes * w->count));
-  if (scales) US_CUDA(cudaMalloc(&w->scales[kind], scales * w->count));
-  US_CUDA(us_synthetic_gpu(w->format, device, w->count, rows, w->cols, 0, w->codes[kind], w->scales[kind], 0));
+  US_CUDA(cudaMalloc(&w->codes[kind], code_bytes(w) * w->count));
+  if (scale_bytes(w)) US_CUDA(cudaMalloc(&w->scales[kind], scale_bytes(w) * w->count));
+  US_CUDA(
+      us_synthetic_gpu(w->format, device, w->count, rows, w->cols, 0, w->codes[kind], w->scales[kind], 0));
   US_CUDA(cudaDeviceSynchronize());
   US_CUDA(cudaFree(device));
 }
@@ -56,8 +71,8 @@ static struct us_pages_source source_of(const struct lab_weights *w, uint32_t in
   for (uint32_t kind = 0; kind < source.matrices; kind++) {
     struct us_matrix *m = &source.w[kind];
     m->format = w->format, m->rows = w->rows / source.matrices, m->cols = w->cols;
-    m->data = w->codes[kind] + index * us_matrix_data_bytes(m->format, m->rows, m->cols);
-    if (w->scales[kind]) m->scales = w->scales[kind] + index * us_matrix_scale_bytes(m->format, m->rows, m->cols, 0);
+    m->data = w->codes[kind] + index * code_bytes(w);
+    if (w->scales[kind]) m->scales = w->scales[kind] + index * scale_bytes(w);
   }
   return source;
 }
@@ -67,7 +82,8 @@ static uint8_t *pack(const struct lab_weights *w) {
   struct us_err err;
   uint8_t *pages;
   for (uint32_t i = 0; i < w->count; i++) sources[i] = source_of(w, i);
-  if (us_pages_source_check(&w->pages, &sources[0], &err) != US_OK) fprintf(stderr, "%s\n", err.message), exit(3);
+  if (us_pages_source_check(&w->pages, &sources[0], &err) != US_OK)
+    fprintf(stderr, "%s\n", err.message), exit(3);
   US_CUDA(cudaMalloc(&pages, us_pages_bytes(&w->pages) * w->count));
   struct us_pages_source *device = lab_upload(sources);
   US_CUDA(us_pages_pack_gpu(&w->pages, device, w->count, pages, 0));
@@ -95,7 +111,8 @@ void lab_weights_free(struct lab_weights *w) {
 }
 
 const char *const lab_mutation_names[LAB_MUTATIONS] = {"none", "a scale one step up", "32 columns left out",
-                                                       "neighbouring columns swapped", "weights rounded to bf16"};
+                                                       "neighbouring columns swapped",
+                                                       "weights rounded to bf16"};
 
 bool lab_mutation_applies(enum lab_mutation mutation, enum us_format format) {
   if (mutation == LAB_SCALE) return format == US_FORMAT_MXFP4 || format == US_FORMAT_FP8;
@@ -103,22 +120,25 @@ bool lab_mutation_applies(enum lab_mutation mutation, enum us_format format) {
 }
 
 /* Row `row` of `m`: codes, and the scales of its blocks. */
-static void download_row(const struct us_matrix *m, uint32_t row, std::vector<uint8_t> *codes, std::vector<uint8_t> *scales) {
-  size_t bytes = us_matrix_data_bytes(m->format, 1, m->cols), scale_bytes = us_matrix_scale_bytes(m->format, 1, m->cols, 0);
+static void download_row(const struct us_matrix *m, uint32_t row, std::vector<uint8_t> *codes,
+                         std::vector<uint8_t> *scales) {
+  size_t bytes = us_matrix_data_bytes(m->format, 1, m->cols),
+         scale_bytes = us_matrix_scale_bytes(m->format, 1, m->cols, 0);
   size_t scale_row = m->format == US_FORMAT_FP8 ? us_matrix_scale_row(m, row) : row;
   *codes = lab_download((const uint8_t *)m->data + row * bytes, bytes);
   scales->clear();
   if (scale_bytes) *scales = lab_download((const uint8_t *)m->scales + scale_row * scale_bytes, scale_bytes);
 }
 
-static double scale_of(const struct us_matrix *m, const std::vector<uint8_t> &scales, uint32_t k, enum lab_mutation mutation) {
+static double scale_of(const struct us_matrix *m, const std::vector<uint8_t> &scales, uint32_t k,
+                       enum lab_mutation mutation) {
   uint32_t unit = m->format == US_FORMAT_MXFP4 ? US_MXFP4_GROUP : US_FP8_BLOCK;
   bool wrong = mutation == LAB_SCALE && k / unit == (m->cols - 1) / unit / 2;
   if (m->format == US_FORMAT_MXFP4) return ldexp(1, scales[k / unit] - 127 + (wrong ? 1 : 0));
   if (m->format != US_FORMAT_FP8) return 1;
   float scale;
   memcpy(&scale, &scales[k / unit * 4], 4);
-  return scale * (wrong ? 1 + 0x1p-7 : 1.0);
+  return scale * (wrong ? 1.25 : 1.0);
 }
 
 static double code_of(enum us_format format, const std::vector<uint8_t> &codes, uint32_t k) {
@@ -151,8 +171,7 @@ std::vector<double> lab_row(const struct lab_weights *w, uint32_t index, uint32_
 
 /* ---- truth -------------------------------------------------------------------------------------------------------- */
 
-/* One multiply of 16 columns into `sum`: what it may lose. */
-static double multiply(double *sum, const double *w, const float *x, double *magnitude) {
+double lab_multiply(double *sum, const double *w, const float *x, double *magnitude) {
   double largest = fabs(*sum);
   for (int i = 0; i < 16; i++) {
     double term = w[i] * (double)x[i];
@@ -163,13 +182,14 @@ static double multiply(double *sum, const double *w, const float *x, double *mag
 }
 
 /* One page of one warp: MXFP4 sums each group, FP8 the even and the odd halves of a page's groups, the others all of it. */
-static void add_page(const struct lab_cut *cut, const double *w, const float *x, double *acc, struct lab_sum *s) {
+static void add_page(const struct lab_cut *cut, const double *w, const float *x, double *acc,
+                     struct lab_sum *s) {
   double chain[2] = {0, 0};
   for (uint32_t q = 0; q < cut->groups; q++, w += 32, x += 32) {
     bool mxfp4 = cut->format == US_FORMAT_MXFP4, fp8 = cut->format == US_FORMAT_FP8;
     if (mxfp4) chain[0] = 0;
     double *even = mxfp4 || fp8 ? &chain[0] : acc, *odd = fp8 ? &chain[1] : even;
-    double lost = multiply(even, w, x, &s->magnitude) + multiply(odd, w + 16, x + 16, &s->magnitude);
+    double lost = lab_multiply(even, w, x, &s->magnitude) + lab_multiply(odd, w + 16, x + 16, &s->magnitude);
     s->allowed += cut->format == US_FORMAT_F32 ? 3 * lost : lost;
     if (mxfp4) *acc += chain[0], s->allowed += LAB_UNIT * fabs(*acc);
   }
@@ -221,20 +241,26 @@ std::vector<float> lab_rows(size_t K, uint64_t *state) {
 }
 
 void *lab_operand(const std::vector<float> &x, uint32_t K) {
-  std::vector<uint16_t> bits(8 * (size_t)K);
-  for (uint32_t token = 0; token < 8; token++)
-    for (uint32_t k = 0; k < K; k++)
-      bits[us_engine_operand_offset(token, k) / 2] = us_bf16_from_f32(x[(size_t)token * K + k] * US_ENGINE_OPERAND_UNIT);
-  return lab_upload(bits);
+  std::vector<uint8_t> operand(us_operand_bytes(K));
+  us_operand_pack(x.data(), 8, K, operand.data());
+  return lab_upload(operand);
 }
 
 std::vector<float> lab_operand_rows(const void *operand, uint32_t K) {
-  std::vector<uint16_t> bits = lab_download((const uint16_t *)operand, 8 * (size_t)K);
+  std::vector<uint8_t> bytes = lab_download((const uint8_t *)operand, us_operand_bytes(K));
   std::vector<float> x(8 * (size_t)K);
-  for (uint32_t token = 0; token < 8; token++)
-    for (uint32_t k = 0; k < K; k++)
-      x[(size_t)token * K + k] = us_bf16_to_f32(bits[us_engine_operand_offset(token, k) / 2]) * 0x1p-64f;
+  us_operand_unpack(bytes.data(), 8, K, x.data());
   return x;
+}
+
+/* A pair is an operand of one token: 64 bytes for each group of 32 columns. */
+std::vector<float> lab_pair_row(const void *pairs, uint32_t pair, uint32_t F) {
+  std::vector<uint16_t> bits =
+      lab_download((const uint16_t *)pairs + (size_t)pair * us_engine_pair_bytes(F) / 2, F);
+  std::vector<float> h(F);
+  for (uint32_t f = 0; f < F; f++)
+    h[f] = us_bf16_to_f32(bits[f / 32 * 32 + us_engine_operand_offset(0, f % 32) / 2]) * 0x1p-64f;
+  return h;
 }
 
 /* ---- runs --------------------------------------------------------------------------------------------------------- */
@@ -297,6 +323,8 @@ void lab_set_rows(struct lab_run *run, uint32_t mask) {
     US_CUDA(cudaMemcpy(run->state[i], state.data(), sizeof state[0], cudaMemcpyHostToDevice));
 }
 
+/* ---- operations --------------------------------------------------------------------------------------------------- */
+
 uint32_t lab_add(struct lab_run *run, uint32_t rank, struct us_engine_op op) {
   op.program = US_ENGINE_PASS_TARGET;
   op.wait = (uint32_t)run->ops[rank].size() - 1;
@@ -304,8 +332,8 @@ uint32_t lab_add(struct lab_run *run, uint32_t rank, struct us_engine_op op) {
   return (uint32_t)run->ops[rank].size() - 1;
 }
 
-uint32_t lab_add_gemm(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t index, const void *operand,
-                      void *out, enum us_engine_epilogue epilogue) {
+uint32_t lab_add_gemm(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t index,
+                      const void *operand, void *out, enum us_engine_epilogue epilogue) {
   struct us_engine_op op = {};
   struct us_engine_gemm *g = &op.gemm;
   op.kind = US_ENGINE_GEMM, op.shift = run->items, op.bytes = w->matrix.matrix_bytes;
@@ -323,6 +351,44 @@ uint32_t lab_add_reduce(struct lab_run *run, uint32_t rank, struct us_engine_red
   op.reduce = reduce, op.reduce.D = run->shape.D, op.reduce.exchange = run->exchanges[rank]++;
   return lab_add(run, rank, op);
 }
+
+uint32_t lab_add_route(struct lab_run *run, uint32_t rank, struct us_engine_route route, uint32_t layer) {
+  struct us_engine_op op = {};
+  op.kind = US_ENGINE_ROUTE, op.layer = layer, op.route = route;
+  return lab_add(run, rank, op);
+}
+
+uint32_t lab_add_up(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t first,
+                    const void *operand, void *pairs, uint32_t route) {
+  uint32_t op = lab_add_gemm(run, rank, w, first, operand, pairs, US_ENGINE_SWIGLU_EXPERT);
+  lab_op(run, rank, op)->gemm.experts = true, lab_op(run, rank, op)->gemm.route = route;
+  return op;
+}
+
+/* As many as divide the expert's, feed 16 warps and fit a stage, three tiles of them. */
+uint32_t lab_down_slices(const struct lab_weights *w) {
+  const struct us_engine_matrix *m = &w->matrix;
+  uint32_t best = 1;
+  for (uint32_t s = 1;
+       s * m->groups <= US_ENGINE_COMPUTE_WARPS && s * 3 * m->page_bytes <= US_ENGINE_STAGE_BYTES; s++)
+    if (m->slices % s == 0) best = s;
+  return best;
+}
+
+uint32_t lab_add_down(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t first,
+                      const void *pairs, uint32_t route) {
+  struct us_engine_op op = {};
+  struct us_engine_down *d = &op.down;
+  op.kind = US_ENGINE_DOWN, op.shift = run->items, op.bytes = w->matrix.matrix_bytes;
+  d->w = w->matrix, d->w.pages += first * w->matrix.matrix_bytes;
+  d->pairs = pairs, d->F = w->cols, d->exchange = run->exchanges[rank], d->route = route;
+  d->step_slices = lab_down_slices(w), d->steps = w->matrix.slices / d->step_slices;
+  d->stage_steps = US_ENGINE_STAGE_BYTES / (d->step_slices * 3 * w->matrix.page_bytes);
+  if (rank == 0) run->items += (w->matrix.tiles + 2) / 3;
+  return lab_add(run, rank, op);
+}
+
+/* ---- launches ----------------------------------------------------------------------------------------------------- */
 
 void lab_upload_ops(struct lab_run *run, bool chained) {
   uint32_t count = (uint32_t)run->ops[0].size();
@@ -347,13 +413,15 @@ cudaError_t lab_fire(struct lab_run *run, uint32_t rounds) {
 static void wait_for(struct lab_run *run) {
   cudaError_t status = cudaDeviceSynchronize();
   if (status == cudaSuccess) return;
-  fprintf(stderr, "launch of operations %u..%u: %s\n", run->launch.first, run->launch.last, cudaGetErrorString(status));
+  fprintf(stderr, "launch of operations %u..%u: %s\n", run->launch.first, run->launch.last,
+          cudaGetErrorString(status));
   uint32_t each = run->launch.rank[0].blocks * US_ENGINE_ROLES;
   for (uint32_t i = 0; i < each * run->launch.ranks; i++) {
     const struct us_engine_stuck *s = &run->launch.rank[0].stuck[i];
     if (!s->what) continue;
-    fprintf(stderr, "rank %u block %u role %u: op %u (%s) wait %u, round %u, index %u, have %llx, want %llx\n", i / each,
-            i % each / US_ENGINE_ROLES, i % US_ENGINE_ROLES, s->op,
+    fprintf(stderr,
+            "rank %u block %u role %u: op %u (%s) wait %u, round %u, index %u, have %llx, want %llx\n",
+            i / each, i % each / US_ENGINE_ROLES, i % US_ENGINE_ROLES, s->op,
             us_engine_kind_name((enum us_engine_kind)run->ops[0][s->op].kind), s->what, s->round, s->index,
             (unsigned long long)s->have, (unsigned long long)s->want);
   }
@@ -365,15 +433,16 @@ void lab_launch(struct lab_run *run, uint32_t rounds) {
   wait_for(run);
 }
 
-void lab_launch_each(struct lab_run *run) {
+void lab_launch_one(struct lab_run *run, uint32_t op) {
   uint32_t count = run->launch.last;
-  run->launch.rounds = 1;
-  for (uint32_t i = 0; i < count; i++) {
-    run->launch.first = i, run->launch.last = i + 1;
-    US_CUDA((cudaError_t)us_engine_run(&run->launch, 0));
-    wait_for(run);
-  }
+  run->launch.rounds = 1, run->launch.first = op, run->launch.last = op + 1;
+  US_CUDA((cudaError_t)us_engine_run(&run->launch, 0));
+  wait_for(run);
   run->launch.first = 0, run->launch.last = count;
+}
+
+void lab_launch_each(struct lab_run *run) {
+  for (uint32_t i = 0; i < run->launch.last; i++) lab_launch_one(run, i);
   run->launch.exchanges += run->launch.exchanges_a_round;
 }
 
@@ -381,4 +450,11 @@ double lab_round_us(struct lab_run *run, uint32_t rounds) {
   double us = lab_median_us([&]() { return lab_fire(run, rounds); }) / rounds;
   wait_for(run);
   return us;
+}
+
+double lab_resident_us(struct lab_run *run, uint32_t rounds) {
+  run->launch.resident = true;
+  double first = lab_round_us(run, 1), all = lab_round_us(run, rounds + 1) * (rounds + 1);
+  run->launch.resident = false;
+  return (all - first) / rounds;
 }

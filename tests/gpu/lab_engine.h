@@ -69,6 +69,9 @@ struct lab_sum {
 };
 struct lab_sum lab_dot(const struct lab_cut *cut, const double *w, const float *x);
 
+/* One multiply of 16 columns into `sum`: returns what it may lose, adds to the sum of |w x|. */
+double lab_multiply(double *sum, const double *w, const float *x, double *magnitude);
+
 double lab_silu(double g);
 /* What silu(g) u, rounded to bf16, may differ by. */
 double lab_gated_allowed(const struct lab_sum *g, const struct lab_sum *u);
@@ -79,6 +82,8 @@ std::vector<float> lab_rows(size_t K, uint64_t *state);
 void *lab_operand(const std::vector<float> &x, uint32_t K);
 /* And back. */
 std::vector<float> lab_operand_rows(const void *operand, uint32_t K);
+/* A pair's F values. */
+std::vector<float> lab_pair_row(const void *pairs, uint32_t pair, uint32_t F);
 
 /* ---- runs --------------------------------------------------------------------------------------------------------- */
 
@@ -118,6 +123,14 @@ uint32_t lab_add(struct lab_run *run, uint32_t rank, struct us_engine_op op);
 uint32_t lab_add_gemm(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t index,
                       const void *operand, void *out, enum us_engine_epilogue epilogue);
 uint32_t lab_add_reduce(struct lab_run *run, uint32_t rank, struct us_engine_reduce reduce);
+uint32_t lab_add_route(struct lab_run *run, uint32_t rank, struct us_engine_route route, uint32_t layer);
+/* Slices of an expert that a step of DOWN takes. */
+uint32_t lab_down_slices(const struct lab_weights *w);
+/* Experts `first`.. of w by the list of operation `route`: gate and up into pairs, and down from pairs. */
+uint32_t lab_add_up(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t first,
+                    const void *operand, void *pairs, uint32_t route);
+uint32_t lab_add_down(struct lab_run *run, uint32_t rank, const struct lab_weights *w, uint32_t first,
+                      const void *pairs, uint32_t route);
 static inline struct us_engine_op *lab_op(struct lab_run *run, uint32_t rank, uint32_t op) {
   return &run->ops[rank][op];
 }
@@ -128,10 +141,14 @@ void lab_upload_ops(struct lab_run *run, bool chained = true);
 cudaError_t lab_fire(struct lab_run *run, uint32_t rounds);
 /* The same, and wait for it. */
 void lab_launch(struct lab_run *run, uint32_t rounds);
-/* Wait for one launch an operation. */
+/* One operation alone, as the graph does. */
+void lab_launch_one(struct lab_run *run, uint32_t op);
+/* All of them so. */
 void lab_launch_each(struct lab_run *run);
 /* Microseconds of one round, steady. */
 double lab_round_us(struct lab_run *run, uint32_t rounds);
+/* The same on pages that already lie in shared memory: what the multiplying alone takes. */
+double lab_resident_us(struct lab_run *run, uint32_t rounds);
 
 /* ---- the parts ---------------------------------------------------------------------------------------------------- */
 

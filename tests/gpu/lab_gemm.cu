@@ -52,9 +52,11 @@ struct problem {
 };
 
 /* One product and, for PUSH, what adds it up; returns where the result will be. */
-static void *add_product(struct lab_run *run, const struct problem *p, uint32_t index, const void *operand, bool reduce) {
+static void *add_product(struct lab_run *run, const struct problem *p, uint32_t index, const void *operand,
+                         bool reduce) {
   const struct gemm_case *c = p->of;
-  size_t bytes = c->epilogue == US_ENGINE_SWIGLU ? (size_t)p->outputs * 16 : sizeof(float) * 8 * (p->outputs + PAD) * c->parts;
+  size_t bytes = c->epilogue == US_ENGINE_SWIGLU ? (size_t)p->outputs * 16
+                                                 : sizeof(float) * 8 * (p->outputs + PAD) * c->parts;
   void *out = lab_buffer(run, bytes, 0xff);
   uint32_t op = lab_add_gemm(run, 0, &p->w, index, operand, out, c->epilogue);
   lab_op(run, 0, op)->gemm.out_stride = p->outputs + PAD;
@@ -93,24 +95,28 @@ static uint64_t count_written_past(const struct problem *p, const void *out) {
 /* ---- checks ------------------------------------------------------------------------------------------------------- */
 
 /* What one output should be, with a mistake in gate or the only matrix. */
-static struct lab_sum expect(const struct problem *p, uint32_t index, uint32_t n, const float *x, enum lab_mutation mutation) {
+static struct lab_sum expect(const struct problem *p, uint32_t index, uint32_t n, const float *x,
+                             enum lab_mutation mutation) {
   std::vector<double> row = lab_row(&p->w, index, 0, n, mutation);
   struct lab_sum g = lab_dot(&p->w.cut, row.data(), x);
   if (p->of->epilogue != US_ENGINE_SWIGLU) return g;
   std::vector<double> up = lab_row(&p->w, index, 1, n, LAB_NONE);
-  struct lab_sum u = lab_dot(&p->w.cut, up.data(), x), h = {lab_silu(g.value) * u.value, 0, lab_gated_allowed(&g, &u)};
+  struct lab_sum u = lab_dot(&p->w.cut, up.data(), x),
+                 h = {lab_silu(g.value) * u.value, 0, lab_gated_allowed(&g, &u)};
   return h;
 }
 
-static void check_samples(struct lab_result *r, const struct problem *p, const std::vector<std::vector<double>> &y,
-                          const std::vector<float> &x, uint64_t *state) {
+static void check_samples(struct lab_result *r, const struct problem *p,
+                          const std::vector<std::vector<double>> &y, const std::vector<float> &x,
+                          uint64_t *state) {
   std::vector<double> ratios[LAB_MUTATIONS];
   uint64_t bad = 0;
   for (const std::vector<double> &result : y)
     for (double v : result) bad += v != v;
   r->bad += bad > 0;
   for (uint32_t i = 0; i < SAMPLES; i++) {
-    uint32_t index = i % p->w.count, token = i / p->w.count % 8, n = (uint32_t)(lab_random(state) % p->outputs);
+    uint32_t index = i % p->w.count, token = i / p->w.count % 8,
+             n = (uint32_t)(lab_random(state) % p->outputs);
     const float *row = &x[(size_t)token * p->w.cols];
     struct lab_sum s = expect(p, index, n, row, LAB_NONE);
     double got = y[index][(size_t)token * p->outputs + n];
@@ -153,23 +159,27 @@ static void check_single_weights(const struct problem *p, uint64_t *state) {
     }
   }
   char name[160];
-  snprintf(name, sizeof name, "%s %s %s: a single weight comes through", p->of->name, p->shape, us_format_name(p->w.format));
+  snprintf(name, sizeof name, "%s %s %s: a single weight comes through", p->of->name, p->shape,
+           us_format_name(p->w.format));
   us_gpu_report(name, checked, bad, first);
   lab_run_end(&run);
 }
 
-static double time_list(const struct problem *p, const void *operand, bool chained) {
+enum order { STEADY, CHAINED, RESIDENT };
+
+static double time_list(const struct problem *p, const void *operand, enum order order) {
   struct lab_run run;
   lab_run_begin(&run, lab_ranks{1, false, p->of->epilogue == US_ENGINE_PUSH ? p->outputs : 96, p->of->parts});
-  for (uint32_t i = 0; i < p->w.count; i++) add_product(&run, p, i, operand, chained);
-  lab_upload_ops(&run, chained);
-  double us = lab_round_us(&run, 10) / p->w.count;
+  for (uint32_t i = 0; i < p->w.count; i++) add_product(&run, p, i, operand, order == CHAINED);
+  lab_upload_ops(&run, order == CHAINED);
+  double us = (order == RESIDENT ? lab_resident_us(&run, 10) : lab_round_us(&run, 10)) / p->w.count;
   lab_run_end(&run);
   return us;
 }
 
 static void lab_one(const struct gemm_case *c, uint64_t seed) {
-  struct problem p = {c, lab_weights(c->format, c->rows, c->cols), c->epilogue == US_ENGINE_SWIGLU ? c->rows / 2 : c->rows, ""};
+  struct problem p = {c, lab_weights(c->format, c->rows, c->cols),
+                      c->epilogue == US_ENGINE_SWIGLU ? c->rows / 2 : c->rows, ""};
   double bytes = (double)us_matrix_data_bytes(c->format, c->rows, c->cols);
   p.w.count = c->timed ? (uint32_t)fmin(fmax(ROUND_BYTES / bytes, 2), 24) : 2;
   p.w.gated = c->epilogue == US_ENGINE_SWIGLU, p.w.parts = c->parts;
@@ -191,7 +201,10 @@ static void lab_one(const struct gemm_case *c, uint64_t seed) {
   for (void *o : out) y.push_back(result_of(&p, o)), r.bad += count_written_past(&p, o) > 0;
   check_samples(&r, &p, y, x, &state);
   r.bytes = (double)p.w.matrix.matrix_bytes, r.flops = 2.0 * 8 * c->rows * c->cols;
-  if (c->timed) r.us = time_list(&p, operand, false), r.chained_us = time_list(&p, operand, true);
+  if (c->timed) {
+    r.us = time_list(&p, operand, STEADY), r.chained_us = time_list(&p, operand, CHAINED);
+    r.resident_us = time_list(&p, operand, RESIDENT);
+  }
   lab_report(&r);
   if (c->epilogue != US_ENGINE_SWIGLU) check_single_weights(&p, &state);
   lab_run_end(&run);
