@@ -1,6 +1,6 @@
 /* generate.c: the decode loop.
  *
- *   Checks of arguments | Memory | Prefill | Sequences: start and end | A round | The loop
+ *   Checks of arguments | Memory | Prefill | Sequences: start and end | A round | Resident rounds | The loop
  */
 #include "decode/generate.h"
 
@@ -30,6 +30,7 @@ struct decoder {
   struct us_verify_cost cost;
   uint32_t block, batch;
   bool drafting; /* the drafter runs */
+  bool resident; /* the executor runs whole rounds */
   size_t N, taps_width;
 
   struct us_sequence sequences[US_MAX_BATCH];
@@ -405,22 +406,30 @@ static void count_round(struct us_decode_stats *stats, const struct us_round *ro
   for (uint32_t i = 0; i < round->accepted; i++) stats->accepted[i]++;
 }
 
-/* Decide on a sequence's rows (drafts + 1), commit, and hand the committed rows' taps to the drafter. */
-static enum us_status finish_round(struct decoder *d, uint32_t slot, size_t first_row) {
-  struct us_sequence *s = &d->sequences[slot];
-  struct us_round *round = &d->rounds[slot];
-  const float *logits = d->logits + first_row * d->N;
-  enum us_status status = us_round_verify(&d->rules, s, logits, &d->scratch, round, d->err);
+/* Commit tokens (count) of a round until the sequence ends. logits (count, N) is for log-probabilities and may be NULL. */
+static enum us_status commit_round(struct decoder *d, struct us_sequence *s, const struct us_round *round,
+                                   const int32_t *tokens, uint32_t count, const float *logits) {
+  enum us_status status = US_OK;
   uint32_t committed = 0;
-  while (status == US_OK && committed <= round->accepted && s->output->finish == US_FINISH_NONE) {
-    status = commit(d, s, round->committed[committed], logits + committed * d->N);
+  while (status == US_OK && committed < count && s->output->finish == US_FINISH_NONE) {
+    status = commit(d, s, tokens[committed], logits ? logits + committed * d->N : NULL);
     committed++;
   }
   if (status != US_OK) return status;
   count_round(&s->output->stats, round, committed);
   count_round(&d->stats.decode, round, committed);
   us_sequence_send(s, d->options);
-  if (s->output->finish != US_FINISH_NONE) return US_OK;
+  return US_OK;
+}
+
+/* Decide on a sequence's rows (drafts + 1), commit, and hand the committed rows' taps to the drafter. */
+static enum us_status finish_round(struct decoder *d, uint32_t slot, size_t first_row) {
+  struct us_sequence *s = &d->sequences[slot];
+  struct us_round *round = &d->rounds[slot];
+  const float *logits = d->logits + first_row * d->N;
+  enum us_status status = us_round_verify(&d->rules, s, logits, &d->scratch, round, d->err);
+  if (status == US_OK) status = commit_round(d, s, round, round->committed, round->accepted + 1, logits);
+  if (status != US_OK || s->output->finish != US_FINISH_NONE) return status;
   if (d->drafting) {
     status =
         append_context(d, s->draft_kv, s->position, round->accepted + 1, d->taps + first_row * d->taps_width);
@@ -429,6 +438,11 @@ static enum us_status finish_round(struct decoder *d, uint32_t slot, size_t firs
   s->position += round->accepted + 1;
   s->anchor = round->committed[round->accepted];
   return US_OK;
+}
+
+static void end_finished(struct decoder *d) {
+  for (uint32_t i = d->active; i-- > 0;)
+    if (d->sequences[i].output->finish != US_FINISH_NONE) end_sequence(d, i);
 }
 
 static enum us_status step(struct decoder *d) {
@@ -445,8 +459,88 @@ static enum us_status step(struct decoder *d) {
     status = finish_round(d, i, row);
     row += rows;
   }
-  for (uint32_t i = d->active; status == US_OK && i-- > 0;)
-    if (d->sequences[i].output->finish != US_FINISH_NONE) end_sequence(d, i);
+  if (status == US_OK) end_finished(d);
+  d->stats.decode.seconds += now() - begun;
+  return status;
+}
+
+/* Resident rounds */
+
+/* Rounds on the device follow rule match, hand out no logits and verify what fits. */
+static bool can_be_resident(const struct decoder *d) {
+  bool can = d->ex->ops->rounds && !d->options->adaptive;
+  for (size_t i = 0; i < d->n; i++)
+    can &= us_round_rule(&d->rules, &d->requests[i]) == US_VERIFY_MATCH && !d->requests[i].logprobs;
+  return can;
+}
+
+static struct us_rounds_sequence resident_sequence(const struct decoder *d, const struct us_sequence *s) {
+  const struct us_request *r = s->request;
+  const struct us_replay *replay = r->replay ? &r->replay[s->sample] : NULL;
+  struct us_rounds_sequence sequence = {.kv = s->kv,
+                                        .draft_kv = s->draft_kv,
+                                        .anchor = s->anchor,
+                                        .position = s->position,
+                                        .limit = s->position + s->limit - (uint32_t)s->output->ids.count,
+                                        .drafts = d->drafting || replay ? d->block - 1 : 0,
+                                        .sampling = r->sampling,
+                                        .seed = r->seed,
+                                        .sample = s->sample,
+                                        .stop_ids = r->stop_ids,
+                                        .stop_id_count = r->stop_id_count,
+                                        .accept = d->options->accept,
+                                        .accept_count = d->options->accept_count};
+  if (!replay) return sequence;
+  sequence.replay = replay->ids, sequence.replay_count = replay->count;
+  sequence.replay_first = (uint32_t)r->prompt_count;
+  return sequence;
+}
+
+struct resident {
+  struct decoder *d;
+  enum us_status status; /* of what was done with the reports */
+  uint64_t round;        /* of the last report, UINT64_MAX before the first */
+};
+
+static bool take_report(void *arg, const struct us_rounds_report *r) {
+  struct resident *run = arg;
+  struct decoder *d = run->d;
+  struct us_sequence *s = &d->sequences[r->sequence];
+  struct us_round round = {.drafts = r->drafts, .accepted = r->accepted};
+  if (run->status != US_OK || s->output->finish != US_FINISH_NONE) return false;
+  d->stats.passes += r->round != run->round;
+  d->stats.rows += r->drafts + 1;
+  run->round = r->round;
+  if (r->broken)
+    run->status = us_round_broken(s->position + 1 + r->count, d->err);
+  else
+    run->status = commit_round(d, s, &round, r->tokens, r->count, NULL);
+  if (run->status != US_OK || s->output->finish != US_FINISH_NONE) return false;
+  s->position += r->count;
+  s->anchor = r->tokens[r->count - 1];
+  return true;
+}
+
+/* Rounds until a sequence has ended. */
+static enum us_status step_resident(struct decoder *d) {
+  double begun = now();
+  struct us_rounds_sequence sequences[US_MAX_BATCH];
+  struct resident run = {.d = d, .round = UINT64_MAX};
+  struct us_rounds rounds = {.sequences = sequences,
+                             .n = d->active,
+                             .batch = d->batch,
+                             .block = d->block,
+                             .drafting = d->drafting,
+                             .on_round = take_report,
+                             .interrupted = d->options->interrupted,
+                             .arg = &run};
+  for (uint32_t i = 0; i < d->active; i++) sequences[i] = resident_sequence(d, &d->sequences[i]);
+  enum us_status status = d->ex->ops->rounds(d->ex, &rounds, d->err);
+  if (status == US_OK) status = run.status;
+  d->stats.expert_layers += rounds.expert_layers;
+  d->stats.distinct_experts += rounds.experts;
+  if (status == US_OK) end_finished(d);
+  d->stats.verify_seconds += now() - begun;
   d->stats.decode.seconds += now() - begun;
   return status;
 }
@@ -468,6 +562,7 @@ static enum us_status prepare(struct decoder *d) {
                                      .adaptive = d->options->adaptive ? &d->cost : NULL,
                                      .accept = d->options->accept,
                                      .accept_count = d->options->accept_count};
+  d->resident = can_be_resident(d);
   status = take(d, &d->samples_left, d->n, sizeof *d->samples_left, "requests");
   if (status != US_OK) return status;
   for (size_t i = 0; i < d->n; i++) {
@@ -491,7 +586,7 @@ enum us_status us_generate(struct us_executor *ex, const struct us_request *requ
   enum us_status status = prepare(d);
   while (status == US_OK && (d->active || d->next_request < n)) {
     while (status == US_OK && d->active < d->batch && d->next_request < n) status = start_sequence(d);
-    if (status == US_OK && d->active) status = step(d);
+    if (status == US_OK && d->active) status = d->resident ? step_resident(d) : step(d);
   }
   d->stats.seconds = now() - d->started;
   d->stats.decode.first_token_seconds =

@@ -54,10 +54,14 @@ void us_round_propose(const struct us_round_rules *rules, const struct us_sequen
   }
 }
 
+enum us_status us_round_broken(uint32_t position, struct us_err *err) {
+  return us_err_set(err, US_ERR_CHECK, "the logits for position %u are not finite", position);
+}
+
 static enum us_status check_row(const float *logits, size_t N, uint32_t position, struct us_err *err) {
   float max = logits[us_sample_argmax(logits, N)];
   if (max > -INFINITY && max < INFINITY) return US_OK;
-  return us_err_set(err, US_ERR_CHECK, "the logits for position %u are not finite", position);
+  return us_round_broken(position, err);
 }
 
 enum us_status us_round_draw(const struct us_request *request, uint32_t sample, uint32_t position,

@@ -47,6 +47,9 @@ US_CHECKED enum us_status us_round_verify(const struct us_round_rules *rules,
                                           const struct us_round_scratch *scratch, struct us_round *round,
                                           struct us_err *err);
 
+/* US_ERR_CHECK: the logits for `position` are not finite. */
+US_CHECKED enum us_status us_round_broken(uint32_t position, struct us_err *err);
+
 /* Draw the target's token of `position` as plain decoding does. US_ERR_CHECK if the row is not finite. */
 US_CHECKED enum us_status us_round_draw(const struct us_request *request, uint32_t sample, uint32_t position,
                                         const float *logits, size_t N, int32_t *ret_token,

@@ -13,6 +13,7 @@
 #define US_MODEL_EXECUTOR_H
 
 #include "base/pool.h"
+#include "base/sample.h"
 #include "model/kv.h"
 #include "model/model.h"
 
@@ -65,6 +66,50 @@ struct us_draft_pass {
   float *hidden;     /* (B, D) final normed hidden rows; NULL if not wanted */
 };
 
+/* A sequence in resident rounds. */
+struct us_rounds_sequence {
+  struct us_kv *kv;       /* holds the positions before `position` */
+  struct us_kv *draft_kv; /* the same of the drafter's context; NULL: the drafter does not run */
+  int32_t anchor;         /* the last committed token */
+  uint32_t position;      /* of the anchor */
+  uint32_t limit;         /* of the last token that may be committed; above `position` */
+  uint32_t drafts;        /* proposals a round, at most */
+  struct us_sampling sampling;
+  uint64_t seed;
+  uint32_t sample;
+  const int32_t *stop_ids; /* any of them ends the sequence; a round may commit more of one that the caller ends */
+  size_t stop_id_count;
+  const int32_t *replay; /* (replay_count) proposed instead of the drafter's argmax, 0 past the end; NULL: not replayed */
+  size_t replay_count;
+  uint32_t replay_first; /* position of replay[0] */
+  const float *accept;   /* (accept_count) rate at which slot i keeps the recorded token; the last one repeats; 0: always */
+  size_t accept_count;
+};
+
+/* What one round did to one sequence. */
+struct us_rounds_report {
+  uint32_t sequence;
+  uint32_t round;        /* the same for all sequences that ran together; ascends */
+  const int32_t *tokens; /* (count) committed */
+  uint32_t count, drafts, accepted;
+  bool broken; /* the logits of the token after these are not finite: nothing more will come */
+};
+
+/* Rounds of several sequences without the caller: draft (argmax), verify (match), commit, again and again; as
+ * decode/generate.c does round by round. */
+struct us_rounds {
+  const struct us_rounds_sequence *sequences; /* (n) */
+  uint32_t n;
+  uint32_t batch, block; /* most sequences, and most rows of one, that this and later calls will run together */
+  bool drafting;         /* the drafter runs */
+  /* In the order of rounds, then of sequences. false: this sequence has ended for the caller; rounds of it that are under way
+   * are still reported. */
+  bool (*on_round)(void *arg, const struct us_rounds_report *report);
+  bool (*interrupted)(void); /* asked now and then; true returns US_INTERRUPTED; may be NULL */
+  void *arg;
+  uint64_t expert_layers, experts; /* out: MoE layers passed by target passes, active experts in them */
+};
+
 struct us_executor;
 
 struct us_executor_ops {
@@ -73,6 +118,9 @@ struct us_executor_ops {
                                   struct us_err *err);
   enum us_status (*draft)(struct us_executor *ex, const struct us_draft_pass *pass, struct us_err *err);
   void (*free)(struct us_executor *ex);
+  /* Run rounds until one in which a sequence ended; then draft_kv holds all positions before each sequence's last token again.
+   * NULL: this executor needs its caller between rounds. */
+  enum us_status (*rounds)(struct us_executor *ex, struct us_rounds *rounds, struct us_err *err);
 };
 
 struct us_executor {

@@ -43,6 +43,7 @@ struct fake {
   uint32_t nan_position; /* logits of this position are NaN; 0: none */
   uint32_t fail_after;   /* forward passes until US_ERR_DEVICE; 0: never */
   uint64_t violations, forwards, drafts, contexts, prefill_rows, decode_rows;
+  uint64_t resident_calls; /* resident.h */
 };
 
 static inline uint32_t fake_mix(uint32_t a, uint32_t b) {
@@ -196,7 +197,8 @@ static inline void fake_free(struct us_executor *ex) {
 }
 
 static inline void fake_init(struct fake *f, uint32_t vocab, uint32_t block) {
-  static const struct us_executor_ops ops = {fake_forward, fake_draft_context, fake_draft, fake_free};
+  static const struct us_executor_ops ops = {
+      .forward = fake_forward, .draft_context = fake_draft_context, .draft = fake_draft, .free = fake_free};
   struct us_attention_shape attention = {.q_heads = 1, .kv_heads = 1, .qk_dim = FAKE_DIM, .v_dim = FAKE_DIM};
   memset(f, 0, sizeof *f);
   struct us_shape *shape = &f->model.shape;
