@@ -4,7 +4,7 @@
 #include "kernels/prefill/cache.cuh"
 
 #define SLOTS   16
-#define THREADS 128
+#define THREADS 512
 #define MOST_Q  256
 
 /* What stands in a slot. */

@@ -13,11 +13,16 @@
 #include "kernels/gpu/mma.cuh"
 
 template <int FORMAT> struct us_prefill_format {
-  static constexpr int groups = FORMAT == US_FORMAT_F32 ? 1 : FORMAT == US_FORMAT_BF16 ? 2 : 4; /* of a page, at most */
   static constexpr int terms = FORMAT == US_FORMAT_F32 ? 3 : 1; /* bf16 values that a weight is the sum of */
   static constexpr int subs = FORMAT == US_FORMAT_F32 ? 2 : 1; /* pieces of a group that fill the registers one by one */
   static constexpr bool scaled = FORMAT == US_FORMAT_MXFP4 || FORMAT == US_FORMAT_FP8;
   static constexpr float undo = scaled ? 1.0f : 0x1p-64f; /* what is left of the operand's unit */
+};
+
+/* Groups of a page, at most: 2 KB of codes. */
+template <int FORMAT, int HALVES> struct us_prefill_most {
+  static constexpr int groups =
+      FORMAT == US_FORMAT_MXFP4 ? 4 : FORMAT == US_FORMAT_F32 ? 1 : (FORMAT == US_FORMAT_FP8 ? 4 : 2) / HALVES;
 };
 
 template <int FORMAT> struct us_prefill_fragment {

@@ -1,8 +1,8 @@
 /* gemm.cu: up to 2048 rows times weight pages on tensor cores.
  *
  * Weights are the 16-row operand, straight from pages; rows are the 8-column operand, gathered 16 bytes at a time into core
- * matrices. A warp owns 32 weight rows and all rows of the tile, so a fragment is decoded once for them all. Two loading warps
- * keep a ring of pages and rows ahead, across tiles; K runs in ascending order in one warp, so nothing depends on the tiling.
+ * matrices. A warp owns 32 weight rows and all rows of the tile, so a fragment is decoded once for them all. A loading warpgroup
+ * keeps a ring of pages and rows ahead, across tiles; K runs in ascending order in one warp, so nothing depends on the tiling.
  *
  * Bound. Projections (128 rows a tile): mma.sync, which reaches 62 % of the chip's bf16 peak; a group of 32 columns costs a warp
  * 64 mma, 16 ldmatrix, 128 FFMA for the scales and about 70 instructions to decode, so neither decoding nor scaling binds.
@@ -15,6 +15,7 @@
 #include "kernels/prefill/fragment.cuh"
 #include "kernels/prefill/prefill.h"
 
+#define LOADERS       4 /* warps */
 #define MAX_STAGES    8
 #define SHARED_BYTES  (227 * 1024)
 #define PATCH_STRIDE  36 /* floats of a token's 32 outputs in shared memory: 8 tokens hit different banks */
@@ -72,62 +73,49 @@ static __device__ __forceinline__ struct gemm_item item_at(const struct gemm_arg
 
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
-/* One warp: the pages of each warp's 32 rows, one slice after the other. */
-template <int HALVES, int WARPS, int TOKENS>
-static __device__ void load_pages(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int lane) {
-  constexpr uint32_t PAGES = WARPS * 2 / HALVES;
-  const struct us_engine_matrix w = a->g.w;
-  struct gemm_cursor c = {0, 0};
-  uint32_t items = item_count(a);
-  for (uint32_t i = blockIdx.x; i < items; i += gridDim.x) {
-    struct gemm_item item = item_at<TOKENS>(a, i);
-    uint32_t tile = item.block * PAGES + lane, pages = w.tiles - item.block * PAGES;
-    if (pages > PAGES) pages = PAGES;
-    const uint8_t *from = w.pages + item.expert * w.matrix_bytes +
-                          ((uint64_t)tile * w.slices + item.part * a->part_slices) * w.page_bytes;
-    uint32_t to = HALVES == 2 ? ring + lane * a->slot_bytes : ring + lane / 2 * a->slot_bytes + lane % 2 * w.page_bytes;
-    for (uint32_t slice = 0; slice < a->part_slices; slice++, from += w.page_bytes) {
-      uint32_t full = us_shared_address(&s->full[c.stage]);
-      us_barrier_wait(us_shared_address(&s->empty[c.stage]), c.phase ^ 1);
-      if (lane == 0) us_barrier_expect(full, pages * w.page_bytes);
-      __syncwarp();
-      if (lane < pages) us_bulk_load(to + c.stage * a->stage_bytes, from, w.page_bytes, full);
-      advance(&c, a->stages);
-    }
-  }
-}
-
 static __device__ __forceinline__ void copy_16(uint32_t to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-/* One warp: rows as core matrices, tile of 8 after tile; lane: row lane % 8, columns lane / 8 * 8 of a group. */
-template <int GROUPS, int TOKENS>
-static __device__ void load_rows(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int lane) {
+/* LOADERS warps, each its share: the pages of each warp's 32 rows, one slice after the other, and the rows as core matrices,
+ * tile of 8 after tile; lane: row lane % 8, columns lane / 8 * 8 of a group. */
+template <int HALVES, int WARPS, int GROUPS, int TILES>
+static __device__ void load(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int loader, int lane) {
+  constexpr uint32_t PAGES = WARPS * 2 / HALVES, MINE = PAGES / LOADERS, MINE_TILES = TILES / LOADERS;
+  const struct us_engine_matrix w = a->g.w;
+  const uint32_t groups = w.groups, rows_at = ring + WARPS * a->slot_bytes + lane * 16;
   struct gemm_cursor c = {0, 0};
-  uint32_t items = item_count(a), groups = a->g.w.groups;
+  uint32_t items = item_count(a);
   for (uint32_t i = blockIdx.x; i < items; i += gridDim.x) {
-    struct gemm_item item = item_at<TOKENS>(a, i);
-    uint32_t row[TOKENS / 8]; /* bytes from x: 32 bits, so that 16 of them fit the loading warps' registers */
+    struct gemm_item item = item_at<TILES * 8>(a, i);
+    uint32_t place = loader * MINE + lane, tile = item.block * PAGES + place, left = w.tiles - item.block * PAGES;
+    uint32_t pages = left <= loader * MINE ? 0 : left - loader * MINE < MINE ? left - loader * MINE : MINE;
+    const uint8_t *from = w.pages + item.expert * w.matrix_bytes +
+                          ((uint64_t)tile * w.slices + item.part * a->part_slices) * w.page_bytes;
+    uint32_t to = HALVES == 2 ? ring + place * a->slot_bytes : ring + place / 2 * a->slot_bytes + place % 2 * w.page_bytes;
+    uint32_t row[MINE_TILES]; /* bytes from x */
+    const uint8_t *x = (const uint8_t *)a->g.x;
 #pragma unroll
-    for (int t = 0; t < TOKENS / 8; t++) {
-      uint32_t r = t * 8 + lane % 8, slot = item.first + (r < item.rows ? r : item.rows - 1);
+    for (int t = 0; t < MINE_TILES; t++) {
+      uint32_t r = (t * LOADERS + loader) * 8 + lane % 8, slot = item.first + (r < item.rows ? r : item.rows - 1);
       if (a->g.opt_gather) slot = __ldg(a->g.opt_gather + slot);
       row[t] = (slot * a->g.x_stride + item.part * a->part_slices * groups * 32 + lane / 8 * 8) * 2;
     }
-    const uint8_t *x = (const uint8_t *)a->g.x;
-    for (uint32_t slice = 0; slice < a->part_slices; slice++, x += groups * 64) {
+    for (uint32_t slice = 0; slice < a->part_slices; slice++, from += w.page_bytes, x += groups * 64) {
+      uint32_t full = us_shared_address(&s->full[c.stage]), offset = c.stage * a->stage_bytes;
       us_barrier_wait(us_shared_address(&s->empty[c.stage]), c.phase ^ 1);
-      uint32_t to = ring + c.stage * a->stage_bytes + lane * 16;
+      if (lane == 0) us_barrier_expect(full, pages * w.page_bytes);
+      __syncwarp();
+      if (lane < pages) us_bulk_load(to + offset, from, w.page_bytes, full);
 #pragma unroll
-      for (int t = 0; t < TOKENS / 8; t++) {
-        if (t * 8 >= item.rows) break;
+      for (int t = 0; t < MINE_TILES; t++) {
+        uint32_t at = t * LOADERS + loader;
+        if (at * 8 >= item.rows) break;
 #pragma unroll
         for (int g = 0; g < GROUPS; g++)
-          if (g < groups) copy_16(to + (t * GROUPS + g) * GROUP_BYTES, x + row[t] + g * 64);
+          if (g < groups) copy_16(rows_at + offset + (at * GROUPS + g) * GROUP_BYTES, x + row[t] + g * 64);
       }
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(us_shared_address(&s->full[c.stage]))
-                   : "memory");
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
       advance(&c, a->stages);
     }
   }
@@ -135,23 +123,25 @@ static __device__ void load_rows(const struct gemm_args *a, struct gemm_shared *
 
 /* ---- multiplying ------------------------------------------------------------------------------------------------- */
 
-/* One page of 32 rows times the tile's rows. ALL: the tile is full, so that multiplies of several rows overlap freely. */
-template <int FORMAT, int HALVES, int TILES, int STEP, bool ALL>
+/* One page of 32 rows times the first TILES x 8 rows. FULL: a page has as many groups as it can, so that no branch stands between
+ * its multiplies. */
+template <int FORMAT, int HALVES, bool FULL, int TILES>
 static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t page_bytes, uint32_t groups, uint32_t rows,
-                                                uint32_t tiles, int lane, float acc[TILES][2][4]) {
-  constexpr int GROUPS = us_prefill_format<FORMAT>::groups, SUBS = us_prefill_format<FORMAT>::subs;
+                                                int lane, float (*acc)[2][4]) {
+  constexpr int STEP = TILES % 2 ? 1 : 2; /* tiles whose multiplies overlap */
+  constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups, SUBS = us_prefill_format<FORMAT>::subs;
   uint32_t tail[4];
+  if (FULL) groups = GROUPS;
   us_prefill_tail<FORMAT, HALVES>(pages, page_bytes, groups, lane, tail);
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
-    if (g >= groups) break;
+    if (!FULL && g >= groups) break;
 #pragma unroll
     for (int sub = 0; sub < SUBS; sub++) {
       us_prefill_fragment<FORMAT> f;
       us_prefill_load<FORMAT, HALVES>(pages, page_bytes, g, sub, lane, tail, &f);
 #pragma unroll
       for (int t = 0; t < TILES; t += STEP) {
-        if (!ALL && t >= tiles) break;
         uint32_t b[STEP][4];
 #pragma unroll
         for (int j = 0; j < STEP; j++)
@@ -160,6 +150,24 @@ static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t p
         for (int j = 0; j < STEP; j++) us_prefill_multiply<FORMAT>(f, b[j] + 4 / SUBS * sub, acc[t + j]);
       }
     }
+  }
+}
+
+template <int FORMAT, int HALVES, bool FULL, int TILES>
+static __device__ __forceinline__ void multiply_some(const uint8_t *pages, uint32_t page_bytes, uint32_t groups,
+                                                     uint32_t rows, uint32_t tiles, int lane, float (*acc)[2][4]) {
+  if constexpr (TILES > 4) {
+    if (tiles > TILES / 2)
+      multiply<FORMAT, HALVES, FULL, TILES>(pages, page_bytes, groups, rows, lane, acc);
+    else
+      multiply<FORMAT, HALVES, FULL, TILES / 2>(pages, page_bytes, groups, rows, lane, acc);
+  } else {
+    if (tiles == 1)
+      multiply<FORMAT, HALVES, FULL, 1>(pages, page_bytes, groups, rows, lane, acc);
+    else if (tiles == 2)
+      multiply<FORMAT, HALVES, FULL, 2>(pages, page_bytes, groups, rows, lane, acc);
+    else
+      multiply<FORMAT, HALVES, FULL, 4>(pages, page_bytes, groups, rows, lane, acc);
   }
 }
 
@@ -217,7 +225,7 @@ static __device__ __forceinline__ void store_swiglu(const struct gemm_args *a, c
   *(uint2 *)(a->g.opt_swiglu + (size_t)(item->first + r) * a->g.swiglu_stride + at) = v;
 }
 
-template <int FORMAT, int HALVES, int WARPS, int TILES, int STEP>
+template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
 static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *pages, uint32_t rows,
                                float *patch, int warp, int lane) {
   constexpr float undo = us_prefill_format<FORMAT>::undo;
@@ -233,10 +241,8 @@ static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s,
     for (uint32_t slice = 0; slice < a->part_slices; slice++) {
       us_barrier_wait(us_shared_address(&s->full[c.stage]), c.phase);
       uint32_t offset = c.stage * a->stage_bytes;
-      if (working && tiles == TILES)
-        multiply<FORMAT, HALVES, TILES, STEP, true>(pages + offset, w.page_bytes, w.groups, rows + offset, tiles, lane, acc);
-      else if (working)
-        multiply<FORMAT, HALVES, TILES, STEP, false>(pages + offset, w.page_bytes, w.groups, rows + offset, tiles, lane, acc);
+      if (working)
+        multiply_some<FORMAT, HALVES, FULL, TILES>(pages + offset, w.page_bytes, w.groups, rows + offset, tiles, lane, acc);
       __syncwarp();
       if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c.stage]));
       advance(&c, a->stages);
@@ -262,8 +268,8 @@ template <uint32_t REGISTERS, bool MORE> static __device__ __forceinline__ void 
 
 /* Shared memory: [warps' patches][stages, each: pages of the warps, rows]. The loading warpgroup gives registers to the
  * others: a block starts with 168 a thread for 3 warpgroups, 96 for 5, and no more can be had: 2 x 216 + 72, 4 x 104 + 64. */
-template <int FORMAT, int HALVES, int WARPS, int TILES, int STEP>
-static __global__ void __launch_bounds__((WARPS + 4) * 32, 1) prefill_gemm(const __grid_constant__ struct gemm_args a) {
+template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
+static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm(const __grid_constant__ struct gemm_args a) {
   extern __shared__ __align__(128) uint8_t raw[];
   __shared__ struct gemm_shared s;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -271,18 +277,17 @@ static __global__ void __launch_bounds__((WARPS + 4) * 32, 1) prefill_gemm(const
   uint32_t ring = us_shared_address(pages), rows = ring + WARPS * a.slot_bytes;
   if (threadIdx.x == 0)
     for (uint32_t i = 0; i < a.stages; i++) {
-      us_barrier_init(us_shared_address(&s.full[i]), 33); /* the copy's expected bytes, and 32 lanes of rows */
+      us_barrier_init(us_shared_address(&s.full[i]), LOADERS * 33); /* expected bytes, and 32 lanes of rows */
       us_barrier_init(us_shared_address(&s.empty[i]), WARPS);
     }
   us_barrier_init_fence();
   __syncthreads();
   if (warp >= WARPS) {
     set_registers<WARPS == 8 ? 72 : 64, false>();
-    if (warp == WARPS) load_pages<HALVES, WARPS, TILES * 8>(&a, &s, ring, lane);
-    if (warp == WARPS + 1) load_rows<us_prefill_format<FORMAT>::groups, TILES * 8>(&a, &s, rows, lane);
+    load<HALVES, WARPS, us_prefill_most<FORMAT, HALVES>::groups, TILES>(&a, &s, ring, warp - WARPS, lane);
   } else {
     set_registers<WARPS == 8 ? 216 : 104, true>();
-    consume<FORMAT, HALVES, WARPS, TILES, STEP>(&a, &s, pages, rows, (float *)(raw + warp * PATCH_BYTES), warp, lane);
+    consume<FORMAT, HALVES, FULL, WARPS, TILES>(&a, &s, pages, rows, (float *)(raw + warp * PATCH_BYTES), warp, lane);
   }
 }
 
@@ -296,12 +301,12 @@ static cudaError_t processors(uint32_t *ret_count) {
   return status;
 }
 
-template <int FORMAT, int HALVES, int WARPS, int TILES, int STEP>
+template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
 static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
-  auto kernel = prefill_gemm<FORMAT, HALVES, WARPS, TILES, STEP>;
+  auto kernel = prefill_gemm<FORMAT, HALVES, FULL, WARPS, TILES>;
   const struct us_engine_matrix *w = &a->g.w;
-  constexpr uint32_t GROUPS = us_prefill_format<FORMAT>::groups;
-  if (w->groups > GROUPS || !w->groups) return cudaErrorInvalidValue;
+  constexpr uint32_t GROUPS = us_prefill_most<FORMAT, HALVES>::groups;
+  if (!w->groups) return cudaErrorInvalidValue;
   a->slot_bytes = (w->page_bytes * (2 / HALVES) + 127) / 128 * 128;
   a->stage_bytes = WARPS * a->slot_bytes + TILES * GROUPS * GROUP_BYTES;
   a->stages = (SHARED_BYTES - WARPS * PATCH_BYTES - sizeof(struct gemm_shared)) / a->stage_bytes;
@@ -315,15 +320,23 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   uint32_t items = a->row_tiles * a->blocks * a->g.parts;
   if (!a->g.opt_experts && items < grid) grid = items;
-  if (grid) kernel<<<grid, (WARPS + 4) * 32, bytes, stream>>>(*a);
+  if (grid) kernel<<<grid, (WARPS + LOADERS) * 32, bytes, stream>>>(*a);
   return cudaGetLastError();
 }
 
-/* Few rows an expert or in all: more warps with fewer rows each. The sums are the same. */
-template <int FORMAT, int HALVES> static cudaError_t choose(struct gemm_args *a, cudaStream_t stream) {
-  if (a->g.opt_experts || a->g.rows <= US_PREFILL_EXPERT_ROWS)
-    return launch<FORMAT, HALVES, 16, US_PREFILL_EXPERT_ROWS / 8, 2>(a, stream);
-  return launch<FORMAT, HALVES, 8, 16, 2>(a, stream);
+/* Few rows an expert or in all: more warps with fewer rows each. FP32's three terms leave room for 64 rows. The sums are the same. */
+template <int FORMAT, int HALVES, bool FULL> static cudaError_t choose(struct gemm_args *a, cudaStream_t stream) {
+  if constexpr (FULL)
+    if (!a->g.opt_experts && a->g.rows > US_PREFILL_EXPERT_ROWS)
+      return launch<FORMAT, HALVES, FULL, 8, FORMAT == US_FORMAT_F32 ? 8 : 16>(a, stream);
+  return launch<FORMAT, HALVES, FULL, 16, US_PREFILL_EXPERT_ROWS / 8>(a, stream);
+}
+
+template <int FORMAT, int HALVES> static cudaError_t choose_full(struct gemm_args *a, cudaStream_t stream) {
+  constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups;
+  if constexpr (GROUPS > 1)
+    if (a->g.w.groups < GROUPS) return choose<FORMAT, HALVES, false>(a, stream);
+  return a->g.w.groups == GROUPS ? choose<FORMAT, HALVES, true>(a, stream) : cudaErrorInvalidValue;
 }
 
 static bool valid(const struct us_prefill_gemm *g) {
@@ -346,13 +359,13 @@ int us_prefill_gemm(const struct us_prefill_gemm *gemm, cudaStream_t stream) {
   bool two = gemm->w.halves == 2;
   switch (gemm->w.format) {
   case US_FORMAT_MXFP4:
-    return two ? choose<US_FORMAT_MXFP4, 2>(&a, stream) : choose<US_FORMAT_MXFP4, 1>(&a, stream);
+    return two ? choose_full<US_FORMAT_MXFP4, 2>(&a, stream) : choose_full<US_FORMAT_MXFP4, 1>(&a, stream);
   case US_FORMAT_FP8:
-    return two ? choose<US_FORMAT_FP8, 2>(&a, stream) : choose<US_FORMAT_FP8, 1>(&a, stream);
+    return two ? choose_full<US_FORMAT_FP8, 2>(&a, stream) : choose_full<US_FORMAT_FP8, 1>(&a, stream);
   case US_FORMAT_BF16:
-    return two ? choose<US_FORMAT_BF16, 2>(&a, stream) : choose<US_FORMAT_BF16, 1>(&a, stream);
+    return two ? choose_full<US_FORMAT_BF16, 2>(&a, stream) : choose_full<US_FORMAT_BF16, 1>(&a, stream);
   case US_FORMAT_F32:
-    return two ? choose<US_FORMAT_F32, 2>(&a, stream) : choose<US_FORMAT_F32, 1>(&a, stream);
+    return two ? cudaErrorInvalidValue : choose_full<US_FORMAT_F32, 1>(&a, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -55,7 +55,7 @@ static inline uint32_t us_prefill_most_tiles(uint32_t experts, uint32_t pairs) {
 }
 
 struct us_prefill_gemm {
-  struct us_engine_matrix w; /* a page's groups: at most 4 (MXFP4, FP8), 2 (BF16), 1 (F32) */
+  struct us_engine_matrix w; /* pages of at most 2 KB of codes: 4 groups (MXFP4), 4 / halves (FP8), 2 / halves (BF16), 1 (F32) */
   const uint16_t *x;         /* operand rows, 16-byte aligned */
   uint32_t x_stride;         /* values, a multiple of 8 */
   uint32_t rows;             /* R; not used with experts */

@@ -227,6 +227,29 @@ struct layer {
   float *pairs, *y;
 };
 
+/* Pages of 128 columns, as a model's down projections have them (libcore/device/weights_layout.c); lab_weights_make's are the
+ * engine's for a product with K split over many warps. */
+static void repack(struct lab_weights *w) {
+  uint32_t groups = w->cols / 32 % 4 ? w->cols / 32 % 3 ? 1 : 3 : 4;
+  struct us_pages *p = &w->pages;
+  size_t codes = us_matrix_data_bytes(w->format, w->rows, w->cols), scales = us_matrix_scale_bytes(w->format, w->rows, w->cols, 0);
+  std::vector<struct us_pages_source> sources(w->count);
+  p->slice_cols = groups * 32;
+  for (uint32_t i = 0; i < w->count; i++) {
+    struct us_matrix *m = &sources[i].w[0];
+    m->format = w->format, m->rows = w->rows, m->cols = w->cols;
+    m->data = w->codes[0] + i * codes, m->scales = w->scales[0] + i * scales, sources[i].matrices = 1;
+  }
+  struct us_pages_source *device = lab_upload(sources);
+  uint8_t *pages;
+  US_CUDA(cudaFree((void *)w->matrix.pages));
+  US_CUDA(cudaMalloc(&pages, us_pages_bytes(p) * w->count));
+  US_CUDA(us_pages_pack_gpu(p, device, w->count, pages, 0));
+  US_CUDA(cudaFree(device));
+  w->matrix.pages = pages, w->matrix.matrix_bytes = us_pages_bytes(p), w->matrix.slices = us_pages_slices(p);
+  w->matrix.page_bytes = us_pages_page_bytes(p), w->matrix.groups = (uint16_t)groups;
+}
+
 template <class T> static T *make(size_t n) {
   T *p;
   US_CUDA(cudaMalloc(&p, n * sizeof(T)));
@@ -241,6 +264,7 @@ static void make_layer(struct layer *l, const struct experts *e, uint64_t seed) 
   l->up.count = l->down.count = e->E, l->up.gated = true;
   lab_weights_make(&l->up, seed, 0);
   lab_weights_make(&l->down, seed, 16);
+  repack(&l->down);
   l->x = lab_many_rows(e->rows, e->D, &state);
   std::vector<float> logits((size_t)e->rows * e->E);
   for (float &v : logits) v = (float)(lab_random(&state) >> 40) * 0x1p-22f - 2.0f;

@@ -93,7 +93,7 @@ static void make(struct problem *p, const struct shape *s, uint64_t seed) {
   p->value_scale = 0.612f, p->scale = 1.0f / sqrtf((float)s->Q);
   p->qkv.resize((size_t)p->positions * p->stride), p->sink.resize(s->H), p->rope.resize((size_t)p->positions * s->rotary);
   for (float &v : p->qkv) v = 2 * uniform(&state);
-  for (float &v : p->sink) v = uniform(&state);
+  for (float &v : p->sink) v = 5 + uniform(&state); /* as much as a hundred keys or so */
   for (uint32_t i = 0; i < p->positions; i++) us_rope_table(1e4, s->rotary, i, &p->rope[(size_t)i * s->rotary]);
   p->device_qkv = lab_upload(p->qkv), p->device_rope = lab_upload(p->rope);
   p->device_sink = s->sink ? lab_upload(p->sink) : NULL;
