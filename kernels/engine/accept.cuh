@@ -73,7 +73,7 @@ static __device__ void us_engine_advance(struct us_engine_state *state, uint32_t
 static __device__ void us_engine_decide(const struct us_engine_block *b, uint32_t vocab) {
   struct us_engine_state *state = b->rank->state;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 0xffffffffu;
-  uint32_t *finish = (uint32_t *)b->shared->row; /* (sequences) */
+  uint32_t *finish = (uint32_t *)us_engine_shared_of(b)->row; /* (sequences) */
   uint32_t active =
       __ballot_sync(all, lane < US_ENGINE_SEQUENCES && state->sequence[lane % US_ENGINE_SEQUENCES].active);
   us_engine_meet();
@@ -95,7 +95,7 @@ static __device__ void us_engine_decide(const struct us_engine_block *b, uint32_
   state->live = (uint32_t)__popc(active & ~ended);
   state->events += (uint32_t)__popc(active);
   state->round++;
-  b->shared->stop = state->stop = ended || !active || state->park;
+  us_engine_shared_of(b)->stop = state->stop = ended || !active || state->park;
 }
 
 /* One thread of another block: block 0 is the first to finish, the others follow. */
@@ -104,7 +104,7 @@ static __device__ void us_engine_follow(const struct us_engine_block *b) {
   uint32_t before = b->round * b->blocks, have;
   while ((have = us_load_acquire(b->rank->done + b->op_index)) == before)
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, before + 1);
-  b->shared->stop = __ldcg(&b->rank->state->stop);
+  us_engine_shared_of(b)->stop = __ldcg(&b->rank->state->stop);
 }
 
 static __device__ void us_engine_accept(struct us_engine_block *b, const struct us_engine_op *op) {

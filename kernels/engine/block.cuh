@@ -26,6 +26,7 @@ struct us_engine_active {
   alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
   int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS];             /* row * top_k + k, or -1: the row does not use this expert */
   uint16_t expert[US_ENGINE_ACTIVE];
+  uint8_t rows[US_ENGINE_ACTIVE]; /* bit mask of the rows that use it */
   uint32_t count;
 };
 
@@ -65,10 +66,16 @@ struct us_engine_shared {
 };
 static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
 
+/* The block's shared memory, by its symbol: a pointer read from memory would be a generic one, whose loads cost twice as much. */
+static __device__ __forceinline__ struct us_engine_shared *us_engine_shared_of(const struct us_engine_block *) {
+  extern __shared__ __align__(128) uint8_t us_engine_dynamic[];
+  return (struct us_engine_shared *)us_engine_dynamic;
+}
+
 /* Shared memory for operations of the compute warps, bytes. */
 #define US_ENGINE_VECTOR_BYTES (sizeof(float) * 2 * US_ENGINE_COMPUTE_WARPS * US_ENGINE_PARTIAL + US_ENGINE_SCRATCH)
 static __device__ __forceinline__ void *us_engine_scratch(const struct us_engine_block *b) {
-  return b->shared->partial;
+  return us_engine_shared_of(b)->partial;
 }
 
 /* ---- watchdog ---------------------------------------------------------------------------------------------------- */
@@ -236,7 +243,7 @@ static __device__ __forceinline__ void us_engine_finish(const struct us_engine_b
 static __device__ __forceinline__ void us_engine_drain(const struct us_engine_block *b) {
   for (uint32_t i = 0; i < 2; i++) { /* a buffer used n times is free after n phases */
     uint32_t used = (b->tile + 1 - i) / 2;
-    us_engine_barrier_wait(b, &b->shared->sums_empty[i], (used & 1) ^ 1, US_ENGINE_WAIT_SUMS);
+    us_engine_barrier_wait(b, &us_engine_shared_of(b)->sums_empty[i], (used & 1) ^ 1, US_ENGINE_WAIT_SUMS);
   }
 }
 

@@ -1,9 +1,10 @@
 /* down.cuh: the experts' down projection: y[row] = sum over its experts, ascending, of routing weight * down h.
  *
  * Bound: bytes of weights from HBM. A block owns 48 output columns (three tiles of 16) and goes through all active experts, its
- * sums in registers: 6144 / 48 = 128 blocks. A warp takes one group of 32 inner columns of all three tiles, so that one load of
- * activations serves three multiplies; activations come from L2 two steps ahead (a step takes as long as a load). A step is what 16 warps multiply at once:
- * step_slices pages of each tile. Rows that are not routed to an expert have zero activations and weight 0.
+ * sums in registers: 6144 / 48 = 128 blocks. A step is what 16 warps multiply at once: step_slices pages of each tile; a warp
+ * takes one group of 32 inner columns of all three tiles. A stage of the ring holds one or two steps and behind them the
+ * activations of the rows that use their experts, which are copied there too: weights as soon as the stage is free, activations
+ * once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_CUH
 #define US_KERNELS_ENGINE_DOWN_CUH
@@ -11,7 +12,7 @@
 #include "kernels/engine/gemm.cuh"
 
 #define US_DOWN_TILES 3
-#define US_DOWN_AHEAD 2 /* steps whose activations are under way */
+#define US_DOWN_PAD   64 /* bytes between pairs in a stage: neighbours start in different banks */
 
 /* Blocks' shares: groups of three tiles. */
 static __device__ __forceinline__ uint32_t us_engine_down_groups(const struct us_engine_down *d) {
@@ -22,63 +23,119 @@ static __device__ __forceinline__ uint32_t us_engine_down_tiles(const struct us_
   return left < US_DOWN_TILES ? left : US_DOWN_TILES;
 }
 
+/* Sizes in a stage, and how far a role has come: steps are numbered expert by expert. */
+struct us_down_plan {
+  uint32_t steps, stage_steps; /* an expert; a stage at most */
+  uint32_t run, step_bytes;    /* a tile's pages of a step; all three tiles' */
+  uint32_t rows_bytes;         /* a pair's activations of a step */
+  uint32_t total;
+};
+static __device__ __forceinline__ struct us_down_plan us_down_plan(const struct us_engine_down *d, uint32_t active) {
+  struct us_down_plan p;
+  p.steps = d->steps, p.stage_steps = d->stage_steps;
+  p.run = d->step_slices * d->w.page_bytes, p.step_bytes = US_DOWN_TILES * p.run;
+  p.rows_bytes = d->step_slices * d->w.groups * 64;
+  p.total = active * d->steps;
+  return p;
+}
+
+/* Steps in the stage that begins with step i: as many as fit with their activations, one always does. */
+static __device__ __forceinline__ uint32_t us_down_stage(const struct us_engine_shared *s, const struct us_down_plan *p,
+                                                         uint32_t i) {
+  if (p->stage_steps < 2 || i + 1 >= p->total) return 1;
+  uint32_t pairs = __popc(s->active.rows[i / p->steps]) + __popc(s->active.rows[(i + 1) / p->steps]);
+  return 2 * p->step_bytes + pairs * (p->rows_bytes + US_DOWN_PAD) <= US_ENGINE_STAGE_BYTES ? 2 : 1;
+}
+
 /* ---- streaming ------------------------------------------------------------------------------------------------------ */
 
-/* Copy one step: contiguous if a step is a whole tile row of pages, else tile by tile. */
-static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d, const uint8_t *from, uint32_t tiles,
-                                                           uint32_t to, uint32_t full) {
-  uint32_t run = d->step_slices * d->w.page_bytes;
-  if (d->steps == 1) {
-    us_bulk_load(to, from, tiles * run, full);
+/* Copy one step's weights: contiguous if a step is a whole tile row of pages, else tile by tile. */
+static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d, const struct us_down_plan *p,
+                                                           const uint8_t *from, uint32_t tiles, uint32_t to, uint32_t full) {
+  if (p->steps == 1) {
+    us_bulk_load(to, from, tiles * p->run, full);
     return;
   }
   for (uint32_t t = 0; t < tiles; t++)
-    us_bulk_load(to + t * run, from + (size_t)t * d->w.slices * d->w.page_bytes, run, full);
+    us_bulk_load(to + t * p->run, from + (size_t)t * d->w.slices * d->w.page_bytes, p->run, full);
 }
 
+/* The activations of a stage's steps, behind their weights; the stage's last arrival. */
+static __device__ __forceinline__ void us_engine_down_rows(const struct us_engine_shared *s, const struct us_engine_down *d,
+                                                           const struct us_down_plan *p, uint32_t first, uint32_t count,
+                                                           uint32_t stage) {
+  uint32_t full = us_shared_address(&s->full[stage]), pairs = 0;
+  for (uint32_t k = 0; k < count; k++) pairs += __popc(s->active.rows[(first + k) / p->steps]);
+  us_barrier_expect(full, pairs * p->rows_bytes);
+  uint32_t to = us_shared_address(s->ring[stage]) + count * p->step_bytes;
+  for (uint32_t i = first; i < first + count; i++) {
+    uint32_t slot = i / p->steps, offset = i % p->steps * p->rows_bytes;
+    for (uint32_t mask = s->active.rows[slot]; mask; mask &= mask - 1, to += p->rows_bytes + US_DOWN_PAD) {
+      uint32_t pair = (uint32_t)s->active.pair[slot][__ffs((int)mask) - 1];
+      us_bulk_load(to, (const uint8_t *)d->pairs + (size_t)pair * us_engine_pair_bytes(d->F) + offset, p->rows_bytes, full);
+    }
+  }
+}
+
+/* First steps of the stages that went ahead; kept out of local memory by comparing instead of indexing. */
+static __device__ __forceinline__ void us_down_remember(uint32_t *early, uint32_t at, uint32_t step) {
+#pragma unroll
+  for (uint32_t i = 0; i < US_ENGINE_STAGES; i++)
+    if (i == at) early[i] = step;
+}
+
+/* The pairs stand in memory on all blocks: give the stages that went ahead theirs. */
+static __device__ __forceinline__ void us_engine_down_ready(const struct us_engine_block *b, const struct us_engine_shared *s,
+                                                            const struct us_engine_down *d, const struct us_down_plan *p,
+                                                            uint32_t wait, const uint32_t *early, uint32_t *behind,
+                                                            uint32_t stage) {
+  us_engine_poll_done(b, wait);
+  asm volatile("fence.proxy.async;" ::: "memory");
+#pragma unroll
+  for (uint32_t i = 0; i < US_ENGINE_STAGES; i++) {
+    if (i >= *behind) continue;
+    us_engine_down_rows(s, d, p, early[i], us_down_stage(s, p, early[i]), stage);
+    if (++stage == US_ENGINE_STAGES) stage = 0;
+  }
+  *behind = 0;
+}
+
+/* One thread. Weights run ahead of activations by up to a ring; once the gate and up projection is done on all blocks, a
+ * stage gets both. */
 static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
-  struct us_engine_shared *s = b->shared;
+  struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  bool copies = us_engine_copies(b);
   us_engine_wait_routed(b);
-  uint32_t groups = us_engine_down_groups(d), total = s->active.count * d->steps, run = d->step_slices * d->w.page_bytes;
+  struct us_down_plan p = us_down_plan(d, s->active.count);
+  uint32_t groups = us_engine_down_groups(d), wait = op->wait;
+  bool ready = wait == US_ENGINE_NONE;
+  uint32_t early[US_ENGINE_STAGES], behind = 0, held = c.stage; /* stages that still lack activations: their first steps */
   for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
-    uint32_t tiles = us_engine_down_tiles(d, group), bytes = tiles * run;
+    uint32_t tiles = us_engine_down_tiles(d, group);
     const uint8_t *mine = d->w.pages + (size_t)group * US_DOWN_TILES * d->w.slices * d->w.page_bytes;
-    for (uint32_t step = 0; step < total; step += d->stage_steps) {
-      uint32_t count = total - step < d->stage_steps ? total - step : d->stage_steps;
-      uint32_t full = us_engine_take(b, s, c, copies ? count * bytes : 0);
-      for (uint32_t k = 0; copies && k < count; k++) {
-        uint32_t slot = (step + k) / d->steps, part = (step + k) % d->steps;
-        us_engine_down_copy(d, mine + s->active.expert[slot] * d->w.matrix_bytes + (size_t)part * run, tiles,
-                            us_shared_address(s->ring[c.stage]) + k * US_DOWN_TILES * run, full);
-      }
+    for (uint32_t i = 0, count; i < p.total; i += count) {
+      count = us_down_stage(s, &p, i);
+      bool last = i + count >= p.total;
+      if (!ready && behind == US_ENGINE_STAGES) us_engine_down_ready(b, s, d, &p, wait, early, &behind, held), ready = true;
+      us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
+      uint32_t full = us_shared_address(&s->full[c.stage]);
+      us_barrier_more(full, count * tiles * p.run);
+      for (uint32_t k = 0; k < count; k++)
+        us_engine_down_copy(d, &p, mine + s->active.expert[(i + k) / p.steps] * d->w.matrix_bytes + (size_t)((i + k) % p.steps) * p.run,
+                            tiles, us_shared_address(s->ring[c.stage]) + k * p.step_bytes, full);
+      if (ready)
+        us_engine_down_rows(s, d, &p, i, count, c.stage);
+      else
+        us_down_remember(early, behind++, i);
       us_engine_advance(&c);
+      if (!ready && last) us_engine_down_ready(b, s, d, &p, wait, early, &behind, held), ready = true;
     }
   }
   b->stage = c.stage, b->phase = c.phase;
 }
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
-
-/* A lane's way through the activations: its token's pair of every active expert, ahead of the multiplies. */
-struct us_down_rows {
-  const uint8_t *from;     /* its columns of pair 0, step 0 */
-  uint32_t pair_bytes, step_bytes;
-  uint32_t slot, step;     /* of the next load */
-};
-
-/* The next step's activations; zero if the row is not routed to the expert, or there is none. */
-static __device__ __forceinline__ uint4 us_engine_down_rows(const struct us_engine_shared *s, struct us_down_rows *r,
-                                                            uint32_t steps, uint32_t token) {
-  uint4 rows = {0, 0, 0, 0};
-  if (r->slot >= s->active.count) return rows;
-  int pair = s->active.pair[r->slot][token];
-  if (pair >= 0) rows = __ldcg((const uint4 *)(r->from + pair * r->pair_bytes + r->step * r->step_bytes));
-  if (++r->step == steps) r->step = 0, r->slot++;
-  return rows;
-}
 
 /* d (16 rows x 8 tokens) = group q of 32 columns of a 16-row page; low, high: the scales of rows r and r + 8. */
 template <int FORMAT>
@@ -122,41 +179,47 @@ static __device__ __forceinline__ void us_engine_down_step(const uint8_t *page, 
   }
 }
 
+/* This lane's activations of a step: its token's pair among those behind the stage's weights, `before` of them of steps before. */
+static __device__ __forceinline__ uint4 us_down_lane_rows(const uint8_t *pairs, uint32_t rows_bytes, uint32_t before, uint32_t mask,
+                                                          uint32_t warp, uint32_t lane) {
+  uint32_t token = lane / 4;
+  uint4 rows = {0, 0, 0, 0};
+  if (mask >> token & 1)
+    rows = *(const uint4 *)(pairs + (before + __popc(mask & ((1u << token) - 1))) * (rows_bytes + US_DOWN_PAD) + warp * 64 +
+                            lane % 4 * 16);
+  return rows;
+}
+
 /* All active experts' share of three tiles: warp w has group w % groups of slice w / groups of every step. */
 template <int FORMAT>
 static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b, const struct us_engine_op *op,
                                                               uint32_t tiles, float *y) {
   const struct us_engine_down *d = &op->down;
-  struct us_engine_shared *s = b->shared;
+  struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = d->w.groups, steps = d->steps;
-  uint32_t run = d->step_slices * d->w.page_bytes, stage_steps = d->stage_steps, in_stage = 0;
-  uint32_t offset = warp / groups * d->w.page_bytes, q = warp % groups, total = s->active.count * steps, slot = 0, step = 0;
+  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = d->w.groups;
+  uint32_t offset = warp / groups * d->w.page_bytes, q = warp % groups;
   bool working = warp < d->step_slices * groups;
-  struct us_down_rows next = {(const uint8_t *)d->pairs + warp * 64 + lane % 4 * 16, us_engine_pair_bytes(d->F),
-                              d->step_slices * groups * 64, working ? 0 : US_ENGINE_NONE, 0};
-  uint4 rows[US_DOWN_AHEAD];
-#pragma unroll
-  for (int k = 0; k < US_DOWN_AHEAD; k++) rows[k] = us_engine_down_rows(s, &next, steps, lane / 4);
+  struct us_down_plan p = us_down_plan(d, s->active.count);
 #pragma unroll 1
-  for (uint32_t i = 0; i < total; i += US_DOWN_AHEAD) {
+  for (uint32_t i = 0, count; i < p.total; i += count) {
+    count = us_down_stage(s, &p, i);
+    us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
+    const uint8_t *stage = s->ring[c.stage];
+    uint32_t before = 0;
 #pragma unroll
-    for (int k = 0; k < US_DOWN_AHEAD; k++) {
-      if (i + k >= total) continue;
-      if (in_stage == 0) us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
-      uint4 now = rows[k];
-      rows[k] = us_engine_down_rows(s, &next, steps, lane / 4);
+    for (uint32_t k = 0; k < 2; k++) {
+      if (k >= count) continue;
+      uint32_t slot = (i + k) / p.steps, mask = s->active.rows[slot];
       float2 weight = *(const float2 *)&s->active.weight[slot][lane % 4 * 2];
-      if (working)
-        us_engine_down_step<FORMAT>(s->ring[c.stage] + in_stage * US_DOWN_TILES * run + offset, run, groups, q, lane, tiles,
-                                    weight, now, y);
-      if (++step == steps) step = 0, slot++;
-      if (++in_stage == stage_steps || i + k + 1 == total) {
-        us_engine_release(s, c, lane);
-        us_engine_advance(&c);
-        in_stage = 0;
+      if (working) {
+        uint4 rows = us_down_lane_rows(stage + count * p.step_bytes, p.rows_bytes, before, mask, warp, lane);
+        us_engine_down_step<FORMAT>(stage + k * p.step_bytes + offset, p.run, groups, q, lane, tiles, weight, rows, y);
       }
+      before += __popc(mask);
     }
+    us_engine_release(s, c, lane);
+    us_engine_advance(&c);
   }
   b->stage = c.stage, b->phase = c.phase;
 }

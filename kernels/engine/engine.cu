@@ -80,11 +80,11 @@ template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_
     if (round + 1 == launch->rounds) return;
     if (ROLE == ROLE_COMPUTE) {
       us_engine_meet();
-      if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->ended));
+      if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->ended));
       us_engine_meet();
     }
-    us_engine_barrier_wait(b, &b->shared->ended, round & 1, US_ENGINE_WAIT_ROUND);
-    if (*(volatile uint32_t *)&b->shared->stop) return;
+    us_engine_barrier_wait(b, &us_engine_shared_of(b)->ended, round & 1, US_ENGINE_WAIT_ROUND);
+    if (*(volatile uint32_t *)&us_engine_shared_of(b)->stop) return;
   }
 }
 
@@ -131,13 +131,12 @@ static __device__ void restore_route(struct us_engine_block *b) {
   if (!begins_behind_route(b)) return;
   us_engine_count(&b->routes);
   us_engine_route_build(b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route));
-  if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&b->shared->routed));
+  if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }
 
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     us_engine_kernel(const __grid_constant__ struct us_engine_launch launch) {
-  extern __shared__ __align__(128) uint8_t raw[];
-  struct us_engine_shared *shared = (struct us_engine_shared *)raw;
+  struct us_engine_shared *shared = us_engine_shared_of(NULL);
   if (threadIdx.x == 0) init_barriers(shared);
   us_barrier_init_fence();
   __syncthreads();

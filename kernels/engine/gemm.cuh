@@ -22,7 +22,7 @@ static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_
 
 static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_engine_block *b,
                                                                 const struct us_engine_gemm *g) {
-  return g->w.tiles * (g->experts ? b->shared->active.count : g->parts);
+  return g->w.tiles * (g->experts ? us_engine_shared_of(b)->active.count : g->parts);
 }
 
 /* ---- streaming ------------------------------------------------------------------------------------------------------ */
@@ -57,13 +57,13 @@ static __device__ __forceinline__ void us_engine_release(struct us_engine_shared
 
 /* The active list of the last ROUTE that this role has passed. */
 static __device__ __forceinline__ void us_engine_wait_routed(const struct us_engine_block *b) {
-  us_engine_barrier_wait(b, &b->shared->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
 }
 
 static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   const struct us_engine_matrix w = g->w;
-  struct us_engine_shared *s = b->shared;
+  struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t bytes = g->warps * w.page_bytes, subs = g->subs, blocks = b->blocks;
   bool experts = g->experts, copies = us_engine_copies(b);
@@ -278,7 +278,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
-  struct us_engine_shared *s = b->shared;
+  struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
@@ -326,7 +326,7 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
 static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer, uint32_t half,
                                                              uint32_t warps, int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
-  const float4 *from = (const float4 *)b->shared->partial[buffer][0] + half * 32 + lane;
+  const float4 *from = (const float4 *)us_engine_shared_of(b)->partial[buffer][0] + half * 32 + lane;
 #pragma unroll 8
   for (uint32_t w = 0; w < warps; w++) {
     float4 v = from[w * (US_ENGINE_PARTIAL / 4)];
@@ -383,7 +383,7 @@ static __device__ __forceinline__ void us_engine_emit(const struct us_engine_blo
     *(uint16_t *)(out + us_engine_operand_offset(token, row)) = inner;
     return;
   }
-  int pair = b->shared->active.pair[outer][token];
+  int pair = us_engine_shared_of(b)->active.pair[outer][token];
   if (pair >= 0) *(uint16_t *)(out + (size_t)pair * us_engine_pair_bytes(g->F) + us_engine_pair_offset(row)) = inner;
 }
 
@@ -413,7 +413,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
 
 static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_gemm local = op->gemm, *g = &local; /* barriers would make the compiler load it again and again */
-  struct us_engine_shared *s = b->shared;
+  struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
   uint32_t tiles = g->w.tiles, tile = b->tile;
   if (g->experts) us_engine_wait_routed(b);

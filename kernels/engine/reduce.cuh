@@ -159,7 +159,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
   uint32_t width = us_engine_slice(r->D), slices = r->D / width, tiles = width / 16;
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + r->exchange;
-  float(*squares)[US_ENGINE_ROWS] = b->shared->row, *scale = b->shared->row[3];
+  float(*squares)[US_ENGINE_ROWS] = us_engine_shared_of(b)->row, *scale = us_engine_shared_of(b)->row[3];
   us_engine_wait_done(b, op->wait);
   for (uint32_t slice = b->index; slice < slices; slice += b->blocks) {
     if (warp < tiles) {

@@ -20,6 +20,9 @@ struct us_route_work {
   uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS]; /* what is chosen by; 0: no expert */
   uint32_t any[US_ROUTE_WORDS];                   /* bit mask of the experts somebody chose */
   float chosen[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK];
+  /* Of the rows: read once a block, since 132 blocks that read one word wait for each other. */
+  uint64_t seed[US_ENGINE_ROWS];
+  uint32_t exists[US_ENGINE_ROWS], position[US_ENGINE_ROWS], sample[US_ENGINE_ROWS];
 };
 static_assert(sizeof(struct us_route_work) <= US_ENGINE_VECTOR_BYTES, "routing in shared memory");
 
@@ -42,14 +45,25 @@ static __device__ __forceinline__ void us_route_random(const struct us_engine_bl
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * quads; i += US_ENGINE_COMPUTE) {
     uint32_t token = i / quads, quad = i % quads, out[4];
-    const struct us_engine_row *row = us_engine_rows(b, op) + token;
-    uint32_t sequence = __ldcg(&row->sequence);
-    if (sequence == US_ENGINE_NONE) continue;
-    const struct us_engine_sequence *s = &b->rank->state->sequence[sequence];
-    struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ __ldcg(&s->seed));
-    us_philox_quad(philox, __ldcg(&row->position), __ldcg(&s->sample), quad, US_STREAM_ROUTE | op->layer << 8, out);
+    struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ work->seed[token]);
+    us_philox_quad(philox, work->position[token], work->sample[token], quad, US_STREAM_ROUTE | op->layer << 8, out);
     for (uint32_t j = 0; j < 4 && quad * 4 + j < E; j++) work->key[token][quad * 4 + j] = (out[j] >> 1) + 1;
   }
+}
+
+/* What routing needs to know of the rows. */
+static __device__ __forceinline__ void us_route_rows(const struct us_engine_block *b, const struct us_engine_op *op,
+                                                     struct us_route_work *work) {
+  uint32_t token = threadIdx.x;
+  if (token >= US_ENGINE_ROWS) return;
+  const struct us_engine_row *row = us_engine_rows(b, op) + token;
+  uint32_t sequence = __ldcg(&row->sequence);
+  work->exists[token] = sequence != US_ENGINE_NONE;
+  work->position[token] = __ldcg(&row->position);
+  work->seed[token] = 0, work->sample[token] = 0;
+  if (sequence == US_ENGINE_NONE || !op->route.uniform) return;
+  const struct us_engine_sequence *s = &b->rank->state->sequence[sequence];
+  work->seed[token] = __ldcg(&s->seed), work->sample[token] = __ldcg(&s->sample);
 }
 
 #define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together: 8 x 384 over 512 threads */
@@ -148,7 +162,7 @@ static __device__ __forceinline__ void us_route_enter(struct us_engine_active *a
 /* The active list from the rows' logits; the router's operation is done. */
 static __device__ __noinline__ void us_engine_route_build(struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_route *r = &op->route;
-  struct us_engine_active *active = &b->shared->active;
+  struct us_engine_active *active = &us_engine_shared_of(b)->active;
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, e = US_ENGINE_NONE;
   us_engine_drain(b);
@@ -156,10 +170,12 @@ static __device__ __noinline__ void us_engine_route_build(struct us_engine_block
   ((int16_t *)active->pair)[threadIdx.x] = -1;
   ((float *)active->weight)[threadIdx.x] = 0;
   if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
+  us_route_rows(b, op, work);
+  us_engine_meet();
   us_route_score(work, r);
   if (r->uniform) us_route_random(b, op, work);
   us_engine_meet();
-  if (token < US_ENGINE_ROWS && __ldcg(&us_engine_rows(b, op)[token].sequence) != US_ENGINE_NONE)
+  if (token < US_ENGINE_ROWS && work->exists[token])
     e = us_route_choose(work, r, token, lane);
   if (e != US_ENGINE_NONE) {
     atomicOr(&work->any[e / 32], 1u << e % 32);
@@ -167,6 +183,12 @@ static __device__ __noinline__ void us_engine_route_build(struct us_engine_block
   }
   us_engine_meet();
   us_route_enter(active, work, r, token, lane, e, b->index == 0);
+  us_engine_meet();
+  if (threadIdx.x < US_ENGINE_ACTIVE) {
+    uint32_t mask = 0;
+    for (int t = 0; t < US_ENGINE_ROWS; t++) mask |= (active->pair[threadIdx.x][t] >= 0 ? 1u : 0u) << t;
+    active->rows[threadIdx.x] = (uint8_t)mask;
+  }
   if (threadIdx.x < 32) {
     uint32_t count = __reduce_add_sync(0xffffffffu, lane < US_ROUTE_WORDS ? __popc(work->any[lane]) : 0);
     if (lane == 0) active->count = count;
@@ -179,9 +201,9 @@ static __device__ void us_engine_route(struct us_engine_block *b, const struct u
   us_engine_wait_done(b, op->wait);
   us_engine_route_build(b, op);
   if (threadIdx.x == 0) {
-    us_barrier_arrive(us_shared_address(&b->shared->routed));
+    us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
     if (b->index == 0) {
-      b->rank->state->experts += b->shared->active.count;
+      b->rank->state->experts += us_engine_shared_of(b)->active.count;
       b->rank->state->expert_layers++;
     }
   }

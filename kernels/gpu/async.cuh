@@ -31,6 +31,12 @@ __device__ __forceinline__ void us_barrier_expect(uint32_t barrier, uint32_t byt
                : "memory");
 }
 
+/* Expect `bytes` more of copies in this phase, without arriving. */
+__device__ __forceinline__ void us_barrier_more(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void us_barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
