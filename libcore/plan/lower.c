@@ -192,10 +192,15 @@ static uint32_t lower_moe(struct lowering *lw, uint32_t layer, const struct us_p
   return partial;
 }
 
+/* ceil(N / ranks) ids a rank, the last has what is left: so an id's rank is a division. */
+static uint32_t first_id(const struct us_program_dims *dims, uint32_t rank, uint32_t ranks) {
+  uint64_t first = (uint64_t)rank * ((dims->vocab + ranks - 1) / ranks);
+  return first < dims->vocab ? (uint32_t)first : dims->vocab;
+}
+
 static void lower_head(struct lowering *lw, const struct us_program_dims *dims, uint64_t bytes) {
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
-    uint32_t begin = (uint32_t)((uint64_t)dims->vocab * rank / lw->options.ranks);
-    uint32_t end = (uint32_t)((uint64_t)dims->vocab * (rank + 1) / lw->options.ranks);
+    uint32_t begin = first_id(dims, rank, lw->options.ranks), end = first_id(dims, rank + 1, lw->options.ranks);
     add_op(lw,
            (struct us_tiling){.op = US_TASK_HEAD,
                               .layer = US_LAYER_NONE,
@@ -203,7 +208,7 @@ static void lower_head(struct lowering *lw, const struct us_program_dims *dims, 
                               .begin = begin,
                               .end = end,
                               .tile = lw->options.head_tile,
-                              .bytes = share(bytes, rank, lw->options.ranks)},
+                              .bytes = bytes * end / dims->vocab - bytes * begin / dims->vocab},
            lw->normed[rank], US_EVENT_NONE);
   }
 }
