@@ -117,7 +117,12 @@ struct us_engine_gemm {
   bool gather;         /* PUSH: ranks hold different columns, not different sums */
   bool experts;        /* w is a layer's experts, the list of ROUTE says which */
 };
-/* Groups a page, at most: 4 for MXFP4, 4 / halves for FP8, 2 / halves for BF16, 1 for F32; subs <= US_ENGINE_GROUPS / that. */
+/* Groups a page has at most: what 16 of them leave in a stage. */
+#define US_ENGINE_PAGE_GROUPS(format, halves)                                                                                 \
+  ((format) == US_FORMAT_MXFP4 ? 4 : (format) == US_FORMAT_FP8 ? 4 / (halves) : (format) == US_FORMAT_BF16 ? 2 / (halves) : 1)
+/* Stages a tile and part, at most; F32, a small matrix whose code is long, is cut into more parts. */
+#define US_ENGINE_MAX_SUBS(format, halves)                                                                                    \
+  ((format) == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / US_ENGINE_PAGE_GROUPS(format, halves))
 
 struct us_engine_down {
   struct us_engine_matrix w; /* tiles of 16 rows; an expert's (D, F) */

@@ -85,14 +85,9 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
 
 /* ---- multiplying one page ------------------------------------------------------------------------------------------- */
 
-/* Groups of 32 columns a page has at most: what 16 of them leave in a stage. US_ENGINE_GROUPS are in registers. */
+/* Groups of 32 columns a page, and stages a tile and part: their product, at most US_ENGINE_GROUPS, is in registers. */
 template <int FORMAT, int HALVES> struct us_engine_page_groups {
-  static constexpr int most = FORMAT == US_FORMAT_MXFP4  ? 4
-                              : FORMAT == US_FORMAT_FP8  ? 4 / HALVES
-                              : FORMAT == US_FORMAT_BF16 ? 2 / HALVES
-                                                         : 1;
-  /* Stages a tile and part; F32, a small matrix whose code is long, is cut into more parts. */
-  static constexpr int subs = FORMAT == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / most;
+  static constexpr int most = US_ENGINE_PAGE_GROUPS(FORMAT, HALVES), subs = US_ENGINE_MAX_SUBS(FORMAT, HALVES);
 };
 
 /* Keeps the compiler from loading the codes of later groups early: four warps a scheduler hide the latency, and the registers

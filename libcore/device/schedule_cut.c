@@ -17,7 +17,7 @@ static double cost_of(const struct us_engine_matrix *w, const struct us_schedule
 
 bool us_schedule_cut(const struct us_engine_matrix *w, uint32_t most_parts, uint32_t addends,
                      struct us_schedule_cut *ret_cut) {
-  uint32_t most_subs = US_ENGINE_GROUPS / us_schedule_page_groups(w);
+  uint32_t most_subs = US_ENGINE_MAX_SUBS(w->format, w->halves);
   bool found = false;
   for (uint32_t warps = US_ENGINE_COMPUTE_WARPS; warps; warps--) {
     if (w->slices % warps || warps * w->page_bytes > US_ENGINE_STAGE_BYTES) continue;

@@ -86,12 +86,12 @@ static enum us_status check_matrix(const struct fields *f, const struct us_engin
 
 static enum us_status check_cut(const struct fields *f, const struct us_engine_gemm *g) {
   bool stored_once = g->epilogue != US_ENGINE_PUSH && op_of(f)->task_op != US_TASK_ROUTER;
-  uint32_t most = US_ENGINE_GROUPS / us_schedule_page_groups(&g->w);
+  uint32_t most = US_ENGINE_MAX_SUBS(g->w.format, g->w.halves);
   WANT(g->parts && g->parts * g->warps * g->subs == g->w.slices,
        "%u parts of %u warps and %u stages are not %u slices", g->parts, g->warps, g->subs, g->w.slices);
   WANT(g->warps <= US_ENGINE_COMPUTE_WARPS && g->warps * g->w.page_bytes <= US_ENGINE_STAGE_BYTES,
        "%u warps' pages are no stage", g->warps);
-  WANT(g->subs <= most && g->w.groups <= us_schedule_page_groups(&g->w),
+  WANT(g->subs <= most && g->w.groups <= US_ENGINE_PAGE_GROUPS(g->w.format, g->w.halves),
        "%u stages of %u groups are too many for registers", g->subs, g->w.groups);
   WANT(g->parts == 1 || !stored_once, "nobody adds its %u parts", g->parts);
   return US_OK;

@@ -49,12 +49,6 @@ US_CHECKED enum us_status us_schedule_units_create(const struct us_program *prog
 #define US_SCHEDULE_NOMINAL_BLOCKS                                                                           \
   132 /* SMs of an H200: balance is tuned for it, results do not depend on it */
 
-/* Groups of 32 columns a page has at most: us_engine_page_groups of gemm.cuh. */
-static inline uint32_t us_schedule_page_groups(const struct us_engine_matrix *w) {
-  if (w->format == US_FORMAT_MXFP4) return 4;
-  return w->format == US_FORMAT_FP8 ? 4u / w->halves : w->format == US_FORMAT_BF16 ? 2u / w->halves : 1;
-}
-
 struct us_schedule_cut {
   uint32_t parts, warps, subs;
 };

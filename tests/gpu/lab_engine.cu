@@ -15,18 +15,11 @@ struct lab_weights lab_weights(enum us_format format, uint32_t rows, uint32_t co
   return w;
 }
 
-static uint32_t page_groups(enum us_format format, uint32_t halves) {
-  return format == US_FORMAT_MXFP4  ? 4
-         : format == US_FORMAT_FP8  ? 4 / halves
-         : format == US_FORMAT_BF16 ? 2 / halves
-                                    : 1;
-}
-
 /* The most warps, then the largest pages. */
 static struct lab_cut choose_cut(enum us_format format, uint32_t halves, uint32_t cols, uint32_t parts) {
   struct lab_cut best = {};
-  uint32_t most = page_groups(format, halves), groups = cols / 32 / parts;
-  uint32_t subs = format == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / most;
+  uint32_t most = US_ENGINE_PAGE_GROUPS(format, halves), groups = cols / 32 / parts;
+  uint32_t subs = US_ENGINE_MAX_SUBS(format, halves);
   for (uint32_t g = 1; g <= most; g++)
     for (uint32_t warps = 1; warps <= US_ENGINE_COMPUTE_WARPS; warps++) {
       if (groups % (g * warps) || groups / (g * warps) > subs) continue;
@@ -365,13 +358,17 @@ uint32_t lab_add_up(struct lab_run *run, uint32_t rank, const struct lab_weights
   return op;
 }
 
-/* As many as divide the expert's, feed 16 warps and fit a stage, three tiles of them. */
+/* Bytes of a step's weights, three tiles of them, and of the activations of 8 rows. */
+static uint32_t step_bytes(const struct lab_weights *w, uint32_t slices, bool rows) {
+  return 3 * slices * w->matrix.page_bytes + (rows ? 8 * (slices * w->matrix.groups * 64 + 64) : 0);
+}
+
+/* As many as divide the expert's, feed 16 warps and fit a stage. */
 uint32_t lab_down_slices(const struct lab_weights *w) {
   const struct us_engine_matrix *m = &w->matrix;
   uint32_t best = 1;
-  for (uint32_t s = 1;
-       s * m->groups <= US_ENGINE_COMPUTE_WARPS && s * 3 * m->page_bytes <= US_ENGINE_STAGE_BYTES; s++)
-    if (m->slices % s == 0) best = s;
+  for (uint32_t s = 1; s * m->groups <= US_ENGINE_COMPUTE_WARPS; s++)
+    if (m->slices % s == 0 && step_bytes(w, s, true) <= US_ENGINE_STAGE_BYTES) best = s;
   return best;
 }
 
@@ -383,7 +380,7 @@ uint32_t lab_add_down(struct lab_run *run, uint32_t rank, const struct lab_weigh
   d->w = w->matrix, d->w.pages += first * w->matrix.matrix_bytes;
   d->pairs = pairs, d->F = w->cols, d->exchange = run->exchanges[rank], d->route = route;
   d->step_slices = lab_down_slices(w), d->steps = w->matrix.slices / d->step_slices;
-  d->stage_steps = US_ENGINE_STAGE_BYTES / (d->step_slices * 3 * w->matrix.page_bytes);
+  d->stage_steps = 2 * step_bytes(w, d->step_slices, false) <= US_ENGINE_STAGE_BYTES ? 2 : 1;
   if (rank == 0) run->items += (w->matrix.tiles + 2) / 3;
   return lab_add(run, rank, op);
 }
