@@ -27,7 +27,7 @@ library() {
     device -c "$source" -o "$build/$(basename "$source").o" &
   done
   for source in base/err formats/bf16 formats/fp8 formats/matrix formats/mxfp4 \
-    ../kernels/linear/linear_ref ../kernels/pages/pages; do
+    ../kernels/linear/linear_ref ../kernels/pages/pages ../kernels/rope/rope_ref ../kernels/router/router_ref; do
     ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -D_GNU_SOURCE -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
       -o "$build/$(basename "$source").c.o" >&2
   done
