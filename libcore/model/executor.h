@@ -45,6 +45,8 @@ struct us_pass {
   uint32_t *routed; /* (L, R, K) expert ids, ascending; UINT32_MAX in dense layers; NULL if not wanted */
   const struct us_observer *observer; /* NULL if not wanted */
   bool prefill; /* prompt rows, for the prefill kernels: one sequence, one chunk between multiples of 512 */
+  /* Prefill by an executor that makes_context: the rows become drafter context in this cache; NULL: not wanted. */
+  struct us_kv *draft_kv;
 };
 
 /* Drafter context: features of committed tokens at positions [position, position + R) become context K/V. */
@@ -92,7 +94,8 @@ struct us_rounds_report {
   uint32_t round;        /* the same for all sequences that ran together; ascends */
   const int32_t *tokens; /* (count) committed */
   uint32_t count, drafts, accepted;
-  bool broken; /* the logits of the token after these are not finite: nothing more will come */
+  bool broken;   /* the logits of the token after these are not finite: nothing more will come */
+  uint64_t time; /* ns on a clock of the device: when the round was over */
 };
 
 /* Rounds of several sequences without the caller: draft (argmax), verify (match), commit, again and again; as
@@ -131,6 +134,7 @@ struct us_executor {
   enum us_rounding rounding;
   /* Where the caches of its sequences must lie (us_kv_create_in); NULL: this process's memory. */
   const struct us_kv_memory *kv_memory, *draft_kv_memory;
+  bool makes_context; /* prefill passes take draft_kv, so that no taps come to the host */
 };
 
 /* The reference forward pass: operation by operation, in the order of the formulas. Borrows model, draft and pool. */
