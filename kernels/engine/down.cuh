@@ -109,7 +109,7 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
   uint32_t groups = us_engine_down_groups(d), wait = op->wait;
-  bool ready = wait == US_ENGINE_NONE;
+  bool ready = wait == US_ENGINE_NONE, copies = us_engine_copies(b);
   uint32_t early[US_ENGINE_STAGES], behind = 0, held = c.stage; /* stages that still lack activations: their first steps */
   for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
     uint32_t tiles = us_engine_down_tiles(d, group);
@@ -120,8 +120,8 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
       if (!ready && behind == US_ENGINE_STAGES) us_engine_down_ready(b, s, d, &p, wait, early, &behind, held), ready = true;
       us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
       uint32_t full = us_shared_address(&s->full[c.stage]);
-      us_barrier_more(full, count * tiles * p.run);
-      for (uint32_t k = 0; k < count; k++)
+      if (copies) us_barrier_more(full, count * tiles * p.run);
+      for (uint32_t k = 0; copies && k < count; k++)
         us_engine_down_copy(d, &p, mine + s->active.expert[(i + k) / p.steps] * d->w.matrix_bytes + (size_t)((i + k) % p.steps) * p.run,
                             tiles, us_shared_address(s->ring[c.stage]) + k * p.step_bytes, full);
       if (ready)

@@ -451,7 +451,7 @@ struct us_engine_launch {
   uint32_t exchanges_a_round; /* of the whole list */
   uint32_t selects, selects_a_round; /* the same for SELECT */
   uint32_t jitter;      /* test: random delays of up to so many ns before every hand-off; 0: none */
-  bool resident;        /* measuring: rounds after the first multiply what already lies in the ring, copying nothing */
+  bool resident;        /* measuring: rounds after the first multiply what already lies in the ring, copying no weights */
   uint64_t timeout_ns;  /* watchdog of one wait; us_engine_run makes 0 five seconds */
   struct us_engine_profile profile; /* spans NULL: off */
   struct us_engine_rank rank[US_ENGINE_MAX_RANKS];

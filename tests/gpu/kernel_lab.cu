@@ -1,6 +1,12 @@
-/* kernel_lab.cu: the streaming ceiling of this GPU: what HBM gives to every SM reading through a ring of bulk copies. */
+/* kernel_lab.cu: the engine's operations, checked and timed: one JSON line an operation and shape, its correctness beside its GB/s
+ * and its fraction of the streaming ceiling measured in the same run.
+ *
+ * The ceiling: what HBM gives to every SM reading through a ring of bulk copies. Truth: weights as stored, products and sums in
+ * double; what may be off is followed through the engine's order of sums (lab_dot), not chosen. Weights are made on the device. */
 #include "kernels/gpu/async.cuh"
-#include "lab.h"
+#include "lab_engine.h"
+
+#include <cstring>
 
 /* The ceiling: every SM streams chunks through a ring and looks at each 16 bytes once. */
 template <int CHUNK, int STAGES>
@@ -67,9 +73,28 @@ static void measure_ceiling(void) {
   US_CUDA(cudaFree(out));
 }
 
-int main() {
+struct part {
+  const char *name;
+  void (*run)(uint64_t seed);
+};
+
+static const struct part parts[] = {{"gemm", lab_gemm},
+                                    {"route", lab_route},
+                                    {"experts", lab_experts},
+                                    {"reduce", lab_reduce},
+                                    {"chain", lab_chain}};
+
+/* kernel_lab [SEED [PART...]] */
+int main(int argc, char **argv) {
   us_gpu_begin();
-  us_gpu_watchdog(60);
+  us_gpu_watchdog(110);
+  uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 20261120u;
+  fprintf(stderr, "seed %llu\n", (unsigned long long)seed);
   measure_ceiling();
+  for (const struct part &part : parts) {
+    bool wanted = argc <= 2;
+    for (int i = 2; i < argc; i++) wanted = wanted || !strcmp(argv[i], part.name);
+    if (wanted) part.run(seed);
+  }
   return us_gpu_status();
 }
