@@ -62,7 +62,8 @@ static enum us_status check_ranges(const struct us_device_schedule *s, struct us
   bool tail = at == s->op_count && s->head_end + s->row_tiles + 1 == target &&
               s->selects[US_ENGINE_PASS_TARGET] == s->row_tiles;
   for (uint32_t i = s->head_end; tail && i < target; i++)
-    tail = s->ops[i].kind == (i + 1 < target ? US_ENGINE_SELECT : US_ENGINE_ACCEPT);
+    tail = i + 1 < target ? s->ops[i].kind == US_ENGINE_SELECT && s->ops[i].row_tile == i - s->head_end
+                          : s->ops[i].kind == US_ENGINE_ACCEPT && s->ops[i].row_tile == 0;
   return tail ? US_OK : us_err_set(err, US_ERR_CHECK, "the list does not end with SELECT and ACCEPT");
 }
 
@@ -115,8 +116,8 @@ static uint32_t unit_of(const struct pass *p, uint32_t index) {
 static enum us_status find_ops(struct pass *p) {
   for (uint32_t i = p->s->begin[p->index]; i < p->s->end[p->index]; i++) {
     const struct us_engine_op *op = &p->s->ops[i];
-    if (op->task_op == US_TASK_OP_COUNT && (op->kind == US_ENGINE_SELECT || op->kind == US_ENGINE_ACCEPT))
-      continue;
+    bool end = op->kind == US_ENGINE_SELECT || op->kind == US_ENGINE_ACCEPT;
+    if (end && op->task_op == US_TASK_OP_COUNT && op->layer == US_LAYER_NONE) continue; /* of no task */
     uint32_t t = op->row_tile, unit = t < p->s->row_tiles ? unit_of(p, i) : US_ENGINE_NONE;
     if (unit == US_ENGINE_NONE) return us_schedule_wrong(p->s, i, p->err, "it belongs to no task");
     if (!p->ops[unit][t].count++) p->ops[unit][t].first = i;

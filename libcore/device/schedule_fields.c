@@ -325,7 +325,9 @@ static enum us_status check_select(const struct fields *f) {
 
 static enum us_status check_op(struct fields *f) {
   const struct us_engine_op *op = op_of(f);
+  bool streams = op->kind == US_ENGINE_GEMM || op->kind == US_ENGINE_DOWN;
   WANT(op->row_tile < f->s->row_tiles, "there is no row tile %u", op->row_tile);
+  WANT(streams || !op->bytes, "it streams nothing, but has bytes");
   enum us_status status = US_OK;
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_GEMM:

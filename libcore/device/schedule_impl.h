@@ -5,6 +5,7 @@
  * schedule_cut.c    how a matrix is cut among blocks and warps
  * schedule_buffers.c  the arena of activations
  * schedule_list.c   a unit becomes an operation a row tile; waits, exchanges
+ * schedule_fill.c   what an operation is told about weights and buffers
  * schedule_check.c, schedule_fields.c, schedule_order.c  the proof
  */
 #ifndef US_DEVICE_SCHEDULE_IMPL_H
@@ -132,6 +133,14 @@ US_CHECKED enum us_status us_schedule_buffers_create(struct us_device_schedule *
 US_CHECKED enum us_status us_schedule_list_create(struct us_device_schedule *s,
                                                   const struct us_schedule_programs *programs,
                                                   struct us_err *err);
+
+/* Sets everything of an operation that does not refer to another: kind, program, layer, task_op and row_tile are there. slot: of a
+ * reduction's tasks. US_ERR_USAGE: a K that is too long. */
+US_CHECKED enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_engine_op *op,
+                                           uint32_t slot, struct us_err *err);
+
+/* Items that an operation deals out to blocks one by one; of the experts', when as many as can be are active. */
+uint32_t us_schedule_items(const struct us_device_schedule *s, const struct us_engine_op *op);
 
 static inline const struct us_device_layer *us_schedule_layer(const struct us_device_schedule *s,
                                                               uint32_t program, uint32_t layer) {
