@@ -18,6 +18,14 @@ static __device__ bool uses_experts(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.experts);
 }
 
+/* Out of line: what runs once a round must not take registers from the loops that stream. */
+static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (op->kind == US_ENGINE_SELECT)
+    us_engine_select(b, op);
+  else
+    us_engine_accept(b, op);
+}
+
 static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
@@ -40,10 +48,8 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
     us_engine_context_append(b, op);
     break;
   case US_ENGINE_SELECT:
-    us_engine_select(b, op);
-    break;
   case US_ENGINE_ACCEPT:
-    us_engine_accept(b, op);
+    decide(b, op);
     break;
   case US_ENGINE_KINDS:
     break;
