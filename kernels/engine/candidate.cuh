@@ -110,6 +110,7 @@ static __device__ __forceinline__ void us_engine_quad(const struct us_engine_pie
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     return;
   }
+#pragma unroll
   for (uint32_t j = 0; j < 4; j++)
     x[j] = 4 * q + j >= piece->first && 4 * q + j < piece->past ? __ldcg(p + j)
                                                                 : us_float_from_bits(0x7fc00000u);

@@ -20,29 +20,31 @@ struct us_engine_draw {
   struct us_noise noise;
 };
 
+/* Everything is loaded at once, wanted or not: two loads one after the other, not five. */
 static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine_block *b,
                                                           const struct us_engine_op *op, uint32_t r) {
   const struct us_engine_state *state = b->rank->state;
-  const struct us_engine_row *row =
-      (op->select.draft ? state->draft : state->target) + op->row_tile * US_ENGINE_ROWS + r;
-  struct us_engine_draw draw = {};
-  if (row->sequence == US_ENGINE_NONE) return draw;
-  const struct us_engine_sequence *s = &state->sequence[row->sequence];
-  draw.wanted = !op->select.draft || (row->slot && !s->replay);
-  if (op->select.draft || !(s->sampling.temperature > 0.0f)) return draw;
-  draw.filtered = us_engine_filters(&s->sampling, op->select.vocab);
-  draw.noisy = !draw.filtered;
-  draw.inv_temperature = 1.0f / s->sampling.temperature;
-  draw.noise = us_noise_target(s->seed, row->position + 1, s->sample);
+  const struct us_engine_row row =
+      (op->select.draft ? state->draft : state->target)[op->row_tile * US_ENGINE_ROWS + r];
+  const bool there = row.sequence != US_ENGINE_NONE;
+  const struct us_engine_sequence *s = &state->sequence[there ? row.sequence : 0];
+  const struct us_sampling sampling = s->sampling;
+  const uint64_t seed = s->seed;
+  const uint32_t sample = s->sample;
+  const bool replayed = s->replay != NULL, warm = there && !op->select.draft && sampling.temperature > 0.0f;
+  struct us_engine_draw draw;
+  draw.wanted = there && (!op->select.draft || (row.slot && !replayed));
+  draw.filtered = warm && us_engine_filters(&sampling, op->select.vocab);
+  draw.noisy = warm && !draw.filtered;
+  draw.inv_temperature = 1.0f / sampling.temperature;
+  draw.noise = us_noise_target(seed, row.position + 1, sample);
   return draw;
 }
 
 /* Rows that filters apply to, as bits: the same in every warp of every rank. */
 static __device__ uint32_t us_engine_filtered_rows(const struct us_engine_block *b,
                                                    const struct us_engine_op *op) {
-  uint32_t lane = threadIdx.x % 32;
-  return __ballot_sync(0xffffffffu,
-                       lane < US_ENGINE_ROWS && us_engine_draw_of(b, op, lane % US_ENGINE_ROWS).filtered);
+  return __ballot_sync(0xffffffffu, us_engine_draw_of(b, op, threadIdx.x % US_ENGINE_ROWS).filtered) & 255;
 }
 
 /* This block's piece of the share, in quads of 4 ids. */
@@ -68,6 +70,7 @@ static __device__ struct us_engine_best us_engine_scan(const struct us_engine_pi
     us_engine_quad(piece, q, x);
     if (draw->noisy)
       us_philox_quad(draw->noise.key, draw->noise.position, draw->noise.sample, q, draw->noise.stream, bits);
+#pragma unroll
     for (uint32_t j = 0; j < 4; j++) {
       float score = x[j];
       if (x[j] > best.max) best.max = x[j], best.max_id = 4 * q + j;
@@ -137,8 +140,9 @@ static __device__ void us_engine_gather(const struct us_engine_block *b, const s
     struct us_engine_pair pair[US_ENGINE_BATCH];
     us_engine_await_pairs(b, from + e * 128, 64 * 128, (n - e + 63) / 64, (uint64_t)flag << 32,
                           0xffffffffull << 32, pair);
+#pragma unroll
     for (uint32_t i = 0; i < US_ENGINE_BATCH; i++) {
-      if (e + 64 * i >= n) break;
+      if (e + 64 * i >= n) continue;
       struct us_engine_best o = {us_float_from_bits((uint32_t)pair[i].low), (uint32_t)(pair[i].low >> 32),
                                  us_float_from_bits((uint32_t)pair[i].high), (uint32_t)(pair[i].low >> 32)};
       us_engine_best_add(&best, o);
@@ -205,7 +209,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   uint4 mail = mailman ? us_load_mail(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
   us_engine_wait_done(b, op->wait);
   us_engine_drain(b);
-  struct us_engine_select_shared *shared = (struct us_engine_select_shared *)us_engine_scratch(b);
+  struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
   const bool spread = filtered && b->rank->ranks > 1;
   if (spread) us_engine_spread(b, op, filtered);
@@ -223,7 +227,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
       us_engine_take(b, op, &shared->gathered[0][threadIdx.x], threadIdx.x);
   }
   if (us_engine_filters_here(b, filtered))
-    us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op), shared);
+    us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op));
   us_engine_finish(b);
 }
 
