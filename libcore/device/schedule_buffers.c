@@ -96,17 +96,13 @@ static void *place(struct arena *arena, uint64_t bytes) {
   return bytes ? (void *)at : NULL;
 }
 
-static uint64_t operand_bytes(uint64_t columns) {
-  return columns / 32 * 512;
-}
-
 static void place_tiles(struct us_device_schedule *s, const struct sizes *z, struct arena *a) {
   struct us_schedule_buffers *b = &us_schedule_owner(s)->buffers;
   const struct us_device_weights *w = s->weights;
   const struct us_shape *shape = &w->shape;
   uint64_t T = s->row_tiles, rows = T * US_ENGINE_ROWS, D = shape->hidden;
-  b->normed_tile = operand_bytes(D), b->attended_tile = operand_bytes(z->attended),
-  b->inner_tile = operand_bytes(z->inner);
+  b->normed_tile = us_schedule_operand_bytes(D), b->attended_tile = us_schedule_operand_bytes(z->attended),
+  b->inner_tile = us_schedule_operand_bytes(z->inner);
   b->router_tile = (uint64_t)z->router_parts * US_ENGINE_ROWS * shape->experts * sizeof(float);
   b->pairs_tile =
       (uint64_t)US_ENGINE_ROWS * shape->top_k * us_engine_pair_bytes(shape->expert_inner / w->ranks);
@@ -125,7 +121,7 @@ static void place_tiles(struct us_device_schedule *s, const struct sizes *z, str
   b->logits = place(a, T * b->logits_tile);
   if (s->options.observe) b->routed = place(a, shape->layers * rows * shape->top_k * sizeof(uint32_t));
   if (!us_schedule_drafts(s)) return;
-  b->features_tile = operand_bytes((uint64_t)w->draft_shape.taps * D);
+  b->features_tile = us_schedule_operand_bytes((uint64_t)w->draft_shape.taps * D);
   b->features = place(a, T * b->features_tile);
   b->context_kv = place(a, rows * w->draft_kv.rows * sizeof(float));
   b->draft_logits = place(a, T * b->logits_tile);

@@ -24,10 +24,6 @@ static void *tile_at(const struct fill *f, const void *base, uint64_t tile_bytes
   return base ? (uint8_t *)base + f->tile * tile_bytes : NULL;
 }
 
-static uint64_t row_bytes(uint64_t columns) {
-  return US_ENGINE_ROWS * columns * sizeof(float);
-}
-
 static void store(struct us_engine_gemm *g, void *out, uint32_t stride) {
   g->epilogue = US_ENGINE_STORE;
   g->out = out;
@@ -49,10 +45,10 @@ static void route_sums(const struct fill *f, struct us_engine_gemm *g) {
   g->epilogue = US_ENGINE_PUSH;
   switch ((enum us_task_op)f->op->task_op) {
   case US_TASK_QKV:
-    store(g, tile_at(f, b->qkv, row_bytes(g->valid)), g->valid);
+    store(g, tile_at(f, b->qkv, us_schedule_row_bytes(g->valid)), g->valid);
     break;
   case US_TASK_CONTEXT_KV:
-    store(g, tile_at(f, b->context_kv, row_bytes(g->valid)), g->valid);
+    store(g, tile_at(f, b->context_kv, us_schedule_row_bytes(g->valid)), g->valid);
     break;
   case US_TASK_ROUTER:
     store(g, tile_at(f, b->router, b->router_tile), g->valid);
@@ -188,7 +184,7 @@ static void fill_attention(const struct fill *f) {
   const struct us_attention_shape *a = us_schedule_attention(f->s, kind);
   bool draft = kind == US_SCHEDULE_DRAFT;
   op->attention = (struct us_engine_attention){
-      .qkv = tile_at(f, f->b->qkv, row_bytes(layer->qkv.rows)),
+      .qkv = tile_at(f, f->b->qkv, us_schedule_row_bytes(layer->qkv.rows)),
       .operand = tile_at(f, f->b->attended, f->b->attended_tile),
       .partial = tile_at(f, f->b->partial, f->b->partial_tile),
       .arrivals = tile_at(f, f->b->arrivals, f->b->arrivals_tile),
@@ -215,18 +211,18 @@ static void fill_attention(const struct fill *f) {
 static void fill_context(const struct fill *f) {
   const struct us_draft_shape *draft = &f->w->draft_shape;
   const struct us_attention_shape *a = &draft->attention;
-  f->op->context =
-      (struct us_engine_context){.kv = tile_at(f, f->b->context_kv, row_bytes(f->w->draft_kv.rows)),
-                                 .k_norm = f->w->draft_k_norms,
-                                 .rope = f->b->rope[US_SCHEDULE_DRAFT],
-                                 .layers = draft->layers,
-                                 .G = (uint16_t)(a->kv_heads / f->w->ranks),
-                                 .Q = (uint16_t)a->qk_dim,
-                                 .V = (uint16_t)a->v_dim,
-                                 .rotary = (uint16_t)a->rotary_dim,
-                                 .page_count = us_kv_pages_of(a, f->s->options.max_positions),
-                                 .value_scale = (float)draft->value_scale,
-                                 .eps = (float)draft->norm_eps};
+  f->op->context = (struct us_engine_context){
+      .kv = tile_at(f, f->b->context_kv, us_schedule_row_bytes(f->w->draft_kv.rows)),
+      .k_norm = f->w->draft_k_norms,
+      .rope = f->b->rope[US_SCHEDULE_DRAFT],
+      .layers = draft->layers,
+      .G = (uint16_t)(a->kv_heads / f->w->ranks),
+      .Q = (uint16_t)a->qk_dim,
+      .V = (uint16_t)a->v_dim,
+      .rotary = (uint16_t)a->rotary_dim,
+      .page_count = us_kv_pages_of(a, f->s->options.max_positions),
+      .value_scale = (float)draft->value_scale,
+      .eps = (float)draft->norm_eps};
 }
 
 /* ---- ends of a pass ---------------------------------------------------------------------------------------------- */

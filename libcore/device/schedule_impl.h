@@ -6,7 +6,7 @@
  * schedule_buffers.c  the arena of activations
  * schedule_list.c   a unit becomes an operation a row tile; waits, exchanges
  * schedule_fill.c   what an operation is told about weights and buffers
- * schedule_check.c, schedule_fields.c, schedule_order.c  the proof
+ * schedule_check.c  the proof; schedule_fields.c: of sizes; schedule_order.c, schedule_pieces.c: of hand-offs
  */
 #ifndef US_DEVICE_SCHEDULE_IMPL_H
 #define US_DEVICE_SCHEDULE_IMPL_H
@@ -89,6 +89,14 @@ const struct us_attention_shape *us_schedule_attention(const struct us_device_sc
                                                        enum us_schedule_attention kind);
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
+
+/* Bytes of a row tile as an operand, and as plain rows. */
+static inline uint64_t us_schedule_operand_bytes(uint64_t columns) {
+  return columns / 32 * 512;
+}
+static inline uint64_t us_schedule_row_bytes(uint64_t columns) {
+  return US_ENGINE_ROWS * columns * sizeof(float);
+}
 
 /* Activations of all row tiles, tile after tile; `..._tile`: bytes of one. */
 struct us_schedule_buffers {
