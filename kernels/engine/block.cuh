@@ -125,15 +125,23 @@ static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t
   return done;
 }
 
-static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b, const uint64_t *barrier,
-                                                              uint32_t parity, uint32_t what) {
-  uint32_t address = us_shared_address(barrier);
-  if (us_barrier_try(address, parity)) return;
-  struct us_engine_watch watch = {0, 0};
-  while (!us_barrier_try(address, parity)) us_engine_watch_try(b, &watch, what, 0, parity, 0);
+/* The same without ever suspending the thread. */
+static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done;
 }
 
 /* ---- profile ------------------------------------------------------------------------------------------------------ */
+
+/* Recording costs registers and instructions in the loops that stream, so it is a kernel of its own: engine_profile.cu compiles
+ * this code with US_ENGINE_PROFILED 1; in engine.cu nothing is left of it. */
+#ifndef US_ENGINE_PROFILED
+#define US_ENGINE_PROFILED 0
+#endif
 
 /* The thread that speaks for its role. */
 static __device__ __forceinline__ bool us_engine_leads(const struct us_engine_block *b) {
@@ -150,12 +158,26 @@ static __device__ __noinline__ void us_engine_span_write(const struct us_engine_
   span->round = (uint16_t)b->round;
 }
 
-/* One thread: the start of an interval, 0 when nobody profiles; and its end. */
+/* The start of an interval, 0 for threads that do not speak for their role and when nobody profiles; and its end. */
 static __device__ __forceinline__ uint64_t us_engine_span_begin(const struct us_engine_block *b) {
-  return b->launch->profile.spans ? us_engine_now() : 0;
+  return US_ENGINE_PROFILED && us_engine_leads(b) ? us_engine_now() : 0;
 }
 static __device__ __forceinline__ void us_engine_span_end(const struct us_engine_block *b, uint32_t what, uint64_t begin) {
-  if (begin) us_engine_span_write(b, what, begin);
+  if (US_ENGINE_PROFILED && begin) us_engine_span_write(b, what, begin);
+}
+
+/* ---- barriers of a block ------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b, const uint64_t *barrier,
+                                                              uint32_t parity, uint32_t what) {
+  uint32_t address = us_shared_address(barrier);
+  if (US_ENGINE_PROFILED && us_barrier_test(address, parity)) return; /* a wait is what does not end at once */
+  uint64_t begin = us_engine_span_begin(b);
+  if (!us_barrier_try(address, parity)) {
+    struct us_engine_watch watch = {0, 0};
+    while (!us_barrier_try(address, parity)) us_engine_watch_try(b, &watch, what, 0, parity, 0);
+  }
+  us_engine_span_end(b, what, begin);
 }
 
 /* ---- loads and stores between blocks and GPUs ------------------------------------------------------------------------- */
@@ -217,17 +239,15 @@ static __device__ __forceinline__ void us_engine_poll_done(const struct us_engin
   uint32_t want = us_engine_target(b, op), have;
   if (!want) return;
   struct us_engine_watch watch = {0, 0};
+  uint64_t begin = us_engine_span_begin(b);
   while ((int32_t)((have = us_load_acquire(b->rank->done + op)) - want) < 0)
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
+  us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
 }
 
 /* All compute threads: what `op` wrote is visible. op may be US_ENGINE_NONE. */
 static __device__ __forceinline__ void us_engine_wait_done(const struct us_engine_block *b, uint32_t op) {
-  if (threadIdx.x == 0 && op != US_ENGINE_NONE) {
-    uint64_t begin = us_engine_span_begin(b);
-    us_engine_poll_done(b, op);
-    us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
-  }
+  if (threadIdx.x == 0 && op != US_ENGINE_NONE) us_engine_poll_done(b, op);
   us_engine_meet();
 }
 

@@ -19,14 +19,14 @@ static __device__ bool uses_experts(const struct us_engine_op *op) {
 }
 
 /* Out of line: what runs once a round must not take registers from the loops that stream. */
-static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
+template <bool FILTERS> static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_SELECT)
-    us_engine_select(b, op);
+    us_engine_select<FILTERS>(b, op);
   else
     us_engine_accept(b, op);
 }
 
-static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
+template <bool FILTERS> static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
   case US_ENGINE_REDUCE:
@@ -49,7 +49,7 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
     break;
   case US_ENGINE_SELECT:
   case US_ENGINE_ACCEPT:
-    decide(b, op);
+    decide<FILTERS>(b, op);
     break;
   case US_ENGINE_KINDS:
     break;
@@ -67,7 +67,7 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
 
 /* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
  * follows: no copy may be under way when the block leaves. */
-template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
+template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
   const struct us_engine_launch *launch = b->launch;
   const struct us_engine_op *ops = b->rank->ops;
   for (uint32_t round = 0; round != launch->rounds; round++) {
@@ -76,9 +76,9 @@ template <int ROLE> static __device__ __forceinline__ void run_rounds(struct us_
     for (uint32_t i = launch->first; i < launch->last; i++) {
       if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
       b->op_index = i;
-      uint64_t begin = us_engine_leads(b) ? us_engine_span_begin(b) : 0;
+      uint64_t begin = us_engine_span_begin(b);
       if (ops[i].kind == US_ENGINE_ROUTE) us_engine_count(&b->routes);
-      if (ROLE == ROLE_COMPUTE) compute(b, ops + i);
+      if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, ops + i);
       if (ROLE == ROLE_STREAM) stream(b, ops + i);
       if (ROLE == ROLE_EPILOGUE) epilogue(b, ops + i);
       us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
@@ -140,6 +140,7 @@ static __device__ void restore_route(struct us_engine_block *b) {
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }
 
+template <bool FILTERS>
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     us_engine_kernel(const __grid_constant__ struct us_engine_launch launch) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
@@ -149,13 +150,21 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   struct us_engine_block *b = make_block(&launch, shared);
   if (threadIdx.x < US_ENGINE_COMPUTE) {
     restore_route(b);
-    run_rounds<ROLE_COMPUTE>(b);
+    run_rounds<ROLE_COMPUTE, FILTERS>(b);
   } else {
     skip_route(b);
-    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM>(b);
-    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE>(b);
+    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM, FILTERS>(b);
+    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE, FILTERS>(b);
   }
 }
+
+#if US_ENGINE_PROFILED
+
+const void *us_engine_profiled(void) {
+  return (const void *)us_engine_kernel<false>; /* profiles draw without filters */
+}
+
+#else
 
 const char *us_engine_kind_name(enum us_engine_kind kind) {
   static const char *const names[] = {"embed", "gemm",    "down",   "reduce", "attention",
@@ -175,8 +184,12 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   if (!launch->ranks || launch->ranks > US_ENGINE_MAX_RANKS || launch->first >= launch->last) return cudaErrorInvalidValue;
   int blocks = us_engine_blocks(launch->ranks);
   if (blocks < 0) return -blocks;
-  cudaError_t status = cudaFuncSetAttribute(us_engine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            (int)sizeof(struct us_engine_shared));
+  if (launch->profile.spans && !launch->profile.kernel) return cudaErrorInvalidValue;
+  const void *kernel = launch->profile.spans ? launch->profile.kernel
+                       : launch->unfiltered  ? (const void *)us_engine_kernel<false>
+                                             : (const void *)us_engine_kernel<true>;
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(struct us_engine_shared));
   for (uint32_t i = 0; status == cudaSuccess && i < launch->ranks; i++)
     status = cudaMemsetAsync(launch->rank[i].done + launch->first, 0, (launch->last - launch->first) * sizeof(uint32_t), stream);
   if (status != cudaSuccess) return status;
@@ -188,6 +201,8 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   config.attrs = &together, config.numAttrs = 1;
   struct us_engine_launch copy = *launch;
   if (!copy.timeout_ns) copy.timeout_ns = 5000000000ull;
-  status = cudaLaunchKernelEx(&config, us_engine_kernel, copy);
-  return status;
+  void *arguments[] = {&copy};
+  return cudaLaunchKernelExC(&config, kernel, arguments);
 }
+
+#endif

@@ -161,11 +161,11 @@ struct us_engine_reduce { /* also EMBED */
   uint32_t draft;    /* EMBED: 1: rows of the drafter's block */
 };
 
-/* Attention of one layer and row tile: of the target, or of the drafter's block. Rows of one sequence lie together in the pass,
- * their positions ascend by 1. Target: a row's K/V are appended, then it sees positions up to its own; rows of the same pass in
- * earlier row tiles were appended by their own operation, which is done when `wait` is. Draft: rows see the cache before the
- * block's first position and the whole block; the qkv of the pass's row tiles lie one behind the other, and `wait` covers all of
- * them (blocks may cross tiles). */
+/* Attention of one layer and row tile: of the target, or of the drafter's block. Rows of one sequence lie together in the pass, at
+ * most 16, their positions ascend by 1. Target: a row sees the cache before the sequence's first row, and new keys up to its own,
+ * which it appends. Draft: rows see the cache before the block's first position and the whole block. New keys come from the
+ * projection: the qkv of the pass's row tiles lie one behind the other, and `wait` covers all that the rows' sequences touch
+ * (target: up to this tile). */
 struct us_engine_attention {
   const float *qkv;    /* (8, qkv_rows) as the projection stores it: [Q heads | K heads | V heads] of this rank */
   void *operand;       /* H * V columns */
@@ -178,7 +178,8 @@ struct us_engine_attention {
                         * last CONTEXT): they are fetched before `wait`; US_ENGINE_NONE: only after it */
   uint32_t layer;      /* of the cache's page tables */
   uint32_t qkv_rows;
-  uint16_t H, G, Q, V, rotary; /* of this rank; H / G <= 16 or a multiple of 16, Q <= 192, V <= 128 and a multiple of 8 */
+  uint16_t H, G, Q, V, rotary; /* of this rank; H / G <= 16 or a multiple of 16, Q <= 192, V <= 128 and a multiple of 8;
+                                * rotary <= 64 or 128 */
   uint32_t window;     /* 0: all */
   uint32_t page_count; /* pages of the layer's table: p lies in page p / 64 % page_count */
   float scale, value_scale, eps;
@@ -195,7 +196,10 @@ static US_HD uint32_t us_engine_attention_counters(uint32_t H, uint32_t G) {
 }
 /* Partial results that a row's keys are cut into, at most: groups of 256 keys up to 4096 keys, segments of 1024 beyond; a window
  * may begin and end inside one, and a block is one more. */
-#define US_ENGINE_ATTENTION_GROUPED 64 /* leaves of 64 keys up to which groups are what blocks work on */
+#ifndef US_ENGINE_ATTENTION_GROUPED    /* tests cut otherwise: the same bits */
+#define US_ENGINE_ATTENTION_TOGETHER 4 /* leaves of 64 keys that one block does at once, and closes the row */
+#define US_ENGINE_ATTENTION_GROUPED 64 /* leaves up to which groups are what blocks work on */
+#endif
 static US_HD uint32_t us_engine_attention_pieces(uint32_t window, uint32_t max_positions) {
   uint32_t keys = window && window < max_positions ? window : max_positions;
   uint32_t groups = US_ENGINE_ATTENTION_GROUPED / 4 + 1, segments = keys / 1024 + 2;
@@ -403,7 +407,11 @@ struct us_engine_profile {
   struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
   uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
   uint32_t capacity;
+  const void *kernel;           /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
 };
+
+/* Only a program that profiles carries this second kernel (engine_profile.cu). */
+const void *us_engine_profiled(void);
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
@@ -450,6 +458,7 @@ struct us_engine_launch {
   uint32_t exchanges;   /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
   uint32_t exchanges_a_round; /* of the whole list */
   uint32_t selects, selects_a_round; /* the same for SELECT */
+  bool unfiltered;      /* no sequence samples with top-k, top-p or min-p: a kernel whose streaming loops have more registers */
   uint32_t jitter;      /* test: random delays of up to so many ns before every hand-off; 0: none */
   bool resident;        /* measuring: rounds after the first multiply what already lies in the ring, copying no weights */
   uint64_t timeout_ns;  /* watchdog of one wait; us_engine_run makes 0 five seconds */

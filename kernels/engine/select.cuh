@@ -203,6 +203,9 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
   }
 }
 
+/* FILTERS: rows may sample with top-k, top-p or min-p. A kernel without them spares its streaming loops the registers that a long
+ * chain of calls takes; us_engine_launch.unfiltered asks for it. */
+template <bool FILTERS>
 static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_select *s = &op->select;
   const bool mailman = us_engine_is_mailman(b, s);
@@ -211,7 +214,8 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   us_engine_drain(b);
   struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
-  const bool spread = filtered && b->rank->ranks > 1;
+  if (!FILTERS && filtered) __trap(); /* the host asked for the wrong kernel */
+  const bool spread = FILTERS && filtered && b->rank->ranks > 1;
   if (spread) us_engine_spread(b, op, filtered);
   struct us_engine_draw draw = us_engine_draw_of(b, op, r);
   struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
@@ -226,7 +230,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
     if (b->index == 0 && threadIdx.x < US_ENGINE_ROWS)
       us_engine_take(b, op, &shared->gathered[0][threadIdx.x], threadIdx.x);
   }
-  if (us_engine_filters_here(b, filtered))
+  if (FILTERS && us_engine_filters_here(b, filtered))
     us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op));
   us_engine_finish(b);
 }
