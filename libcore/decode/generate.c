@@ -228,7 +228,7 @@ static enum us_status append_context(struct decoder *d, struct us_kv *draft_kv, 
 
 static enum us_status prefill_chunk(struct decoder *d, const struct us_request *r, size_t begin, size_t end) {
   size_t R = end - begin;
-  bool last = end == r->prompt_count;
+  bool last = end == r->prompt_count, with_pass = d->drafting && d->ex->makes_context;
   enum us_status status = us_kv_reserve(d->prompt.kv, (uint32_t)begin, (uint32_t)R, d->err);
   if (status != US_OK) return status;
   for (size_t i = 0; i < R; i++) {
@@ -240,10 +240,11 @@ static enum us_status prefill_chunk(struct decoder *d, const struct us_request *
                          .R = R,
                          .logits = last ? d->logits : NULL,
                          .want_logits = d->want,
-                         .taps = d->drafting ? d->taps : NULL,
-                         .prefill = true};
+                         .taps = d->drafting && !with_pass ? d->taps : NULL,
+                         .prefill = true,
+                         .draft_kv = with_pass ? d->prompt.draft_kv : NULL};
   status = d->ex->ops->forward(d->ex, &pass, d->err);
-  if (status == US_OK && d->drafting)
+  if (status == US_OK && pass.taps)
     status = append_context(d, d->prompt.draft_kv, (uint32_t)begin, R, d->taps);
   if (status == US_OK && last) memcpy(d->prompt.logits, d->logits + (R - 1) * d->N, d->N * sizeof(float));
   return status;

@@ -31,7 +31,7 @@ static enum us_status largest_rank(const struct us_shape *shape, const struct us
 
 static uint64_t workspace_of(const struct us_shape *shape, const struct us_draft_shape *opt_draft,
                              const struct us_device_budget_options *options) {
-  uint64_t bytes = 0;
+  uint64_t bytes = options->prefill_bytes;
   for (uint32_t i = 0; i < US_DEVICE_GROUPS; i++) {
     struct us_device_schedule_options schedule = us_device_group_options(i, opt_draft ? opt_draft->block : 0);
     schedule.max_positions = options->positions + US_MAX_BLOCK;

@@ -17,6 +17,7 @@ struct us_device_budget_options {
       sequences; /* caches that live at once: sequences that step together, and the prompt that others are made from */
   uint32_t
       positions; /* of a sequence, at most; 0: the model's, no more than US_DEVICE_POSITIONS, halved until it fits */
+  uint64_t prefill_bytes; /* of a rank: workspace of the prefill kernels */
 };
 #define US_DEVICE_POSITIONS 32768
 
@@ -32,8 +33,8 @@ static inline struct us_device_schedule_options us_device_group_options(uint32_t
 struct us_device_budget {
   struct us_device_budget_options options; /* positions resolved */
   struct us_device_bytes weights;          /* of the largest rank */
-  uint64_t workspace;                      /* of a rank: activations, exchange, lists of all schedules */
-  uint64_t caches, draft_caches;           /* of a rank */
+  uint64_t workspace;            /* of a rank: activations, exchange, lists of all schedules, prefill */
+  uint64_t caches, draft_caches; /* of a rank */
   struct us_kv_pool_options pool, draft_pool;
   uint64_t gpu_bytes; /* of a GPU in all */
 };

@@ -96,11 +96,22 @@ static enum us_status make_caches(struct us_cuda *cuda, struct us_err *err) {
   return status;
 }
 
+static enum us_status make_prefill(struct us_cuda *cuda, struct us_err *err) {
+  struct us_device_prefill_options options = us_cuda_prefill_options(cuda, cuda->budget.options.positions);
+  enum us_status status =
+      us_device_prefill_create(cuda->devices, cuda->weights, &options, &cuda->prefill, err);
+  if (status == US_OK) us_device_prefill_caches(cuda->prefill, cuda->pool, cuda->draft_pool);
+  cuda->base.makes_context = true;
+  return status;
+}
+
 /* ---- creation and end --------------------------------------------------------------------------------------------- */
 
 static void cuda_free(struct us_executor *executor) {
   struct us_cuda *cuda = (struct us_cuda *)executor;
   if (!cuda) return;
+  us_device_loop_free(cuda->loop);
+  us_device_prefill_free(cuda->prefill);
   for (int i = 0; i < US_DEVICE_GROUPS; i++) us_device_group_free(cuda->groups[i]);
   us_kv_pool_free(cuda->pool);
   us_kv_pool_free(cuda->draft_pool);
@@ -119,12 +130,16 @@ static enum us_status plan_memory(struct us_cuda *cuda, const struct us_shape *s
                                              .ranks = cuda->devices->ranks,
                                              .sequences = cuda->options.sequences,
                                              .positions = cuda->options.positions};
+  struct us_device_prefill_options prefill =
+      us_cuda_prefill_options(cuda, options.positions ? options.positions : US_DEVICE_POSITIONS);
   uint64_t least = UINT64_MAX, free_bytes[US_ENGINE_MAX_RANKS], total;
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < options.gpus; gpu++) {
     status = us_devices_memory(cuda->devices, gpu, &free_bytes[gpu], &total, err);
     if (status == US_OK && free_bytes[gpu] < least) least = free_bytes[gpu];
   }
+  if (status == US_OK)
+    status = us_device_prefill_bytes(shape, draft, options.ranks, &prefill, &options.prefill_bytes, err);
   if (status == US_OK) status = us_device_budget(shape, draft, &options, least, &cuda->budget, err);
   if (status == US_OK && cuda->options.say)
     us_device_budget_say(&cuda->budget, cuda->options.say, cuda->options.arg);
@@ -146,15 +161,22 @@ static enum us_status open_engine(struct load *load, struct us_err *err) {
   status = plan_memory(cuda, load->shape, load->draft_shape, err);
   if (status == US_OK) status = load_weights(load, err);
   if (status == US_OK) status = make_caches(cuda, err);
+  if (status == US_OK) status = make_prefill(cuda, err);
   struct us_device_group *group;
   return status == US_OK ? us_cuda_group(cuda, US_ENGINE_ROWS, &group, err) : status;
+}
+
+static enum us_status cuda_rounds(struct us_executor *executor, struct us_rounds *rounds,
+                                  struct us_err *err) {
+  return us_device_rounds(executor, &((struct us_cuda *)executor)->loop, rounds, err);
 }
 
 static struct us_cuda *new_executor(const struct us_executor_cuda_options *options) {
   static const struct us_executor_ops ops = {.forward = us_cuda_forward,
                                              .draft_context = us_cuda_draft_context,
                                              .draft = us_cuda_draft,
-                                             .free = cuda_free};
+                                             .free = cuda_free,
+                                             .rounds = cuda_rounds};
   struct us_cuda *cuda = calloc(1, sizeof *cuda);
   if (!cuda) return NULL;
   cuda->options = *options;

@@ -4,6 +4,8 @@
 
 #include "device/budget.h"
 #include "device/executor.h"
+#include "device/loop.h"
+#include "device/prefill.h"
 
 struct us_cuda {
   struct us_executor base;
@@ -13,8 +15,11 @@ struct us_cuda {
   struct us_device_budget budget;
   struct us_kv_pool *pool, *draft_pool;
   struct us_device_group *groups[US_DEVICE_GROUPS]; /* of 8 << i rows; made when first needed */
-  struct us_device_tables tables;                   /* of the pass that is being prepared */
-  void *staging;                                    /* pinned host memory that results are copied to */
+  struct us_device_prefill
+      *prefill;                   /* NULL: its kernels cannot run this shape, prompts go through the groups */
+  struct us_device_loop *loop;    /* resident rounds; made when first asked for */
+  struct us_device_tables tables; /* of the pass that is being prepared */
+  void *staging;                  /* pinned host memory that results are copied to */
   size_t staging_bytes;
   struct us_model *outline; /* of synthetic weights */
   struct us_draft *draft_outline;
@@ -57,6 +62,14 @@ US_CHECKED enum us_status us_cuda_run(struct us_cuda *cuda, struct us_device_gro
 US_CHECKED enum us_status us_cuda_fetch_logits(const struct us_cuda *cuda,
                                                const struct us_device_group *group, bool draft, size_t a,
                                                size_t b, struct us_err *err);
+
+/* Prompt rows in one launch of the prefill kernels (passes_prefill.c). us_cuda_prefill_takes: whether the pass is one for them. */
+bool us_cuda_prefill_takes(const struct us_pass *pass);
+US_CHECKED enum us_status us_cuda_prefill(struct us_cuda *cuda, const struct us_pass *pass,
+                                          struct us_err *err);
+
+/* What the prefill kernels are made for. */
+struct us_device_prefill_options us_cuda_prefill_options(const struct us_cuda *cuda, uint32_t positions);
 
 /* The operations of an executor (passes.c, passes_draft.c). */
 enum us_status us_cuda_forward(struct us_executor *executor, const struct us_pass *pass, struct us_err *err);

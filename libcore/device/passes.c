@@ -130,7 +130,11 @@ static void place_rows(const struct us_cuda *cuda, struct us_cuda_chunk *chunk, 
 
 static enum us_status check_rows(const struct us_cuda *cuda, const struct us_pass *pass, struct us_err *err) {
   uint32_t vocab = cuda->base.model->shape.vocab;
-  if (pass->taps && !cuda->base.draft) return us_err_set(err, US_ERR_USAGE, "taps need a drafter");
+  if ((pass->taps || pass->draft_kv) && !cuda->base.draft)
+    return us_err_set(err, US_ERR_USAGE, "taps need a drafter");
+  if (pass->draft_kv && !us_cuda_prefill_takes(pass))
+    return us_err_set(err, US_ERR_USAGE,
+                      "only a prompt's rows, with logits of the last, become context in a pass");
   for (size_t r = 0; r < pass->R; r++) {
     const struct us_row *row = &pass->rows[r];
     if (row->token < 0 || (uint32_t)row->token >= vocab)
@@ -301,6 +305,7 @@ static enum us_status run_chunk(struct us_cuda *cuda, struct us_cuda_chunk *chun
 enum us_status us_cuda_forward(struct us_executor *executor, const struct us_pass *pass, struct us_err *err) {
   struct us_cuda *cuda = (struct us_cuda *)executor;
   enum us_status status = check_rows(cuda, pass, err);
+  if (status == US_OK && pass->R && us_cuda_prefill_takes(pass)) return us_cuda_prefill(cuda, pass, err);
   for (size_t begin = 0; status == US_OK && begin < pass->R;) {
     struct us_cuda_chunk chunk = {.pass = pass, .begin = begin};
     status = run_chunk(cuda, &chunk, err);
