@@ -35,6 +35,17 @@ static uint32_t cycle_of(const struct us_device_group *group) {
   return 4 * group->schedule[0]->rank.slots;
 }
 
+/* Whether a sequence may be drawn with top-k, top-p or min-p. */
+static bool filters(const struct us_device_group *group) {
+  for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++) {
+    const struct us_engine_sampling *s = &group->state.sequence[i].sampling;
+    if (group->state.sequence[i].active && s->temperature > 0.0f &&
+        (s->top_k || (s->top_p > 0.0f && s->top_p < 1.0f) || s->min_p > 0.0f))
+      return true;
+  }
+  return false;
+}
+
 static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t first, uint32_t last,
                  uint32_t exchanges, uint32_t selects, struct us_engine_launch *ret_launch) {
   uint32_t each = group->devices->ranks / group->devices->gpus;
@@ -46,6 +57,7 @@ static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t fir
                                     .exchanges_a_round = count(group, first, last, false),
                                     .selects = selects,
                                     .selects_a_round = count(group, first, last, true),
+                                    .unfiltered = !filters(group),
                                     .jitter = group->jitter,
                                     .timeout_ns = group->timeout_ns,
                                     .profile = group->profile[gpu]};
