@@ -11,6 +11,7 @@
 #define US_KERNELS_ENGINE_CANDIDATE_CUH
 
 #include "kernels/engine/block.cuh"
+#include "kernels/engine/round.h"
 
 #define US_ENGINE_BATCH 8 /* loads in flight a thread */
 
@@ -118,10 +119,6 @@ static __device__ __forceinline__ void us_engine_quad(const struct us_engine_pie
 
 static __device__ __forceinline__ bool us_engine_finite(float max) {
   return max > -INFINITY && max < INFINITY;
-}
-
-static __device__ __forceinline__ bool us_engine_filters(const struct us_sampling *s, uint32_t vocab) {
-  return (s->top_k && s->top_k < vocab) || (s->top_p > 0.0f && s->top_p < 1.0f) || s->min_p > 0.0f;
 }
 
 #endif

@@ -57,8 +57,8 @@ static __device__ __forceinline__ uint32_t us_engine_digit(const struct us_engin
 
 /* Weights are below 2^41, a row has fewer than 2^18 tokens: sums of 14 bits fit a word. */
 static __device__ __forceinline__ void us_engine_add(struct us_engine_select_shared *shared, uint32_t digit,
-                                                     uint32_t count, uint64_t weight) {
-  atomicAdd(&shared->count[digit], count);
+                                                     uint64_t weight) {
+  atomicAdd(&shared->count[digit], 1u);
 #pragma unroll
   for (uint32_t i = 0; i < 3; i++) {
     uint32_t bits = (uint32_t)(weight >> 14 * i) & 0x3fffu;
@@ -88,20 +88,23 @@ static __device__ __forceinline__ void us_engine_measure(const struct us_engine_
         uint32_t digit = us_engine_digit(f, r, pass, x);
         uint32_t zeros = __ballot_sync(0xffffffffu, weight && !digit && !r->by_mass);
         if (zeros && (int)(threadIdx.x % 32) == __ffs((int)zeros) - 1)
-          us_engine_add(shared, 0, (uint32_t)__popc(zeros), (uint32_t)__popc(zeros));
-        if (weight && (digit || r->by_mass)) us_engine_add(shared, digit, 1, weight);
+          atomicAdd(&shared->count[0], (uint32_t)__popc(zeros));
+        if (weight && r->by_mass) us_engine_add(shared, digit, weight);
+        if (weight && !r->by_mass && digit) atomicAdd(&shared->count[digit], 1u);
       }
   }
   us_engine_meet();
 }
 
 /* One hop: totals of all parts. */
-static __device__ __forceinline__ void us_engine_add_parts(const struct us_engine_filter *f, uint32_t hop) {
+static __device__ __forceinline__ void us_engine_add_parts(const struct us_engine_filter *f, bool by_mass,
+                                                           uint32_t hop) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t word = threadIdx.x % 256, half = threadIdx.x / 256, first = half * US_ENGINE_BATCH;
   if (!half) {
     uint64_t mass = shared->mass[0][word] + ((uint64_t)shared->mass[1][word] << 14) +
                     ((uint64_t)shared->mass[2][word] << 28);
+    if (!by_mass) mass = shared->count[word];
     us_engine_hop_put(f, hop, word, mass, shared->count[word]);
   }
   struct us_engine_pair pair[US_ENGINE_BATCH];
@@ -262,7 +265,7 @@ static __device__ __forceinline__ struct us_cut us_engine_cut_reach(const struct
   struct us_engine_reach r = {within, by_mass, 8.0f * (by_mass ? f->inv_float : 1.0f), 0, 0, 0, 0};
   for (uint32_t pass = 0; pass < 7; pass++) {
     us_engine_measure(f, &r, pass);
-    us_engine_add_parts(f, (*hop)++);
+    us_engine_add_parts(f, by_mass, (*hop)++);
     if (threadIdx.x < 32) us_engine_find_digit(pass ? 0.0 : (double)top_p, target);
     us_engine_meet();
     const uint32_t digit = shared->digit, inside = shared->inside;

@@ -1,4 +1,4 @@
-/* round.h: a sequence between two rounds: which token ends it, its rows of the next round, its events.
+/* round.h: a sequence between two rounds: how it samples, which token ends it, its rows of the next round, its events.
  *
  *     us_engine_begin_round(&state, i, vocab);                    // host: the first round of an admitted sequence
  *     end = us_engine_end_of(sequence, token, position);          // ACCEPT, one slot a lane
@@ -11,6 +11,12 @@
 #define US_KERNELS_ENGINE_ROUND_H
 
 #include "kernels/engine/engine.h"
+
+/* Whether top-k, top-p or min-p leave out tokens: SELECT then needs whole rows. */
+static US_HD bool us_engine_filters(const struct us_sampling *s, uint32_t vocab) {
+  bool any = (s->top_k && s->top_k < vocab) || (s->top_p > 0.0f && s->top_p < 1.0f) || s->min_p > 0.0f;
+  return s->temperature > 0.0f && any;
+}
 
 /* How a sequence ends when `token` is committed at `position`: US_ENGINE_GOES_ON, STOP or LENGTH. */
 static US_HD uint32_t us_engine_end_of(const struct us_engine_sequence *s, int32_t token, uint32_t position) {

@@ -27,9 +27,7 @@ struct us_device_loop {
 static enum us_status check_sequence(const struct us_device_loop *loop, const struct us_rounds_sequence *s,
                                      struct us_err *err) {
   uint32_t vocab = loop->parts.weights[0]->shape.vocab;
-  const struct us_sampling *p = &s->sampling;
-  bool filters = p->temperature > 0.0f &&
-                 ((p->top_k && p->top_k < vocab) || (p->top_p > 0.0f && p->top_p < 1.0f) || p->min_p > 0.0f);
+  bool filters = us_engine_filters(&s->sampling, vocab);
   if (s->limit <= s->position)
     return us_err_set(err, US_ERR_USAGE, "a sequence at position %u may not commit past %u", s->position,
                       s->limit);
@@ -207,6 +205,15 @@ static uint32_t list_end(const struct us_device_loop *loop) {
   return loop->group->schedule[0]->end[US_ENGINE_PASS_TARGET];
 }
 
+static bool any_filters(const struct us_device_loop *loop) {
+  const struct us_engine_state *state = &loop->group->state;
+  bool any = false;
+  for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++)
+    any |= state->sequence[i].active &&
+           us_engine_filters(&state->sequence[i].sampling, loop->parts.weights[0]->shape.vocab);
+  return any;
+}
+
 /* One kernel a GPU for up to `count` rounds. */
 static enum us_status launch(struct us_device_loop *loop, uint32_t count, struct us_err *err) {
   enum us_status status = US_OK;
@@ -214,6 +221,7 @@ static enum us_status launch(struct us_device_loop *loop, uint32_t count, struct
     struct us_engine_launch one;
     us_device_group_fill(loop->group, gpu, list_begin(loop), list_end(loop), &one);
     one.rounds = count;
+    one.unfiltered = !any_filters(loop);
     us_devices_use(loop->parts.devices, gpu);
     status =
         us_cuda_status(us_engine_run(&one, loop->parts.devices->stream[gpu]), "launching the engine", err);

@@ -37,7 +37,8 @@ static __global__ void __launch_bounds__(US_ENGINE_COMPUTE, 1)
       us_engine_meet();
       b->round = round, b->op_index = i;
       if (threadIdx.x == 0) us_engine_jitter(b);
-      if (op->kind == US_ENGINE_SELECT) us_engine_select(b, op);
+      if (op->kind == US_ENGINE_SELECT && launch.unfiltered) us_engine_select<false>(b, op);
+      if (op->kind == US_ENGINE_SELECT && !launch.unfiltered) us_engine_select<true>(b, op);
       if (op->kind == US_ENGINE_ACCEPT) us_engine_accept(b, op);
     }
     if (launch.ranks > 1) meet_all(b, gate);
