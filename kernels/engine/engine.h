@@ -130,7 +130,7 @@ struct us_engine_down {
   uint32_t F;                /* of one rank */
   uint32_t step_slices;      /* slices a step: step_slices * groups <= 16 */
   uint32_t steps;            /* steps an expert: slices / step_slices */
-  uint32_t stage_steps;      /* steps a ring stage */
+  uint32_t stage_steps;      /* steps a ring stage, 1 or 2; a step's pages of three tiles and 8 rows' activations fit a stage */
   uint32_t exchange;         /* of the REDUCE that adds it up */
   uint32_t route;            /* the ROUTE operation, run again by a launch that starts here */
 };
@@ -423,7 +423,9 @@ struct us_engine_rank {
   uint32_t *done;  /* (ops) zero at the launch */
   struct us_engine_state *state;
   float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
-  uint32_t slots, addends, D;
+  uint32_t slots, addends, D; /* slots: 3 a row tile. A rank may push an exchange while another still empties those of the norm
+                               * before, and an EMBED between the two takes numbers without sums; fewer are refused by the
+                               * proof in device/schedule_order.c, which follows who knows what from whose sums */
   uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
   void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before round 0 */
   const uint8_t *kv_pool, *draft_pool;   /* pages of this rank */
