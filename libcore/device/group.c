@@ -5,9 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A range captured on every GPU for running indices that are equal modulo `cycle`: the exchange buffers repeat then. */
+/* A range captured on every GPU, with or without sampling filters, for running indices that are equal modulo `cycle`: the exchange
+ * buffers repeat then. */
 struct us_device_graph {
   uint32_t first, last, exchange, select;
+  bool filters;
   cudaGraphExec_t exec[US_ENGINE_MAX_RANKS];
   struct us_device_graph *next;
 };
@@ -38,7 +40,7 @@ static uint32_t cycle_of(const struct us_device_group *group) {
 /* Whether a sequence may be drawn with top-k, top-p or min-p. */
 static bool filters(const struct us_device_group *group) {
   for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++) {
-    const struct us_engine_sampling *s = &group->state.sequence[i].sampling;
+    const struct us_sampling *s = &group->state.sequence[i].sampling;
     if (group->state.sequence[i].active && s->temperature > 0.0f &&
         (s->top_k || (s->top_p > 0.0f && s->top_p < 1.0f) || s->min_p > 0.0f))
       return true;
@@ -119,14 +121,17 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
 static enum us_status find_graph(struct us_device_group *group, uint32_t first, uint32_t last,
                                  struct us_device_graph **ret_graph, struct us_err *err) {
   uint32_t cycle = cycle_of(group), exchange = group->exchanges % cycle, select = group->selects % cycle;
+  bool filter = filters(group);
   for (struct us_device_graph *g = group->graphs; g; g = g->next)
-    if (g->first == first && g->last == last && g->exchange == exchange && g->select == select) {
+    if (g->first == first && g->last == last && g->exchange == exchange && g->select == select &&
+        g->filters == filter) {
       *ret_graph = g;
       return US_OK;
     }
   struct us_device_graph *graph = calloc(1, sizeof *graph);
   if (!graph) return us_err_memory(err, "a graph", sizeof *graph);
-  *graph = (struct us_device_graph){.first = first, .last = last, .exchange = exchange, .select = select};
+  *graph = (struct us_device_graph){
+      .first = first, .last = last, .exchange = exchange, .select = select, .filters = filter};
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++)
     status = capture(group, gpu, graph, err);
