@@ -59,6 +59,7 @@ struct us_engine_shared {
   uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
   uint64_t sums_full[2], sums_empty[2];                     /* of partial */
   uint64_t routed;                                          /* one phase a ROUTE operation */
+  uint64_t listed;                                          /* the other roles have left the list before a ROUTE operation */
   uint64_t ended;                                           /* one phase a round */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
   uint32_t stop;                                            /* no further round */

@@ -65,6 +65,12 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
 }
 
+/* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. */
+template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_engine_block *b) {
+  us_engine_count(&b->routes);
+  if (ROLE != ROLE_COMPUTE && threadIdx.x % 32 == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->listed));
+}
+
 /* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
  * follows: no copy may be under way when the block leaves. */
 template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
@@ -77,7 +83,7 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rou
       if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
       b->op_index = i;
       uint64_t begin = us_engine_span_begin(b);
-      if (ops[i].kind == US_ENGINE_ROUTE) us_engine_count(&b->routes);
+      if (ops[i].kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
       if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, ops + i);
       if (ROLE == ROLE_STREAM) stream(b, ops + i);
       if (ROLE == ROLE_EPILOGUE) epilogue(b, ops + i);
@@ -121,6 +127,7 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
     us_barrier_init(us_shared_address(&s->sums_empty[i]), 1);
   }
   us_barrier_init(us_shared_address(&s->routed), 1);
+  us_barrier_init(us_shared_address(&s->listed), 2);
   us_barrier_init(us_shared_address(&s->ended), 1);
   s->stop = 0;
 }
@@ -130,12 +137,13 @@ static __device__ bool begins_behind_route(const struct us_engine_block *b) {
   return uses_experts(b->rank->ops + b->launch->first);
 }
 static __device__ void skip_route(struct us_engine_block *b) {
-  if (begins_behind_route(b)) us_engine_count(&b->routes);
+  if (!begins_behind_route(b) || threadIdx.x / 32 > US_ENGINE_COMPUTE_WARPS + 1) return;
+  pass_route<ROLE_STREAM>(b);
 }
 static __device__ void restore_route(struct us_engine_block *b) {
   const struct us_engine_op *first = b->rank->ops + b->launch->first;
   if (!begins_behind_route(b)) return;
-  us_engine_count(&b->routes);
+  pass_route<ROLE_COMPUTE>(b);
   us_engine_route_build(b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route));
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }

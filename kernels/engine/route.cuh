@@ -165,6 +165,7 @@ static __device__ __noinline__ void us_engine_route_build(struct us_engine_block
   struct us_engine_active *active = &us_engine_shared_of(b)->active;
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, e = US_ENGINE_NONE;
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
   us_engine_drain(b);
   us_route_gather(work, r);
   ((int16_t *)active->pair)[threadIdx.x] = -1;
