@@ -25,6 +25,7 @@ static __device__ __forceinline__ struct us_reduce_place us_reduce_place(uint32_
 static __device__ __forceinline__ float4 us_reduce_take(const struct us_engine_block *b, float *from, uint32_t index) {
   uint32_t x, y, z, w;
   struct us_engine_watch watch = {0, 0};
+  uint64_t begin = us_engine_span_begin(b);
   for (;;) {
     asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
@@ -33,6 +34,7 @@ static __device__ __forceinline__ float4 us_reduce_take(const struct us_engine_b
     if (x != US_ENGINE_ABSENT && y != US_ENGINE_ABSENT && z != US_ENGINE_ABSENT && w != US_ENGINE_ABSENT) break;
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_EXCHANGE, index, x, 0);
   }
+  us_engine_span_end(b, US_ENGINE_WAIT_EXCHANGE, begin);
   *(uint4 *)from = make_uint4(US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT);
   return make_float4(__uint_as_float(x), __uint_as_float(y), __uint_as_float(z), __uint_as_float(w));
 }
@@ -174,7 +176,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
   }
   if (r->weight && b->index < slices) { /* a block without a slice may be late: the words may be of another REDUCE by then */
     us_engine_jitter(b);
-    uint64_t begin = threadIdx.x == 0 ? us_engine_span_begin(b) : 0;
+    uint64_t begin = us_engine_span_begin(b);
     if (warp < US_ENGINE_ROWS) {
       float s = us_reduce_scale(b, r, slices, warp, running, lane);
       if (lane == 0) scale[warp] = s;
