@@ -21,7 +21,7 @@
 struct us_engine_reach {
   struct us_cut within;
   bool by_mass;
-  float scale; /* of the distance, to steps of 1/8 */
+  float max, scale; /* of the distance from max, to steps of 1/8 */
   uint32_t place, place_mask;
   uint32_t key, key_mask;
 };
@@ -31,34 +31,37 @@ static __device__ __forceinline__ float us_engine_logit_of_key(uint32_t key) {
 }
 
 /* 24 bits that rise with the logit: 8 of steps below the maximum, 16 of a step; 0 from 255 steps on. */
-static __device__ __forceinline__ uint32_t us_engine_place(const struct us_engine_filter *f, float scale,
-                                                           float x) {
-  float steps = (f->max - x) * scale;
+static __device__ __forceinline__ uint32_t us_engine_place(const struct us_engine_reach *r, float x) {
+  float steps = (r->max - x) * r->scale;
   return steps < 255.0f ? 0xffffffu - (uint32_t)(steps * 65536.0f) : 0;
 }
 
-/* What a token adds: 0 if it is not one of those looked for. In a search by mass what weighs nothing does not count either. */
-static __device__ __forceinline__ uint64_t us_engine_member(const struct us_engine_filter *f,
-                                                            const struct us_engine_reach *r, float x,
-                                                            uint32_t id) {
-  uint32_t key = us_sample_key(x);
-  bool in = x == x && (us_engine_place(f, r->scale, x) & r->place_mask) == r->place &&
-            (key & r->key_mask) == r->key && us_cut_keeps(r->within, x, id);
-  return !in ? 0 : r->by_mass ? us_engine_weight(f, x) : 1;
+/* Which of the four tokens from `id` on are looked for, as bits. Without branches: the four run side by side. */
+static __device__ __forceinline__ uint32_t us_engine_members(const struct us_engine_reach *r,
+                                                             const float x[4], uint32_t id) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (uint32_t j = 0; j < 4; j++) {
+    uint32_t key = us_sample_key(x[j]);
+    uint32_t kept = (key > r->within.key) | ((key == r->within.key) & (id + j <= r->within.last));
+    uint32_t known =
+        ((us_engine_place(r, x[j]) & r->place_mask) == r->place) & ((key & r->key_mask) == r->key);
+    mask |= (kept & known & (uint32_t)(x[j] == x[j])) << j;
+  }
+  return mask;
 }
 
 /* The digit of a pass: 0 to 2 of the place, 3 to 6 of the key. */
-static __device__ __forceinline__ uint32_t us_engine_digit(const struct us_engine_filter *f,
-                                                           const struct us_engine_reach *r, uint32_t pass,
+static __device__ __forceinline__ uint32_t us_engine_digit(const struct us_engine_reach *r, uint32_t pass,
                                                            float x) {
-  if (pass < 3) return us_engine_place(f, r->scale, x) >> (16 - 8 * pass) & 255;
+  if (pass < 3) return us_engine_place(r, x) >> (16 - 8 * pass) & 255;
   return us_sample_key(x) >> (24 - 8 * (pass - 3)) & 255;
 }
 
-/* Weights are below 2^41, a row has fewer than 2^18 tokens: sums of 14 bits fit a word. */
+/* Weights are below 2^41, a row has fewer than 2^18 tokens: sums of 14 bits fit a word. What weighs nothing does not count. */
 static __device__ __forceinline__ void us_engine_add(struct us_engine_select_shared *shared, uint32_t digit,
                                                      uint64_t weight) {
-  atomicAdd(&shared->count[digit], 1u);
+  if (weight) atomicAdd(&shared->count[digit], 1u);
 #pragma unroll
   for (uint32_t i = 0; i < 3; i++) {
     uint32_t bits = (uint32_t)(weight >> 14 * i) & 0x3fffu;
@@ -66,11 +69,12 @@ static __device__ __forceinline__ void us_engine_add(struct us_engine_select_sha
   }
 }
 
-/* Counts and masses of this block by digit. Searched by count, most of a peaked row has digit 0 in the first pass: one lane adds
- * for all. */
+/* Counts and masses of this block by digit. Searched by count, most of a peaked row has digit 0 in the first pass: every thread
+ * counts those for itself. */
 static __device__ __forceinline__ void us_engine_measure(const struct us_engine_filter *f,
                                                          const struct us_engine_reach *r, uint32_t pass) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
+  uint32_t zeros = 0;
   us_engine_meet();
   if (threadIdx.x < 256)
     shared->count[threadIdx.x] = shared->mass[0][threadIdx.x] = shared->mass[1][threadIdx.x] =
@@ -80,19 +84,23 @@ static __device__ __forceinline__ void us_engine_measure(const struct us_engine_
     struct us_engine_quads quads;
     us_engine_quads_load(f, base, &quads);
 #pragma unroll
-    for (uint32_t i = 0; i < US_ENGINE_QUADS; i++)
+    for (uint32_t i = 0; i < US_ENGINE_QUADS; i++) {
+      uint32_t mask = us_engine_members(r, quads.x[i], us_engine_quad_id(base, i));
+      if (!mask) continue;
 #pragma unroll
       for (uint32_t j = 0; j < 4; j++) {
-        float x = quads.x[i][j];
-        uint64_t weight = us_engine_member(f, r, x, us_engine_quad_id(base, i) + j);
-        uint32_t digit = us_engine_digit(f, r, pass, x);
-        uint32_t zeros = __ballot_sync(0xffffffffu, weight && !digit && !r->by_mass);
-        if (zeros && (int)(threadIdx.x % 32) == __ffs((int)zeros) - 1)
-          atomicAdd(&shared->count[0], (uint32_t)__popc(zeros));
-        if (weight && r->by_mass) us_engine_add(shared, digit, weight);
-        if (weight && !r->by_mass && digit) atomicAdd(&shared->count[digit], 1u);
+        uint32_t digit = us_engine_digit(r, pass, quads.x[i][j]), in = mask >> j & 1;
+        if (r->by_mass) {
+          if (in) us_engine_add(shared, digit, us_engine_weight(f, quads.x[i][j]));
+        } else {
+          zeros += in & (digit == 0);
+          if (in & (digit != 0)) atomicAdd(&shared->count[digit], 1u);
+        }
       }
+    }
   }
+  zeros = __reduce_add_sync(0xffffffffu, zeros);
+  if (zeros && threadIdx.x % 32 == 0) atomicAdd(&shared->count[0], zeros);
   us_engine_meet();
 }
 
@@ -159,14 +167,16 @@ static __device__ __forceinline__ void us_engine_collect(const struct us_engine_
     struct us_engine_quads quads;
     us_engine_quads_load(f, base, &quads);
 #pragma unroll
-    for (uint32_t i = 0; i < US_ENGINE_QUADS; i++)
+    for (uint32_t i = 0; i < US_ENGINE_QUADS; i++) {
+      uint32_t id = us_engine_quad_id(base, i), mask = us_engine_members(r, quads.x[i], id);
+      if (!mask) continue;
 #pragma unroll
       for (uint32_t j = 0; j < 4; j++) {
-        uint32_t id = us_engine_quad_id(base, i) + j;
-        if (!us_engine_member(f, r, quads.x[i][j], id)) continue;
+        if (!(mask >> j & 1) || (r->by_mass && !us_engine_weight(f, quads.x[i][j]))) continue;
         shared->member[atomicAdd(&shared->members, 1u)] =
-            (uint64_t)us_sample_key(quads.x[i][j]) << 32 | (uint32_t)~id;
+            (uint64_t)us_sample_key(quads.x[i][j]) << 32 | (uint32_t) ~(id + j);
       }
+    }
   }
   us_engine_meet();
 }
@@ -262,7 +272,7 @@ static __device__ __forceinline__ struct us_cut us_engine_cut_reach(const struct
                                                                     float top_p, uint64_t target) {
   const struct us_engine_select_shared *shared = us_engine_select_shared();
   const bool by_mass = top_p > 0.0f;
-  struct us_engine_reach r = {within, by_mass, 8.0f * (by_mass ? f->inv_float : 1.0f), 0, 0, 0, 0};
+  struct us_engine_reach r = {within, by_mass, f->max, 8.0f * (by_mass ? f->inv_float : 1.0f), 0, 0, 0, 0};
   for (uint32_t pass = 0; pass < 7; pass++) {
     us_engine_measure(f, &r, pass);
     us_engine_add_parts(f, by_mass, (*hop)++);
@@ -297,7 +307,7 @@ static __device__ __forceinline__ struct us_cut us_engine_cut_min_p(const struct
       for (uint32_t j = 0; j < 4; j++) {
         float x = quads.x[i][j];
         uint32_t k = us_sample_key(x);
-        if (x == x && k < key && us_engine_weight(f, x) >= least) key = k;
+        if ((x == x) & (k < key) && us_engine_weight(f, x) >= least) key = k;
       }
   }
   us_engine_meet();
