@@ -5,9 +5,10 @@
 #include "decode/pair.h"
 #include "decode/serve.h"
 #include "device/executor.h"
+#include "model/precision.h"
 #include "model/random.h"
 #include "plan/tiles.h"
-#include "tools/tool.h"
+#include "tools/us_serve_bench.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,8 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("draft", 'd', "FILE", "drafter of this model; - reads its record from stdin"),
     US_OPT_INT("synthetic", 0, "SEED",
                "random weights; --model and --draft name shapes instead of checkpoints"),
+    US_OPT_RULES("precision", 0, "RULES",
+                 "synthetic weights: module=format,... instead of the shape's; the last match wins"),
     US_OPT_ARG("prompts", "PROMPTS", "prompts as JSON lines, or a folder of them; - is stdin",
                .repeat = true),
     US_OPT_STR("prompt", 'p', "TEXT", "prompt", .repeat = true),
@@ -62,6 +65,7 @@ static const struct us_opt opts[] = {
     US_OPT_INT("positions", 0, "N", "positions of a sequence that the caches hold; 0: as many as fit",
                .def = "0", .max = 1 << 20),
     US_OPT_FLAG("uniform", 0, "synthetic weights: draw experts uniformly instead of by the router"),
+    US_SERVE_BENCH_OPTIONS,
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "JSON lines also to a terminal"),
     US_OPT_FLAG("text", 0, "plain text also to a pipe"),
@@ -89,7 +93,11 @@ static const char examples[] =
     "data/prompts/math.jsonl\n"
     "# random weights of a shape on four GPUs, token ids in and out\n"
     "us-serve -m mimo-v2.5-pro -d mimo-v2.5-pro-dflash --synthetic 1 --device cuda "
-    "--gpus 4 --prompt-tokens 512\n";
+    "--gpus 4 --prompt-tokens 512\n"
+    "# how fast is the engine there, at which fraction of the memory's limit?\n"
+    "us-serve --bench -m mimo-v2.5-pro -d mimo-v2.5-pro-dflash --synthetic 1 --uniform --device cuda "
+    "--gpus 4 --precision attn.o=fp8,draft=fp8 --accept 0.9 --context 4K,32K --batches 1,2,4 --plot "
+    "speed.png\n";
 
 /* Everything that main opens. */
 struct session {
@@ -110,6 +118,7 @@ struct session {
   const char **stops;
   float accept[US_MAX_BLOCK];
   size_t accept_count;
+  struct us_serve_bench_plan bench;
   bool as_text, streaming;
 };
 
@@ -133,13 +142,22 @@ static struct us_executor_cuda_options gpu_options(struct session *s) {
       .device = us_opt_device(o, "device"),
       .gpus = (uint32_t)us_opt_int(o, "gpus"),
       .mode = us_opt_choice(o, "engine") == 1 ? US_DEVICE_GRAPH : US_DEVICE_ENGINE,
-      .sequences = (uint32_t)us_opt_int(o, "batch") + 1, /* and a prompt whose samples have not all started */
-      .positions = (uint32_t)us_opt_int(o, "positions"),
+      .sequences = s->bench.sequences ? s->bench.sequences
+                                      : (uint32_t)us_opt_int(o, "batch") +
+                                            1, /* and a prompt whose samples have not all started */
+      .positions = s->bench.positions ? s->bench.positions : (uint32_t)us_opt_int(o, "positions"),
       .uniform = us_opt_flag(o, "uniform"),
       .uniform_seed = (uint64_t)us_opt_int(o, "seed"),
       .say = say,
       .progress = loaded,
       .arg = s};
+}
+
+/* --precision over the formats of the shape. */
+static enum us_status set_precision(struct us_opts *o, struct us_precision *precision, struct us_err *err) {
+  struct us_precision_rules rules;
+  enum us_status status = us_precision_parse(us_opt_str(o, "precision"), &rules, err);
+  return status == US_OK ? us_precision_shape(&rules, precision, err) : status;
 }
 
 /* Random weights: on the GPUs, or the same ones here. */
@@ -150,6 +168,7 @@ static enum us_status open_synthetic(struct session *s, struct us_err *err) {
   bool drafting = us_opt_given(o, "draft");
   uint64_t seed = (uint64_t)us_opt_int(o, "synthetic");
   enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
+  if (status == US_OK && us_opt_given(o, "precision")) status = set_precision(o, &shape.precision, err);
   if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
   if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
   if (status != US_OK) return status;
@@ -171,6 +190,8 @@ static enum us_status open_model(struct session *s, struct us_err *err) {
   bool synthetic = us_opt_given(o, "synthetic"), gpu = us_opt_device(o, "device") >= 0;
   if (us_opt_flag(o, "uniform") && !(synthetic && gpu))
     return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic and --device cuda");
+  if (us_opt_given(o, "precision") && !synthetic)
+    return us_err_set(err, US_ERR_USAGE, "--precision needs --synthetic");
   enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK)
     status = synthetic ? open_synthetic(s, err)
@@ -350,8 +371,13 @@ static enum us_status serve(struct session *s, struct us_err *err) {
   struct us_serve settings;
   struct us_generate_stats stats;
   enum us_status status = parse_accept(s, err);
-  if (status == US_OK && us_opt_given(o, "draft-from"))
-    status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
+  if (status == US_OK) status = us_serve_bench_plan(o, s->accept, s->accept_count, &s->bench, err);
+  if (status != US_OK) return status;
+  if (us_opt_flag(o, "bench")) {
+    status = open_model(s, err);
+    return status == US_OK ? us_serve_bench(s->run, &s->bench, s->ex, err) : status;
+  }
+  if (us_opt_given(o, "draft-from")) status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
   if (status == US_OK) status = open_prompts(s, err);
   if (status == US_OK) status = open_model(s, err);
   if (status == US_OK) status = add_random_prompts(s, err);

@@ -157,6 +157,29 @@ static enum us_status check_format(const struct us_precision_rule *rule, const s
   return US_OK;
 }
 
+enum us_status us_precision_shape(const struct us_precision_rules *rules, struct us_precision *precision,
+                                  struct us_err *err) {
+  struct us_matrix matrix = {0}; /* a reference without a matrix is a vector's, which no rule means */
+  const struct {
+    const char *family;
+    enum us_format *format;
+  } all[] = {{"embed", &precision->embed},   {"head", &precision->head},   {"qkv", &precision->qkv},
+             {"o_proj", &precision->o_proj}, {"dense", &precision->dense}, {"experts", &precision->experts},
+             {"router", &precision->router}, {"draft", &precision->draft}};
+  for (size_t r = 0; r < rules->count; r++) {
+    const struct us_precision_rule *rule = &rules->rules[r];
+    if (rule->ranged || rule->part) return bad_rule(rule, err, "random weights have one format a family");
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+      struct us_tensor_ref ref = {.family = all[i].family, .layer = UINT32_MAX, .matrix = &matrix};
+      if (!matches(rule, &ref)) continue;
+      enum us_status status = check_format(rule, &ref, err);
+      if (status != US_OK) return status;
+      *all[i].format = rule->format;
+    }
+  }
+  return US_OK;
+}
+
 enum us_status us_precision_apply(const struct us_precision_rules *rules, const struct us_tensor_ref *refs,
                                   size_t count, enum us_format *ret_formats, struct us_err *err) {
   for (size_t i = 0; i < count; i++) {

@@ -48,6 +48,11 @@ US_CHECKED enum us_status us_precision_apply(const struct us_precision_rules *ru
                                              const struct us_tensor_ref *refs, size_t count,
                                              enum us_format *ret_formats, struct us_err *err);
 
+/* The same for a shape whose weights are made at random, one format a family. US_ERR_USAGE for a rule of some layers or of a part
+ * of a family. */
+US_CHECKED enum us_status us_precision_shape(const struct us_precision_rules *rules,
+                                             struct us_precision *precision, struct us_err *err);
+
 /* One line of the dry-run table. */
 struct us_precision_row {
   struct us_tensor_ref ref;

@@ -41,10 +41,21 @@ void us_profile_summarise(const struct us_trace *trace, int workers, struct us_p
 /* "target", "draft", "context". */
 const char *us_program_kind_name(enum us_program_kind kind);
 
-/* Spans as TSV: pass, program, op, layer, worker, claimed_us, start_us, end_us, bytes; header first. */
+#define US_TRACE_ROLES 4
+#define US_TRACE_WAITS 10 /* enum us_engine_wait */
+
+/* "worker", "compute", "stream", "epilogue"; and what a role of the engine waits for: "hand-off", "ring empty", ... */
+const char *us_trace_role_name(int role);
+const char *us_trace_wait_name(int wait);
+
+/* Operations by name, and what no task of the tile program stands for: "round". */
+const char *us_trace_op_name(int op);
+
+/* Spans as TSV: pass, program, op, layer, worker, claimed_us, start_us, end_us, bytes, role, wait; header first. */
 US_CHECKED enum us_status us_profile_write_tsv(const struct us_trace *trace, FILE *file, struct us_err *err);
 
-/* Chrome trace events, one track a worker, a second one for its waits; Perfetto opens it. The caller owns the file. */
+/* Chrome trace events; Perfetto opens it. One track a worker, a second one for its waits; of the engine a process a GPU, in it a
+ * track for every role of a block, waits inside of operations. The caller owns the file. */
 US_CHECKED enum us_status us_profile_write_perfetto(const struct us_trace *trace, FILE *file,
                                                     struct us_err *err);
 

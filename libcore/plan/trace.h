@@ -15,7 +15,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* One executed task. Times are nanoseconds of the monotonic clock since the trace was created. */
+/* Whose time a span is. The tile program's threads do a task from end to end; a block of the engine does three things at once. */
+enum us_trace_role { US_TRACE_WORKER, US_TRACE_COMPUTE, US_TRACE_STREAM, US_TRACE_EPILOGUE };
+
+/* `worker` of block b of a GPU's launch. */
+#define US_TRACE_BLOCKS 256
+
+/* One executed task, or in the engine an operation of a block's role or one wait inside of it. Times are nanoseconds of the
+ * monotonic clock since the trace was created; of the engine: of the GPU's clock since the trace's first span. */
 struct us_span {
   uint64_t claimed; /* the worker took the task and began to wait for its events */
   uint64_t start;   /* the events were complete */
@@ -23,9 +30,13 @@ struct us_span {
   uint64_t bytes; /* weight bytes streamed */
   uint32_t layer;
   uint32_t pass; /* counts passes of the executor: target, draft and context passes alike */
-  uint16_t op;   /* enum us_task_op */
-  uint16_t worker;
+  uint16_t
+      op; /* enum us_task_op; US_TASK_OP_COUNT: none of the tile program (choosing tokens, the end of a round) */
+  uint16_t worker; /* thread, or GPU * US_TRACE_BLOCKS + block */
   uint8_t program; /* enum us_program_kind */
+  uint8_t role;    /* enum us_trace_role */
+  uint8_t
+      wait; /* enum us_engine_wait: what the engine's role waited for; 0: the operation, its waits included */
 };
 
 struct us_trace;

@@ -121,6 +121,31 @@ START_TEST(a_rule_that_matches_nothing_is_an_error) {
 }
 END_TEST
 
+START_TEST(rules_set_the_families_of_random_weights) {
+  struct us_precision precision = {
+      .o_proj = US_FORMAT_BF16, .router = US_FORMAT_F32, .draft = US_FORMAT_BF16};
+  struct us_precision_rules rules = parse("mlp=mxfp4,attn.o=fp8,draft=fp8,head=bf16,draft=mxfp4");
+  ck_assert_int_eq(us_precision_shape(&rules, &precision, NULL), US_OK);
+  ck_assert_int_eq(precision.experts, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision.dense, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision.o_proj, US_FORMAT_FP8);
+  ck_assert_int_eq(precision.head, US_FORMAT_BF16);
+  ck_assert_int_eq(precision.draft, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision.router, US_FORMAT_F32);
+}
+END_TEST
+
+START_TEST(random_weights_have_one_format_a_family) {
+  static const char *const bad[] = {"layers.3.attn.o=fp8", "experts.down=fp8", "router=fp8"};
+  struct us_precision precision = {0};
+  struct us_precision_rules rules = parse(bad[_i]);
+  struct us_err err = {0};
+  ck_assert_int_eq(us_precision_shape(&rules, &precision, &err), US_ERR_USAGE);
+  ck_assert_msg(strstr(err.message, _i < 2 ? "one format a family" : "the router is") != NULL, "%s",
+                err.message);
+}
+END_TEST
+
 START_TEST(the_table_says_what_conversion_then_does) {
   struct us_model *model = random_model("tiny-pro"), *converted = NULL;
   struct us_precision_rules rules = parse("experts=mxfp4,attn.qkv=fp8");
@@ -333,6 +358,8 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, the_last_rule_that_matches_wins, 0, sizeof matches / sizeof *matches);
   tcase_add_loop_test(c, a_rule_that_cannot_be_read_is_quoted, 0, sizeof bad_syntax / sizeof *bad_syntax);
   tcase_add_loop_test(c, a_rule_that_matches_nothing_is_an_error, 0, sizeof bad_match / sizeof *bad_match);
+  tcase_add_test(c, rules_set_the_families_of_random_weights);
+  tcase_add_loop_test(c, random_weights_have_one_format_a_family, 0, 3);
   tcase_add_test(c, the_table_says_what_conversion_then_does);
   tcase_add_test(c, conversion_equals_encoding_the_whole_matrix);
   tcase_add_test(c, a_drafter_converts_by_the_rule_draft);

@@ -1,0 +1,149 @@
+/* breakdown.c: spans of blocks to seconds of operations. */
+#include "device/breakdown.h"
+
+#include "device/traffic.h"
+
+#define SECOND 1e9
+
+enum { COMPUTE, STREAM }; /* roles of a block, as kernels/engine/engine.cu numbers them */
+
+static const struct us_engine_span *lane_of(const struct us_breakdown_spans *s, uint32_t block, uint32_t role,
+                                            uint32_t *ret_count) {
+  uint32_t lane = block * US_ENGINE_ROLES + role, seen = s->counts[lane];
+  *ret_count = seen < s->capacity ? seen : s->capacity;
+  return s->spans + (size_t)lane * s->capacity;
+}
+
+/* Whether a round begins between two spans of a lane: the list starts again. */
+static bool wraps(const struct us_engine_span *before, const struct us_engine_span *span) {
+  return span->op < before->op;
+}
+
+static enum us_program_kind program_of(const struct us_engine_op *op) {
+  return op->program == US_ENGINE_PASS_TARGET  ? US_PROGRAM_TARGET
+         : op->program == US_ENGINE_PASS_DRAFT ? US_PROGRAM_DRAFT
+                                               : US_PROGRAM_CONTEXT;
+}
+
+static uint32_t task_of(const struct us_engine_op *op) {
+  return op->task_op < US_TASK_OP_COUNT ? op->task_op : US_TASK_OP_COUNT;
+}
+
+/* Rounds of a lane whose spans are all there. */
+static uint32_t whole_rounds(const struct us_breakdown_spans *s, uint32_t block, uint32_t role) {
+  uint32_t count, rounds = 0;
+  const struct us_engine_span *span = lane_of(s, block, role, &count);
+  for (uint32_t i = 1; i < count; i++) rounds += wraps(&span[i - 1], &span[i]);
+  return rounds + (count && s->counts[block * US_ENGINE_ROLES + role] <= s->capacity);
+}
+
+/* One lane's rounds [b->skip, rounds). */
+static void add_lane(struct us_breakdown *b, const struct us_breakdown_spans *s, uint32_t block,
+                     uint32_t role, uint32_t rounds) {
+  uint32_t count, round = 0;
+  const struct us_engine_span *span = lane_of(s, block, role, &count);
+  uint64_t begin = 0, end = 0;
+  for (uint32_t i = 0; i < count; i++) {
+    round += i && wraps(&span[i - 1], &span[i]);
+    if (round >= rounds) break;
+    if (round < b->skip || span[i].op >= s->op_count) continue;
+    const struct us_engine_op *op = &s->ops[span[i].op];
+    struct us_breakdown_op *sum = &b->ops[program_of(op)][task_of(op)];
+    double seconds = (double)(span[i].end - span[i].begin) / SECOND;
+    if (!begin) begin = span[i].begin;
+    end = span[i].end;
+    if (role == STREAM) {
+      if (span[i].what == US_ENGINE_WAIT_FREE) sum->ring_full += seconds;
+      continue;
+    }
+    sum->weights |= op->bytes != 0;
+    if (span[i].what == US_ENGINE_WAIT_NOTHING)
+      sum->time += seconds;
+    else if (span[i].what < US_TRACE_WAITS)
+      sum->wait[span[i].what] += seconds;
+    if (span[i].what == US_ENGINE_WAIT_ROUND) sum->time += seconds; /* it lies behind the last operation */
+  }
+  if (role == COMPUTE) b->round += (double)(end - begin) / SECOND, b->rounds += rounds - b->skip;
+}
+
+enum us_status us_breakdown_gpu(struct us_breakdown *b, const struct us_breakdown_spans *spans,
+                                struct us_err *err) {
+  uint32_t rounds = UINT32_MAX;
+  for (uint32_t block = 0; block < spans->blocks; block++)
+    for (uint32_t role = COMPUTE; role <= STREAM; role++) {
+      uint32_t whole = whole_rounds(spans, block, role), seen = spans->counts[block * US_ENGINE_ROLES + role];
+      if (whole < rounds) rounds = whole;
+      if (seen > spans->capacity) b->dropped += seen - spans->capacity;
+    }
+  if (rounds <= b->skip)
+    return us_err_set(err, US_ERR_CHECK, "%u spans a role of a block are too few for %u rounds",
+                      spans->capacity, b->skip + 1);
+  for (uint32_t block = 0; block < spans->blocks; block++)
+    for (uint32_t role = COMPUTE; role <= STREAM; role++) add_lane(b, spans, block, role, rounds);
+  return US_OK;
+}
+
+void us_breakdown_finish(struct us_breakdown *b) {
+  double n = b->rounds ? (double)b->rounds : 1;
+  b->round /= n;
+  for (int program = 0; program < US_PROGRAM_KINDS; program++)
+    for (int task = 0; task <= US_TASK_OP_COUNT; task++) {
+      struct us_breakdown_op *op = &b->ops[program][task];
+      double work = op->time /= n;
+      op->ring_full /= n;
+      for (int wait = 0; wait < US_TRACE_WAITS; wait++) {
+        op->wait[wait] /= n;
+        work -= op->wait[wait];
+        if (!op->weights || wait != US_ENGINE_WAIT_STAGE) b->wait[wait] += op->wait[wait];
+      }
+      if (op->weights)
+        b->streaming += work + op->wait[US_ENGINE_WAIT_STAGE];
+      else
+        b->vectors += work;
+    }
+}
+
+/* ---- as a trace ---------------------------------------------------------------------------------------------------- */
+
+uint64_t us_breakdown_origin(const struct us_breakdown_spans *spans) {
+  uint64_t origin = UINT64_MAX;
+  for (uint32_t block = 0; block < spans->blocks; block++)
+    for (uint32_t role = 0; role < US_ENGINE_ROLES; role++) {
+      uint32_t count;
+      const struct us_engine_span *span = lane_of(spans, block, role, &count);
+      if (count && span->begin < origin) origin = span->begin;
+    }
+  return origin;
+}
+
+static void trace_lane(const struct us_breakdown_spans *s, uint32_t gpu, uint32_t block, uint32_t role,
+                       uint64_t origin, double experts, struct us_trace *trace) {
+  uint32_t count, round = 0;
+  const struct us_engine_span *span = lane_of(s, block, role, &count);
+  for (uint32_t i = 0; i < count; i++) {
+    round += i && wraps(&span[i - 1], &span[i]);
+    if (span[i].op >= s->op_count || span[i].begin < origin) continue;
+    const struct us_engine_op *op = &s->ops[span[i].op];
+    bool streams = role == STREAM && span[i].what == US_ENGINE_WAIT_NOTHING;
+    double bytes = (double)op->bytes * (us_device_op_of_experts(op) ? experts : 1) / s->blocks;
+    us_trace_add(trace, &(struct us_span){.claimed = span[i].begin - origin,
+                                          .start = span[i].begin - origin,
+                                          .end = span[i].end - origin,
+                                          .bytes = streams ? (uint64_t)bytes : 0,
+                                          .layer = op->layer,
+                                          .pass = round * US_ENGINE_PASSES + op->program,
+                                          .op = (uint16_t)task_of(op),
+                                          .worker = (uint16_t)(gpu * US_TRACE_BLOCKS + block),
+                                          .program = (uint8_t)program_of(op),
+                                          .role = (uint8_t)(US_TRACE_COMPUTE + role),
+                                          .wait = (uint8_t)span[i].what});
+  }
+}
+
+void us_breakdown_trace(const struct us_breakdown_spans *spans, uint32_t gpu, uint32_t keep, uint64_t origin,
+                        double experts, struct us_trace *trace) {
+  uint32_t blocks = keep && keep < spans->blocks ? keep : spans->blocks;
+  for (uint32_t i = 0; i < blocks; i++)
+    for (uint32_t role = 0; role < US_ENGINE_ROLES; role++)
+      trace_lane(spans, gpu, (uint32_t)((uint64_t)i * spans->blocks / blocks), role, origin, experts, trace);
+}
