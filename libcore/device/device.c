@@ -36,8 +36,9 @@ static enum us_status check_counts(int first, uint32_t gpus, uint32_t ranks, str
     return us_err_set(err, US_ERR_DEVICE, "no GPU%s%s%s", code == cudaSuccess ? "" : " (",
                       code == cudaSuccess ? "" : cudaGetErrorString(code), code == cudaSuccess ? "" : ")");
   if (first < 0 || first >= found || gpus > (uint32_t)(found - first))
-    return us_err_set(err, US_ERR_DEVICE, "GPUs %d to %d are asked for; there %s %d", first,
-                      first + (int)gpus - 1, found == 1 ? "is" : "are", found);
+    return us_err_set(err, US_ERR_DEVICE, "%u GPU%s from %d on %s asked for; there %s %d", gpus,
+                      gpus == 1 ? "" : "s", first, gpus == 1 ? "is" : "are", found == 1 ? "is" : "are",
+                      found);
   bool power = ranks && ranks <= US_ENGINE_MAX_RANKS && (ranks & (ranks - 1)) == 0;
   if (!power || !gpus || ranks % gpus)
     return us_err_set(err, US_ERR_USAGE, "%u ranks on %u GPUs: 1, 2, 4 or 8, the same number on every GPU",
