@@ -1,5 +1,5 @@
 /* tile_profile.c: run a model and show where the time of its tile program goes. */
-#include "tool.h"
+#include "tile_profile_gpu.h"
 
 #include "base/atomic.h"
 #include "base/bandwidth.h"
@@ -26,12 +26,13 @@ static const struct us_opt opts[] = {
     US_OPT_INT("max-tokens", 'n', "N", "tokens to generate", .def = "32", .min = 1, .max = 65536),
     US_OPT_INT("block", 'b', "B", "rows of a round, anchor included; 0: the drafter's block", .def = "0",
                .max = US_MAX_BLOCK),
+    US_TILE_PROFILE_GPU_OPTIONS,
     US_OPT_GROUP("Files"),
     US_OPT_FILE("output", 'o', "FILE.h5", "trace as an HDF5 artefact"),
     US_OPT_FILE("tsv", 0, "FILE", "trace as TSV, one task a line"),
     US_OPT_FILE("perfetto", 0, "FILE.json", "trace for ui.perfetto.dev"),
-    US_OPT_FILE("plot", 0, "FILE.png", "timeline of the last --window milliseconds"),
-    US_OPT_NUM("window", 0, "MS", "milliseconds that the picture shows; 0 shows all", .def = "10"),
+    US_OPT_FILE("plot", 0, "FILE.png", "timeline of the last --window milliseconds, of GPUs of the middle"),
+    US_OPT_NUM("window", 0, "MS", "milliseconds that the picture shows, 0: all; default: 10, of GPUs 0.3"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
@@ -50,6 +51,7 @@ struct session {
   struct us_executor *executor;
   struct us_trace *trace;
   char *provenance;
+  bool gpu; /* the engine runs, not the CPU's threads */
 };
 
 static void close_session(struct session *s) {
@@ -64,7 +66,8 @@ static enum us_status make_provenance(struct session *s, struct us_err *err) {
   struct us_provenance *provenance = NULL;
   enum us_status status =
       us_tool_provenance(s->run, (uint64_t)us_opt_int(s->run->opts, "seed"), &provenance, err);
-  if (status == US_OK) status = us_tool_add_parent(provenance, s->pair.model_record.path, "model", err);
+  if (status == US_OK && s->pair.model)
+    status = us_tool_add_parent(provenance, s->pair.model_record.path, "model", err);
   if (status == US_OK && s->pair.draft)
     status = us_tool_add_parent(provenance, s->pair.draft_record.path, "draft", err);
   if (status == US_OK && !(s->provenance = us_provenance_text(provenance, err))) status = err->status;
@@ -74,12 +77,15 @@ static enum us_status make_provenance(struct session *s, struct us_err *err) {
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
-  if (status == US_OK)
+  s->gpu = us_opt_device(o, "device") >= 0;
+  enum us_status status = us_tile_profile_check(o, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  if (status == US_OK && !us_opt_given(o, "synthetic"))
     status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
   if (status == US_OK)
-    status =
-        us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16, &s->executor, err);
+    status = s->gpu ? us_tile_profile_open(s->run, &s->pair, &s->executor, err)
+                    : us_executor_create_tiles(s->pair.model, s->pair.draft, s->pool, US_ROUND_BF16,
+                                               &s->executor, err);
   if (status == US_OK) status = us_trace_create((size_t)us_opt_int(o, "spans"), &s->trace, err);
   if (status == US_OK) status = make_provenance(s, err);
   return status;
@@ -159,9 +165,10 @@ static enum us_status write_files(struct session *s, struct us_err *err) {
   enum us_status status = US_OK;
   if (tsv) status = write_text(s->trace, tsv, us_profile_write_tsv, err);
   if (status == US_OK && perfetto) status = write_text(s->trace, perfetto, us_profile_write_perfetto, err);
+  double window = us_opt_given(o, "window") ? us_opt_num(o, "window") : s->gpu ? 0.3 : 10;
   if (status == US_OK && plot)
-    status = us_profile_plot(s->trace, us_pool_threads(s->pool), us_opt_num(o, "window"), plot, s->provenance,
-                             err);
+    status = s->gpu ? us_profile_plot_engine(s->trace, window, plot, s->provenance, err)
+                    : us_profile_plot(s->trace, us_pool_threads(s->pool), window, plot, s->provenance, err);
   if (status == US_OK && output) status = us_profile_write_h5(s->trace, output, s->provenance, err);
   return status;
 }
@@ -189,10 +196,15 @@ static enum us_status profile(struct session *s, struct us_err *err) {
   return US_OK;
 }
 
+static enum us_status profile_gpu(struct session *s, struct us_err *err) {
+  enum us_status status = us_tile_profile_gpu(s->run, s->executor, s->trace, err);
+  return status == US_OK ? write_files(s, err) : status;
+}
+
 static enum us_status run_tool(struct us_tool_run *run, struct us_err *err) {
   struct session session = {.run = run};
   enum us_status status = open_session(&session, err);
-  if (status == US_OK) status = profile(&session, err);
+  if (status == US_OK) status = session.gpu ? profile_gpu(&session, err) : profile(&session, err);
   close_session(&session);
   return status;
 }
@@ -200,15 +212,25 @@ static enum us_status run_tool(struct us_tool_run *run, struct us_err *err) {
 static const struct us_tool tool = {
     .name = "tile-profile",
     .summary = "show where the time of a model's tile program goes",
-    .description = "Generates tokens and records every task of the tile program: when a worker claimed it, "
-                   "when its inputs were "
-                   "ready, when it ended, and the weight bytes it streamed. Prints a line an operation: "
-                   "worker time, waiting, bytes, "
-                   "and bytes a second against the read bandwidth of this machine, measured in the same run. "
-                   "A small model's weights "
-                   "lie in the caches, so it may exceed that.",
+    .description =
+        "Generates tokens and records every task of the tile program: when a worker claimed it, "
+        "when its inputs were "
+        "ready, when it ended, and the weight bytes it streamed. Prints a line an operation: "
+        "worker time, waiting, bytes, "
+        "and bytes a second against the read bandwidth of this machine, measured in the same run. "
+        "A small model's weights "
+        "lie in the caches, so it may exceed that.\n\n"
+        "On GPUs it runs rounds of sequences that stand at --context, without and with recording, and "
+        "splits a round's time, "
+        "a mean over SMs, into work and waiting by cause. Waiting for an empty ring is waiting for "
+        "the memory; a rate above "
+        "the ceiling means that the ring was filled during the operation before.",
     .examples = "# a picture of ten milliseconds of speculative decoding\n"
-                "tile-profile -m q.h5 -d d.h5 --plot timeline.png --perfetto timeline.json\n",
+                "tile-profile -m q.h5 -d d.h5 --plot timeline.png --perfetto timeline.json\n"
+                "# where a round of the engine goes, on random weights\n"
+                "tile-profile -m mimo-v2.5-pro -d mimo-v2.5-pro-dflash --synthetic 1 --uniform --device cuda "
+                "--gpus 4 "
+                "--plot round.png\n",
     .opts = opts,
     .run = run_tool};
 

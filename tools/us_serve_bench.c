@@ -46,7 +46,7 @@ static enum us_status check_options(struct us_opts *o, struct us_err *err) {
     if (us_opt_given(o, needs[i])) return us_err_set(err, US_ERR_USAGE, "--%s needs --bench", needs[i]);
   for (size_t i = 0; bench && i < sizeof excludes / sizeof *excludes; i++)
     if (us_opt_given(o, excludes[i]))
-      return us_err_set(err, US_ERR_USAGE, "--bench excludes %s", excludes[i]);
+      return us_err_set(err, US_ERR_USAGE, "--bench answers no prompts: it excludes '%s'", excludes[i]);
   if (bench && us_opt_device(o, "device") < 0)
     return us_err_set(err, US_ERR_USAGE, "--bench needs --device cuda");
   return US_OK;

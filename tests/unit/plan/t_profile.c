@@ -101,8 +101,8 @@ START_TEST(a_line_of_tsv_holds_a_span) {
   FILE *file = open_memstream(&text, &size);
   ck_assert_int_eq(us_profile_write_tsv(trace, file, NULL), US_OK);
   fclose(file);
-  ck_assert_ptr_nonnull(strstr(text, "\n0\ttarget\to_proj\t0\t1\t11.000\t51.000\t101.000\t100\n"));
-  ck_assert_ptr_nonnull(strstr(text, "\n1\tdraft\thead\t-1\t0\t131.000\t131.000\t151.000\t50\n"));
+  ck_assert_ptr_nonnull(strstr(text, "\n0\ttarget\to_proj\t0\t1\t11.000\t51.000\t101.000\t100\tworker\tnothing\n"));
+  ck_assert_ptr_nonnull(strstr(text, "\n1\tdraft\thead\t-1\t0\t131.000\t131.000\t151.000\t50\tworker\tnothing\n"));
   free(text);
   us_trace_free(trace);
 }

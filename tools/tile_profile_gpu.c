@@ -1,0 +1,163 @@
+/* tile_profile_gpu.c: a round of the engine, split into streaming and waiting by cause. */
+#include "tools/tile_profile_gpu.h"
+
+#include "base/table.h"
+#include "device/bench.h"
+#include "device/executor.h"
+#include "device/profile_device.h"
+
+/* ---- opening ------------------------------------------------------------------------------------------------------- */
+
+enum us_status us_tile_profile_check(struct us_opts *opts, struct us_err *err) {
+  static const char *const needs[] = {"gpus",    "engine", "synthetic", "uniform",   "batch",
+                                      "context", "rounds", "sms",       "role-spans"};
+  if (us_opt_device(opts, "device") >= 0) {
+    if (us_opt_flag(opts, "uniform") && !us_opt_given(opts, "synthetic"))
+      return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic");
+    if (us_opt_given(opts, "prompt") || us_opt_given(opts, "max-tokens"))
+      return us_err_set(err, US_ERR_USAGE, "on GPUs sequences begin at --context, without a prompt");
+    return US_OK;
+  }
+  for (size_t i = 0; i < sizeof needs / sizeof *needs; i++)
+    if (us_opt_given(opts, needs[i]))
+      return us_err_set(err, US_ERR_USAGE, "--%s needs --device cuda", needs[i]);
+  return US_OK;
+}
+
+static void say(void *arg, const char *line) {
+  us_log_notice(arg, "%s", line);
+}
+
+/* Rounds that a run takes at most, and what they add to the context. */
+#define ROUNDS_BEFORE 128
+
+enum us_status us_tile_profile_open(struct us_tool_run *run, const struct us_pair *pair,
+                                    struct us_executor **ret_ex, struct us_err *err) {
+  struct us_opts *o = run->opts;
+  uint32_t batch = (uint32_t)us_opt_int(o, "batch"), rounds = (uint32_t)us_opt_int(o, "rounds");
+  struct us_executor_cuda_options options = {
+      .device = us_opt_device(o, "device"),
+      .gpus = (uint32_t)us_opt_int(o, "gpus"),
+      .mode = us_opt_choice(o, "engine") == 1 ? US_DEVICE_GRAPH : US_DEVICE_ENGINE,
+      .sequences = batch,
+      .positions = (uint32_t)us_opt_int(o, "context") + (rounds + ROUNDS_BEFORE) * US_MAX_BLOCK,
+      .uniform = us_opt_flag(o, "uniform"),
+      .uniform_seed = (uint64_t)us_opt_int(o, "seed"),
+      .say = say,
+      .arg = run->log};
+  if (!us_opt_given(o, "synthetic"))
+    return us_executor_create_cuda(pair->model, pair->draft, &options, ret_ex, err);
+  struct us_shape shape;
+  struct us_draft_shape draft;
+  bool drafting = us_opt_given(o, "draft");
+  enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
+  if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
+  if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
+  if (status != US_OK) return status;
+  return us_executor_create_synthetic(&shape, drafting ? &draft : NULL, (uint64_t)us_opt_int(o, "synthetic"),
+                                      &options, ret_ex, err);
+}
+
+/* ---- the table ----------------------------------------------------------------------------------------------------- */
+
+static const char *const columns[] = {
+    "program",       "op",      "us",          "share",     "work_us",   "hand_off_us",
+    "ring_empty_us", "sums_us", "exchange_us", "norm_us",   "router_us", "select_us",
+    "ring_full_us",  "bytes",   "gb_per_s",    "of_ceiling"};
+
+static void print_line(struct us_table *table, const char *program, const char *op,
+                       const struct us_breakdown_op *t, double round, double bytes, double ceiling) {
+  static const enum us_engine_wait waits[] = {
+      US_ENGINE_WAIT_DONE, US_ENGINE_WAIT_STAGE, US_ENGINE_WAIT_SUMS,  US_ENGINE_WAIT_EXCHANGE,
+      US_ENGINE_WAIT_NORM, US_ENGINE_WAIT_ROUTE, US_ENGINE_WAIT_SELECT};
+  double work = t->time;
+  for (int wait = 0; wait < US_TRACE_WAITS; wait++) work -= t->wait[wait];
+  us_table_text(table, program);
+  us_table_text(table, op);
+  us_table_num(table, 1e6 * t->time);
+  us_table_num(table, t->time / round);
+  us_table_num(table, 1e6 * work);
+  for (size_t i = 0; i < sizeof waits / sizeof *waits; i++) us_table_num(table, 1e6 * t->wait[waits[i]]);
+  us_table_num(table, 1e6 * t->ring_full);
+  us_table_num(table, bytes);
+  us_table_num(table, bytes > 0 ? bytes / t->time / 1e9 : 0);
+  us_table_num(table, bytes > 0 ? bytes / t->time / ceiling : 0);
+}
+
+static void add(struct us_breakdown_op *sum, const struct us_breakdown_op *t) {
+  sum->time += t->time, sum->ring_full += t->ring_full;
+  for (int wait = 0; wait < US_TRACE_WAITS; wait++) sum->wait[wait] += t->wait[wait];
+}
+
+static enum us_status print_table(struct us_tool_run *run, const struct us_device_profile_result *r,
+                                  double ceiling, double *ret_bytes, struct us_err *err) {
+  struct us_table *table;
+  struct us_breakdown_op all = {0};
+  *ret_bytes = 0;
+  enum us_status status = us_table_open(run->out, columns, sizeof columns / sizeof *columns,
+                                        us_opt_flag(run->opts, "json"), &table, err);
+  if (status != US_OK) return status;
+  for (int program = 0; program < US_PROGRAM_KINDS; program++)
+    for (int op = 0; op <= US_TASK_OP_COUNT; op++) {
+      const struct us_breakdown_op *t = &r->breakdown.ops[program][op];
+      const struct us_device_traffic *traffic = &r->traffic[program];
+      if (t->time <= 0) continue;
+      double bytes = r->ranks * (double)traffic->by_task[op] * (traffic->of_experts[op] ? r->experts : 1);
+      print_line(table, us_program_kind_name((enum us_program_kind)program), us_trace_op_name(op), t,
+                 r->breakdown.round, bytes, ceiling);
+      add(&all, t);
+      *ret_bytes += bytes;
+    }
+  print_line(table, "all", "all", &all, r->breakdown.round, *ret_bytes, ceiling);
+  return us_table_close(table, err);
+}
+
+/* ---- the run ------------------------------------------------------------------------------------------------------- */
+
+static void tell(struct us_tool_run *run, const struct us_device_profile_result *r,
+                 const struct us_bench_device *device, double bytes) {
+  const struct us_breakdown *b = &r->breakdown;
+  const struct us_log *log = run->log;
+  double share = 100 / b->round;
+  us_log_notice(log, "%u x %s%s: a round takes %.3f ms, recorded %.3f ms: the recording costs %.1f %%",
+                device->gpus, device->name,
+                us_opt_given(run->opts, "synthetic") ? ", weights are synthetic" : "", 1e3 * r->plain_round,
+                1e3 * r->recorded_round, 100 * (r->recorded_round / r->plain_round - 1));
+  us_log_notice(log, "of a recorded round %.1f %% is streaming weights, %.1f %% other work",
+                share * b->streaming, share * b->vectors);
+  for (int wait = 1; wait < US_TRACE_WAITS; wait++)
+    if (share * b->wait[wait] >= 0.05)
+      us_log_notice(log, "and %.1f %% waiting: %s", share * b->wait[wait], us_trace_wait_name(wait));
+  us_log_notice(
+      log,
+      "a round without recording reads %.3f GB of weights at %.0f GB/s, %.1f %% of the %.0f GB/s measured",
+      bytes / 1e9, bytes / r->plain_round / 1e9, 100 * bytes / r->plain_round / device->ceiling,
+      device->ceiling / 1e9);
+  if (b->dropped)
+    us_log_warning(log, "%llu intervals found no room; --role-spans makes some",
+                   (unsigned long long)b->dropped);
+}
+
+enum us_status us_tile_profile_gpu(struct us_tool_run *run, struct us_executor *ex, struct us_trace *trace,
+                                   struct us_err *err) {
+  struct us_opts *o = run->opts;
+  uint32_t block = (uint32_t)us_opt_int(o, "block");
+  struct us_device_profile_options options = {.batch = (uint32_t)us_opt_int(o, "batch"),
+                                              .block = block       ? block
+                                                       : ex->draft ? ex->draft->shape.block
+                                                                   : 8,
+                                              .context = (uint32_t)us_opt_int(o, "context"),
+                                              .rounds = (uint32_t)us_opt_int(o, "rounds"),
+                                              .capacity = (uint32_t)us_opt_int(o, "role-spans"),
+                                              .keep = (uint32_t)us_opt_int(o, "sms"),
+                                              .seed = (uint64_t)us_opt_int(o, "seed"),
+                                              .interrupted = us_tool_interrupted};
+  struct us_device_profile_result result;
+  struct us_bench_device device;
+  double bytes;
+  enum us_status status = us_bench_device(ex, &device, err);
+  if (status == US_OK) status = us_device_profile_run(ex, &options, &result, trace, err);
+  if (status == US_OK) status = print_table(run, &result, device.ceiling, &bytes, err);
+  if (status == US_OK) tell(run, &result, &device, bytes);
+  return status;
+}
