@@ -16,6 +16,7 @@
 #define THREADS  (WARPS * 32)
 #define QUERIES  (WARPS * 16)
 #define KEYS     US_PREFILL_PAGE
+#define MOST_Q   192
 #define PAD      8 /* values: rows of shared memory start 4 banks apart */
 #define V_STRIDE (KEYS + PAD)
 
@@ -53,22 +54,25 @@ static __device__ __forceinline__ void split(float x, float y, uint32_t *high, u
   *low = pack_bf16(x - __uint_as_float(*high << 16), y - __uint_as_float(*high & 0xffff0000u));
 }
 
-/* Rotated queries q0 .. q0 + 127; zeros past the last and past Q. */
-static __device__ void load_queries(const struct us_prefill_attention *a, const struct layout *l, uint8_t *shared, uint32_t q0,
-                                    uint32_t g) {
-  uint32_t Q = a->cache.Q, pairs = us_engine_k_stride(Q) / 2, heads = a->H / a->cache.G;
-  for (uint32_t i = threadIdx.x; i < QUERIES * pairs; i += THREADS) {
-    uint32_t q = i / pairs, d = i % pairs * 2, row = (q0 + q) / heads;
-    float v[2] = {0, 0};
-    if (row < a->rows) {
-      const float *head = a->q + (size_t)row * a->stride + (g * heads + (q0 + q) % heads) * Q;
-      const float *table = a->rope + (size_t)(a->position + row) * a->rotary;
-      for (uint32_t j = 0; j < 2 && d + j < Q; j++) v[j] = us_prefill_rotate(head, table, a->rotary, d + j);
+/* A warp's 16 rotated queries from q0 on; zeros past the last and past Q. */
+static __device__ __forceinline__ void load_queries(const struct us_prefill_attention *a, const struct layout *l, uint8_t *to,
+                                                    uint32_t q0, uint32_t g, int lane) {
+  uint32_t Q = a->cache.Q, width = us_engine_k_stride(Q), heads = a->H / a->cache.G;
+#pragma unroll 4
+  for (uint32_t q = 0; q < 16; q++) {
+    uint32_t row = (q0 + q) / heads, exists = row < a->rows;
+    const float *head = a->q + (size_t)row * a->stride + (g * heads + (q0 + q) % heads) * Q;
+    const float *table = a->rope + (size_t)(a->position + row) * a->rotary;
+#pragma unroll
+    for (uint32_t j = 0; j < MOST_Q / 64; j++) {
+      uint32_t d = j * 64 + lane * 2, high, low;
+      if (d >= width) break;
+      float x = exists && d < Q ? us_prefill_rotate(head, table, a->rotary, d) : 0;
+      float y = exists && d + 1 < Q ? us_prefill_rotate(head, table, a->rotary, d + 1) : 0;
+      split(x, y, &high, &low);
+      *(uint32_t *)(to + (q * l->stride + d) * 2) = high;
+      *(uint32_t *)(to + l->low + (q * l->stride + d) * 2) = low;
     }
-    uint32_t high, low;
-    split(v[0], v[1], &high, &low);
-    *(uint32_t *)(shared + (q * l->stride + d) * 2) = high;
-    *(uint32_t *)(shared + l->low + (q * l->stride + d) * 2) = low;
   }
 }
 
@@ -104,43 +108,73 @@ static __device__ __forceinline__ uint32_t column_address(uint32_t base, uint32_
   return base + ((lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8) * 2;
 }
 
-/* s[n] = dot products of 16 queries with keys 8 n .. 8 n + 7. */
+/* 16 columns of the warp's queries, both terms, and of 64 keys. */
+struct operands {
+  uint32_t a[2][4], b[4][4];
+};
+static __device__ __forceinline__ void load_operands(uint32_t high, uint32_t low, uint32_t keys, uint32_t stride, uint32_t k,
+                                                     struct operands *o) {
+  us_load_matrices(high + k * 32, o->a[0]);
+  us_load_matrices(low + k * 32, o->a[1]);
+#pragma unroll
+  for (int j = 0; j < 4; j++) us_load_matrices(keys + j * 16 * stride * 2 + k * 32, o->b[j]);
+}
+
+/* s[n] = scaled dot products of 16 queries with keys 8 n .. 8 n + 7. */
 static __device__ __forceinline__ void dot_keys(uint32_t high, uint32_t low, uint32_t keys, uint32_t stride, uint32_t steps,
-                                                float s[8][4]) {
+                                                float scale, float s[8][4]) {
 #pragma unroll
   for (int n = 0; n < 8; n++)
 #pragma unroll
     for (int c = 0; c < 4; c++) s[n][c] = 0;
+  struct operands now, next;
+  load_operands(high, low, keys, stride, 0, &now);
+#pragma unroll 2
   for (uint32_t k = 0; k < steps; k++) {
-    uint32_t a[2][4], b[4][4];
-    us_load_matrices(high + k * 32, a[0]);
-    us_load_matrices(low + k * 32, a[1]);
-#pragma unroll
-    for (int j = 0; j < 4; j++) us_load_matrices(keys + j * 16 * stride * 2 + k * 32, b[j]);
+    load_operands(high, low, keys, stride, k + 1 < steps ? k + 1 : k, &next);
 #pragma unroll
     for (int term = 0; term < 2; term++)
 #pragma unroll
-      for (int n = 0; n < 8; n++) us_mma_bf16(s[n], a[term], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], s[n]);
+      for (int n = 0; n < 8; n++)
+        us_mma_bf16(s[n], now.a[term], now.b[n / 2][n % 2 * 2], now.b[n / 2][n % 2 * 2 + 1], s[n]);
+    now = next;
   }
+#pragma unroll
+  for (int n = 0; n < 8; n++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) s[n][c] *= scale;
 }
 
-/* Scores to weights relative to the new maximum; returns nothing of masked keys. factor: what older sums shrink by. */
+/* e^x for x <= 0 within 2^-21, two instructions instead of us_expf's twenty: a score costs 20 multiplies of the tensor cores. */
+static __device__ __forceinline__ float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x * US_EXP_LOG2E));
+  return y;
+}
+
+/* Scores of keys that a row must not see become -Inf. */
 template <int VT>
-static __device__ __forceinline__ void weigh(const struct us_prefill_attention *a, struct state<VT> *x, uint32_t tile, int lane,
-                                             float s[8][4], float factor[2]) {
+static __device__ __forceinline__ void mask_keys(const struct us_prefill_attention *a, const struct state<VT> *x, uint32_t tile,
+                                                 int lane, float s[8][4]) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float most = -INFINITY, sum = 0;
+  for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         int key = (int)(tile * KEYS) + n * 8 + lane % 4 * 2 + c, behind = x->position[i] - key;
         bool seen = behind >= 0 && (a->window == 0 || behind < (int)a->window);
-        float *score = &s[n][2 * i + c];
-        *score = seen ? *score * a->scale : -INFINITY;
-        most = fmaxf(most, *score);
+        if (!seen) s[n][2 * i + c] = -INFINITY;
       }
+}
+
+/* Scores to weights relative to the new maximum. factor: what older sums shrink by. */
+template <int VT> static __device__ __forceinline__ void weigh(struct state<VT> *x, float s[8][4], float factor[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float most = -INFINITY, sum = 0;
+#pragma unroll
+    for (int n = 0; n < 8; n++) most = fmaxf(most, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
     most = fmaxf(most, x->max[i]);
@@ -150,12 +184,12 @@ static __device__ __forceinline__ void weigh(const struct us_prefill_attention *
 #pragma unroll
       for (int c = 0; c < 2; c++) {
         float *score = &s[n][2 * i + c];
-        *score = *score == -INFINITY ? 0.0f : us_expf(*score - base);
+        *score = fast_exp(*score - base); /* 0 for -Inf */
         sum += *score;
       }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    factor[i] = x->max[i] == -INFINITY ? 0.0f : us_expf(x->max[i] - base);
+    factor[i] = fast_exp(x->max[i] - base);
     x->sum[i] = fmaf(x->sum[i], factor[i], sum);
     x->max[i] = most;
   }
@@ -229,7 +263,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
   uint32_t begin = a.window && first + 1 > a.window ? first + 1 - a.window : 0;
   uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), tile = begin / KEYS, tiles = last / KEYS + 1;
   load_tile(&a, &l, base, VT * 8, tile, g);
-  load_queries(&a, &l, shared, q0, g);
+  load_queries(&a, &l, shared + warp * 16 * l.stride * 2, q0 + warp * 16, g, lane);
 
   struct state<VT> x;
 #pragma unroll
@@ -243,6 +277,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int c = 0; c < 4; c++) x.out[n][c] = 0;
 
+  uint32_t seen_by_all = end == q0 + QUERIES ? first + 1 : 0; /* keys before this, unless a window hides them */
   uint32_t high = row_address(base + warp * 16 * l.stride * 2, l.stride, lane), steps = us_engine_k_stride(a.cache.Q) / 16;
   for (; tile < tiles; tile++) {
     if (tile + 1 < tiles) load_tile(&a, &l, base, VT * 8, tile + 1, g);
@@ -253,8 +288,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
     uint32_t b = tile % 2, keys = base + l.keys + b * KEYS * l.stride * 2, values = base + l.values + b * VT * 8 * V_STRIDE * 2;
     float s[8][4], factor[2];
-    dot_keys(high, high + l.low, column_address(keys, l.stride, lane), l.stride, steps, s);
-    weigh<VT>(&a, &x, tile, lane, s, factor);
+    dot_keys(high, high + l.low, column_address(keys, l.stride, lane), l.stride, steps, a.scale, s);
+    bool all = (tile + 1) * KEYS <= seen_by_all && (a.window == 0 || tile * KEYS + a.window > last);
+    if (!all) mask_keys<VT>(&a, &x, tile, lane, s);
+    weigh<VT>(&x, s, factor);
     add_values<VT>(&x, factor, s, column_address(values, V_STRIDE, lane));
     __syncthreads();
   }

@@ -68,6 +68,11 @@ static __device__ __forceinline__ void us_prefill_split(uint32_t low, uint32_t h
   }
 }
 
+/* The float of stored MXFP4 scale byte g of `bytes`, g known when compiled. */
+static __device__ __forceinline__ float us_prefill_scale(uint32_t bytes, int g) {
+  return __uint_as_float((g < 3 ? bytes << (23 - 8 * g) : bytes >> 1) & 0x7f800000u);
+}
+
 template <int HALVES>
 static __device__ __forceinline__ void us_prefill_load_mxfp4(const uint8_t *pages, uint32_t page_bytes, int g, int lane,
                                                              const uint32_t tail[4],
@@ -86,8 +91,7 @@ static __device__ __forceinline__ void us_prefill_load_mxfp4(const uint8_t *page
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     us_mxfp4_fragment(word[i], f->a[0][i / 2][i % 2]);
-    uint32_t shifted = g < 3 ? tail[i] << (23 - 8 * g) : tail[i] >> 1; /* the byte at the place of a float's exponent */
-    f->scale[i / 2][i % 2] = __uint_as_float(shifted & 0x7f800000u);
+    f->scale[i / 2][i % 2] = us_prefill_scale(tail[i], g);
   }
 }
 
@@ -120,6 +124,41 @@ static __device__ __forceinline__ void us_prefill_load(const uint8_t *pages, uin
       us_prefill_split(w1.x, w1.y, h, 2, f), us_prefill_split(w1.z, w1.w, h, 3, f);
     }
   }
+}
+
+/* One 16-row half of a full page: all its columns, 16 at a time, and its scales: of rows lane / 4 and + 8 in each group (MXFP4), of
+ * the page (FP8). */
+template <int FORMAT, int HALVES>
+static __device__ __forceinline__ void us_prefill_load_half(const uint8_t *pages, uint32_t page_bytes, int h, int lane,
+                                                            uint32_t (*a)[4], uint32_t scale[2]) {
+  constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups;
+  const uint8_t *page = HALVES == 2 ? pages : pages + h * page_bytes;
+  const int first = HALVES == 2 ? h : 0; /* half of this page */
+#pragma unroll
+  for (int g = 0; g < GROUPS; g++) {
+    if constexpr (FORMAT == US_FORMAT_MXFP4) {
+      int at = HALVES == 2 ? (g * 32 + lane) * 2 + first : (g / 2 * 32 + lane) * 2 + g % 2;
+      uint2 words = ((const uint2 *)page)[at];
+      us_mxfp4_fragment(words.x, a[2 * g]), us_mxfp4_fragment(words.y, a[2 * g + 1]);
+    }
+    if constexpr (FORMAT == US_FORMAT_FP8) {
+      uint4 w = ((const uint4 *)page)[(g * HALVES + first) * 32 + lane];
+      us_fp8_fragment(w.x, a[2 * g]), us_fp8_fragment(w.y, a[2 * g] + 2);
+      us_fp8_fragment(w.z, a[2 * g + 1]), us_fp8_fragment(w.w, a[2 * g + 1] + 2);
+    }
+    if constexpr (FORMAT == US_FORMAT_BF16)
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        uint4 w = ((const uint4 *)page)[((g * HALVES + first) * 2 + k) * 32 + lane];
+        a[2 * g + k][0] = w.x, a[2 * g + k][1] = w.y, a[2 * g + k][2] = w.z, a[2 * g + k][3] = w.w;
+      }
+  }
+  if constexpr (FORMAT == US_FORMAT_MXFP4) {
+    uint2 words = ((const uint2 *)(page + us_prefill_chunks(HALVES, GROUPS) * 512))[lane / 4 * HALVES + first];
+    scale[0] = words.x, scale[1] = words.y;
+  }
+  if constexpr (FORMAT == US_FORMAT_FP8)
+    scale[0] = scale[1] = ((const uint32_t *)(page + GROUPS * HALVES * 512))[first];
 }
 
 /* acc[half] += the piece's product with 8 rows; b as ldmatrix gives it: columns 0..7, 8..15, .. of the piece. The tensor cores

@@ -1,75 +1,19 @@
-/* gemm.cu: up to 2048 rows times weight pages on tensor cores.
+/* gemm.cu: up to 2048 rows times weight pages on tensor cores: the choice of a kernel, and the narrow one.
  *
- * Weights are the 16-row operand, straight from pages; rows are the 8-column operand, gathered 16 bytes at a time into core
- * matrices. A warp owns 32 weight rows and all rows of the tile, so a fragment is decoded once for them all. A loading warpgroup
- * keeps a ring of pages and rows ahead, across tiles; K runs in ascending order in one warp, so nothing depends on the tiling.
+ * Weights are the 16-row operand, straight from pages; rows the 8-column operand. A loading warpgroup keeps a ring of both ahead,
+ * across items. K runs in ascending order in one accumulator: the tensor cores, which truncate, only add within a page (MXFP4, FP32:
+ * a group of 32 columns), the rest is added in FP32.
  *
- * Bound. Projections (128 rows a tile): mma.sync, which reaches 62 % of the chip's bf16 peak; a group of 32 columns costs a warp
- * 64 mma, 16 ldmatrix, 128 FFMA for the scales and about 70 instructions to decode, so neither decoding nor scaling binds.
- * Experts (about 11 rows each in a chunk of 512): bytes of weights; a group of 16 rows costs about 110 issue slots for 544 bytes
- * of MXFP4, 4.6 TB/s at full issue. Figures: docs/perf.md.
+ * Narrow: 16 warps of 32 weight rows, mma.sync; for experts (about 11 rows each in a chunk of 512), FP32 weights and odd pages. A row
+ * comes 16 bytes at a time as core matrices (8 rows x 8 columns, 128 bytes and 16 of padding, so that consecutive columns of a row
+ * hit different banks). Bound: about 80 issue slots, 84 of the integer pipe, for 544 bytes of MXFP4 and 16 rows: 6 TB/s at full issue.
+ * Figures: docs/perf.md.
  */
-#include "formats/bf16.h"
-#include "kernels/cpu/exp.h"
-#include "kernels/gpu/async.cuh"
 #include "kernels/prefill/fragment.cuh"
-#include "kernels/prefill/prefill.h"
+#include "kernels/prefill/gemm_store.cuh"
 
-#define LOADERS       4 /* warps */
-#define MAX_STAGES    8
-#define SHARED_BYTES  (227 * 1024)
-#define PATCH_STRIDE  36 /* floats of a token's 32 outputs in shared memory: 8 tokens hit different banks */
-#define PATCH_BYTES   (8 * PATCH_STRIDE * 4)
-#define GROUP_BYTES   512 /* 8 rows x 32 columns of activations */
-
-struct gemm_args {
-  struct us_prefill_gemm g;
-  struct us_prefill_groups groups;
-  uint32_t row_tiles;   /* 0: on the device, groups.tile_count */
-  uint32_t blocks;      /* of weight rows */
-  uint32_t part_slices;
-  uint32_t stages, slot_bytes, stage_bytes;
-};
-
-/* A block's piece of work: rows x one block of weight rows x one part of K. */
-struct gemm_item {
-  uint32_t expert, first, rows, part, block;
-};
-
-struct gemm_shared {
-  uint64_t full[MAX_STAGES], empty[MAX_STAGES];
-};
-
-/* Place in the ring. */
-struct gemm_cursor {
-  uint32_t stage, phase;
-};
-
-static __device__ __forceinline__ void advance(struct gemm_cursor *c, uint32_t stages) {
-  if (++c->stage == stages) c->stage = 0, c->phase ^= 1;
-}
-
-static __device__ __forceinline__ uint32_t item_count(const struct gemm_args *a) {
-  uint32_t tiles = a->g.opt_experts ? __ldg(a->groups.tile_count) : a->row_tiles;
-  return tiles * a->blocks * a->g.parts;
-}
-
-/* Projections: row tiles of the same weights run side by side and share them in L2. Experts: blocks of the same rows. */
-template <int TOKENS>
-static __device__ __forceinline__ struct gemm_item item_at(const struct gemm_args *a, uint32_t i) {
-  struct gemm_item item;
-  if (a->g.opt_experts) {
-    struct us_prefill_tile tile = a->groups.tiles[i / a->blocks];
-    item.expert = tile.expert, item.first = tile.first, item.rows = tile.rows;
-    item.part = 0, item.block = i % a->blocks;
-    return item;
-  }
-  uint32_t rest = i / a->row_tiles, left;
-  item.expert = 0, item.first = i % a->row_tiles * TOKENS, left = a->g.rows - item.first;
-  item.rows = left < TOKENS ? left : TOKENS;
-  item.block = rest % a->blocks, item.part = rest / a->blocks;
-  return item;
-}
+#define CORE_BYTES  144 /* of a core matrix */
+#define GROUP_BYTES (4 * CORE_BYTES)
 
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
@@ -77,43 +21,55 @@ static __device__ __forceinline__ void copy_16(uint32_t to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-/* LOADERS warps, each its share: the pages of each warp's 32 rows, one slice after the other, and the rows as core matrices,
- * tile of 8 after tile; lane: row lane % 8, columns lane / 8 * 8 of a group. */
-template <int HALVES, int WARPS, int GROUPS, int TILES>
+/* Lane of a copy: 16 bytes of a row, a row's side by side; `each` rows a copy. */
+struct row_share {
+  uint32_t each, row, chunk;
+};
+static __device__ __forceinline__ struct row_share share_rows(uint32_t groups, int lane) {
+  uint32_t chunks = groups * 4, each = groups == 1 ? 8 : groups == 2 ? 4 : 2;
+  struct row_share s = {each, lane / chunks, lane % chunks};
+  return s;
+}
+
+/* LOADERS warps, each its share: pages of SLOTS x 32 weight rows, one slice after the other, and tiles of 8 rows. */
+template <int HALVES, int SLOTS, int GROUPS, int TILES>
 static __device__ void load(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int loader, int lane) {
-  constexpr uint32_t PAGES = WARPS * 2 / HALVES, MINE = PAGES / LOADERS, MINE_TILES = TILES / LOADERS;
-  const struct us_engine_matrix w = a->g.w;
-  const uint32_t groups = w.groups, rows_at = ring + WARPS * a->slot_bytes + lane * 16;
+  constexpr int PAGES = SLOTS * 2 / HALVES, MINE = PAGES / LOADERS, MINE_TILES = TILES / LOADERS, COPIES = GROUPS == 1 ? 1 : 4;
+  const uint32_t page_bytes = a->g.w.page_bytes, groups = a->g.w.groups;
+  const struct row_share share = share_rows(groups, lane);
+  const uint32_t rows_at = ring + SLOTS * a->slot_bytes + share.chunk * CORE_BYTES;
   struct gemm_cursor c = {0, 0};
   uint32_t items = item_count(a);
+  struct gemm_item next = item_at<TILES * 8>(a, blockIdx.x, items);
   for (uint32_t i = blockIdx.x; i < items; i += gridDim.x) {
-    struct gemm_item item = item_at<TILES * 8>(a, i);
-    uint32_t place = loader * MINE + lane, tile = item.block * PAGES + place, left = w.tiles - item.block * PAGES;
-    uint32_t pages = left <= loader * MINE ? 0 : left - loader * MINE < MINE ? left - loader * MINE : MINE;
-    const uint8_t *from = w.pages + item.expert * w.matrix_bytes +
-                          ((uint64_t)tile * w.slices + item.part * a->part_slices) * w.page_bytes;
-    uint32_t to = HALVES == 2 ? ring + place * a->slot_bytes : ring + place / 2 * a->slot_bytes + place % 2 * w.page_bytes;
-    uint32_t row[MINE_TILES]; /* bytes from x */
-    const uint8_t *x = (const uint8_t *)a->g.x;
+    struct gemm_item item = next;
+    struct page_share pages = share_pages<HALVES, PAGES, MINE>(a, &item, loader, lane);
+    const uint8_t *x = (const uint8_t *)a->g.x + item.part * a->part_slices * groups * 64 + share.chunk * 16;
+    uint32_t row[MINE_TILES][COPIES]; /* bytes from x */
 #pragma unroll
-    for (int t = 0; t < MINE_TILES; t++) {
-      uint32_t r = (t * LOADERS + loader) * 8 + lane % 8, slot = item.first + (r < item.rows ? r : item.rows - 1);
-      if (a->g.opt_gather) slot = __ldg(a->g.opt_gather + slot);
-      row[t] = (slot * a->g.x_stride + item.part * a->part_slices * groups * 32 + lane / 8 * 8) * 2;
-    }
-    for (uint32_t slice = 0; slice < a->part_slices; slice++, from += w.page_bytes, x += groups * 64) {
+    for (int t = 0; t < MINE_TILES; t++)
+#pragma unroll
+      for (int k = 0; k < COPIES; k++) {
+        uint32_t r = (t * LOADERS + loader) * 8 + k * share.each + share.row;
+        uint32_t slot = item.first + (r < item.rows ? r : item.rows - 1);
+        row[t][k] = (a->g.opt_gather ? __ldg(a->g.opt_gather + slot) : slot) * a->g.x_stride * 2;
+      }
+    next = item_at<TILES * 8>(a, i + gridDim.x, items);
+    for (uint32_t slice = 0; slice < a->part_slices; slice++, pages.from += page_bytes, x += groups * 64) {
       uint32_t full = us_shared_address(&s->full[c.stage]), offset = c.stage * a->stage_bytes;
       us_barrier_wait(us_shared_address(&s->empty[c.stage]), c.phase ^ 1);
-      if (lane == 0) us_barrier_expect(full, pages * w.page_bytes);
+      if (lane == 0) us_barrier_expect(full, pages.lanes * page_bytes);
       __syncwarp();
-      if (lane < pages) us_bulk_load(to + offset, from, w.page_bytes, full);
+      if (lane < pages.lanes) us_bulk_load(ring + offset + pages.to, pages.from, page_bytes, full);
 #pragma unroll
       for (int t = 0; t < MINE_TILES; t++) {
-        uint32_t at = t * LOADERS + loader;
-        if (at * 8 >= item.rows) break;
+        uint32_t tile = t * LOADERS + loader, to = rows_at + offset + tile * GROUPS * GROUP_BYTES;
+        if (tile * 8 >= item.rows) break;
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-          if (g < groups) copy_16(rows_at + offset + (at * GROUPS + g) * GROUP_BYTES, x + row[t] + g * 64);
+        for (int k = 0; k < COPIES; k++) {
+          uint32_t r = k * share.each + share.row;
+          if (share.row < share.each && r < 8) copy_16(to + r * 16, x + row[t][k]);
+        }
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full) : "memory");
       advance(&c, a->stages);
@@ -133,7 +89,8 @@ static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t p
   uint32_t tail[4];
   if (FULL) groups = GROUPS;
   us_prefill_tail<FORMAT, HALVES>(pages, page_bytes, groups, lane, tail);
-#pragma unroll
+  constexpr int UNROLL = TILES > 4 ? 1 : GROUPS; /* a group of 16 tiles is 5 KB of code already */
+#pragma unroll UNROLL
   for (int g = 0; g < GROUPS; g++) {
     if (!FULL && g >= groups) break;
 #pragma unroll
@@ -145,7 +102,7 @@ static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t p
         uint32_t b[STEP][4];
 #pragma unroll
         for (int j = 0; j < STEP; j++)
-          us_load_matrices(rows + ((t + j) * GROUPS + g) * GROUP_BYTES + lane * 16, b[j]);
+          us_load_matrices(rows + ((t + j) * GROUPS + g) * GROUP_BYTES + lane / 8 * CORE_BYTES + lane % 8 * 16, b[j]);
 #pragma unroll
         for (int j = 0; j < STEP; j++) us_prefill_multiply<FORMAT>(f, b[j] + 4 / SUBS * sub, acc[t + j]);
       }
@@ -171,60 +128,6 @@ static __device__ __forceinline__ void multiply_some(const uint8_t *pages, uint3
   }
 }
 
-static __device__ __forceinline__ uint16_t operand_bits(float x) {
-  return us_bf16_from_f32(us_bf16_round(x) * US_ENGINE_OPERAND_UNIT);
-}
-
-static __device__ __forceinline__ float swiglu(float gate, float up) {
-  return gate / (1.0f + us_expf(-gate)) * up;
-}
-
-/* 32 outputs x 8 rows of a warp, through its patch of shared memory so that a row's outputs leave side by side. */
-static __device__ __forceinline__ void store_patch(const struct gemm_args *a, const struct gemm_item *item, int tile,
-                                                   uint32_t column, float undo, int lane, float *patch,
-                                                   const float acc[2][4]) {
-  const struct us_prefill_rows *out = &a->g.out;
-  __syncwarp();
-#pragma unroll
-  for (int h = 0; h < 2; h++)
-#pragma unroll
-    for (int c = 0; c < 4; c++)
-      patch[(lane % 4 * 2 + c % 2) * PATCH_STRIDE + h * 16 + c / 2 * 8 + lane / 4] = acc[h][c] * undo;
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    uint32_t r = tile * 8 + j * 4 + lane / 8, at = column + lane % 8 * 4;
-    if (r >= item->rows || at >= a->g.valid) continue;
-    uint32_t slot = item->first + r, row = a->g.opt_scatter ? __ldg(a->g.opt_scatter + slot) : slot;
-    float4 v = *(const float4 *)(patch + (j * 4 + lane / 8) * PATCH_STRIDE + lane % 8 * 4);
-    float *to = out->base[row / out->per_rank] + (size_t)(row % out->per_rank) * out->stride +
-                item->part * out->part + out->first + at;
-    if (at + 4 <= a->g.valid) {
-      *(float4 *)to = v;
-    } else {
-      to[0] = v.x;
-      if (at + 1 < a->g.valid) to[1] = v.y;
-      if (at + 2 < a->g.valid) to[2] = v.z;
-    }
-  }
-}
-
-/* The same of silu(gate) * up: 16 outputs. */
-static __device__ __forceinline__ void store_swiglu(const struct gemm_args *a, const struct gemm_item *item, int tile,
-                                                    uint32_t column, float undo, int lane, float *patch,
-                                                    const float acc[2][4]) {
-  uint16_t *inner = (uint16_t *)patch; /* (8, 24): rows 48 bytes apart */
-  __syncwarp();
-#pragma unroll
-  for (int c = 0; c < 4; c++)
-    inner[(lane % 4 * 2 + c % 2) * 24 + c / 2 * 8 + lane / 4] = operand_bits(swiglu(acc[0][c] * undo, acc[1][c] * undo));
-  __syncwarp();
-  uint32_t r = tile * 8 + lane / 4, at = column / 2 + lane % 4 * 4;
-  if (r >= item->rows || at >= a->g.valid / 2) return;
-  uint2 v = *(const uint2 *)(inner + lane / 4 * 24 + lane % 4 * 4);
-  *(uint2 *)(a->g.opt_swiglu + (size_t)(item->first + r) * a->g.swiglu_stride + at) = v;
-}
-
 template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
 static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *pages, uint32_t rows,
                                float *patch, int warp, int lane) {
@@ -232,42 +135,40 @@ static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s,
   const struct us_engine_matrix w = a->g.w;
   struct gemm_cursor c = {0, 0};
   uint32_t items = item_count(a);
+  struct gemm_item next = item_at<TILES * 8>(a, blockIdx.x, items);
   pages += warp * a->slot_bytes;
   for (uint32_t i = blockIdx.x; i < items; i += gridDim.x) {
-    struct gemm_item item = item_at<TILES * 8>(a, i);
-    uint32_t tiles = (item.rows + 7) / 8, column = (item.block * WARPS + warp) * 32;
+    struct gemm_item item = next;
+    uint32_t tiles = (item.rows + 7) / 8, column = (item.block * WARPS + warp) * 32, row[TILES];
     bool working = column < w.tiles * 16 * HALVES;
     float acc[TILES][2][4] = {};
+    next = item_at<TILES * 8>(a, i + gridDim.x, items);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) row[t] = row_of(a, &item, t, lane);
     for (uint32_t slice = 0; slice < a->part_slices; slice++) {
       us_barrier_wait(us_shared_address(&s->full[c.stage]), c.phase);
       uint32_t offset = c.stage * a->stage_bytes;
       if (working)
         multiply_some<FORMAT, HALVES, FULL, TILES>(pages + offset, w.page_bytes, w.groups, rows + offset, tiles, lane, acc);
-      __syncwarp();
-      if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c.stage]));
-      advance(&c, a->stages);
+      release(s, &c, a->stages, lane);
     }
     if (!working) continue;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       if (t >= tiles) break;
-      if (a->g.opt_swiglu)
-        store_swiglu(a, &item, t, column, undo, lane, patch, acc[t]);
-      else
-        store_patch(a, &item, t, column, undo, lane, patch, acc[t]);
+      if (a->g.opt_swiglu) {
+        store_gated(a, &item, t, column, undo, lane, patch, acc[t][0], acc[t][1]);
+      } else {
+        store_sums(a, &item, t, row[t], column, undo, lane, patch, acc[t][0]);
+        store_sums(a, &item, t, row[t], column + 16, undo, lane, patch, acc[t][1]);
+      }
     }
   }
 }
 
-template <uint32_t REGISTERS, bool MORE> static __device__ __forceinline__ void set_registers(void) {
-  if (MORE)
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-  else
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
+/* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
-/* Shared memory: [warps' patches][stages, each: pages of the warps, rows]. The loading warpgroup gives registers to the
- * others: a block starts with 168 a thread for 3 warpgroups, 96 for 5, and no more can be had: 2 x 216 + 72, 4 x 104 + 64. */
+/* Shared memory: [warps' patches][stages: pages, rows]. Registers: 2 x 216 + 72, or 4 x 104 + 64. */
 template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
 static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm(const __grid_constant__ struct gemm_args a) {
   extern __shared__ __align__(128) uint8_t raw[];
@@ -275,13 +176,7 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint8_t *pages = raw + WARPS * PATCH_BYTES;
   uint32_t ring = us_shared_address(pages), rows = ring + WARPS * a.slot_bytes;
-  if (threadIdx.x == 0)
-    for (uint32_t i = 0; i < a.stages; i++) {
-      us_barrier_init(us_shared_address(&s.full[i]), LOADERS * 33); /* expected bytes, and 32 lanes of rows */
-      us_barrier_init(us_shared_address(&s.empty[i]), WARPS);
-    }
-  us_barrier_init_fence();
-  __syncthreads();
+  init_ring(&s, a.stages, LOADERS * 33, WARPS); /* full: expected bytes, and 32 lanes of rows */
   if (warp >= WARPS) {
     set_registers<WARPS == 8 ? 72 : 64, false>();
     load<HALVES, WARPS, us_prefill_most<FORMAT, HALVES>::groups, TILES>(&a, &s, ring, warp - WARPS, lane);
@@ -293,7 +188,7 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-static cudaError_t processors(uint32_t *ret_count) {
+cudaError_t us_prefill_processors(uint32_t *ret_count) {
   int device, count = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
@@ -314,7 +209,7 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   a->row_tiles = (a->g.rows + TILES * 8 - 1) / (TILES * 8);
   a->blocks = (w->tiles * HALVES + WARPS * 2 - 1) / (WARPS * 2);
   uint32_t bytes = WARPS * PATCH_BYTES + a->stages * a->stage_bytes, grid;
-  cudaError_t status = processors(&grid);
+  cudaError_t status = us_prefill_processors(&grid);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
   if (status != cudaSuccess) return status;
@@ -324,11 +219,13 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-/* Few rows an expert or in all: more warps with fewer rows each. FP32's three terms leave room for 64 rows. The sums are the same. */
+/* What a matrix is multiplied by decides which bits it gives, so the number of rows has no say in it. */
 template <int FORMAT, int HALVES, bool FULL> static cudaError_t choose(struct gemm_args *a, cudaStream_t stream) {
-  if constexpr (FULL)
-    if (!a->g.opt_experts && a->g.rows > US_PREFILL_EXPERT_ROWS)
-      return launch<FORMAT, HALVES, FULL, 8, FORMAT == US_FORMAT_F32 ? 8 : 16>(a, stream);
+  if constexpr (FORMAT == US_FORMAT_F32) { /* three terms leave room for 64 rows */
+    if (a->g.rows > US_PREFILL_EXPERT_ROWS) return launch<FORMAT, HALVES, FULL, 8, 8>(a, stream);
+  } else if (FULL && !a->g.opt_experts) {
+    return us_prefill_wide(a, stream);
+  }
   return launch<FORMAT, HALVES, FULL, 16, US_PREFILL_EXPERT_ROWS / 8>(a, stream);
 }
 
@@ -370,9 +267,9 @@ int us_prefill_gemm(const struct us_prefill_gemm *gemm, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-/* 512 rows are 4 tiles: a part for every 32 blocks of weight rows at most, so that 132 processors have work. */
+/* 512 rows are 4 tiles: up to 32 blocks of 128 weight rows and parts, so that 132 processors have work. */
 uint32_t us_prefill_parts(const struct us_engine_matrix *w) {
-  uint32_t blocks = (w->tiles * w->halves + 15) / 16, most = blocks < 32 ? 32 / blocks : 1, parts = 1;
+  uint32_t blocks = (w->tiles * w->halves + 7) / 8, most = blocks < 32 ? 32 / blocks : 1, parts = 1;
   for (uint32_t p = 1; p <= most && p <= w->slices; p++)
     if (w->slices % p == 0) parts = p;
   return parts;

@@ -38,16 +38,22 @@ static const struct product products[] = {
 
 /* ---- truth ------------------------------------------------------------------------------------------------------- */
 
-/* Groups of 32 columns in the tensor cores, added in FP32 one after the other; parts likewise. */
-static struct lab_sum dot(enum us_format format, uint32_t K, uint32_t parts, const double *w, const float *x) {
+/* Columns that the tensor cores add up before FP32 does. */
+static uint32_t chain_of(const struct lab_weights *w) {
+  return w->format == US_FORMAT_FP8 || w->format == US_FORMAT_BF16 ? w->pages.slice_cols : 32;
+}
+
+/* Chains one after the other in FP32; parts likewise. */
+static struct lab_sum dot(const struct lab_weights *w, uint32_t parts, const double *row, const float *x) {
   struct lab_sum s = {0, 0, 0};
+  uint32_t K = w->cols, chain = chain_of(w);
   for (uint32_t part = 0; part < parts; part++) {
     double acc = 0;
-    for (uint32_t k = part * (K / parts); k < (part + 1) * (K / parts); k += 32) {
-      double group = 0, lost = lab_multiply(&group, w + k, x + k, &s.magnitude);
-      lost += lab_multiply(&group, w + k + 16, x + k + 16, &s.magnitude);
-      acc += group;
-      s.allowed += (format == US_FORMAT_F32 ? 3 : 1) * lost + LAB_UNIT * (fabs(acc) + fabs(group));
+    for (uint32_t k = part * (K / parts); k < (part + 1) * (K / parts); k += chain) {
+      double sum = 0, lost = 0;
+      for (uint32_t i = k; i < k + chain; i += 16) lost += lab_multiply(&sum, row + i, x + i, &s.magnitude);
+      acc += sum;
+      s.allowed += (w->format == US_FORMAT_F32 ? 3 : 1) * lost + LAB_UNIT * (fabs(acc) + fabs(sum));
     }
     s.value += acc, s.allowed += LAB_UNIT * fabs(s.value);
   }
@@ -58,10 +64,10 @@ static struct lab_sum dot(enum us_format format, uint32_t K, uint32_t parts, con
 static struct lab_sum expect(const struct lab_weights *w, uint32_t parts, uint32_t index, uint32_t n, const float *x,
                              enum lab_mutation mutation) {
   std::vector<double> row = lab_row(w, index, 0, n, mutation);
-  struct lab_sum g = dot(w->format, w->cols, parts, row.data(), x);
+  struct lab_sum g = dot(w, parts, row.data(), x);
   if (!w->gated) return g;
   std::vector<double> up = lab_row(w, index, 1, n, LAB_NONE);
-  struct lab_sum u = dot(w->format, w->cols, parts, up.data(), x);
+  struct lab_sum u = dot(w, parts, up.data(), x);
   struct lab_sum h = {lab_silu(g.value) * u.value, 0, lab_gated_allowed(&g, &u)};
   return h;
 }
@@ -176,7 +182,7 @@ static void check_alone(const struct product *p, const struct lab_weights *w, co
 static void lab_product(const struct product *p, uint64_t seed) {
   uint64_t state = seed + p->N + p->K;
   struct lab_weights w = lab_weights(p->format, p->N, p->K);
-  w.gated = p->swiglu;
+  w.gated = p->swiglu, w.parts = p->parts;
   lab_weights_make(&w, seed, p->tile_rows);
   struct lab_many x = lab_many_rows(p->rows, p->K, &state);
   uint32_t columns = p->swiglu ? p->N / 2 : p->N;
