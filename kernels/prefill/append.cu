@@ -21,7 +21,8 @@ static __device__ __forceinline__ enum slot_source source_of(const struct us_pre
 }
 
 /* 1 / rms of the head in each slot; 1 without a norm. */
-static __device__ __forceinline__ void head_scales(const struct us_prefill_append *a, uint32_t p0, uint32_t g, float *scale) {
+static __device__ __forceinline__ void head_scales(const struct us_prefill_append *a, uint32_t p0, uint32_t g,
+                                                   float *scale) {
   uint32_t Q = a->cache.Q, lane = threadIdx.x % 32;
   for (uint32_t j = threadIdx.x / 32; j < SLOTS; j += THREADS / 32) {
     float squares = 0;
@@ -35,8 +36,9 @@ static __device__ __forceinline__ void head_scales(const struct us_prefill_appen
   }
 }
 
-static __device__ __forceinline__ void append_keys(const struct us_prefill_append *a, uint32_t p0, uint32_t g, uint8_t *page,
-                                                   uint8_t *old, const float *scale, float (*head)[MOST_Q]) {
+static __device__ __forceinline__ void append_keys(const struct us_prefill_append *a, uint32_t p0, uint32_t g,
+                                                   uint8_t *page, uint8_t *old, const float *scale,
+                                                   float (*head)[MOST_Q]) {
   uint32_t Q = a->cache.Q, stride = us_engine_k_stride(Q), slot0 = p0 % US_PREFILL_PAGE;
   uint16_t *keys = us_prefill_keys(&a->cache, page, g) + slot0 * stride;
   for (uint32_t i = threadIdx.x; i < SLOTS * Q; i += THREADS) {
@@ -59,8 +61,8 @@ static __device__ __forceinline__ void append_keys(const struct us_prefill_appen
   }
 }
 
-static __device__ __forceinline__ void append_values(const struct us_prefill_append *a, uint32_t p0, uint32_t g, uint8_t *page,
-                                                     uint8_t *old) {
+static __device__ __forceinline__ void append_values(const struct us_prefill_append *a, uint32_t p0,
+                                                     uint32_t g, uint8_t *page, uint8_t *old) {
   uint32_t V = a->cache.V, slot0 = p0 % US_PREFILL_PAGE;
   uint16_t *values = us_prefill_values(&a->cache, page, g) + slot0;
   for (uint32_t i = threadIdx.x; i < SLOTS * V; i += THREADS) {
@@ -71,17 +73,19 @@ static __device__ __forceinline__ void append_values(const struct us_prefill_app
     if (source == SLOT_OLD)
       bits = (us_prefill_values(&a->cache, old, g) + slot0)[at];
     else if (source == SLOT_ROW)
-      bits = us_bf16_from_f32(a->kv[(size_t)(p0 + j - a->position) * a->stride + a->v_first + g * V + d] * a->value_scale);
+      bits = us_bf16_from_f32(a->kv[(size_t)(p0 + j - a->position) * a->stride + a->v_first + g * V + d] *
+                              a->value_scale);
     values[at] = bits;
   }
 }
 
-static __global__ void __launch_bounds__(THREADS) prefill_append(const __grid_constant__ struct us_prefill_append a,
-                                                                 uint32_t first) {
+static __global__ void __launch_bounds__(THREADS)
+    prefill_append(const __grid_constant__ struct us_prefill_append a, uint32_t first) {
   __shared__ float scale[SLOTS], head[SLOTS][MOST_Q];
   uint32_t p0 = first + blockIdx.x * SLOTS, tile = p0 / US_PREFILL_PAGE;
   uint8_t *page = us_prefill_page(&a.cache, tile), *old = NULL;
-  if (a.cache.opt_staging && p0 < a.position) old = a.cache.pool + a.cache.tables[a.cache.layer][tile % a.cache.page_count];
+  if (a.cache.opt_staging && p0 < a.position)
+    old = a.cache.pool + a.cache.tables[a.cache.layer][tile % a.cache.page_count];
   head_scales(&a, p0, blockIdx.y, scale);
   __syncthreads();
   append_keys(&a, p0, blockIdx.y, page, old, scale, head);

@@ -22,7 +22,7 @@
 
 /* Shared memory: queries' high terms, low terms (QUERIES, stride); keys (2, KEYS, stride); values (2, V, V_STRIDE). */
 struct layout {
-  uint32_t stride; /* values a row of queries and keys */
+  uint32_t stride;                   /* values a row of queries and keys */
   uint32_t low, keys, values, bytes; /* offsets */
 };
 
@@ -55,8 +55,9 @@ static __device__ __forceinline__ void split(float x, float y, uint32_t *high, u
 }
 
 /* A warp's 16 rotated queries from q0 on; zeros past the last and past Q. */
-static __device__ __forceinline__ void load_queries(const struct us_prefill_attention *a, const struct layout *l, uint8_t *to,
-                                                    uint32_t q0, uint32_t g, int lane) {
+static __device__ __forceinline__ void load_queries(const struct us_prefill_attention *a,
+                                                    const struct layout *l, uint8_t *to, uint32_t q0,
+                                                    uint32_t g, int lane) {
   uint32_t Q = a->cache.Q, width = us_engine_k_stride(Q), heads = a->H / a->cache.G;
 #pragma unroll 4
   for (uint32_t q = 0; q < 16; q++) {
@@ -77,8 +78,9 @@ static __device__ __forceinline__ void load_queries(const struct us_prefill_atte
 }
 
 /* Start copying a key tile into buffer tile % 2. */
-static __device__ __forceinline__ void load_tile(const struct us_prefill_attention *a, const struct layout *l, uint32_t shared,
-                                                 uint32_t rows_v, uint32_t tile, uint32_t g) {
+static __device__ __forceinline__ void load_tile(const struct us_prefill_attention *a, const struct layout *l,
+                                                 uint32_t shared, uint32_t rows_v, uint32_t tile,
+                                                 uint32_t g) {
   uint8_t *page = us_prefill_page(&a->cache, tile);
   const uint16_t *keys = us_prefill_keys(&a->cache, page, g), *values = us_prefill_values(&a->cache, page, g);
   uint32_t chunks = us_engine_k_stride(a->cache.Q) / 8, b = tile % 2;
@@ -112,8 +114,8 @@ static __device__ __forceinline__ uint32_t column_address(uint32_t base, uint32_
 struct operands {
   uint32_t a[2][4], b[4][4];
 };
-static __device__ __forceinline__ void load_operands(uint32_t high, uint32_t low, uint32_t keys, uint32_t stride, uint32_t k,
-                                                     struct operands *o) {
+static __device__ __forceinline__ void load_operands(uint32_t high, uint32_t low, uint32_t keys,
+                                                     uint32_t stride, uint32_t k, struct operands *o) {
   us_load_matrices(high + k * 32, o->a[0]);
   us_load_matrices(low + k * 32, o->a[1]);
 #pragma unroll
@@ -121,8 +123,8 @@ static __device__ __forceinline__ void load_operands(uint32_t high, uint32_t low
 }
 
 /* s[n] = scaled dot products of 16 queries with keys 8 n .. 8 n + 7. */
-static __device__ __forceinline__ void dot_keys(uint32_t high, uint32_t low, uint32_t keys, uint32_t stride, uint32_t steps,
-                                                float scale, float s[8][4]) {
+static __device__ __forceinline__ void dot_keys(uint32_t high, uint32_t low, uint32_t keys, uint32_t stride,
+                                                uint32_t steps, float scale, float s[8][4]) {
 #pragma unroll
   for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -154,8 +156,9 @@ static __device__ __forceinline__ float fast_exp(float x) {
 
 /* Scores of keys that a row must not see become -Inf. */
 template <int VT>
-static __device__ __forceinline__ void mask_keys(const struct us_prefill_attention *a, const struct state<VT> *x, uint32_t tile,
-                                                 int lane, float s[8][4]) {
+static __device__ __forceinline__ void mask_keys(const struct us_prefill_attention *a,
+                                                 const struct state<VT> *x, uint32_t tile, int lane,
+                                                 float s[8][4]) {
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -169,7 +172,8 @@ static __device__ __forceinline__ void mask_keys(const struct us_prefill_attenti
 }
 
 /* Scores to weights relative to the new maximum. factor: what older sums shrink by. */
-template <int VT> static __device__ __forceinline__ void weigh(struct state<VT> *x, float s[8][4], float factor[2]) {
+template <int VT>
+static __device__ __forceinline__ void weigh(struct state<VT> *x, float s[8][4], float factor[2]) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     float most = -INFINITY, sum = 0;
@@ -197,8 +201,8 @@ template <int VT> static __device__ __forceinline__ void weigh(struct state<VT> 
 
 /* out = out * factor + weights x values. */
 template <int VT>
-static __device__ __forceinline__ void add_values(struct state<VT> *x, const float factor[2], const float s[8][4],
-                                                  uint32_t values) {
+static __device__ __forceinline__ void add_values(struct state<VT> *x, const float factor[2],
+                                                  const float s[8][4], uint32_t values) {
 #pragma unroll
   for (int n = 0; n < VT; n++)
 #pragma unroll
@@ -227,8 +231,9 @@ static __device__ __forceinline__ void add_values(struct state<VT> *x, const flo
 
 /* Divide by the denominator, the sink in it, round, store. q: the warp's first query. */
 template <int VT>
-static __device__ __forceinline__ void store_out(const struct us_prefill_attention *a, const struct state<VT> *x, uint32_t q,
-                                                 uint32_t g, int lane) {
+static __device__ __forceinline__ void store_out(const struct us_prefill_attention *a,
+                                                 const struct state<VT> *x, uint32_t q, uint32_t g,
+                                                 int lane) {
   uint32_t heads = a->H / a->cache.G, V = a->cache.V;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -245,7 +250,8 @@ static __device__ __forceinline__ void store_out(const struct us_prefill_attenti
     for (int n = 0; n < VT; n++) {
       uint32_t d = n * 8 + lane % 4 * 2;
       if (d >= V) continue;
-      float low = us_bf16_round(x->out[n][2 * i] * keep / sum), high = us_bf16_round(x->out[n][2 * i + 1] * keep / sum);
+      float low = us_bf16_round(x->out[n][2 * i] * keep / sum),
+            high = us_bf16_round(x->out[n][2 * i + 1] * keep / sum);
       *(uint32_t *)(to + d) = pack_bf16(low * US_ENGINE_OPERAND_UNIT, high * US_ENGINE_OPERAND_UNIT);
     }
   }
@@ -257,7 +263,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(128) uint8_t shared[];
   const struct layout l = layout_of(a.cache.Q, VT * 8);
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t heads = a.H / a.cache.G, g = blockIdx.y, q0 = (gridDim.x - 1 - blockIdx.x) * QUERIES; /* longest first */
+  uint32_t heads = a.H / a.cache.G, g = blockIdx.y,
+           q0 = (gridDim.x - 1 - blockIdx.x) * QUERIES; /* longest first */
   uint32_t count = a.rows * heads, end = q0 + QUERIES < count ? q0 + QUERIES : count;
   uint32_t first = a.position + q0 / heads, last = a.position + (end - 1) / heads;
   uint32_t begin = a.window && first + 1 > a.window ? first + 1 - a.window : 0;
@@ -277,8 +284,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int c = 0; c < 4; c++) x.out[n][c] = 0;
 
-  uint32_t seen_by_all = end == q0 + QUERIES ? first + 1 : 0; /* keys before this, unless a window hides them */
-  uint32_t high = row_address(base + warp * 16 * l.stride * 2, l.stride, lane), steps = us_engine_k_stride(a.cache.Q) / 16;
+  uint32_t seen_by_all =
+      end == q0 + QUERIES ? first + 1 : 0; /* keys before this, unless a window hides them */
+  uint32_t high = row_address(base + warp * 16 * l.stride * 2, l.stride, lane),
+           steps = us_engine_k_stride(a.cache.Q) / 16;
   for (; tile < tiles; tile++) {
     if (tile + 1 < tiles) load_tile(&a, &l, base, VT * 8, tile + 1, g);
     if (tile + 1 < tiles)
@@ -286,7 +295,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     else
       asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
-    uint32_t b = tile % 2, keys = base + l.keys + b * KEYS * l.stride * 2, values = base + l.values + b * VT * 8 * V_STRIDE * 2;
+    uint32_t b = tile % 2, keys = base + l.keys + b * KEYS * l.stride * 2,
+             values = base + l.values + b * VT * 8 * V_STRIDE * 2;
     float s[8][4], factor[2];
     dot_keys(high, high + l.low, column_address(keys, l.stride, lane), l.stride, steps, a.scale, s);
     bool all = (tile + 1) * KEYS <= seen_by_all && (a.window == 0 || tile * KEYS + a.window > last);

@@ -14,15 +14,18 @@ static __device__ __forceinline__ uint8_t *us_prefill_page(const struct us_prefi
 }
 
 /* K (64, us_engine_k_stride(Q)) and V (V, 64) of KV head g in a page. */
-static __device__ __forceinline__ uint16_t *us_prefill_keys(const struct us_prefill_cache *c, uint8_t *page, uint32_t g) {
+static __device__ __forceinline__ uint16_t *us_prefill_keys(const struct us_prefill_cache *c, uint8_t *page,
+                                                            uint32_t g) {
   return (uint16_t *)page + g * US_PREFILL_PAGE * us_engine_k_stride(c->Q);
 }
-static __device__ __forceinline__ uint16_t *us_prefill_values(const struct us_prefill_cache *c, uint8_t *page, uint32_t g) {
+static __device__ __forceinline__ uint16_t *us_prefill_values(const struct us_prefill_cache *c, uint8_t *page,
+                                                              uint32_t g) {
   return (uint16_t *)(page + us_engine_v_offset(c->G, c->Q)) + g * c->V * US_PREFILL_PAGE;
 }
 
 /* Element d of a rotated head x; table: the row's cosines, then sines (kernels/rope/rope.h). */
-static __device__ __forceinline__ float us_prefill_rotate(const float *x, const float *table, uint32_t rotary, uint32_t d) {
+static __device__ __forceinline__ float us_prefill_rotate(const float *x, const float *table, uint32_t rotary,
+                                                          uint32_t d) {
   uint32_t half = rotary / 2;
   if (d >= rotary) return x[d];
   if (d < half) return x[d] * table[d] - x[d + half] * table[half + d];

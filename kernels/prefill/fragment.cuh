@@ -14,21 +14,23 @@
 
 template <int FORMAT> struct us_prefill_format {
   static constexpr int terms = FORMAT == US_FORMAT_F32 ? 3 : 1; /* bf16 values that a weight is the sum of */
-  static constexpr int subs = FORMAT == US_FORMAT_F32 ? 2 : 1; /* pieces of a group that fill the registers one by one */
+  static constexpr int subs =
+      FORMAT == US_FORMAT_F32 ? 2 : 1; /* pieces of a group that fill the registers one by one */
   static constexpr bool scaled = FORMAT == US_FORMAT_MXFP4 || FORMAT == US_FORMAT_FP8;
   static constexpr float undo = scaled ? 1.0f : 0x1p-64f; /* what is left of the operand's unit */
 };
 
 /* Groups of a page, at most: 2 KB of codes. */
 template <int FORMAT, int HALVES> struct us_prefill_most {
-  static constexpr int groups =
-      FORMAT == US_FORMAT_MXFP4 ? 4 : FORMAT == US_FORMAT_F32 ? 1 : (FORMAT == US_FORMAT_FP8 ? 4 : 2) / HALVES;
+  static constexpr int groups = FORMAT == US_FORMAT_MXFP4 ? 4
+                                : FORMAT == US_FORMAT_F32 ? 1
+                                                          : (FORMAT == US_FORMAT_FP8 ? 4 : 2) / HALVES;
 };
 
 template <int FORMAT> struct us_prefill_fragment {
-  static constexpr int steps = 2 / us_prefill_format<FORMAT>::subs;   /* of 16 columns */
-  uint32_t a[us_prefill_format<FORMAT>::terms][2][steps][4];          /* term, half of 16 rows, step, register */
-  float scale[2][2];                                                  /* half, row lane / 4 or + 8 */
+  static constexpr int steps = 2 / us_prefill_format<FORMAT>::subs; /* of 16 columns */
+  uint32_t a[us_prefill_format<FORMAT>::terms][2][steps][4]; /* term, half of 16 rows, step, register */
+  float scale[2][2];                                         /* half, row lane / 4 or + 8 */
 };
 
 static __device__ __forceinline__ uint32_t us_prefill_chunks(uint32_t halves, uint32_t groups) { /* MXFP4 */
@@ -37,8 +39,8 @@ static __device__ __forceinline__ uint32_t us_prefill_chunks(uint32_t halves, ui
 
 /* A page's scales: MXFP4: the bytes of rows lane / 4 and + 8 of both halves; FP8: both halves' floats. */
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_prefill_tail(const uint8_t *pages, uint32_t page_bytes, uint32_t groups, int lane,
-                                                       uint32_t tail[4]) {
+static __device__ __forceinline__ void us_prefill_tail(const uint8_t *pages, uint32_t page_bytes,
+                                                       uint32_t groups, int lane, uint32_t tail[4]) {
   if (FORMAT == US_FORMAT_MXFP4 && HALVES == 2) {
     uint4 words = ((const uint4 *)(pages + us_prefill_chunks(2, groups) * 512))[lane / 4];
     tail[0] = words.x, tail[1] = words.y, tail[2] = words.z, tail[3] = words.w;
@@ -74,8 +76,8 @@ static __device__ __forceinline__ float us_prefill_scale(uint32_t bytes, int g) 
 }
 
 template <int HALVES>
-static __device__ __forceinline__ void us_prefill_load_mxfp4(const uint8_t *pages, uint32_t page_bytes, int g, int lane,
-                                                             const uint32_t tail[4],
+static __device__ __forceinline__ void us_prefill_load_mxfp4(const uint8_t *pages, uint32_t page_bytes, int g,
+                                                             int lane, const uint32_t tail[4],
                                                              us_prefill_fragment<US_FORMAT_MXFP4> *f) {
   uint32_t word[4];
   if (HALVES == 2) {
@@ -96,8 +98,8 @@ static __device__ __forceinline__ void us_prefill_load_mxfp4(const uint8_t *page
 }
 
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_prefill_load(const uint8_t *pages, uint32_t page_bytes, int g, int sub,
-                                                       int lane, const uint32_t tail[4],
+static __device__ __forceinline__ void us_prefill_load(const uint8_t *pages, uint32_t page_bytes, int g,
+                                                       int sub, int lane, const uint32_t tail[4],
                                                        us_prefill_fragment<FORMAT> *f) {
   if constexpr (FORMAT == US_FORMAT_MXFP4) us_prefill_load_mxfp4<HALVES>(pages, page_bytes, g, lane, tail, f);
 #pragma unroll
@@ -129,17 +131,18 @@ static __device__ __forceinline__ void us_prefill_load(const uint8_t *pages, uin
 /* One 16-row half of a full page: all its columns, 16 at a time, and its scales: of rows lane / 4 and + 8 in each group (MXFP4), of
  * the page (FP8). */
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_prefill_load_half(const uint8_t *pages, uint32_t page_bytes, int h, int lane,
-                                                            uint32_t (*a)[4], uint32_t scale[2]) {
+static __device__ __forceinline__ void us_prefill_load_half(const uint8_t *pages, uint32_t page_bytes, int h,
+                                                            int lane, uint32_t (*a)[4], uint32_t scale[2]) {
   constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups;
   const uint8_t *page = HALVES == 2 ? pages : pages + h * page_bytes;
   const int first = HALVES == 2 ? h : 0; /* half of this page */
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) {
     if constexpr (FORMAT == US_FORMAT_MXFP4) {
-      int at = HALVES == 2 ? (g * 32 + lane) * 2 + first : (g / 2 * 32 + lane) * 2 + g % 2;
-      uint2 words = ((const uint2 *)page)[at];
-      us_mxfp4_fragment(words.x, a[2 * g]), us_mxfp4_fragment(words.y, a[2 * g + 1]);
+      uint4 words = ((const uint4 *)page)[(HALVES == 2 ? g : g / 2) * 32 + lane];
+      bool second = HALVES == 2 ? first : g % 2;
+      us_mxfp4_fragment(second ? words.z : words.x, a[2 * g]),
+          us_mxfp4_fragment(second ? words.w : words.y, a[2 * g + 1]);
     }
     if constexpr (FORMAT == US_FORMAT_FP8) {
       uint4 w = ((const uint4 *)page)[(g * HALVES + first) * 32 + lane];
@@ -154,7 +157,8 @@ static __device__ __forceinline__ void us_prefill_load_half(const uint8_t *pages
       }
   }
   if constexpr (FORMAT == US_FORMAT_MXFP4) {
-    uint2 words = ((const uint2 *)(page + us_prefill_chunks(HALVES, GROUPS) * 512))[lane / 4 * HALVES + first];
+    uint2 words =
+        ((const uint2 *)(page + us_prefill_chunks(HALVES, GROUPS) * 512))[lane / 4 * HALVES + first];
     scale[0] = words.x, scale[1] = words.y;
   }
   if constexpr (FORMAT == US_FORMAT_FP8)
@@ -164,8 +168,8 @@ static __device__ __forceinline__ void us_prefill_load_half(const uint8_t *pages
 /* acc[half] += the piece's product with 8 rows; b as ldmatrix gives it: columns 0..7, 8..15, .. of the piece. The tensor cores
  * truncate their sums, so they only add within a group; groups are added in FP32, rounded to nearest. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_prefill_multiply(const us_prefill_fragment<FORMAT> &f, const uint32_t *b,
-                                                           float acc[2][4]) {
+static __device__ __forceinline__ void us_prefill_multiply(const us_prefill_fragment<FORMAT> &f,
+                                                           const uint32_t *b, float acc[2][4]) {
   using Format = us_prefill_format<FORMAT>;
   constexpr int STEPS = us_prefill_fragment<FORMAT>::steps;
   const float zero[4] = {0, 0, 0, 0};
@@ -176,12 +180,14 @@ static __device__ __forceinline__ void us_prefill_multiply(const us_prefill_frag
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
       for (int h = 0; h < 2; h++)
-        us_mma_bf16(d[h], f.a[i][h][k], b[2 * k], b[2 * k + 1], i == Format::terms - 1 && k == 0 ? zero : d[h]);
+        us_mma_bf16(d[h], f.a[i][h][k], b[2 * k], b[2 * k + 1],
+                    i == Format::terms - 1 && k == 0 ? zero : d[h]);
 #pragma unroll
   for (int h = 0; h < 2; h++)
 #pragma unroll
     for (int c = 0; c < 4; c++)
-      acc[h][c] = Format::scaled ? __fmaf_rn(f.scale[h][c / 2], d[h][c], acc[h][c]) : __fadd_rn(acc[h][c], d[h][c]);
+      acc[h][c] =
+          Format::scaled ? __fmaf_rn(f.scale[h][c / 2], d[h][c], acc[h][c]) : __fadd_rn(acc[h][c], d[h][c]);
 }
 
 /* Four 8 x 8 matrices, one after the other in 512 bytes: lane holds of each, row lane / 4, columns 2 (lane % 4) and + 1. */

@@ -33,8 +33,10 @@ static __device__ __forceinline__ struct row_share share_rows(uint32_t groups, i
 
 /* LOADERS warps, each its share: pages of SLOTS x 32 weight rows, one slice after the other, and tiles of 8 rows. */
 template <int HALVES, int SLOTS, int GROUPS, int TILES>
-static __device__ void load(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int loader, int lane) {
-  constexpr int PAGES = SLOTS * 2 / HALVES, MINE = PAGES / LOADERS, MINE_TILES = TILES / LOADERS, COPIES = GROUPS == 1 ? 1 : 4;
+static __device__ void load(const struct gemm_args *a, struct gemm_shared *s, uint32_t ring, int loader,
+                            int lane) {
+  constexpr int PAGES = SLOTS * 2 / HALVES, MINE = PAGES / LOADERS, MINE_TILES = TILES / LOADERS,
+                COPIES = GROUPS == 1 ? 1 : 4;
   const uint32_t page_bytes = a->g.w.page_bytes, groups = a->g.w.groups;
   const struct row_share share = share_rows(groups, lane);
   const uint32_t rows_at = ring + SLOTS * a->slot_bytes + share.chunk * CORE_BYTES;
@@ -82,8 +84,8 @@ static __device__ void load(const struct gemm_args *a, struct gemm_shared *s, ui
 /* One page of 32 rows times the first TILES x 8 rows. FULL: a page has as many groups as it can, so that no branch stands between
  * its multiplies. */
 template <int FORMAT, int HALVES, bool FULL, int TILES>
-static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t page_bytes, uint32_t groups, uint32_t rows,
-                                                int lane, float (*acc)[2][4]) {
+static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t page_bytes, uint32_t groups,
+                                                uint32_t rows, int lane, float (*acc)[2][4]) {
   constexpr int STEP = TILES % 2 ? 1 : 2; /* tiles whose multiplies overlap */
   constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups, SUBS = us_prefill_format<FORMAT>::subs;
   uint32_t tail[4];
@@ -102,7 +104,8 @@ static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t p
         uint32_t b[STEP][4];
 #pragma unroll
         for (int j = 0; j < STEP; j++)
-          us_load_matrices(rows + ((t + j) * GROUPS + g) * GROUP_BYTES + lane / 8 * CORE_BYTES + lane % 8 * 16, b[j]);
+          us_load_matrices(
+              rows + ((t + j) * GROUPS + g) * GROUP_BYTES + lane / 8 * CORE_BYTES + lane % 8 * 16, b[j]);
 #pragma unroll
         for (int j = 0; j < STEP; j++) us_prefill_multiply<FORMAT>(f, b[j] + 4 / SUBS * sub, acc[t + j]);
       }
@@ -111,8 +114,9 @@ static __device__ __forceinline__ void multiply(const uint8_t *pages, uint32_t p
 }
 
 template <int FORMAT, int HALVES, bool FULL, int TILES>
-static __device__ __forceinline__ void multiply_some(const uint8_t *pages, uint32_t page_bytes, uint32_t groups,
-                                                     uint32_t rows, uint32_t tiles, int lane, float (*acc)[2][4]) {
+static __device__ __forceinline__ void multiply_some(const uint8_t *pages, uint32_t page_bytes,
+                                                     uint32_t groups, uint32_t rows, uint32_t tiles, int lane,
+                                                     float (*acc)[2][4]) {
   if constexpr (TILES > 4) {
     if (tiles > TILES / 2)
       multiply<FORMAT, HALVES, FULL, TILES>(pages, page_bytes, groups, rows, lane, acc);
@@ -129,8 +133,8 @@ static __device__ __forceinline__ void multiply_some(const uint8_t *pages, uint3
 }
 
 template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
-static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *pages, uint32_t rows,
-                               float *patch, int warp, int lane) {
+static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *pages,
+                               uint32_t rows, float *patch, int warp, int lane) {
   constexpr float undo = us_prefill_format<FORMAT>::undo;
   const struct us_engine_matrix w = a->g.w;
   struct gemm_cursor c = {0, 0};
@@ -149,7 +153,8 @@ static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s,
       us_barrier_wait(us_shared_address(&s->full[c.stage]), c.phase);
       uint32_t offset = c.stage * a->stage_bytes;
       if (working)
-        multiply_some<FORMAT, HALVES, FULL, TILES>(pages + offset, w.page_bytes, w.groups, rows + offset, tiles, lane, acc);
+        multiply_some<FORMAT, HALVES, FULL, TILES>(pages + offset, w.page_bytes, w.groups, rows + offset,
+                                                   tiles, lane, acc);
       release(s, &c, a->stages, lane);
     }
     if (!working) continue;
@@ -170,7 +175,8 @@ static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s,
 
 /* Shared memory: [warps' patches][stages: pages, rows]. Registers: 2 x 216 + 72, or 4 x 104 + 64. */
 template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
-static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm(const __grid_constant__ struct gemm_args a) {
+static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1)
+    prefill_gemm(const __grid_constant__ struct gemm_args a) {
   extern __shared__ __align__(128) uint8_t raw[];
   __shared__ struct gemm_shared s;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -182,7 +188,8 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1) prefill_gemm
     load<HALVES, WARPS, us_prefill_most<FORMAT, HALVES>::groups, TILES>(&a, &s, ring, warp - WARPS, lane);
   } else {
     set_registers<WARPS == 8 ? 216 : 104, true>();
-    consume<FORMAT, HALVES, FULL, WARPS, TILES>(&a, &s, pages, rows, (float *)(raw + warp * PATCH_BYTES), warp, lane);
+    consume<FORMAT, HALVES, FULL, WARPS, TILES>(&a, &s, pages, rows, (float *)(raw + warp * PATCH_BYTES),
+                                                warp, lane);
   }
 }
 
@@ -220,7 +227,8 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
 }
 
 /* What a matrix is multiplied by decides which bits it gives, so the number of rows has no say in it. */
-template <int FORMAT, int HALVES, bool FULL> static cudaError_t choose(struct gemm_args *a, cudaStream_t stream) {
+template <int FORMAT, int HALVES, bool FULL>
+static cudaError_t choose(struct gemm_args *a, cudaStream_t stream) {
   if constexpr (FORMAT == US_FORMAT_F32) { /* three terms leave room for 64 rows */
     if (a->g.rows > US_PREFILL_EXPERT_ROWS) return launch<FORMAT, HALVES, FULL, 8, 8>(a, stream);
   } else if (FULL && !a->g.opt_experts) {
@@ -244,7 +252,8 @@ static bool valid(const struct us_prefill_gemm *g) {
   if (g->opt_experts && g->parts != 1) return false;
   if (g->valid > w->tiles * 16u * w->halves) return false;
   if (swiglu) return two && g->parts == 1 && g->swiglu_stride % 4 == 0 && g->valid % 8 == 0;
-  return g->out.base[0] && g->out.per_rank && g->out.stride % 4 == 0 && g->out.first % 4 == 0 && g->out.part % 4 == 0;
+  return g->out.base[0] && g->out.per_rank && g->out.stride % 4 == 0 && g->out.first % 4 == 0 &&
+         g->out.part % 4 == 0;
 }
 
 int us_prefill_gemm(const struct us_prefill_gemm *gemm, cudaStream_t stream) {

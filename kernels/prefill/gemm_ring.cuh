@@ -48,13 +48,15 @@ static __device__ __forceinline__ void advance(struct gemm_cursor *c, uint32_t s
 }
 
 /* One warp: it has read the stage. */
-static __device__ __forceinline__ void release(struct gemm_shared *s, struct gemm_cursor *c, uint32_t stages, int lane) {
+static __device__ __forceinline__ void release(struct gemm_shared *s, struct gemm_cursor *c, uint32_t stages,
+                                               int lane) {
   __syncwarp();
   if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c->stage]));
   advance(c, stages);
 }
 
-static __device__ __forceinline__ void init_ring(struct gemm_shared *s, uint32_t stages, uint32_t arrivals, uint32_t readers) {
+static __device__ __forceinline__ void init_ring(struct gemm_shared *s, uint32_t stages, uint32_t arrivals,
+                                                 uint32_t readers) {
   if (threadIdx.x == 0)
     for (uint32_t i = 0; i < stages; i++) {
       us_barrier_init(us_shared_address(&s->full[i]), arrivals);
@@ -81,7 +83,8 @@ static __device__ __forceinline__ uint32_t item_count(const struct gemm_args *a)
 /* Projections: row tiles of the same weights run side by side and share them in L2. Experts: blocks of the same rows. Past the
  * last item: that of item 0. */
 template <int TOKENS>
-static __device__ __forceinline__ struct gemm_item item_at(const struct gemm_args *a, uint32_t i, uint32_t items) {
+static __device__ __forceinline__ struct gemm_item item_at(const struct gemm_args *a, uint32_t i,
+                                                           uint32_t items) {
   struct gemm_item item;
   if (i >= items) i = 0;
   if (a->g.opt_experts) {
@@ -104,15 +107,17 @@ struct page_share {
   const uint8_t *from;
 };
 template <int HALVES, int PAGES, int MINE>
-static __device__ __forceinline__ struct page_share share_pages(const struct gemm_args *a, const struct gemm_item *item,
-                                                                int loader, int lane) {
+static __device__ __forceinline__ struct page_share share_pages(const struct gemm_args *a,
+                                                                const struct gemm_item *item, int loader,
+                                                                int lane) {
   const struct us_engine_matrix *w = &a->g.w;
   uint32_t place = loader * MINE + lane, left = w->tiles - item->block * PAGES;
   struct page_share s;
   s.lanes = left <= loader * MINE ? 0 : left - loader * MINE < MINE ? left - loader * MINE : MINE;
   s.to = HALVES == 2 ? place * a->slot_bytes : place / 2 * a->slot_bytes + place % 2 * w->page_bytes;
-  s.from = w->pages + item->expert * w->matrix_bytes +
-           ((uint64_t)(item->block * PAGES + place) * w->slices + item->part * a->part_slices) * w->page_bytes;
+  s.from =
+      w->pages + item->expert * w->matrix_bytes +
+      ((uint64_t)(item->block * PAGES + place) * w->slices + item->part * a->part_slices) * w->page_bytes;
   return s;
 }
 

@@ -12,19 +12,21 @@
 #define PATCH_STRIDE 20 /* floats of a row's 16 outputs */
 
 /* Row of the result of row lane / 4 of a tile of 8; past the last one: any. */
-static __device__ __forceinline__ uint32_t row_of(const struct gemm_args *a, const struct gemm_item *item, int tile, int lane) {
+static __device__ __forceinline__ uint32_t row_of(const struct gemm_args *a, const struct gemm_item *item,
+                                                  int tile, int lane) {
   uint32_t r = tile * 8 + lane / 4, slot = item->first + (r < item->rows ? r : 0);
   return a->g.opt_scatter ? __ldg(a->g.opt_scatter + slot) : slot;
 }
 
 /* acc: outputs lane / 4 and + 8 of rows 2 (lane % 4) and + 1. column: of the first output; row: row_of. */
-static __device__ __forceinline__ void store_sums(const struct gemm_args *a, const struct gemm_item *item, int tile,
-                                                  uint32_t row, uint32_t column, float undo, int lane, float *patch,
-                                                  const float acc[4]) {
+static __device__ __forceinline__ void store_sums(const struct gemm_args *a, const struct gemm_item *item,
+                                                  int tile, uint32_t row, uint32_t column, float undo,
+                                                  int lane, float *patch, const float acc[4]) {
   const struct us_prefill_rows *out = &a->g.out;
   __syncwarp();
 #pragma unroll
-  for (int c = 0; c < 4; c++) patch[(lane % 4 * 2 + c % 2) * PATCH_STRIDE + c / 2 * 8 + lane / 4] = acc[c] * undo;
+  for (int c = 0; c < 4; c++)
+    patch[(lane % 4 * 2 + c % 2) * PATCH_STRIDE + c / 2 * 8 + lane / 4] = acc[c] * undo;
   __syncwarp();
   uint32_t at = column + lane % 4 * 4;
   if (tile * 8 + lane / 4 >= item->rows || at >= a->g.valid) return;
@@ -46,9 +48,9 @@ static __device__ __forceinline__ uint16_t operand_bits(float x) {
 }
 
 /* silu(gate) * up. column: of the first gate among gates and ups. */
-static __device__ __forceinline__ void store_gated(const struct gemm_args *a, const struct gemm_item *item, int tile,
-                                                   uint32_t column, float undo, int lane, float *patch, const float gate[4],
-                                                   const float up[4]) {
+static __device__ __forceinline__ void store_gated(const struct gemm_args *a, const struct gemm_item *item,
+                                                   int tile, uint32_t column, float undo, int lane,
+                                                   float *patch, const float gate[4], const float up[4]) {
   uint16_t *inner = (uint16_t *)patch; /* (8, 24): rows 48 bytes apart */
   __syncwarp();
 #pragma unroll

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define US_PREFILL_EXPERT_ROWS 32   /* rows of an expert's tile */
+#define US_PREFILL_EXPERT_ROWS 32 /* rows of an expert's tile */
 #define US_PREFILL_MAX_EXPERTS 1024
 #define US_PREFILL_MAX_ROWS    2048 /* of a chunk */
 
@@ -55,18 +55,20 @@ static inline uint32_t us_prefill_most_tiles(uint32_t experts, uint32_t pairs) {
 }
 
 struct us_prefill_gemm {
-  struct us_engine_matrix w; /* pages of at most 2 KB of codes: 4 groups (MXFP4), 4 / halves (FP8), 2 / halves (BF16), 1 (F32) */
-  const uint16_t *x;         /* operand rows, 16-byte aligned */
-  uint32_t x_stride;         /* values, a multiple of 8 */
-  uint32_t rows;             /* R; not used with experts */
-  uint32_t parts;            /* K is cut into so many parts, each a sum of its own; divides the slices */
-  uint32_t valid;            /* output columns that exist */
-  struct us_prefill_rows out;        /* used unless opt_swiglu */
-  uint16_t *opt_swiglu;              /* halves 2, one part: operand rows of silu(gate) * up */
-  uint32_t swiglu_stride;            /* values, a multiple of 4 */
-  const struct us_prefill_groups *opt_experts; /* w is a layer's experts; on the host, its pointers on the device */
-  const uint32_t *opt_gather;        /* slot to row of x; NULL: the slot itself */
-  const uint32_t *opt_scatter;       /* slot to row of out; NULL: the slot itself */
+  struct us_engine_matrix
+      w; /* pages of at most 2 KB of codes: 4 groups (MXFP4), 4 / halves (FP8), 2 / halves (BF16), 1 (F32) */
+  const uint16_t *x;          /* operand rows, 16-byte aligned */
+  uint32_t x_stride;          /* values, a multiple of 8 */
+  uint32_t rows;              /* R; not used with experts */
+  uint32_t parts;             /* K is cut into so many parts, each a sum of its own; divides the slices */
+  uint32_t valid;             /* output columns that exist */
+  struct us_prefill_rows out; /* used unless opt_swiglu */
+  uint16_t *opt_swiglu;       /* halves 2, one part: operand rows of silu(gate) * up */
+  uint32_t swiglu_stride;     /* values, a multiple of 4 */
+  const struct us_prefill_groups
+      *opt_experts;            /* w is a layer's experts; on the host, its pointers on the device */
+  const uint32_t *opt_gather;  /* slot to row of x; NULL: the slot itself */
+  const uint32_t *opt_scatter; /* slot to row of out; NULL: the slot itself */
 };
 
 /* out = x w^T. cudaErrorInvalidValue: sizes that the pages or the rules above do not allow. */
@@ -81,15 +83,15 @@ uint32_t us_prefill_parts(const struct us_engine_matrix *w);
  * x / sqrt(mean(x^2) + eps) * weight, rounded, as row first + r of every rank's `out`. D a multiple of 8. */
 struct us_prefill_norm {
   uint32_t rows, first, D, ranks;
-  float *residual;         /* (rows, D) */
+  float *residual;           /* (rows, D) */
   const int32_t *opt_tokens; /* (rows): embed instead of adding */
   const uint16_t *embed[US_ENGINE_MAX_RANKS];
   uint32_t embed_rows;
-  const float *sums;       /* (addends, .., D) */
+  const float *sums; /* (addends, .., D) */
   uint32_t addends;
-  uint64_t addend;         /* floats from one to the next */
+  uint64_t addend; /* floats from one to the next */
   bool replace;
-  const float *weight;     /* (D) */
+  const float *weight; /* (D) */
   float eps;
   uint16_t *out[US_ENGINE_MAX_RANKS];
   uint32_t out_stride;
@@ -111,16 +113,17 @@ int us_prefill_combine(const struct us_prefill_combine *combine, cudaStream_t st
 
 /* As kernels/router/router_ref.c: the top_k experts of each row, ascending, and their weights. E <= 1024, top_k <= 8. */
 struct us_prefill_route {
-  const float *logits; /* (parts, rows, stride) */
+  const float *logits;   /* (parts, rows, stride) */
   const float *opt_bias; /* (E) */
   uint32_t rows, parts, stride, E, top_k;
-  uint64_t part;       /* floats from one part to the next */
+  uint64_t part; /* floats from one part to the next */
   float scaling;
   bool normalise;
-  bool uniform;        /* choose by Philox instead (key: uniform_seed; counter: position, layer), as the engine does */
+  bool
+      uniform; /* choose by Philox instead (key: uniform_seed; counter: position, layer), as the engine does */
   uint64_t uniform_seed;
   uint32_t position, layer; /* of row 0; of the model */
-  uint32_t *ids;       /* (rows, top_k) */
+  uint32_t *ids;            /* (rows, top_k) */
   float *weights;
   struct us_prefill_groups groups; /* filled */
 };
@@ -143,11 +146,11 @@ struct us_prefill_cache {
  * table, slots after the last row become zeros), else into the table, the last page_count * 64 positions of the chunk. */
 struct us_prefill_append {
   struct us_prefill_cache cache;
-  const float *kv;     /* row r: K heads at kv + r * stride, V heads at + v_first */
+  const float *kv; /* row r: K heads at kv + r * stride, V heads at + v_first */
   uint32_t stride, v_first;
   uint32_t rows, position;
-  const float *rope;   /* (positions, rotary) */
-  uint32_t rotary;     /* <= 256 */
+  const float *rope;       /* (positions, rotary) */
+  uint32_t rotary;         /* <= 256 */
   const float *opt_k_norm; /* (Q) */
   float value_scale, eps;
 };
@@ -156,15 +159,15 @@ int us_prefill_append(const struct us_prefill_append *append, cudaStream_t strea
 /* Causal attention of the chunk's rows over the cache. Q <= 256, V <= 128 and a multiple of 8. */
 struct us_prefill_attention {
   struct us_prefill_cache cache;
-  const float *q;      /* row r: query heads, not rotated */
+  const float *q; /* row r: query heads, not rotated */
   uint32_t stride;
   uint32_t rows, position, H;
   const float *rope;
   uint32_t rotary;
   const float *opt_sink; /* (H) */
-  uint32_t window;     /* 0: all */
+  uint32_t window;       /* 0: all */
   float scale;
-  uint16_t *out;       /* operand rows (rows, H * V) */
+  uint16_t *out; /* operand rows (rows, H * V) */
 };
 int us_prefill_attention(const struct us_prefill_attention *attention, cudaStream_t stream);
 

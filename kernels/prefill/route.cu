@@ -40,19 +40,20 @@ static __device__ __forceinline__ float logit_of(const struct us_prefill_route *
 }
 
 /* What to choose by: of experts 32 i + lane, 0 where there is none. */
-static __device__ __forceinline__ void choice_keys(const struct us_prefill_route *r, uint32_t row, uint32_t lane,
-                                                   uint64_t *key) {
+static __device__ __forceinline__ void choice_keys(const struct us_prefill_route *r, uint32_t row,
+                                                   uint32_t lane, uint64_t *key) {
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {
     uint32_t e = i * 32 + lane;
     key[i] = 0;
-    if (e < r->E) key[i] = choice_key(sigmoid(logit_of(r, row, e)) + (r->opt_bias ? r->opt_bias[e] : 0.0f), e);
+    if (e < r->E)
+      key[i] = choice_key(sigmoid(logit_of(r, row, e)) + (r->opt_bias ? r->opt_bias[e] : 0.0f), e);
   }
 }
 
 /* The same of random words: us_route_random in kernels/engine/route.cuh, sample 0. */
-static __device__ __forceinline__ void random_keys(const struct us_prefill_route *r, uint32_t row, uint32_t lane,
-                                                   uint64_t *key) {
+static __device__ __forceinline__ void random_keys(const struct us_prefill_route *r, uint32_t row,
+                                                   uint32_t lane, uint64_t *key) {
   struct us_philox_key philox = us_philox_key(r->uniform_seed);
 #pragma unroll
   for (int q = 0; q < LANE_EXPERTS / 4; q++) {
@@ -67,7 +68,8 @@ static __device__ __forceinline__ void random_keys(const struct us_prefill_route
 }
 
 /* Lane k holds the k-th chosen id, by falling choice. */
-static __device__ __forceinline__ uint32_t choose(const struct us_prefill_route *r, uint32_t row, uint32_t lane) {
+static __device__ __forceinline__ uint32_t choose(const struct us_prefill_route *r, uint32_t row,
+                                                  uint32_t lane) {
   uint64_t key[LANE_EXPERTS];
   uint32_t mine = 0xffffffffu;
   if (r->uniform)
@@ -87,7 +89,8 @@ static __device__ __forceinline__ uint32_t choose(const struct us_prefill_route 
   return mine;
 }
 
-static __global__ void __launch_bounds__(ROUTE_WARPS * 32) prefill_choose(const __grid_constant__ struct us_prefill_route r) {
+static __global__ void __launch_bounds__(ROUTE_WARPS * 32)
+    prefill_choose(const __grid_constant__ struct us_prefill_route r) {
   uint32_t row = blockIdx.x * ROUTE_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= r.rows) return;
   uint32_t id = choose(&r, row, lane), rank = 0;
@@ -114,7 +117,8 @@ struct group_shared {
   uint32_t bits[]; /* (E, words): rows of each expert */
 };
 
-static __device__ __forceinline__ uint32_t warp_before(uint32_t x, uint32_t lane) { /* sum of the lanes before */
+static __device__ __forceinline__ uint32_t warp_before(uint32_t x,
+                                                       uint32_t lane) { /* sum of the lanes before */
   uint32_t sum = x;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -134,8 +138,9 @@ static __device__ __forceinline__ void place_experts(struct group_shared *s, uin
   s->begin[e] = begin, s->tiles[e] = first;
 }
 
-static __global__ void __launch_bounds__(GROUP_THREADS) prefill_group(const uint32_t *ids, uint32_t rows, uint32_t top_k,
-                                                                      uint32_t E, struct us_prefill_groups g) {
+static __global__ void __launch_bounds__(GROUP_THREADS)
+    prefill_group(const uint32_t *ids, uint32_t rows, uint32_t top_k, uint32_t E,
+                  struct us_prefill_groups g) {
   extern __shared__ uint8_t raw[];
   struct group_shared *s = (struct group_shared *)raw;
   uint32_t words = (rows + 31) / 32, pairs = rows * top_k, e = threadIdx.x, count = 0;
@@ -151,7 +156,8 @@ static __global__ void __launch_bounds__(GROUP_THREADS) prefill_group(const uint
   place_experts(s, count, tiles);
   for (uint32_t t = 0; t < tiles; t++) {
     uint32_t first = t * US_PREFILL_EXPERT_ROWS, left = count - first;
-    struct us_prefill_tile tile = {e, s->begin[e] + first, left < US_PREFILL_EXPERT_ROWS ? left : US_PREFILL_EXPERT_ROWS};
+    struct us_prefill_tile tile = {e, s->begin[e] + first,
+                                   left < US_PREFILL_EXPERT_ROWS ? left : US_PREFILL_EXPERT_ROWS};
     g.tiles[s->tiles[e] + t] = tile;
   }
   if (e == GROUP_THREADS - 1) *g.tile_count = s->tiles[e] + tiles;

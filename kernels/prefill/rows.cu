@@ -35,7 +35,8 @@ static __device__ __forceinline__ uint4 operand_eight(const struct eight *x) {
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-static __device__ __forceinline__ struct eight embedding(const struct us_prefill_norm *n, uint32_t r, uint32_t c) {
+static __device__ __forceinline__ struct eight embedding(const struct us_prefill_norm *n, uint32_t r,
+                                                         uint32_t c) {
   uint32_t token = (uint32_t)n->opt_tokens[r];
   const uint16_t *row = n->embed[token / n->embed_rows] + (size_t)(token % n->embed_rows) * n->D + c;
   struct eight x;
@@ -45,7 +46,8 @@ static __device__ __forceinline__ struct eight embedding(const struct us_prefill
 }
 
 /* The row's new residual at column c. */
-static __device__ __forceinline__ struct eight new_residual(const struct us_prefill_norm *n, uint32_t r, uint32_t c) {
+static __device__ __forceinline__ struct eight new_residual(const struct us_prefill_norm *n, uint32_t r,
+                                                            uint32_t c) {
   size_t at = (size_t)r * n->D + c;
   if (n->opt_tokens) return embedding(n, r, c);
   struct eight sum = load_eight(n->sums + at);
@@ -73,7 +75,8 @@ static __device__ __forceinline__ float block_sum(float x) {
   return sum;
 }
 
-static __global__ void __launch_bounds__(THREADS) prefill_norm(const __grid_constant__ struct us_prefill_norm n) {
+static __global__ void __launch_bounds__(THREADS)
+    prefill_norm(const __grid_constant__ struct us_prefill_norm n) {
   uint32_t r = blockIdx.x;
   float squares = 0;
   for (uint32_t c = threadIdx.x * 8; c < n.D; c += THREADS * 8) {
@@ -103,7 +106,8 @@ int us_prefill_norm(const struct us_prefill_norm *norm, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-static __global__ void __launch_bounds__(THREADS) prefill_combine(const __grid_constant__ struct us_prefill_combine p) {
+static __global__ void __launch_bounds__(THREADS)
+    prefill_combine(const __grid_constant__ struct us_prefill_combine p) {
   uint32_t r = blockIdx.x;
   const struct us_prefill_rows *out = &p.out;
   float *to = out->base[r / out->per_rank] + (size_t)(r % out->per_rank) * out->stride + out->first;

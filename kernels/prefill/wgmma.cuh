@@ -24,7 +24,8 @@ static __device__ __forceinline__ void us_wgmma_fence(void) {
 /* The compiler must not move reads and writes of d across this. */
 template <int TILES> static __device__ __forceinline__ void us_wgmma_hold(float (*d)[4]) {
 #pragma unroll
-  for (int t = 0; t < TILES; t++) asm volatile("" : "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])::"memory");
+  for (int t = 0; t < TILES; t++)
+    asm volatile("" : "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])::"memory");
 }
 
 template <int TILES> static __device__ __forceinline__ void us_wgmma_wait(float (*d)[4]) {
@@ -38,14 +39,17 @@ template <int TILES> static __device__ __forceinline__ void us_wgmma_wait(float 
 template <int TILES>
 static __device__ __forceinline__ void us_wgmma(float (*d)[4], const uint32_t a[4], uint64_t b, bool add);
 
-template <> __device__ __forceinline__ void us_wgmma<4>(float (*d)[4], const uint32_t a[4], uint64_t b, bool add) {
+template <>
+__device__ __forceinline__ void us_wgmma<4>(float (*d)[4], const uint32_t a[4], uint64_t b, bool add) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, "
+               "%19}, %20, p, 1, 1, 0; }"
                : US_D16(0)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 
-template <> __device__ __forceinline__ void us_wgmma<16>(float (*d)[4], const uint32_t a[4], uint64_t b, bool add) {
+template <>
+__device__ __forceinline__ void us_wgmma<16>(float (*d)[4], const uint32_t a[4], uint64_t b, bool add) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "

@@ -27,17 +27,18 @@ template <int GROUPS, int TILES> struct rows_layout {
 
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, uint32_t column, uint32_t row,
-                                                uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                   to),
+static __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap *map, uint32_t column,
+                                                uint32_t row, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+               "{%2, %3}], [%4];" ::"r"(to),
                "l"(map), "r"(column), "r"(row), "r"(barrier)
                : "memory");
 }
 
 /* One of the loading warps: pages by its lanes, rows by the first. */
 template <int HALVES, int GROUPS, int TILES>
-static __device__ void load(const struct gemm_args *a, const CUtensorMap *map, struct gemm_shared *s, uint32_t ring, int lane) {
+static __device__ void load(const struct gemm_args *a, const CUtensorMap *map, struct gemm_shared *s,
+                            uint32_t ring, int lane) {
   using Rows = rows_layout<GROUPS, TILES>;
   constexpr int PAGES = SLOTS * 2 / HALVES;
   const uint32_t page_bytes = a->g.w.page_bytes;
@@ -67,8 +68,8 @@ static __device__ void load(const struct gemm_args *a, const CUtensorMap *map, s
 
 /* acc += a half of a page x the tile's rows. All warps of a warpgroup. */
 template <int FORMAT, int HALVES, int TILES>
-static __device__ __forceinline__ void multiply_half(const uint8_t *pages, uint32_t page_bytes, int h, uint32_t rows, int lane,
-                                                     float acc[TILES][4]) {
+static __device__ __forceinline__ void multiply_half(const uint8_t *pages, uint32_t page_bytes, int h,
+                                                     uint32_t rows, int lane, float acc[TILES][4]) {
   constexpr int GROUPS = us_prefill_most<FORMAT, HALVES>::groups;
   using Rows = rows_layout<GROUPS, TILES>;
   constexpr int CHAIN = FORMAT == US_FORMAT_MXFP4 ? 2 : 2 * GROUPS; /* multiplies that share a scale */
@@ -81,10 +82,12 @@ static __device__ __forceinline__ void multiply_half(const uint8_t *pages, uint3
     us_wgmma_hold<TILES>(d);
     us_wgmma_fence();
 #pragma unroll
-    for (int i = first; i < first + CHAIN; i++) us_wgmma<TILES>(d, a[i], b + (Rows::offset(i) >> 4), i > first);
+    for (int i = first; i < first + CHAIN; i++)
+      us_wgmma<TILES>(d, a[i], b + (Rows::offset(i) >> 4), i > first);
     us_wgmma_wait<TILES>(d);
     float low = __uint_as_float(scale[0]), high = __uint_as_float(scale[1]);
-    if (FORMAT == US_FORMAT_MXFP4) low = us_prefill_scale(scale[0], first / 2), high = us_prefill_scale(scale[1], first / 2);
+    if (FORMAT == US_FORMAT_MXFP4)
+      low = us_prefill_scale(scale[0], first / 2), high = us_prefill_scale(scale[1], first / 2);
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -96,8 +99,9 @@ static __device__ __forceinline__ void multiply_half(const uint8_t *pages, uint3
 
 /* Gates are the first warpgroup's, ups the second's: a warp hands its ups to the warp with the gates of the same rows. */
 template <int TILES>
-static __device__ __forceinline__ void store_halves(const struct gemm_args *a, const struct gemm_item *item, uint32_t column,
-                                                    float undo, int warp, int lane, uint8_t *patches, const float acc[TILES][4]) {
+static __device__ __forceinline__ void store_halves(const struct gemm_args *a, const struct gemm_item *item,
+                                                    uint32_t column, float undo, int warp, int lane,
+                                                    uint8_t *patches, const float acc[TILES][4]) {
   uint32_t tiles = (item->rows + 7) / 8;
   float4 *ups = (float4 *)(patches + (warp % 4 + 4) * PATCH_BYTES); /* (2, 32): by turns */
 #pragma unroll
@@ -114,8 +118,8 @@ static __device__ __forceinline__ void store_halves(const struct gemm_args *a, c
 
 /* Warp: 16 weight rows, half warp / 4 of slot warp % 4. */
 template <int FORMAT, int HALVES, int TILES>
-static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *ring, uint8_t *patches, int warp,
-                               int lane) {
+static __device__ void consume(const struct gemm_args *a, struct gemm_shared *s, const uint8_t *ring,
+                               uint8_t *patches, int warp, int lane) {
   constexpr float undo = us_prefill_format<FORMAT>::undo;
   using Rows = rows_layout<us_prefill_most<FORMAT, HALVES>::groups, TILES>;
   const struct us_engine_matrix w = a->g.w;
@@ -157,7 +161,9 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1)
   init_ring(&s, a.stages, 1, WARPS);
   if (warp >= WARPS) {
     set_registers<72, false>();
-    if (warp == WARPS) load<HALVES, us_prefill_most<FORMAT, HALVES>::groups, TILES>(&a, &map, &s, us_shared_address(ring), lane);
+    if (warp == WARPS)
+      load<HALVES, us_prefill_most<FORMAT, HALVES>::groups, TILES>(&a, &map, &s, us_shared_address(ring),
+                                                                   lane);
   } else {
     set_registers<216, true>();
     consume<FORMAT, HALVES, TILES>(&a, &s, ring, ring + a.stages * a.stage_bytes, warp, lane);
@@ -166,27 +172,31 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1)
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
-                                    const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                    const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                    const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
                                     CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 /* The rows as the copy engine wants them described; rows past the last read as zeros. */
-static cudaError_t describe_rows(const struct us_prefill_gemm *g, uint32_t columns, uint32_t tile_rows, CUtensorMap *map) {
+static cudaError_t describe_rows(const struct us_prefill_gemm *g, uint32_t columns, uint32_t tile_rows,
+                                 CUtensorMap *map) {
   void *entry = NULL;
   cudaDriverEntryPointQueryResult found;
-  cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+  cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
   if (status != cudaSuccess) return status;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   cuuint64_t size[2] = {g->w.slices * g->w.groups * 32u, g->rows}, stride[1] = {(cuuint64_t)g->x_stride * 2};
   cuuint32_t box[2] = {columns, tile_rows}, step[2] = {1, 1};
   CUresult result = ((encode_function)entry)(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)g->x, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)g->x, size, stride, box, step,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <int FORMAT, int HALVES, int TILES> static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
+template <int FORMAT, int HALVES, int TILES>
+static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   using Rows = rows_layout<us_prefill_most<FORMAT, HALVES>::groups, TILES>;
   auto kernel = prefill_wide<FORMAT, HALVES, TILES>;
   const struct us_engine_matrix *w = &a->g.w;
@@ -196,14 +206,16 @@ template <int FORMAT, int HALVES, int TILES> static cudaError_t launch(struct ge
   if (a->stages > MAX_STAGES) a->stages = MAX_STAGES;
   a->row_tiles = (a->g.rows + TILES * 8 - 1) / (TILES * 8);
   a->blocks = (w->tiles * HALVES + SLOTS * 2 - 1) / (SLOTS * 2);
-  uint32_t bytes = WARPS * PATCH_BYTES + a->stages * a->stage_bytes, grid, items = a->row_tiles * a->blocks * a->g.parts;
+  uint32_t bytes = WARPS * PATCH_BYTES + a->stages * a->stage_bytes, grid,
+           items = a->row_tiles * a->blocks * a->g.parts;
   CUtensorMap map;
   cudaError_t status = us_prefill_processors(&grid);
   if (status == cudaSuccess && items) status = describe_rows(&a->g, Rows::columns, TILES * 8, &map);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
   if (status != cudaSuccess || !items) return status;
-  kernel<<<items < grid ? items : grid, (WARPS + LOADERS) * 32, bytes, stream>>>(*a, map);
+  if (items < grid) grid = items;
+  kernel<<<grid, (WARPS + LOADERS) * 32, bytes, stream>>>(*a, map);
   return cudaGetLastError();
 }
 

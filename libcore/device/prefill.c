@@ -30,7 +30,8 @@ static uint64_t most_bytes(uint64_t a, uint64_t b) {
   return a > b ? a : b;
 }
 
-static void size_layer(const struct us_device_weights *w, uint32_t l, uint64_t rows, struct us_prefill_sizes *z) {
+static void size_layer(const struct us_device_weights *w, uint32_t l, uint64_t rows,
+                       struct us_prefill_sizes *z) {
   const struct us_device_layer *layer = &w->layers[l];
   z->qkv_stride = most(z->qkv_stride, (layer->qkv.rows + 3) / 4 * 4);
   z->attended = most(z->attended, layer->o_proj.cols);
@@ -72,12 +73,14 @@ static void *place(struct arena *arena, uint64_t bytes) {
   return bytes ? (void *)at : NULL;
 }
 
-static void place_experts(const struct us_device_weights *w, uint32_t rows, struct arena *a, struct us_prefill_buffers *b) {
+static void place_experts(const struct us_device_weights *w, uint32_t rows, struct arena *a,
+                          struct us_prefill_buffers *b) {
   uint64_t pairs = (uint64_t)rows * w->shape.top_k;
   b->routed = place(a, w->shape.layers * pairs * sizeof(uint32_t));
   b->weights = place(a, pairs * sizeof(float));
   b->groups.tile_count = place(a, sizeof(uint32_t));
-  b->groups.tiles = place(a, us_prefill_most_tiles(w->shape.experts, (uint32_t)pairs) * sizeof(struct us_prefill_tile));
+  b->groups.tiles =
+      place(a, us_prefill_most_tiles(w->shape.experts, (uint32_t)pairs) * sizeof(struct us_prefill_tile));
   b->groups.row = place(a, pairs * sizeof(uint32_t));
   b->groups.pair = place(a, pairs * sizeof(uint32_t));
   b->pairs = place(a, pairs * w->shape.hidden * sizeof(float));
@@ -107,26 +110,27 @@ static void place_all(const struct us_device_weights *w, const struct us_device_
   }
 }
 
-static enum us_status check_options(const struct us_device_weights *w, const struct us_device_prefill_options *o,
-                                    struct us_err *err) {
+static enum us_status check_options(const struct us_device_weights *w,
+                                    const struct us_device_prefill_options *o, struct us_err *err) {
   if (!o->rows || o->rows > US_PREFILL_MAX_ROWS || !o->logit_rows || o->logit_rows > o->rows)
-    return us_err_set(err, US_ERR_USAGE, "%u rows a prompt chunk, %u with logits: 1 to %d rows", o->rows, o->logit_rows,
-                      US_PREFILL_MAX_ROWS);
+    return us_err_set(err, US_ERR_USAGE, "%u rows a prompt chunk, %u with logits: 1 to %d rows", o->rows,
+                      o->logit_rows, US_PREFILL_MAX_ROWS);
   if (w->shape.experts > US_PREFILL_MAX_EXPERTS || w->shape.top_k > US_ENGINE_MAX_TOPK)
-    return us_err_set(err, US_ERR_USAGE, "%u experts, %u a row: prompt passes have at most %d, %d", w->shape.experts,
-                      w->shape.top_k, US_PREFILL_MAX_EXPERTS, US_ENGINE_MAX_TOPK);
+    return us_err_set(err, US_ERR_USAGE, "%u experts, %u a row: prompt passes have at most %d, %d",
+                      w->shape.experts, w->shape.top_k, US_PREFILL_MAX_EXPERTS, US_ENGINE_MAX_TOPK);
   for (int kind = 0; kind < US_PREFILL_DRAFT; kind++) {
     const struct us_attention_shape *s = us_prefill_attention_shape(w, (enum us_prefill_attention_kind)kind);
     if (s && (s->qk_dim > 192 || s->v_dim > 128 || s->v_dim % 8))
-      return us_err_set(err, US_ERR_USAGE, "heads of %u and %u: prompt passes have at most 192, and 128 in steps of 8",
+      return us_err_set(err, US_ERR_USAGE,
+                        "heads of %u and %u: prompt passes have at most 192, and 128 in steps of 8",
                         s->qk_dim, s->v_dim);
   }
   return US_OK;
 }
 
-enum us_status us_device_prefill_bytes(const struct us_shape *shape, const struct us_draft_shape *opt_draft, uint32_t ranks,
-                                       const struct us_device_prefill_options *options, uint64_t *ret_bytes,
-                                       struct us_err *err) {
+enum us_status us_device_prefill_bytes(const struct us_shape *shape, const struct us_draft_shape *opt_draft,
+                                       uint32_t ranks, const struct us_device_prefill_options *options,
+                                       uint64_t *ret_bytes, struct us_err *err) {
   struct us_device_weights *w = NULL;
   enum us_status status = us_device_weights_layout(shape, opt_draft, 0, ranks, &w, err);
   if (status != US_OK) return status;
@@ -142,7 +146,8 @@ enum us_status us_device_prefill_bytes(const struct us_shape *shape, const struc
 
 /* ---- creation and end -------------------------------------------------------------------------------------------- */
 
-static enum us_status fill_rope(const struct us_attention_shape *s, uint32_t positions, float *device, struct us_err *err) {
+static enum us_status fill_rope(const struct us_attention_shape *s, uint32_t positions, float *device,
+                                struct us_err *err) {
   size_t bytes = (size_t)positions * s->rotary_dim * sizeof(float);
   float *table = malloc(bytes ? bytes : 1);
   if (!table) return us_err_memory(err, "rope tables", bytes);
@@ -159,7 +164,8 @@ static enum us_status create_rank(struct us_device_prefill *p, uint32_t r, struc
   struct arena count = {US_DEVICE_ALIGN, 0};
   us_devices_use(p->devices, us_devices_gpu(p->devices, r));
   place_all(w, &p->options, &p->sizes, &count, &rank->buffers);
-  enum us_status status = us_cuda_status((int)cudaMalloc(&rank->arena, count.used), "memory of prompt passes", err);
+  enum us_status status =
+      us_cuda_status((int)cudaMalloc(&rank->arena, count.used), "memory of prompt passes", err);
   if (status != US_OK) return status;
   struct arena arena = {(uintptr_t)rank->arena, 0};
   place_all(w, &p->options, &p->sizes, &arena, &rank->buffers);
@@ -226,7 +232,8 @@ struct us_device_prefill_result us_device_prefill_result(const struct us_device_
                                            .routed = rank->buffers.routed};
 }
 
-enum us_status us_device_prefill_fetch_logits(struct us_device_prefill *p, uint32_t rows, float *logits, struct us_err *err) {
+enum us_status us_device_prefill_fetch_logits(struct us_device_prefill *p, uint32_t rows, float *logits,
+                                              struct us_err *err) {
   size_t N = p->rank[0].weights->shape.vocab;
   for (uint32_t r = 0; r < p->devices->ranks; r++) {
     struct us_device_prefill_result from = us_device_prefill_result(p, r);
@@ -234,8 +241,8 @@ enum us_status us_device_prefill_fetch_logits(struct us_device_prefill *p, uint3
     if (!from.logits_count) continue;
     us_devices_use(p->devices, gpu);
     int code = (int)cudaMemcpy2DAsync(logits + from.logits_first, N * sizeof(float), from.logits,
-                                      from.logits_stride * sizeof(float), from.logits_count * sizeof(float), rows,
-                                      cudaMemcpyDeviceToHost, p->devices->stream[gpu]);
+                                      from.logits_stride * sizeof(float), from.logits_count * sizeof(float),
+                                      rows, cudaMemcpyDeviceToHost, p->devices->stream[gpu]);
     enum us_status status = us_cuda_status(code, "logits of a prompt", err);
     if (status != US_OK) return status;
   }

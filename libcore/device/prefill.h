@@ -21,8 +21,8 @@
 #include "device/weights.h"
 
 struct us_device_prefill_options {
-  uint32_t rows;          /* of a chunk at most, US_PREFILL_MAX_ROWS; more rows share each read of the experts */
-  uint32_t logit_rows;    /* of a chunk, its last ones, that may have logits; at least 1 */
+  uint32_t rows;       /* of a chunk at most, US_PREFILL_MAX_ROWS; more rows share each read of the experts */
+  uint32_t logit_rows; /* of a chunk, its last ones, that may have logits; at least 1 */
   uint32_t max_positions; /* of a sequence: rope tables and page tables */
   bool uniform;           /* route uniformly from Philox, as the engine does for a request of that seed */
   uint64_t uniform_seed;
@@ -42,7 +42,8 @@ struct us_device_prefill_result {
   const float *logits; /* (logits of the chunk, logits_stride): this rank's share of the vocabulary */
   uint32_t logits_stride, logits_first, logits_count;
   const uint16_t *features; /* (rows, taps * D): bf16(x) * 2^64; NULL without a drafter */
-  const uint32_t *routed;   /* (L, rows, top_k) of options.rows rows a layer: ascending ids; dense layers: not written */
+  const uint32_t
+      *routed; /* (L, rows, top_k) of options.rows rows a layer: ascending ids; dense layers: not written */
 };
 
 struct us_device_prefill;
@@ -51,7 +52,8 @@ struct us_device_prefill;
 US_CHECKED enum us_status us_device_prefill_create(struct us_devices *devices,
                                                    struct us_device_weights *const *weights,
                                                    const struct us_device_prefill_options *options,
-                                                   struct us_device_prefill **ret_prefill, struct us_err *err);
+                                                   struct us_device_prefill **ret_prefill,
+                                                   struct us_err *err);
 void us_device_prefill_free(struct us_device_prefill *prefill); /* NULL is allowed */
 
 /* Where the caches' pages are; opt_draft NULL without a drafter. */
@@ -60,17 +62,20 @@ void us_device_prefill_caches(struct us_device_prefill *prefill, const struct us
 
 /* Queue a chunk. Returns before it is done. */
 US_CHECKED enum us_status us_device_prefill_run(struct us_device_prefill *prefill,
-                                                const struct us_device_prefill_chunk *chunk, struct us_err *err);
+                                                const struct us_device_prefill_chunk *chunk,
+                                                struct us_err *err);
 
-struct us_device_prefill_result us_device_prefill_result(const struct us_device_prefill *prefill, uint32_t rank);
+struct us_device_prefill_result us_device_prefill_result(const struct us_device_prefill *prefill,
+                                                         uint32_t rank);
 
 /* The last `rows` logits of the chunk, (rows, N) of all ranks, into host memory. Waits. */
 US_CHECKED enum us_status us_device_prefill_fetch_logits(struct us_device_prefill *prefill, uint32_t rows,
                                                          float *logits, struct us_err *err);
 
 /* GPU memory of a rank. */
-US_CHECKED enum us_status us_device_prefill_bytes(const struct us_shape *shape, const struct us_draft_shape *opt_draft,
-                                                  uint32_t ranks, const struct us_device_prefill_options *options,
+US_CHECKED enum us_status us_device_prefill_bytes(const struct us_shape *shape,
+                                                  const struct us_draft_shape *opt_draft, uint32_t ranks,
+                                                  const struct us_device_prefill_options *options,
                                                   uint64_t *ret_bytes, struct us_err *err);
 
 #endif

@@ -9,22 +9,22 @@ enum us_prefill_attention_kind { US_PREFILL_FULL, US_PREFILL_WINDOWED, US_PREFIL
 
 /* One rank's memory; rows are options.rows, own rows a rank's share of them. */
 struct us_prefill_buffers {
-  int32_t *tokens;             /* (rows) */
-  float *residual;             /* (own rows, D) */
-  float *sums;                 /* (addends, own rows, D): partial sums that arrive */
-  uint16_t *normed;            /* (rows, D) */
-  float *qkv;                  /* (rows, qkv_stride) */
-  uint16_t *attended;          /* (rows, H * V of the rank) */
-  float *router;               /* (router parts, rows, E) */
-  uint32_t *routed;            /* (L, rows, top_k) */
-  float *weights;              /* (rows, top_k) */
+  int32_t *tokens;    /* (rows) */
+  float *residual;    /* (own rows, D) */
+  float *sums;        /* (addends, own rows, D): partial sums that arrive */
+  uint16_t *normed;   /* (rows, D) */
+  float *qkv;         /* (rows, qkv_stride) */
+  uint16_t *attended; /* (rows, H * V of the rank) */
+  float *router;      /* (router parts, rows, E) */
+  uint32_t *routed;   /* (L, rows, top_k) */
+  float *weights;     /* (rows, top_k) */
   struct us_prefill_groups groups;
-  uint16_t *inner;             /* (rows * top_k, F) or (rows, F of dense layers) */
-  float *pairs;                /* (rows * top_k, D) */
-  uint8_t *staging;            /* pages of a windowed layer's chunk */
-  uint16_t *features;          /* (rows, taps * D) */
-  float *context;              /* (rows, all K and V of the drafter's layers) */
-  float *logits;               /* (logit_rows, logits_stride) */
+  uint16_t *inner;               /* (rows * top_k, F) or (rows, F of dense layers) */
+  float *pairs;                  /* (rows * top_k, D) */
+  uint8_t *staging;              /* pages of a windowed layer's chunk */
+  uint16_t *features;            /* (rows, taps * D) */
+  float *context;                /* (rows, all K and V of the drafter's layers) */
+  float *logits;                 /* (logit_rows, logits_stride) */
   float *rope[US_PREFILL_KINDS]; /* (max_positions, rotary) */
 };
 

@@ -43,7 +43,7 @@ static enum us_status run(const struct pass *s, operation *step, uint32_t layer,
     enum us_status status = us_cuda_status(step(s, rank, layer, devices->stream[gpu]), what, s->err);
     if (status == US_OK) continue;
     return layer == US_LAYER_NONE ? us_err_prefix(s->err, "prompt pass")
-                            : us_err_prefix(s->err, "prompt pass, layer %u", layer);
+                                  : us_err_prefix(s->err, "prompt pass, layer %u", layer);
   }
   return US_OK;
 }
@@ -75,8 +75,7 @@ static struct us_prefill_gemm product(const struct us_device_matrix *w, const ui
 /* Partial sums to the owners of the rows. `slot`: of the addends, the first. */
 static struct us_prefill_rows to_owners(const struct pass *s, uint32_t slot) {
   uint64_t addend = (uint64_t)s->p->sizes.own_rows * weights_of(s, 0)->shape.hidden;
-  struct us_prefill_rows out = {
-      .per_rank = s->own, .stride = weights_of(s, 0)->shape.hidden, .part = addend};
+  struct us_prefill_rows out = {.per_rank = s->own, .stride = weights_of(s, 0)->shape.hidden, .part = addend};
   for (uint32_t r = 0; r < s->p->devices->ranks; r++) out.base[r] = buffers_of(s, r)->sums + slot * addend;
   return out;
 }
@@ -87,7 +86,8 @@ static struct us_prefill_rows to_owners(const struct pass *s, uint32_t slot) {
 static struct us_prefill_norm norm_rows(const struct pass *s, uint32_t rank) {
   const struct us_device_weights *w = weights_of(s, rank);
   const struct us_prefill_buffers *b = buffers_of(s, rank);
-  uint32_t D = w->shape.hidden, first = rank * s->own, left = s->chunk->rows > first ? s->chunk->rows - first : 0;
+  uint32_t D = w->shape.hidden, first = rank * s->own,
+           left = s->chunk->rows > first ? s->chunk->rows - first : 0;
   struct us_prefill_norm norm = {.rows = left < s->own ? left : s->own,
                                  .first = first,
                                  .D = D,
@@ -271,13 +271,14 @@ static int experts(const struct pass *s, uint32_t rank, uint32_t layer, cudaStre
   up.opt_experts = down.opt_experts = &b->groups;
   if (!code) code = us_prefill_gemm(&up, stream);
   if (!code) code = us_prefill_gemm(&down, stream);
-  struct us_prefill_combine combine = {b->pairs,           b->weights,      rows, w->shape.top_k,
-                                       w->shape.hidden, to_owners(s, rank)};
+  struct us_prefill_combine combine = {b->pairs,       b->weights,      rows,
+                                       w->shape.top_k, w->shape.hidden, to_owners(s, rank)};
   return code ? code : us_prefill_combine(&combine, stream);
 }
 
 static int mlp(const struct pass *s, uint32_t rank, uint32_t layer, cudaStream_t stream) {
-  return weights_of(s, rank)->shape.moe_layer[layer] ? experts(s, rank, layer, stream) : dense(s, rank, layer, stream);
+  return weights_of(s, rank)->shape.moe_layer[layer] ? experts(s, rank, layer, stream)
+                                                     : dense(s, rank, layer, stream);
 }
 
 /* ---- head -------------------------------------------------------------------------------------------------------- */
@@ -288,7 +289,8 @@ static int head(const struct pass *s, uint32_t rank, uint32_t layer, cudaStream_
   size_t first = s->chunk->rows - s->chunk->logits;
   struct us_prefill_gemm g = product(&w->head, b->normed + first * w->shape.hidden, s->chunk->logits);
   g.out = us_prefill_local(b->logits, s->p->sizes.logits_stride);
-  return w->head.rows ? us_prefill_gemm(&g, stream) : cudaSuccess; /* the last ranks' share of a small vocabulary is empty */
+  return w->head.rows ? us_prefill_gemm(&g, stream)
+                      : cudaSuccess; /* the last ranks' share of a small vocabulary is empty */
 }
 
 /* ---- drafter context --------------------------------------------------------------------------------------------- */
@@ -349,7 +351,8 @@ struct planned {
   bool meet; /* then wait for the others */
 };
 
-static enum us_status run_all(const struct pass *s, const struct planned *steps, uint32_t count, uint32_t layer) {
+static enum us_status run_all(const struct pass *s, const struct planned *steps, uint32_t count,
+                              uint32_t layer) {
   enum us_status status = US_OK;
   for (uint32_t i = 0; status == US_OK && i < count; i++) {
     status = run(s, steps[i].step, layer, steps[i].what);
@@ -359,12 +362,10 @@ static enum us_status run_all(const struct pass *s, const struct planned *steps,
 }
 
 static enum us_status run_layer(const struct pass *s, uint32_t layer) {
-  static const struct planned steps[] = {{qkv, "qkv", false},
-                                         {attention, "attention", false},
-                                         {o_proj, "o_proj", true},
-                                         {norm_after_attention, "norm after attention", true},
-                                         {mlp, "experts or MLP", true},
-                                         {norm_after_mlp, "norm after the MLP", true}};
+  static const struct planned steps[] = {
+      {qkv, "qkv", false},           {attention, "attention", false},
+      {o_proj, "o_proj", true},      {norm_after_attention, "norm after attention", true},
+      {mlp, "experts or MLP", true}, {norm_after_mlp, "norm after the MLP", true}};
   return run_all(s, steps, sizeof steps / sizeof *steps, layer);
 }
 
@@ -382,9 +383,11 @@ static enum us_status check_chunk(const struct us_device_prefill *p, const struc
   if (!c->rows || c->rows > o->rows)
     return us_err_set(err, US_ERR_USAGE, "a prompt chunk of %u rows; 1 to %u", c->rows, o->rows);
   if (c->logits > c->rows || c->logits > o->logit_rows)
-    return us_err_set(err, US_ERR_USAGE, "logits of %u of %u rows; at most %u", c->logits, c->rows, o->logit_rows);
+    return us_err_set(err, US_ERR_USAGE, "logits of %u of %u rows; at most %u", c->logits, c->rows,
+                      o->logit_rows);
   if (c->position > o->max_positions || c->rows > o->max_positions - c->position)
-    return us_err_set(err, US_ERR_USAGE, "rows at %u + %u; %u positions", c->position, c->rows, o->max_positions);
+    return us_err_set(err, US_ERR_USAGE, "rows at %u + %u; %u positions", c->position, c->rows,
+                      o->max_positions);
   for (uint32_t r = 0; r < c->rows; r++)
     if (c->tokens[r] < 0 || (uint32_t)c->tokens[r] >= vocab)
       return us_err_set(err, US_ERR_USAGE, "token %d is outside the vocabulary of %u", c->tokens[r], vocab);
@@ -401,7 +404,8 @@ enum us_status us_device_prefill_run(struct us_device_prefill *p, const struct u
   if (status == US_OK) status = meet(&s);
   if (status == US_OK) status = run(&s, embed, 0, "embedding");
   if (status == US_OK) status = meet(&s);
-  for (uint32_t l = 0; status == US_OK && l < p->rank[0].weights->shape.layers; l++) status = run_layer(&s, l);
+  for (uint32_t l = 0; status == US_OK && l < p->rank[0].weights->shape.layers; l++)
+    status = run_layer(&s, l);
   if (status == US_OK && chunk->logits) status = run(&s, head, US_LAYER_NONE, "head");
   if (status == US_OK && chunk->opt_draft_kv) status = run_context(&s);
   return status;

@@ -61,8 +61,8 @@ static struct lab_sum dot(const struct lab_weights *w, uint32_t parts, const dou
 }
 
 /* Output n of matrix `index` for row x, with a mistake in gate or the only matrix. */
-static struct lab_sum expect(const struct lab_weights *w, uint32_t parts, uint32_t index, uint32_t n, const float *x,
-                             enum lab_mutation mutation) {
+static struct lab_sum expect(const struct lab_weights *w, uint32_t parts, uint32_t index, uint32_t n,
+                             const float *x, enum lab_mutation mutation) {
   std::vector<double> row = lab_row(w, index, 0, n, mutation);
   struct lab_sum g = dot(w, parts, row.data(), x);
   if (!w->gated) return g;
@@ -88,14 +88,16 @@ static void check_samples(struct lab_result *r, const struct samples *s, uint64_
   r->bad += bad > 0;
   for (uint32_t i = 0; i < SAMPLES; i++) {
     uint32_t row = (uint32_t)(lab_random(state) % s->rows), n = (uint32_t)(lab_random(state) % s->columns);
-    uint32_t index = s->opt_matrix ? s->opt_matrix[row] : 0, source = s->opt_source ? s->opt_source[row] : row;
+    uint32_t index = s->opt_matrix ? s->opt_matrix[row] : 0,
+             source = s->opt_source ? s->opt_source[row] : row;
     const float *x = &s->x->x[(size_t)source * s->w->cols];
     struct lab_sum e = expect(s->w, s->parts, index, n, x, LAB_NONE);
     double got = (*s->y)[(size_t)row * s->columns + n];
     lab_sample(r, got - e.value, e.allowed, e.magnitude);
     for (int m = LAB_SCALE; i < MUTANTS && m < LAB_MUTATIONS; m++)
       if (lab_mutation_applies((enum lab_mutation)m, s->w->format))
-        ratios[m].push_back(fabs(got - expect(s->w, s->parts, index, n, x, (enum lab_mutation)m).value) / e.allowed);
+        ratios[m].push_back(fabs(got - expect(s->w, s->parts, index, n, x, (enum lab_mutation)m).value) /
+                            e.allowed);
   }
   for (int m = LAB_SCALE; m < LAB_MUTATIONS; m++)
     if (!ratios[m].empty()) lab_mutation(r, lab_mutation_names[m], ratios[m]);
@@ -133,16 +135,18 @@ static struct output make_output(const struct product *p, uint32_t columns) {
 }
 
 /* Rows [begin, end) of the product into the same rows of `out`. */
-static cudaError_t run_rows(const struct product *p, const struct lab_weights *w, const struct lab_many *x, uint32_t columns,
-                            const struct output *out, uint32_t begin, uint32_t end) {
+static cudaError_t run_rows(const struct product *p, const struct lab_weights *w, const struct lab_many *x,
+                            uint32_t columns, const struct output *out, uint32_t begin, uint32_t end) {
   uint32_t stride = (columns + PAD + 3) / 4 * 4;
   struct us_prefill_gemm g = {};
-  g.w = w->matrix, g.x = x->operand + (size_t)begin * p->K, g.x_stride = p->K, g.rows = end - begin, g.parts = p->parts;
+  g.w = w->matrix, g.x = x->operand + (size_t)begin * p->K, g.x_stride = p->K, g.rows = end - begin,
+  g.parts = p->parts;
   g.valid = p->N;
   if (p->swiglu)
     g.opt_swiglu = out->swiglu + (size_t)begin * stride, g.swiglu_stride = stride;
   else
-    g.out = us_prefill_local(out->stored + (size_t)begin * stride, stride), g.out.part = (uint64_t)p->rows * stride;
+    g.out = us_prefill_local(out->stored + (size_t)begin * stride, stride),
+    g.out.part = (uint64_t)p->rows * stride;
   return (cudaError_t)us_prefill_gemm(&g, 0);
 }
 
@@ -162,8 +166,8 @@ static std::vector<double> result_of(const struct product *p, uint32_t columns, 
 }
 
 /* Every row by itself or in runs of other lengths, into a second output. */
-static void check_alone(const struct product *p, const struct lab_weights *w, const struct lab_many *x, uint32_t columns,
-                        const struct output *whole) {
+static void check_alone(const struct product *p, const struct lab_weights *w, const struct lab_many *x,
+                        uint32_t columns, const struct output *whole) {
   static const uint32_t lengths[] = {1, 3, 31, 64, 1, 100, 2, 130};
   struct output pieces = make_output(p, columns);
   for (uint32_t begin = 0, i = 0; begin < p->rows; i++) {
@@ -174,7 +178,8 @@ static void check_alone(const struct product *p, const struct lab_weights *w, co
   char check[128];
   snprintf(check, sizeof check, "%s (%u, %u) %s: rows in other tiles give the same bits", p->name, p->N, p->K,
            us_format_name(p->format));
-  const void *a = whole->stored ? (void *)whole->stored : whole->swiglu, *b = p->swiglu ? (void *)pieces.swiglu : pieces.stored;
+  const void *a = whole->stored ? (void *)whole->stored : whole->swiglu,
+             *b = p->swiglu ? (void *)pieces.swiglu : pieces.stored;
   lab_same_rows(check, a, b, whole->words);
   US_CUDA(cudaFree((void *)b));
 }
@@ -198,8 +203,13 @@ static void lab_product(const struct product *p, uint64_t seed) {
   lab_report(&r);
   check_alone(p, &w, &x, columns, &out);
   if (p->timed) {
-    struct lab_time t = {p->name, shape, us_format_name(p->format), 0, (double)us_pages_bytes(&w.pages),
-                         2.0 * p->rows * p->N * p->K, lab_peer_us(p->rows, p->N, p->K)};
+    struct lab_time t = {p->name,
+                         shape,
+                         us_format_name(p->format),
+                         0,
+                         (double)us_pages_bytes(&w.pages),
+                         2.0 * p->rows * p->N * p->K,
+                         lab_peer_us(p->rows, p->N, p->K)};
     t.us = lab_median_us([&]() { return run_rows(p, &w, &x, columns, &out, 0, p->rows); });
     lab_time_report(&t);
   }
@@ -219,7 +229,8 @@ struct experts {
   bool timed;
 };
 
-static const struct experts layers[] = {{512, 384, 8, 6144, 512, true}, {300, 16, 4, 64, 32, false}, {40, 8, 2, 128, 96, false}};
+static const struct experts layers[] = {
+    {512, 384, 8, 6144, 512, true}, {300, 16, 4, 64, 32, false}, {40, 8, 2, 128, 96, false}};
 
 /* A layer, its routing (ascending ids, weights of 1 / top_k), and buffers for rows [0, rows). */
 struct layer {
@@ -238,7 +249,8 @@ struct layer {
 static void repack(struct lab_weights *w) {
   uint32_t groups = w->cols / 32 % 4 ? w->cols / 32 % 3 ? 1 : 3 : 4;
   struct us_pages *p = &w->pages;
-  size_t codes = us_matrix_data_bytes(w->format, w->rows, w->cols), scales = us_matrix_scale_bytes(w->format, w->rows, w->cols, 0);
+  size_t codes = us_matrix_data_bytes(w->format, w->rows, w->cols),
+         scales = us_matrix_scale_bytes(w->format, w->rows, w->cols, 0);
   std::vector<struct us_pages_source> sources(w->count);
   p->slice_cols = groups * 32;
   for (uint32_t i = 0; i < w->count; i++) {
@@ -284,8 +296,9 @@ static void make_layer(struct layer *l, const struct experts *e, uint64_t seed) 
 }
 
 static void free_layer(struct layer *l) {
-  void *owned[] = {l->x.operand,   l->logits,       l->ids,   l->weights, l->groups.tile_count, l->groups.tiles,
-                   l->groups.row,  l->groups.pair,  l->inner, l->pairs,   l->y};
+  void *owned[] = {
+      l->x.operand,   l->logits, l->ids,   l->weights, l->groups.tile_count, l->groups.tiles, l->groups.row,
+      l->groups.pair, l->inner,  l->pairs, l->y};
   for (void *p : owned) US_CUDA(cudaFree(p));
   lab_weights_free(&l->up), lab_weights_free(&l->down);
 }
@@ -293,7 +306,8 @@ static void free_layer(struct layer *l) {
 static cudaError_t run_up(const struct layer *l, uint32_t begin) {
   const struct experts *e = l->of;
   struct us_prefill_gemm g = {};
-  g.w = l->up.matrix, g.x = l->x.operand + (size_t)begin * e->D, g.x_stride = e->D, g.parts = 1, g.valid = 2 * e->F;
+  g.w = l->up.matrix, g.x = l->x.operand + (size_t)begin * e->D, g.x_stride = e->D, g.parts = 1,
+  g.valid = 2 * e->F;
   g.opt_swiglu = l->inner, g.swiglu_stride = e->F, g.opt_experts = &l->groups, g.opt_gather = l->groups.row;
   return (cudaError_t)us_prefill_gemm(&g, 0);
 }
@@ -310,7 +324,8 @@ static cudaError_t run_down(const struct layer *l) {
 static cudaError_t run_layer(const struct layer *l, uint32_t begin, uint32_t rows) {
   const struct experts *e = l->of;
   struct us_prefill_route r = {};
-  r.logits = l->logits + (size_t)begin * e->E, r.rows = rows, r.parts = 1, r.stride = e->E, r.E = e->E, r.top_k = e->top_k;
+  r.logits = l->logits + (size_t)begin * e->E, r.rows = rows, r.parts = 1, r.stride = e->E, r.E = e->E,
+  r.top_k = e->top_k;
   r.scaling = 1, r.normalise = true, r.ids = l->ids, r.weights = l->weights, r.groups = l->groups;
   cudaError_t status = (cudaError_t)us_prefill_route(&r, 0);
   if (status == cudaSuccess) status = run_up(l, begin);
@@ -321,7 +336,8 @@ static cudaError_t run_layer(const struct layer *l, uint32_t begin, uint32_t row
 
 /* The groups hold every pair once, in ascending expert, then row. Fills the expert of each slot. */
 static std::vector<uint32_t> check_groups(const struct layer *l, const std::vector<uint32_t> &ids,
-                                          const std::vector<uint32_t> &row, const std::vector<uint32_t> &pair) {
+                                          const std::vector<uint32_t> &row,
+                                          const std::vector<uint32_t> &pair) {
   uint32_t count = lab_download(l->groups.tile_count, 1)[0], next = 0, pairs = (uint32_t)ids.size();
   std::vector<struct us_prefill_tile> tiles = lab_download(l->groups.tiles, count);
   std::vector<uint32_t> expert(pairs);
@@ -362,7 +378,8 @@ static void check_layer(const struct layer *l, uint64_t seed) {
   check_samples(&down, &d, &state);
   lab_report(&down);
 
-  std::vector<float> weights = lab_download(l->weights, pairs), sum = lab_download(l->y, (size_t)e->rows * e->D), want(sum.size());
+  std::vector<float> weights = lab_download(l->weights, pairs),
+                     sum = lab_download(l->y, (size_t)e->rows * e->D), want(sum.size());
   for (uint32_t r = 0; r < e->rows; r++)
     for (uint32_t c = 0; c < e->D; c++) {
       float v = 0;
@@ -385,7 +402,8 @@ static void check_layer_alone(const struct layer *l) {
     pieces.insert(pieces.end(), y.begin(), y.end());
     begin += rows;
   }
-  lab_same_bits("experts: rows in other chunks give the same bits", whole.data(), pieces.data(), whole.size());
+  lab_same_bits("experts: rows in other chunks give the same bits", whole.data(), pieces.data(),
+                whole.size());
 }
 
 static void time_layer(const struct layer *l) {
@@ -393,8 +411,10 @@ static void time_layer(const struct layer *l) {
   char shape[96];
   snprintf(shape, sizeof shape, "%u experts (%u, %u), %u rows x %u", e->E, e->F, e->D, e->rows, e->top_k);
   double flops = 2.0 * e->rows * e->top_k * e->D * e->F;
-  struct lab_time up = {"experts up", shape, "mxfp4", 0, (double)us_pages_bytes(&l->up.pages) * e->E, 2 * flops, 0};
-  struct lab_time down = {"experts down", shape, "mxfp4", 0, (double)us_pages_bytes(&l->down.pages) * e->E, flops, 0};
+  struct lab_time up = {"experts up", shape, "mxfp4", 0, (double)us_pages_bytes(&l->up.pages) * e->E,
+                        2 * flops,    0};
+  struct lab_time down = {"experts down", shape, "mxfp4", 0, (double)us_pages_bytes(&l->down.pages) * e->E,
+                          flops,          0};
   struct lab_time all = {"route, up, down, combine", shape, "mxfp4", 0, up.bytes + down.bytes, 3 * flops, 0};
   US_CUDA(run_layer(l, 0, e->rows));
   up.us = lab_median_us([&]() { return run_up(l, 0); });

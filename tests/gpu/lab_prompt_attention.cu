@@ -29,12 +29,12 @@ static const struct shape shapes[] = {
 
 struct problem {
   const struct shape *of;
-  uint32_t stride, positions; /* of a row of qkv; of the sequence so far */
+  uint32_t stride, positions;         /* of a row of qkv; of the sequence so far */
   std::vector<float> qkv, rope, sink; /* (positions, stride), (positions, rotary), (H) */
   float *device_qkv, *device_rope, *device_sink;
   uint8_t *pool, *staging;
-  uint64_t **tables;          /* (1): the layer's */
-  uint16_t *out;              /* (rows, H * V) */
+  uint64_t **tables; /* (1): the layer's */
+  uint16_t *out;     /* (rows, H * V) */
   float value_scale, scale;
 };
 
@@ -48,20 +48,24 @@ static struct us_prefill_cache cache_of(const struct problem *p) {
   return c;
 }
 
-static cudaError_t append(const struct problem *p, const struct us_prefill_cache *cache, uint32_t position, uint32_t rows) {
+static cudaError_t append(const struct problem *p, const struct us_prefill_cache *cache, uint32_t position,
+                          uint32_t rows) {
   const struct shape *s = p->of;
   struct us_prefill_append a = {};
   a.cache = *cache, a.kv = p->device_qkv + (size_t)position * p->stride + s->H * s->Q, a.stride = p->stride;
-  a.v_first = s->G * s->Q, a.rows = rows, a.position = position, a.rope = p->device_rope, a.rotary = s->rotary;
+  a.v_first = s->G * s->Q, a.rows = rows, a.position = position, a.rope = p->device_rope,
+  a.rotary = s->rotary;
   a.value_scale = p->value_scale, a.eps = 1e-5f;
   return (cudaError_t)us_prefill_append(&a, 0);
 }
 
-static cudaError_t attend(const struct problem *p, const struct us_prefill_cache *cache, uint32_t position, uint32_t rows) {
+static cudaError_t attend(const struct problem *p, const struct us_prefill_cache *cache, uint32_t position,
+                          uint32_t rows) {
   const struct shape *s = p->of;
   struct us_prefill_attention a = {};
   a.cache = *cache, a.q = p->device_qkv + (size_t)position * p->stride, a.stride = p->stride, a.rows = rows;
-  a.position = position, a.H = s->H, a.rope = p->device_rope, a.rotary = s->rotary, a.opt_sink = p->device_sink;
+  a.position = position, a.H = s->H, a.rope = p->device_rope, a.rotary = s->rotary,
+  a.opt_sink = p->device_sink;
   a.window = s->window, a.scale = p->scale, a.out = p->out + (size_t)(position - s->position) * s->H * s->V;
   return (cudaError_t)us_prefill_attention(&a, 0);
 }
@@ -91,10 +95,12 @@ static void make(struct problem *p, const struct shape *s, uint64_t seed) {
   uint64_t state = seed + s->Q + s->window;
   p->of = s, p->stride = s->H * s->Q + s->G * (s->Q + s->V), p->positions = s->position + s->rows;
   p->value_scale = 0.612f, p->scale = 1.0f / sqrtf((float)s->Q);
-  p->qkv.resize((size_t)p->positions * p->stride), p->sink.resize(s->H), p->rope.resize((size_t)p->positions * s->rotary);
+  p->qkv.resize((size_t)p->positions * p->stride), p->sink.resize(s->H),
+      p->rope.resize((size_t)p->positions * s->rotary);
   for (float &v : p->qkv) v = 2 * uniform(&state);
   for (float &v : p->sink) v = 5 + uniform(&state); /* as much as a hundred keys or so */
-  for (uint32_t i = 0; i < p->positions; i++) us_rope_table(1e4, s->rotary, i, &p->rope[(size_t)i * s->rotary]);
+  for (uint32_t i = 0; i < p->positions; i++)
+    us_rope_table(1e4, s->rotary, i, &p->rope[(size_t)i * s->rotary]);
   p->device_qkv = lab_upload(p->qkv), p->device_rope = lab_upload(p->rope);
   p->device_sink = s->sink ? lab_upload(p->sink) : NULL;
   size_t page = us_engine_page_bytes(s->G, s->Q, s->V);
@@ -109,7 +115,8 @@ static void make(struct problem *p, const struct shape *s, uint64_t seed) {
 
 static void release(struct problem *p) {
   uint64_t *table = lab_download(p->tables, 1)[0];
-  void *owned[] = {p->device_qkv, p->device_rope, p->device_sink, p->pool, p->staging, p->tables, table, p->out};
+  void *owned[] = {p->device_qkv, p->device_rope, p->device_sink, p->pool,
+                   p->staging,    p->tables,      table,          p->out};
   for (void *m : owned) US_CUDA(cudaFree(m));
 }
 
@@ -137,14 +144,16 @@ static std::vector<uint16_t> value_of(const struct problem *p, uint32_t position
 /* After the chunk the pages hold the last positions, and zeros between a key's end and its stride. */
 static void check_pages(const struct problem *p) {
   const struct shape *s = p->of;
-  uint32_t page = us_engine_page_bytes(s->G, s->Q, s->V), stride = us_engine_k_stride(s->Q), held = s->page_count * 64;
+  uint32_t page = us_engine_page_bytes(s->G, s->Q, s->V), stride = us_engine_k_stride(s->Q),
+           held = s->page_count * 64;
   std::vector<uint8_t> pool = lab_download(p->pool, (size_t)s->page_count * page);
   uint64_t bad = 0, checked = 0;
   for (uint32_t position = p->positions > held ? p->positions - held : 0; position < p->positions; position++)
     for (uint32_t g = 0; g < s->G; g++) {
       const uint8_t *at = &pool[(size_t)(s->page_count - 1 - position / 64 % s->page_count) * page];
       const uint16_t *keys = (const uint16_t *)at + (g * 64 + position % 64) * stride;
-      const uint16_t *values = (const uint16_t *)(at + us_engine_v_offset(s->G, s->Q)) + g * s->V * 64 + position % 64;
+      const uint16_t *values =
+          (const uint16_t *)(at + us_engine_v_offset(s->G, s->Q)) + g * s->V * 64 + position % 64;
       std::vector<uint16_t> k = key_of(p, position, g), v = value_of(p, position, g);
       for (uint32_t d = 0; d < stride; d++) bad += keys[d] != (d < s->Q ? k[d] : 0), checked++;
       for (uint32_t d = 0; d < s->V; d++) bad += values[d * 64] != v[d], checked++;
@@ -155,8 +164,12 @@ static void check_pages(const struct problem *p) {
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 enum mistake { RIGHT, NO_SINK, WIDER, KEY_SHIFTED, VALUE_SHIFTED, NOT_ROTATED, MISTAKES };
-static const char *const mistake_names[MISTAKES] = {"", "sink dropped", "window one wider", "keys one position off",
-                                                    "values one position off", "query not rotated"};
+static const char *const mistake_names[MISTAKES] = {"",
+                                                    "sink dropped",
+                                                    "window one wider",
+                                                    "keys one position off",
+                                                    "values one position off",
+                                                    "query not rotated"};
 
 static bool applies(const struct shape *s, enum mistake m) {
   return (m != NO_SINK || s->sink) && (m != WIDER || s->window);
@@ -168,11 +181,13 @@ struct attended {
 
 /* One row and head in double. What may be off: a score by its two-term query and 2 Q / 16 multiplies; weights by their two terms
  * and e^x; sums by what each tile's multiplies truncate. */
-static struct attended expect(const struct problem *p, uint32_t position, uint32_t head, enum mistake mistake) {
+static struct attended expect(const struct problem *p, uint32_t position, uint32_t head,
+                              enum mistake mistake) {
   const struct shape *s = p->of;
   const float *row = &p->qkv[(size_t)position * p->stride + head * s->Q];
   uint32_t g = head / (s->H / s->G), window = s->window + (mistake == WIDER);
-  uint32_t begin = s->window && position + 1 > window ? position + 1 - window : 0, tiles = position / 64 - begin / 64 + 1;
+  uint32_t begin = s->window && position + 1 > window ? position + 1 - window : 0,
+           tiles = position / 64 - begin / 64 + 1;
   std::vector<float> q(row, row + s->Q);
   if (mistake != NOT_ROTATED) us_rope_apply(&p->rope[(size_t)position * s->rotary], s->rotary, q.data());
   std::vector<double> score(position + 1 - begin);
@@ -214,14 +229,18 @@ static void check_attention(const struct problem *p, uint64_t seed) {
   std::vector<uint16_t> out = lab_download(p->out, (size_t)s->rows * s->H * s->V);
   std::vector<double> ratios[MISTAKES];
   char text[96];
-  snprintf(text, sizeof text, "%u heads, %u KV, %u+%u, rows %u at %u", s->H, s->G, s->Q, s->V, s->rows, s->position);
+  snprintf(text, sizeof text, "%u heads, %u KV, %u+%u, rows %u at %u", s->H, s->G, s->Q, s->V, s->rows,
+           s->position);
   struct lab_result r = {s->name, text, "bf16"};
   for (uint32_t i = 0; i < samples; i++) {
-    uint32_t row = i == 0 ? 0 : i == 1 ? s->rows - 1 : (uint32_t)(lab_random(&state) % s->rows),
+    uint32_t row = i == 0   ? 0
+                   : i == 1 ? s->rows - 1
+                            : (uint32_t)(lab_random(&state) % s->rows),
              head = (uint32_t)(lab_random(&state) % s->H);
     const uint16_t *got = &out[((size_t)row * s->H + head) * s->V];
     struct attended a = expect(p, s->position + row, head, RIGHT);
-    for (uint32_t d = 0; d < s->V; d++) lab_sample(&r, us_bf16_to_f32(got[d]) * 0x1p-64 - a.out[d], a.allowed[d], 0);
+    for (uint32_t d = 0; d < s->V; d++)
+      lab_sample(&r, us_bf16_to_f32(got[d]) * 0x1p-64 - a.out[d], a.allowed[d], 0);
     for (int m = RIGHT + 1; i < MUTANTS && m < MISTAKES; m++) {
       if (!applies(s, (enum mistake)m)) continue;
       struct attended wrong = expect(p, s->position + row, head, (enum mistake)m);
@@ -262,7 +281,8 @@ static void time_attention(const struct problem *p) {
   double keys = 0;
   for (uint32_t r = 0; r < s->rows; r++) keys += s->window ? s->window : s->position + r + 1;
   char text[96];
-  snprintf(text, sizeof text, "%u heads, %u KV, %u+%u, rows %u at %u", s->H, s->G, s->Q, s->V, s->rows, s->position);
+  snprintf(text, sizeof text, "%u heads, %u KV, %u+%u, rows %u at %u", s->H, s->G, s->Q, s->V, s->rows,
+           s->position);
   struct lab_time t = {s->name, text, "bf16", 0, 0, keys * s->H * 2.0 * (s->Q + s->V), 0}, a = t;
   t.us = lab_median_us([&]() { return attend(p, &cache, s->position, s->rows); });
   lab_time_report(&t);

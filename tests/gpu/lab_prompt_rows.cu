@@ -44,17 +44,20 @@ static void check_routing(const struct routing *c, uint64_t seed) {
   US_CUDA(cudaMemset(r.ids, 0xff, pairs * 4));
   US_CUDA(cudaMemset(r.weights, 0xff, pairs * 4));
   r.groups.tile_count = lab_upload(std::vector<uint32_t>(1));
-  r.groups.tiles = lab_upload(std::vector<struct us_prefill_tile>(us_prefill_most_tiles(c->E, (uint32_t)pairs)));
-  r.groups.row = lab_upload(std::vector<uint32_t>(pairs)), r.groups.pair = lab_upload(std::vector<uint32_t>(pairs));
+  r.groups.tiles =
+      lab_upload(std::vector<struct us_prefill_tile>(us_prefill_most_tiles(c->E, (uint32_t)pairs)));
+  r.groups.row = lab_upload(std::vector<uint32_t>(pairs)),
+  r.groups.pair = lab_upload(std::vector<uint32_t>(pairs));
   US_CUDA((cudaError_t)us_prefill_route(&r, 0));
   std::vector<uint32_t> got_ids = lab_download(r.ids, pairs);
   std::vector<float> got = lab_download(r.weights, pairs);
   lab_same_bits("route: experts as the CPU chooses", ids.data(), got_ids.data(), pairs);
   uint64_t bad = 0;
-  for (size_t i = 0; i < pairs; i++) bad += !(got[i] == weights[i] || (got[i] != got[i] && weights[i] != weights[i]));
+  for (size_t i = 0; i < pairs; i++)
+    bad += !(got[i] == weights[i] || (got[i] != got[i] && weights[i] != weights[i]));
   us_gpu_report("route: weights as the CPU's", pairs, bad, 0);
-  void *owned[] = {(void *)r.logits, (void *)r.opt_bias, r.ids, r.weights, r.groups.tile_count, r.groups.tiles,
-                   r.groups.row, r.groups.pair};
+  void *owned[] = {(void *)r.logits,    (void *)r.opt_bias, r.ids,        r.weights,
+                   r.groups.tile_count, r.groups.tiles,     r.groups.row, r.groups.pair};
   for (void *p : owned) US_CUDA(cudaFree(p));
 }
 
@@ -67,8 +70,9 @@ struct norm_case {
 };
 
 /* The residual that a row gets, in the kernel's order, which is FP32's. */
-static float new_residual(const struct norm_case *c, const std::vector<float> &residual, const std::vector<float> &sums,
-                          const std::vector<uint16_t> &embed, const std::vector<int32_t> &tokens, size_t at) {
+static float new_residual(const struct norm_case *c, const std::vector<float> &residual,
+                          const std::vector<float> &sums, const std::vector<uint16_t> &embed,
+                          const std::vector<int32_t> &tokens, size_t at) {
   if (c->embed) return us_bf16_to_f32(embed[(size_t)tokens[at / c->D] * c->D + at % c->D]);
   float sum = sums[at];
   for (uint32_t a = 1; a < c->addends; a++) sum += sums[a * c->rows * c->D + at];
@@ -94,7 +98,8 @@ static void check_norm(const struct norm_case *c, uint64_t seed) {
   uint16_t *table = lab_upload(embed);
   g.embed[0] = table, g.embed[1] = table + (size_t)vocab / 2 * c->D;
   float *device_sums = lab_upload(sums), *device_weight = lab_upload(weight);
-  g.sums = device_sums, g.addends = c->addends, g.addend = n, g.replace = c->replace, g.weight = device_weight, g.eps = 1e-5f;
+  g.sums = device_sums, g.addends = c->addends, g.addend = n, g.replace = c->replace,
+  g.weight = device_weight, g.eps = 1e-5f;
   for (int rank = 0; rank < 2; rank++) {
     g.out[rank] = lab_upload(std::vector<uint16_t>(out_words));
     if (c->tap) g.tap[rank] = lab_upload(std::vector<uint16_t>(tap_words)) + c->D;
@@ -102,7 +107,8 @@ static void check_norm(const struct norm_case *c, uint64_t seed) {
   g.out_stride = c->D, g.tap_stride = taps * c->D;
   US_CUDA((cudaError_t)us_prefill_norm(&g, 0));
   std::vector<float> got = lab_download(g.residual, n);
-  std::vector<uint16_t> out[2] = {lab_download(g.out[0], out_words), lab_download(g.out[1], out_words)}, tap[2];
+  std::vector<uint16_t> out[2] = {lab_download(g.out[0], out_words), lab_download(g.out[1], out_words)},
+                        tap[2];
   for (int rank = 0; rank < 2 && c->tap; rank++) tap[rank] = lab_download(g.tap[rank] - c->D, tap_words);
 
   char shape[64];
@@ -122,18 +128,27 @@ static void check_norm(const struct norm_case *c, uint64_t seed) {
     }
     double scale = 1 / sqrt(squares / c->D + 1e-5f);
     for (uint32_t i = 0; i < c->D; i++) {
-      double want = got[(size_t)row * c->D + i] * scale * weight[i], before = fabs(want) * (c->D / 256 + 24) * LAB_UNIT;
+      double want = got[(size_t)row * c->D + i] * scale * weight[i],
+             before = fabs(want) * (c->D / 256 + 24) * LAB_UNIT;
       int exponent;
       frexp(fabs(want) + before, &exponent);
       for (int rank = 0; rank < 2; rank++)
-        lab_sample(&r, us_bf16_to_f32(out[rank][(first + row) * c->D + i]) * 0x1p-64 - want, before + ldexp(1, exponent - 9), 0);
+        lab_sample(&r, us_bf16_to_f32(out[rank][(first + row) * c->D + i]) * 0x1p-64 - want,
+                   before + ldexp(1, exponent - 9), 0);
     }
   }
   us_gpu_report("norm: residual to the bit", n, different, 0);
   if (c->tap) us_gpu_report("norm: taps to the bit", 2 * n, tapped, 0);
   lab_report(&r);
-  void *owned[] = {g.residual, (void *)g.opt_tokens, table, device_sums, device_weight, g.out[0], g.out[1],
-                   c->tap ? g.tap[0] - c->D : NULL, c->tap ? g.tap[1] - c->D : NULL};
+  void *owned[] = {g.residual,
+                   (void *)g.opt_tokens,
+                   table,
+                   device_sums,
+                   device_weight,
+                   g.out[0],
+                   g.out[1],
+                   c->tap ? g.tap[0] - c->D : NULL,
+                   c->tap ? g.tap[1] - c->D : NULL};
   for (void *p : owned) US_CUDA(cudaFree(p));
 }
 

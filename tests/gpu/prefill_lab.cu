@@ -27,13 +27,15 @@ struct lab_many lab_many_rows(uint32_t rows, uint32_t K, uint64_t *state) {
 }
 
 void lab_same_rows(const char *check, const void *a, const void *b, size_t words) {
-  std::vector<uint32_t> left = lab_download((const uint32_t *)a, words), right = lab_download((const uint32_t *)b, words);
+  std::vector<uint32_t> left = lab_download((const uint32_t *)a, words),
+                        right = lab_download((const uint32_t *)b, words);
   lab_same_bits(check, left.data(), right.data(), words);
 }
 
 void lab_time_report(const struct lab_time *t) {
   double tflops = t->flops / t->us * 1e-6, gbs = t->bytes / t->us * 1e-3;
-  printf("{\"time\": \"%s\", \"shape\": \"%s\", \"format\": \"%s\", \"device\": \"%s\", \"us\": %.1f, \"tflops\": %.0f, "
+  printf("{\"time\": \"%s\", \"shape\": \"%s\", \"format\": \"%s\", \"device\": \"%s\", \"us\": %.1f, "
+         "\"tflops\": %.0f, "
          "\"gbs\": %.0f, \"of_hbm\": %.3f",
          t->op, t->shape, t->format, us_gpu_name, t->us, tflops, gbs, gbs * 1e9 / LAB_HBM);
   if (lab_peak > 0) printf(", \"of_peak\": %.3f", tflops * 1e12 / lab_peak);
@@ -45,9 +47,10 @@ void lab_time_report(const struct lab_time *t) {
 /* ---- the peer ---------------------------------------------------------------------------------------------------- */
 
 /* cuBLAS, opened when the program runs: the machine may not have it. */
-typedef cublasStatus_t (*gemm_function)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *,
-                                        const void *, cudaDataType, int, const void *, cudaDataType, int, const void *, void *,
-                                        cudaDataType, int, cublasComputeType_t, cublasGemmAlgo_t);
+typedef cublasStatus_t (*gemm_function)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
+                                        const void *, const void *, cudaDataType, int, const void *,
+                                        cudaDataType, int, const void *, void *, cudaDataType, int,
+                                        cublasComputeType_t, cublasGemmAlgo_t);
 struct peer {
   decltype(&cublasCreate) create;
   gemm_function gemm;
@@ -87,9 +90,9 @@ double lab_peer_us(uint32_t M, uint32_t N, uint32_t K) {
     US_CUDA(cudaMemcpy(w + i, bits.data(), std::min(bits.size(), right - i) * 2, cudaMemcpyHostToDevice));
   float one = 1, zero = 0;
   double us = lab_median_us([&]() {
-    cublasStatus_t status =
-        peer->gemm(peer->handle, CUBLAS_OP_T, CUBLAS_OP_N, (int)N, (int)M, (int)K, &one, w, CUDA_R_16BF, (int)K, x,
-                   CUDA_R_16BF, (int)K, &zero, y, CUDA_R_32F, (int)N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    cublasStatus_t status = peer->gemm(peer->handle, CUBLAS_OP_T, CUBLAS_OP_N, (int)N, (int)M, (int)K, &one,
+                                       w, CUDA_R_16BF, (int)K, x, CUDA_R_16BF, (int)K, &zero, y, CUDA_R_32F,
+                                       (int)N, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     return status == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown;
   });
   US_CUDA(cudaFree(x));
@@ -102,8 +105,8 @@ static void measure_peak(void) {
   double us = lab_peer_us(8192, 8192, 8192);
   if (us <= 0) return;
   lab_peak = 2.0 * 8192 * 8192 * 8192 / us * 1e6;
-  printf("{\"peak\": \"cuBLAS bf16, 8192 cubed\", \"device\": \"%s\", \"us\": %.1f, \"tflops\": %.0f}\n", us_gpu_name, us,
-         lab_peak * 1e-12);
+  printf("{\"peak\": \"cuBLAS bf16, 8192 cubed\", \"device\": \"%s\", \"us\": %.1f, \"tflops\": %.0f}\n",
+         us_gpu_name, us, lab_peak * 1e-12);
   fflush(stdout);
 }
 
