@@ -403,6 +403,7 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   free(s.texts);
   free(s.prompts);
   free(s.stops);
+  us_serve_bench_release(&s.bench);
   return status;
 }
 

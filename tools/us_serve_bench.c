@@ -1,13 +1,11 @@
-/* us_serve_bench.c: time rounds over batches and contexts, and print what they come to.
+/* us_serve_bench.c: time rounds over batches and contexts.
  *
- * Contents: the plan; first tokens; figures; JSON lines; a table for people; the picture; the whole.
+ * Contents: the plan; first tokens; the whole.
  */
-#include "tools/us_serve_bench.h"
+#include "tools/us_serve_bench_impl.h"
 
 #include "base/opt_value.h"
 #include "base/philox.h"
-#include "base/plot.h"
-#include "base/table.h"
 #include "decode/generate.h"
 
 #include <math.h>
@@ -38,7 +36,8 @@ static enum us_status parse_list(struct us_opts *o, const char *option, int64_t 
 
 /* Options that mean nothing without --bench, and with it. */
 static enum us_status check_options(struct us_opts *o, struct us_err *err) {
-  static const char *const needs[] = {"batches", "context", "rounds", "warmup", "first-token", "plot"};
+  static const char *const needs[] = {"batches",     "context", "rounds", "warmup",
+                                      "first-token", "plot",    "trace"};
   static const char *const excludes[] = {"prompts", "prompt",     "file",    "prompt-tokens",
                                          "samples", "draft-from", "adaptive"};
   bool bench = us_opt_flag(o, "bench");
@@ -49,6 +48,11 @@ static enum us_status check_options(struct us_opts *o, struct us_err *err) {
       return us_err_set(err, US_ERR_USAGE, "--bench answers no prompts: it excludes '%s'", excludes[i]);
   if (bench && us_opt_device(o, "device") < 0)
     return us_err_set(err, US_ERR_USAGE, "--bench needs --device cuda");
+  static const char *const untraced[] = {"batches",     "context", "rounds", "warmup",
+                                         "first-token", "plot",    "accept"};
+  for (size_t i = 0; us_opt_given(o, "trace") && i < sizeof untraced / sizeof *untraced; i++)
+    if (us_opt_given(o, untraced[i]))
+      return us_err_set(err, US_ERR_USAGE, "--trace excludes --%s", untraced[i]);
   return US_OK;
 }
 
@@ -100,7 +104,15 @@ enum us_status us_serve_bench_plan(struct us_opts *opts, const float *accept, si
     uint32_t positions = us_bench_positions(&o);
     if (positions > p->positions) p->positions = positions;
   }
+  if (status != US_OK || !us_opt_given(opts, "trace")) return status;
+  status = us_arrivals_read(us_opt_str(opts, "trace"), &p->arrivals, &p->arrival_count, err);
+  if (status == US_OK) p->positions = us_arrivals_positions(p->arrivals, p->arrival_count);
   return status;
+}
+
+void us_serve_bench_release(struct us_serve_bench_plan *plan) {
+  free(plan->arrivals);
+  plan->arrivals = NULL;
 }
 
 /* ---- first tokens -------------------------------------------------------------------------------------------------- */
@@ -117,7 +129,8 @@ static enum us_status first_token(struct us_executor *ex, uint32_t context, uint
   }
   struct us_request request = {
       .prompt = ids, .prompt_count = context, .samples = 1, .max_tokens = 1, .seed = seed};
-  struct us_generate_options options = {.block = 1, .interrupted = us_tool_interrupted};
+  struct us_generate_options options = {.interrupted =
+                                            us_tool_interrupted}; /* the drafter's context is made too */
   struct us_generate_stats stats;
   struct us_result result;
   enum us_status status = us_generate(ex, &request, 1, &options, &result, &stats, err);
@@ -129,286 +142,41 @@ static enum us_status first_token(struct us_executor *ex, uint32_t context, uint
   return status;
 }
 
-/* ---- figures ------------------------------------------------------------------------------------------------------- */
-
-/* One combination of batch and context. */
-struct row {
-  struct us_bench_options options;
-  struct us_bench_result result;
-  double first_token; /* NaN: not asked for */
-};
-
-struct bench {
-  struct us_tool_run *run;
-  const struct us_serve_bench_plan *plan;
-  struct us_executor *ex;
-  struct us_bench_device device;
-  struct row *rows;
-  size_t n;
-  bool synthetic, uniform, for_people;
-};
-
-static double per_second(const struct row *r, double n) {
-  return n / r->result.seconds;
-}
-static double acceptance(const struct row *r) {
-  return (double)r->result.tokens / (double)r->result.steps;
-}
-static double floor_seconds(const struct bench *b, const struct row *r) {
-  return r->result.weight_bytes / b->device.ceiling;
-}
-static const char *acceptance_is(const struct row *r) {
-  return r->options.block == 1 ? "plain" : r->options.accept ? "replayed" : "measured";
-}
-
-static void precision_text(const struct us_executor *ex, char *text, size_t size) {
-  const struct us_precision *p = &ex->model->shape.precision;
-  const struct {
-    const char *family;
-    enum us_format format;
-  } all[] = {{"experts", p->experts}, {"dense", p->dense},   {"attn.qkv", p->qkv}, {"attn.o", p->o_proj},
-             {"head", p->head},       {"router", p->router}, {"embed", p->embed},  {"draft", p->draft}};
-  size_t count = sizeof all / sizeof *all - !ex->draft, used = 0;
-  for (size_t i = 0; i < count && used < size; i++)
-    used += (size_t)snprintf(text + used, size - used, "%s%s=%s", i ? "," : "", all[i].family,
-                             us_format_name(all[i].format));
-}
-
-/* ---- JSON lines ---------------------------------------------------------------------------------------------------- */
-
-static const char *const columns[] = {"gpu",
-                                      "gpus",
-                                      "ranks",
-                                      "engine",
-                                      "model",
-                                      "weights",
-                                      "routing",
-                                      "precision",
-                                      "batch",
-                                      "context",
-                                      "block",
-                                      "rounds",
-                                      "rounds_per_s",
-                                      "acceptance",
-                                      "acceptance_is",
-                                      "tokens_per_s",
-                                      "tokens_per_s_of_a_sequence",
-                                      "round_ms",
-                                      "round_ms_p50",
-                                      "round_ms_p95",
-                                      "round_ms_p99",
-                                      "token_ms_p50",
-                                      "token_ms_p95",
-                                      "token_ms_p99",
-                                      "first_token_ms",
-                                      "experts_of_a_layer",
-                                      "weight_bytes_of_a_round",
-                                      "kv_bytes_of_a_round",
-                                      "ceiling_bytes_per_s",
-                                      "floor_ms",
-                                      "of_floor",
-                                      "gpu_bytes_experts",
-                                      "gpu_bytes_attention",
-                                      "gpu_bytes_dense",
-                                      "gpu_bytes_router",
-                                      "gpu_bytes_head",
-                                      "gpu_bytes_embed",
-                                      "gpu_bytes_draft",
-                                      "gpu_bytes_vectors",
-                                      "gpu_bytes_caches",
-                                      "gpu_bytes_workspace",
-                                      "gpu_bytes_used",
-                                      "gpu_bytes_total"};
-
-static void write_where(struct us_table *t, const struct bench *b) {
-  char precision[256];
-  precision_text(b->ex, precision, sizeof precision);
-  us_table_text(t, b->device.name);
-  us_table_int(t, b->device.gpus);
-  us_table_int(t, b->device.ranks);
-  us_table_text(t, b->device.engine);
-  us_table_text(t, b->ex->model->shape.name);
-  us_table_text(t, b->synthetic ? "synthetic" : "checkpoint");
-  us_table_text(t, b->uniform ? "uniform" : "router");
-  us_table_text(t, precision);
-}
-
-static void write_times(struct us_table *t, const struct row *r) {
-  const struct us_bench_spread *round = &r->result.round, *token = &r->result.token;
-  const double ms[] = {round->mean, round->p50, round->p95, round->p99,
-                       token->p50,  token->p95, token->p99, r->first_token};
-  for (size_t i = 0; i < sizeof ms / sizeof *ms; i++) us_table_num(t, 1e3 * ms[i]);
-}
-
-static void write_memory(struct us_table *t, const struct bench *b, const struct row *r) {
-  const struct us_device_bytes *w = &b->device.bytes;
-  const uint64_t bytes[] = {w->experts,
-                            w->attention,
-                            w->dense,
-                            w->router,
-                            w->head,
-                            w->embed,
-                            w->draft,
-                            w->vectors,
-                            b->device.cache_bytes,
-                            r->result.workspace_bytes,
-                            b->device.used_bytes,
-                            b->device.total_bytes};
-  for (size_t i = 0; i < sizeof bytes / sizeof *bytes; i++) us_table_int(t, (int64_t)bytes[i]);
-}
-
-static void write_row(struct us_table *t, const struct bench *b, const struct row *r) {
-  write_where(t, b);
-  us_table_int(t, r->options.batch);
-  us_table_int(t, r->options.context);
-  us_table_int(t, r->options.block);
-  us_table_int(t, r->result.rounds);
-  us_table_num(t, per_second(r, r->result.rounds));
-  us_table_num(t, acceptance(r));
-  us_table_text(t, acceptance_is(r));
-  us_table_num(t, per_second(r, (double)r->result.tokens));
-  us_table_num(t, per_second(r, (double)r->result.tokens) / r->options.batch);
-  write_times(t, r);
-  us_table_num(t, r->result.experts);
-  us_table_num(t, r->result.weight_bytes);
-  us_table_num(t, r->result.kv_bytes);
-  us_table_num(t, b->device.ceiling);
-  us_table_num(t, 1e3 * floor_seconds(b, r));
-  us_table_num(t, floor_seconds(b, r) / r->result.round.mean);
-  write_memory(t, b, r);
-}
-
-/* A line as soon as its run is over. */
-static enum us_status write_json(const struct bench *b, const struct row *r, struct us_err *err) {
-  struct us_table *table;
-  enum us_status status =
-      us_table_open(b->run->out, columns, sizeof columns / sizeof *columns, true, &table, err);
-  if (status != US_OK) return status;
-  write_row(table, b, r);
-  return us_table_close(table, err);
-}
-
-/* ---- a table for people -------------------------------------------------------------------------------------------- */
-
-static void print_kind(FILE *out, const char *kind, uint64_t bytes) {
-  if (bytes) fprintf(out, ", %s %.2f", kind, (double)bytes / (1 << 30));
-}
-
-static void print_head(const struct bench *b) {
-  FILE *out = b->run->out;
-  const struct us_bench_device *d = &b->device;
-  char precision[256];
-  precision_text(b->ex, precision, sizeof precision);
-  fprintf(out, "%u x %s, %s, %s%s%s\n", d->gpus, d->name, d->engine, b->ex->model->shape.name,
-          b->synthetic ? "; weights are synthetic" : "", b->uniform ? ", routed uniformly" : "");
-  fprintf(out, "precision: %s\n", precision);
-  fprintf(out, "memory of a GPU, GiB: %.2f of %.2f used", (double)d->used_bytes / (1 << 30),
-          (double)d->total_bytes / (1 << 30));
-  print_kind(out, "experts", d->bytes.experts);
-  print_kind(out, "attention", d->bytes.attention);
-  print_kind(out, "dense", d->bytes.dense);
-  print_kind(out, "router", d->bytes.router);
-  print_kind(out, "head", d->bytes.head);
-  print_kind(out, "embed", d->bytes.embed);
-  print_kind(out, "draft", d->bytes.draft);
-  print_kind(out, "vectors", d->bytes.vectors);
-  print_kind(out, "caches", d->cache_bytes);
-  fprintf(out,
-          "\nreading memory at most %.0f GB/s, measured in this run: the floor is a round's weights at that "
-          "rate\n\n",
-          d->ceiling / 1e9);
-  fprintf(out, "%5s %7s %5s %8s %8s %8s %8s  %-20s  %-20s %8s %7s %8s %8s %8s\n", "batch", "context", "block",
-          "rounds/s", "accepted", "tokens/s", "each/s", "round ms p50/95/99", "token ms p50/95/99",
-          "first ms", "experts", "GB/round", "floor ms", "of floor");
-}
-
-static void print_row(const struct bench *b, const struct row *r) {
-  FILE *out = b->run->out;
-  char round[32], token[32], first[16] = "-";
-  const struct us_bench_result *m = &r->result;
-  double tokens = per_second(r, (double)m->tokens);
-  snprintf(round, sizeof round, "%.3f/%.3f/%.3f", 1e3 * m->round.p50, 1e3 * m->round.p95, 1e3 * m->round.p99);
-  snprintf(token, sizeof token, "%.3f/%.3f/%.3f", 1e3 * m->token.p50, 1e3 * m->token.p95, 1e3 * m->token.p99);
-  if (isfinite(r->first_token)) snprintf(first, sizeof first, "%.1f", 1e3 * r->first_token);
-  fprintf(out, "%5u %7u %5u %8.2f %8.3f %8.1f %8.1f  %-20s  %-20s %8s %7.2f %8.3f %8.3f %7.1f%%",
-          r->options.batch, r->options.context, r->options.block, per_second(r, m->rounds), acceptance(r),
-          tokens, tokens / r->options.batch, round, token, first, m->experts, m->weight_bytes / 1e9,
-          1e3 * floor_seconds(b, r), 100 * floor_seconds(b, r) / m->round.mean);
-  fprintf(out, "  acceptance %s%s\n", acceptance_is(r), b->synthetic ? ", weights are synthetic" : "");
-  fflush(out);
-}
-
-/* ---- the picture --------------------------------------------------------------------------------------------------- */
-
-static enum us_status make_provenance(const struct bench *b, char **ret_text, struct us_err *err) {
-  struct us_provenance *provenance = NULL;
-  enum us_status status =
-      us_tool_provenance(b->run, (uint64_t)us_opt_int(b->run->opts, "seed"), &provenance, err);
-  if (status == US_OK && !(*ret_text = us_provenance_text(provenance, err))) status = err->status;
-  us_provenance_free(provenance);
-  return status;
-}
-
-static enum us_status plot(const struct bench *b, const char *path, struct us_err *err) {
-  const struct us_serve_bench_plan *p = b->plan;
-  struct us_plot_series series[US_SERVE_BENCH_LIST];
-  double x[US_SERVE_BENCH_LIST], y[US_SERVE_BENCH_LIST][US_SERVE_BENCH_LIST];
-  char names[US_SERVE_BENCH_LIST][32], title[192], *provenance = NULL;
-  enum us_status status = make_provenance(b, &provenance, err);
-  if (status != US_OK) return status;
-  for (uint32_t c = 0; c < p->context_count; c++) { /* rows stand context by context */
-    for (uint32_t i = 0; i < p->batch_count; i++) {
-      const struct row *r = &b->rows[c * p->batch_count + i];
-      x[i] = p->batches[i], y[c][i] = per_second(r, (double)r->result.tokens);
-    }
-    snprintf(names[c], sizeof names[c], "context %u", p->contexts[c]);
-    series[c] = (struct us_plot_series){
-        .name = names[c], .style = US_PLOT_LINE_POINTS, .x = x, .y = y[c], .n = p->batch_count};
-  }
-  snprintf(title, sizeof title, "%s on %u x %s, acceptance %s%s", b->ex->model->shape.name, b->device.gpus,
-           b->device.name, acceptance_is(&b->rows[0]), b->synthetic ? ", weights are synthetic" : "");
-  struct us_plot_axes axes = {
-      .title = title, .x_title = "sequences", .y_title = "tokens a second", .y_from_zero = true};
-  status = us_plot_xy(path, &axes, series, p->context_count, provenance, err);
-  free(provenance);
-  return status;
-}
-
 /* ---- the whole ----------------------------------------------------------------------------------------------------- */
 
-static enum us_status measure(struct bench *b, uint32_t batch, uint32_t context, struct us_err *err) {
+static enum us_status measure(struct us_serve_bench *b, uint32_t batch, uint32_t context,
+                              struct us_err *err) {
   struct us_opts *o = b->run->opts;
-  struct row *r = &b->rows[b->n];
-  *r = (struct row){.options = options_of(o, b->ex, b->plan, batch, context), .first_token = NAN};
+  struct us_bench_row *r = &b->rows[b->n];
+  *r = (struct us_bench_row){.options = options_of(o, b->ex, b->plan, batch, context), .first_token = NAN};
   enum us_status status = US_OK;
   if (us_opt_flag(o, "first-token") && context)
     status = first_token(b->ex, context, r->options.seed, &r->first_token, err);
   if (status == US_OK) status = us_bench_run(b->ex, &r->options, &r->result, err);
   if (status != US_OK) return us_err_prefix(err, "batch %u, context %u", batch, context);
   b->n++;
-  if (!b->for_people) return write_json(b, r, err);
-  print_row(b, r);
-  return US_OK;
+  return us_serve_bench_row(b, r, err);
 }
 
 enum us_status us_serve_bench(struct us_tool_run *run, const struct us_serve_bench_plan *plan,
                               struct us_executor *ex, struct us_err *err) {
-  struct bench b = {.run = run,
-                    .plan = plan,
-                    .ex = ex,
-                    .rows = calloc((size_t)plan->batch_count * plan->context_count, sizeof *b.rows),
-                    .synthetic = us_opt_given(run->opts, "synthetic"),
-                    .uniform = us_opt_flag(run->opts, "uniform"),
-                    .for_people = us_opt_flag(run->opts, "text") ||
-                                  (isatty(fileno(run->out)) && !us_opt_flag(run->opts, "json"))};
+  struct us_serve_bench b = {.run = run,
+                             .plan = plan,
+                             .ex = ex,
+                             .rows = calloc((size_t)plan->batch_count * plan->context_count, sizeof *b.rows),
+                             .synthetic = us_opt_given(run->opts, "synthetic"),
+                             .uniform = us_opt_flag(run->opts, "uniform"),
+                             .for_people = us_opt_flag(run->opts, "text") ||
+                                           (isatty(fileno(run->out)) && !us_opt_flag(run->opts, "json"))};
   if (!b.rows) return us_err_memory(err, "results", plan->batch_count * sizeof *b.rows);
   enum us_status status = us_bench_device(ex, &b.device, err);
-  if (status == US_OK && b.for_people) print_head(&b);
-  for (uint32_t c = 0; c < plan->context_count; c++)
+  if (status == US_OK && b.for_people) us_serve_bench_head(&b);
+  if (status == US_OK && plan->arrivals) status = us_serve_bench_load(&b, block_of(run->opts, ex, plan), err);
+  for (uint32_t c = 0; !plan->arrivals && c < plan->context_count; c++)
     for (uint32_t i = 0; status == US_OK && i < plan->batch_count; i++)
       status = measure(&b, plan->batches[i], plan->contexts[c], err);
   const char *path = us_opt_str(run->opts, "plot");
-  if (status == US_OK && path) status = plot(&b, path, err);
+  if (status == US_OK && path) status = us_serve_bench_plot(&b, path, err);
   free(b.rows);
   return status;
 }

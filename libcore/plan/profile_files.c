@@ -129,7 +129,6 @@ enum us_status us_profile_plot(const struct us_trace *trace, int workers, double
 
 /* ---- PNG of the engine ------------------------------------------------------------------------------------------- */
 
-/* Colours: the waits first, since they are what one looks for, then operations. */
 #define ENGINE_KINDS (US_TRACE_WAITS + US_TASK_OP_COUNT + 1)
 
 struct engine_plot {
@@ -137,6 +136,7 @@ struct engine_plot {
   struct us_plot_span *spans;
   size_t count;
   const char *kinds[ENGINE_KINDS]; /* those that occur */
+  char names[ENGINE_KINDS][32];
   size_t kind_count, kind_of[ENGINE_KINDS];
   char (*labels)[32];
   const char **rows;
@@ -147,7 +147,9 @@ struct engine_plot {
 static size_t kind_at(struct engine_plot *p, const struct us_span *s) {
   size_t kind = s->wait ? s->wait : US_TRACE_WAITS + (size_t)s->op;
   if (!p->kind_of[kind]) {
-    p->kinds[p->kind_count++] = s->wait ? us_trace_wait_name(s->wait) : us_trace_op_name(s->op);
+    snprintf(p->names[kind], sizeof p->names[kind], "%s%s", s->wait ? "wait: " : "",
+             s->wait ? us_trace_wait_name(s->wait) : us_trace_op_name(s->op));
+    p->kinds[p->kind_count++] = p->names[kind];
     p->kind_of[kind] = p->kind_count;
   }
   return p->kind_of[kind] - 1;

@@ -1,10 +1,13 @@
 /* t_measure.c: what bytes, spans and times of rounds come to, from lists and intervals written by hand. */
-#include "device/bench.h"
+#include "device/arrivals.h"
 #include "device/breakdown.h"
 #include "device/traffic.h"
 #include "suite.h"
 
 #include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 /* ---- bytes --------------------------------------------------------------------------------------------------------- */
 
@@ -193,6 +196,64 @@ START_TEST(a_trace_holds_roles_waits_and_passes) {
 }
 END_TEST
 
+/* ---- loads --------------------------------------------------------------------------------------------------------- */
+
+static enum us_status read_load(const char *text, struct us_arrival **arrivals, size_t *n,
+                                struct us_err *err) {
+  char path[] = "us_t_measure_XXXXXX";
+  int fd = mkstemp(path);
+  ck_assert_int_ge(fd, 0);
+  ck_assert_int_eq(write(fd, text, strlen(text)), (ssize_t)strlen(text));
+  close(fd);
+  enum us_status status = us_arrivals_read(path, arrivals, n, err);
+  unlink(path);
+  return status;
+}
+
+START_TEST(a_load_starts_with_its_first_arrival) {
+  struct us_arrival *a;
+  size_t n;
+  struct us_err err = {0};
+  const char *text = "prompt_tokens\tarrival_ms\toutput_tokens\n10\t2000\t5\n700\t2000.5\t1\n20\t4000\t30\n";
+  ck_assert_msg(read_load(text, &a, &n, &err) == US_OK, "%s", err.message);
+  ck_assert_uint_eq(n, 3);
+  ck_assert_double_eq(a[0].seconds, 0);
+  ck_assert_double_eq_tol(a[1].seconds, 0.0005, 1e-12);
+  ck_assert_double_eq(a[2].seconds, 2);
+  ck_assert_uint_eq(a[1].prompt_tokens, 700);
+  ck_assert_uint_eq(a[2].output_tokens, 30);
+  ck_assert_uint_eq(us_arrivals_positions(a, n), 701 + US_MAX_BLOCK);
+  free(a);
+}
+END_TEST
+
+static const struct {
+  const char *text, *expect;
+} bad_loads[] = {
+    {"", "no arrivals"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n", "no arrivals"},
+    {"arrival_ms\tprompt_tokens\n1\t2\n", "line 1: expected"},
+    {"arrival_ms\tprompt_tokens\ttokens\n", "line 1: 'tokens'"},
+    {"arrival_ms\tarrival_ms\toutput_tokens\n", "line 1: 'arrival_ms'"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n1\t2\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n1\t2\t3\t4\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n1\t0\t3\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n1\t2\tx\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n1\t2\tnan\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n-1\t2\t3\n", "line 2"},
+    {"arrival_ms\tprompt_tokens\toutput_tokens\n5\t2\t3\n4\t2\t3\n", "line 3: arrives before"},
+};
+
+START_TEST(a_load_that_cannot_be_read_names_the_line) {
+  struct us_arrival *a;
+  size_t n;
+  struct us_err err = {0};
+  ck_assert_int_eq(read_load(bad_loads[_i].text, &a, &n, &err), US_ERR_INPUT);
+  ck_assert_msg(strstr(err.message, bad_loads[_i].expect) != NULL, "%s", err.message);
+  ck_assert_ptr_null(a);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("measure");
   tcase_add_test(c, expert_bytes_count_for_every_active_expert);
@@ -202,6 +263,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_round_is_split_into_streaming_other_work_and_waits);
   tcase_add_test(c, rounds_whose_spans_found_no_room_do_not_count);
   tcase_add_test(c, a_trace_holds_roles_waits_and_passes);
+  tcase_add_test(c, a_load_starts_with_its_first_arrival);
+  tcase_add_loop_test(c, a_load_that_cannot_be_read_names_the_line, 0, sizeof bad_loads / sizeof *bad_loads);
   return us_suite("measure", c);
 }
 US_TEST_MAIN(make_suite)
