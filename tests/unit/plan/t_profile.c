@@ -1,5 +1,6 @@
 /* t_profile.c: what a trace says about time, from spans written by hand. */
 #include "base/h5.h"
+#include "kernels/engine/engine.h"
 #include "plan/profile.h"
 #include "plan/profile_files.h"
 #include "suite.h"
@@ -101,8 +102,10 @@ START_TEST(a_line_of_tsv_holds_a_span) {
   FILE *file = open_memstream(&text, &size);
   ck_assert_int_eq(us_profile_write_tsv(trace, file, NULL), US_OK);
   fclose(file);
-  ck_assert_ptr_nonnull(strstr(text, "\n0\ttarget\to_proj\t0\t1\t11.000\t51.000\t101.000\t100\tworker\tnothing\n"));
-  ck_assert_ptr_nonnull(strstr(text, "\n1\tdraft\thead\t-1\t0\t131.000\t131.000\t151.000\t50\tworker\tnothing\n"));
+  ck_assert_ptr_nonnull(
+      strstr(text, "\n0\ttarget\to_proj\t0\t1\t11.000\t51.000\t101.000\t100\tworker\tnothing\n"));
+  ck_assert_ptr_nonnull(
+      strstr(text, "\n1\tdraft\thead\t-1\t0\t131.000\t131.000\t151.000\t50\tworker\tnothing\n"));
   free(text);
   us_trace_free(trace);
 }
@@ -132,6 +135,74 @@ START_TEST(the_artefact_reads_back_column_by_column) {
 }
 END_TEST
 
+/* A block of the second GPU: 10 us of a projection, 3 of them waiting for weights; its stream role; the end of a round. */
+static struct us_trace *make_engine_trace(void) {
+  static const struct us_span spans[] = {
+      {.start = 2000, .end = 5000, .op = US_TASK_QKV, .role = US_TRACE_COMPUTE, .wait = US_ENGINE_WAIT_STAGE},
+      {.end = 10000, .op = US_TASK_QKV, .role = US_TRACE_COMPUTE},
+      {.end = 9000, .bytes = 77, .op = US_TASK_QKV, .role = US_TRACE_STREAM},
+      {.start = 10000,
+       .end = 12000,
+       .op = US_TASK_OP_COUNT,
+       .role = US_TRACE_COMPUTE,
+       .layer = US_LAYER_NONE}};
+  struct us_trace *trace;
+  ck_assert_int_eq(us_trace_create(8, &trace, NULL), US_OK);
+  for (size_t i = 0; i < 4; i++) {
+    struct us_span span = spans[i];
+    span.worker = US_TRACE_BLOCKS + 7;
+    us_trace_add(trace, &span);
+  }
+  return trace;
+}
+
+START_TEST(waits_of_the_engine_lie_inside_operations) {
+  struct us_trace *trace = make_engine_trace();
+  char *text = NULL;
+  size_t size = 0, i, events = 0;
+  FILE *file = open_memstream(&text, &size);
+  ck_assert_int_eq(us_profile_write_perfetto(trace, file, NULL), US_OK);
+  fclose(file);
+  json_t *root = json_loads(text, 0, NULL), *event, *wait = NULL, *operation = NULL;
+  ck_assert_ptr_nonnull(root);
+  json_array_foreach(json_object_get(root, "traceEvents"), i, event) {
+    const char *name = json_string_value(json_object_get(event, "name"));
+    if (strcmp(json_string_value(json_object_get(event, "ph")), "X") != 0) continue;
+    events++;
+    if (!strcmp(name, "wait ring empty")) wait = event;
+    if (!strcmp(name, "qkv") && !operation) operation = event;
+  }
+  ck_assert_uint_eq(events, 4);
+  ck_assert(wait && operation);
+  ck_assert_int_eq(json_integer_value(json_object_get(wait, "pid")), 2);
+  ck_assert(json_equal(json_object_get(wait, "tid"), json_object_get(operation, "tid")));
+  ck_assert_ptr_nonnull(strstr(text, "\"SM 7 stream\""));
+  ck_assert_ptr_nonnull(strstr(text, "\"GPU 1\""));
+  json_decref(root);
+  free(text);
+  us_trace_free(trace);
+}
+END_TEST
+
+START_TEST(the_engine_has_a_picture_with_a_row_a_role) {
+  struct us_trace *trace = make_engine_trace();
+  char path[] = "us_t_profile_XXXXXX", magic[4] = "";
+  int fd = mkstemp(path);
+  struct us_err err = {0};
+  ck_assert_int_ge(fd, 0);
+  ck_assert_msg(us_profile_plot_engine(trace, 0, path, NULL, &err) == US_OK, "%s", err.message);
+  ck_assert_msg(us_profile_plot_engine(trace, 0.004, path, NULL, &err) == US_OK, "%s", err.message);
+  close(fd);
+  FILE *file = fopen(path, "rb");
+  ck_assert_ptr_nonnull(file);
+  ck_assert_uint_eq(fread(magic, 1, 4, file), 4);
+  ck_assert_int_eq(memcmp(magic, "\x89PNG", 4), 0);
+  fclose(file);
+  unlink(path);
+  us_trace_free(trace);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("profile");
   tcase_add_test(c, times_and_bytes_are_summed_by_program_and_op);
@@ -139,6 +210,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, perfetto_events_are_json_with_a_wait_only_where_there_was_one);
   tcase_add_test(c, a_line_of_tsv_holds_a_span);
   tcase_add_test(c, the_artefact_reads_back_column_by_column);
+  tcase_add_test(c, waits_of_the_engine_lie_inside_operations);
+  tcase_add_test(c, the_engine_has_a_picture_with_a_row_a_role);
   return us_suite("profile", c);
 }
 US_TEST_MAIN(make_suite)
