@@ -6,7 +6,6 @@
 
 #include "base/philox.h"
 #include "decode/generate.h"
-#include "device/loop.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -30,7 +29,6 @@ struct server {
   size_t n, next, done; /* arrivals that have been taken; that have ended */
   double begun;
   bool drafting, broken;
-  struct us_device_loop *loop;
   struct place places[US_ENGINE_SEQUENCES];
   struct place *running[US_ENGINE_SEQUENCES]; /* of the rounds that run */
   uint32_t taken;
@@ -182,7 +180,7 @@ static enum us_status run_rounds(struct server *s, struct us_err *err) {
                                     .drafts = s->drafting ? o->block - 1 : 0,
                                     .seed = o->seed + (uint64_t)(p->arrival - s->arrivals)};
   }
-  enum us_status status = us_device_loop_run(s->loop, &rounds, err);
+  enum us_status status = s->ex->ops->rounds(s->ex, &rounds, err);
   if (status == US_OK && s->broken)
     status = us_err_set(err, US_ERR_CHECK, "the logits of a round are not finite");
   for (uint32_t i = 0; status == US_OK && i < o->batch; i++)
@@ -222,14 +220,13 @@ static void summarise(struct server *s) {
   r->request = us_bench_spread_of(s->whole, s->n);
 }
 
-static enum us_status check(struct server *s, struct us_executor_cuda_parts *ret_parts, struct us_err *err) {
+static enum us_status check(const struct server *s, struct us_err *err) {
   const struct us_arrivals_options *o = s->options;
-  uint32_t most = us_arrivals_positions(s->arrivals, s->n);
-  if (!us_executor_cuda_parts(s->ex, ret_parts))
-    return us_err_set(err, US_ERR_USAGE, "%s is not an executor on GPUs", s->ex->name);
-  if (most > ret_parts->positions)
-    return us_err_set(err, US_ERR_USAGE, "a request needs %u positions; the caches have %u", most,
-                      ret_parts->positions);
+  uint32_t most = us_arrivals_positions(s->arrivals, s->n),
+           room = s->ex->kv_memory ? s->ex->kv_memory->max_positions : 0;
+  if (!s->ex->ops->rounds) return us_err_set(err, US_ERR_USAGE, "%s is not an executor on GPUs", s->ex->name);
+  if (room && most > room)
+    return us_err_set(err, US_ERR_USAGE, "a request needs %u positions; the caches have %u", most, room);
   if (s->drafting && !s->ex->makes_context)
     return us_err_set(err, US_ERR_USAGE, "%s makes no context of prompts", s->ex->name);
   return us_bench_check(s->ex, o->batch, o->block, false, err);
@@ -238,7 +235,6 @@ static enum us_status check(struct server *s, struct us_executor_cuda_parts *ret
 enum us_status us_arrivals_serve(struct us_executor *ex, const struct us_arrival *arrivals, size_t n,
                                  const struct us_arrivals_options *options,
                                  struct us_arrivals_result *ret_result, struct us_err *err) {
-  struct us_executor_cuda_parts parts;
   struct server *s = calloc(1, sizeof *s);
   *ret_result = (struct us_arrivals_result){0};
   if (!s) return us_err_memory(err, "the load", sizeof *s);
@@ -251,17 +247,13 @@ enum us_status us_arrivals_serve(struct us_executor *ex, const struct us_arrival
   for (size_t i = 0; i < n; i++) s->token_capacity += arrivals[i].output_tokens;
   s->first = calloc(n, sizeof *s->first), s->whole = calloc(n, sizeof *s->whole);
   s->token = calloc(s->token_capacity + 1, sizeof *s->token);
-  enum us_status status = check(s, &parts, err);
+  enum us_status status = check(s, err);
   if (status == US_OK && (!s->first || !s->whole || !s->token))
     status = us_err_memory(err, "the times of a load", s->token_capacity * sizeof *s->token);
-  struct us_device_loop_options loop = {
-      .batch = options->batch, .block = options->block, .drafting = s->drafting};
-  if (status == US_OK) status = us_device_loop_create(&parts, &loop, &s->loop, err);
   if (status == US_OK) status = serve(s, err);
   if (status == US_OK) summarise(s);
   for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++)
     if (s->places[i].taken) leave(s, &s->places[i]);
-  us_device_loop_free(s->loop);
   free(s->first), free(s->whole), free(s->token), free(s);
   return status;
 }

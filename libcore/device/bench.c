@@ -244,20 +244,6 @@ static void count_bytes(struct us_device_group *group, bool drafting, const stru
 
 /* ---- a run ---------------------------------------------------------------------------------------------------------- */
 
-enum us_status us_bench_check(const struct us_executor *ex, uint32_t batch, uint32_t block, bool replays,
-                              struct us_err *err) {
-  if (!batch || batch > US_ENGINE_SEQUENCES)
-    return us_err_set(err, US_ERR_USAGE, "%u sequences together; the engine runs 1 to %d", batch,
-                      US_ENGINE_SEQUENCES);
-  if (block > 1 && !ex->draft && !replays)
-    return us_err_set(err, US_ERR_USAGE, "block %u needs a drafter, or rates to replay", block);
-  if (ex->draft && block > ex->draft->shape.block)
-    return us_err_set(err, US_ERR_USAGE, "block %u; the drafter's is %u", block, ex->draft->shape.block);
-  if (!block || block > US_MAX_BLOCK)
-    return us_err_set(err, US_ERR_USAGE, "a block of %u rows; 1 to %d", block, US_MAX_BLOCK);
-  return US_OK;
-}
-
 static enum us_status measure(struct us_executor *ex, const struct us_executor_cuda_parts *parts,
                               const struct us_bench_options *o, struct listening *l,
                               struct us_bench_result *r, struct us_err *err) {

@@ -1,7 +1,21 @@
-/* bench_figures.c: how far a run will go, and what its times come to: no GPU. */
+/* bench_figures.c: what a run may be, how far it will go, and what its times come to: no GPU. */
 #include "device/bench.h"
 
 #include <stdlib.h>
+
+enum us_status us_bench_check(const struct us_executor *ex, uint32_t batch, uint32_t block, bool replays,
+                              struct us_err *err) {
+  if (!batch || batch > US_ENGINE_SEQUENCES)
+    return us_err_set(err, US_ERR_USAGE, "%u sequences together; the engine runs 1 to %d", batch,
+                      US_ENGINE_SEQUENCES);
+  if (block > 1 && !ex->draft && !replays)
+    return us_err_set(err, US_ERR_USAGE, "block %u needs a drafter, or rates to replay", block);
+  if (ex->draft && block > ex->draft->shape.block)
+    return us_err_set(err, US_ERR_USAGE, "block %u; the drafter's is %u", block, ex->draft->shape.block);
+  if (!block || block > US_MAX_BLOCK)
+    return us_err_set(err, US_ERR_USAGE, "a block of %u rows; 1 to %d", block, US_MAX_BLOCK);
+  return US_OK;
+}
 
 uint32_t us_bench_replayed(const struct us_bench_options *o) {
   uint32_t rounds = o->warmup + o->rounds, most = (rounds + 2) * o->block;
