@@ -5,15 +5,18 @@
 #include "device/bench.h"
 #include "device/executor.h"
 #include "device/profile_device.h"
+#include "model/precision.h"
 
 /* ---- opening ------------------------------------------------------------------------------------------------------- */
 
 enum us_status us_tile_profile_check(struct us_opts *opts, struct us_err *err) {
-  static const char *const needs[] = {"gpus",    "engine", "synthetic", "uniform",   "batch",
-                                      "context", "rounds", "sms",       "role-spans"};
+  static const char *const needs[] = {"gpus",  "engine",  "synthetic", "precision", "uniform",
+                                      "batch", "context", "rounds",    "sms",       "role-spans"};
   if (us_opt_device(opts, "device") >= 0) {
     if (us_opt_flag(opts, "uniform") && !us_opt_given(opts, "synthetic"))
       return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic");
+    if (us_opt_given(opts, "precision") && !us_opt_given(opts, "synthetic"))
+      return us_err_set(err, US_ERR_USAGE, "--precision needs --synthetic");
     if (us_opt_given(opts, "prompt") || us_opt_given(opts, "max-tokens"))
       return us_err_set(err, US_ERR_USAGE, "on GPUs sequences begin at --context, without a prompt");
     return US_OK;
@@ -50,7 +53,11 @@ enum us_status us_tile_profile_open(struct us_tool_run *run, const struct us_pai
   struct us_shape shape;
   struct us_draft_shape draft;
   bool drafting = us_opt_given(o, "draft");
+  struct us_precision_rules rules = {0};
   enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
+  if (status == US_OK && us_opt_given(o, "precision"))
+    status = us_precision_parse(us_opt_str(o, "precision"), &rules, err);
+  if (status == US_OK) status = us_precision_shape(&rules, &shape.precision, err);
   if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
   if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
   if (status != US_OK) return status;
