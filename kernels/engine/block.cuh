@@ -13,6 +13,7 @@
 
 #include "kernels/engine/engine.h"
 #include "kernels/gpu/async.cuh"
+#include <stddef.h>
 
 #define US_ENGINE_STAGES  5
 #define US_ENGINE_THREADS 640 /* 20 warps, of which 2 idle: registers are moved between groups of 4 */
@@ -21,22 +22,28 @@
 #define US_ENGINE_PARTIAL 272
 #define US_ENGINE_SCRATCH 14336
 
-/* The experts that the 8 rows of a row tile chose, ascending id. */
+/* The experts that the 8 rows of a row tile chose, ascending id. Pairs are numbered expert by expert, rows ascending. */
 struct us_engine_active {
   alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
-  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS];             /* row * top_k + k, or -1: the row does not use this expert */
+  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
   uint16_t expert[US_ENGINE_ACTIVE];
   uint8_t rows[US_ENGINE_ACTIVE]; /* bit mask of the rows that use it */
   uint32_t count;
 };
 
+/* DOWN: what a stage of the ring holds: one or two steps, the slots of their experts (16 bits each), where their rows lie. */
+struct us_engine_down_stage {
+  alignas(16) uint32_t slots;
+  uint32_t count, rows[2];
+};
+
 struct us_engine_shared;
 
 /* One warp's view, in shared memory: the same for all its lanes. (On the stack it would be 640 copies, more than the first-level
- * cache holds beside the ring.) The launch is a kernel parameter. */
+ * cache holds beside the ring.) */
 struct us_engine_block {
   struct us_engine_shared *shared;
-  const struct us_engine_launch *launch;
+  const struct us_engine_launch *launch; /* without its ranks */
   const struct us_engine_rank *rank;
   uint32_t index, blocks; /* of this rank's blocks */
   uint32_t grid_block;    /* in the launch */
@@ -47,10 +54,15 @@ struct us_engine_block {
   uint32_t tile;          /* partial-sum buffers used so far */
   uint32_t routes;        /* ROUTE operations passed */
   uint32_t select; /* running index of the next SELECT */
+  uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done */
 };
 
-/* Dynamic shared memory. Compute warps may use `partial` and `scratch` (contiguous, us_engine_scratch) inside an operation
- * other than GEMM and DOWN, after us_engine_drain. */
+#define US_ENGINE_FETCHED                                                                                    \
+  4 /* operations in shared memory: the last one, this one, the next, and the one being fetched */
+
+/* Dynamic shared memory. An acquire empties the first-level cache, so what an operation reads again and again about itself, its
+ * rank and its launch lies here: from memory, each first look would cost a microsecond. Compute warps may use `partial` and
+ * `scratch` (contiguous, us_engine_scratch) inside an operation other than GEMM and DOWN, after us_engine_drain. */
 struct us_engine_shared {
   uint8_t ring[US_ENGINE_STAGES][US_ENGINE_STAGE_BYTES];
   float partial[2][US_ENGINE_COMPUTE_WARPS][US_ENGINE_PARTIAL];
@@ -64,6 +76,10 @@ struct us_engine_shared {
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
   uint32_t stop;                                            /* no further round */
   float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
+  struct us_engine_down_stage down[US_ENGINE_STAGES];
+  struct us_engine_rank rank;
+  alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
+  alignas(16) uint8_t launch[offsetof(struct us_engine_launch, rank)];
 };
 static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
 
@@ -71,6 +87,35 @@ static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a blo
 static __device__ __forceinline__ struct us_engine_shared *us_engine_shared_of(const struct us_engine_block *) {
   extern __shared__ __align__(128) uint8_t us_engine_dynamic[];
   return (struct us_engine_shared *)us_engine_dynamic;
+}
+
+/* The same as an address that the compiler keeps: it would compute it again and again, each time asking for the block's place in its
+ * cluster. For us_shared_load*, whose order among asm statements stands as written. */
+static __device__ __forceinline__ uint32_t us_engine_shared_base(const struct us_engine_block *b) {
+  uint32_t address = us_shared_address(us_engine_shared_of(b));
+  asm volatile("" : "+r"(address));
+  return address;
+}
+static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+static __device__ __forceinline__ int us_shared_load_s16(uint32_t address) {
+  int v;
+  asm volatile("ld.shared.s16 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+/* One thread arrives for `n`. */
+static __device__ __forceinline__ void us_barrier_arrive_many(uint32_t barrier, uint32_t n) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+static __device__ __forceinline__ uint2 us_shared_load8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
 }
 
 /* Shared memory for operations of the compute warps, bytes. */
@@ -246,9 +291,18 @@ static __device__ __forceinline__ void us_engine_poll_done(const struct us_engin
   us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
 }
 
+/* Thread 0: whether it has found an earlier operation of this round done already; else it is about to. A look costs a microsecond. */
+static __device__ __forceinline__ bool us_engine_seen(const struct us_engine_block *b, uint32_t op) {
+  struct us_engine_block *view = &us_engine_shared_of(b)->warp[0];
+  if (view->seen_round != b->round) view->seen[0] = view->seen[1] = US_ENGINE_NONE, view->seen_round = b->round;
+  if (view->seen[0] == op || view->seen[1] == op) return true;
+  if (op < b->op_index) view->seen[1] = view->seen[0], view->seen[0] = op;
+  return false;
+}
+
 /* All compute threads: what `op` wrote is visible. op may be US_ENGINE_NONE. */
 static __device__ __forceinline__ void us_engine_wait_done(const struct us_engine_block *b, uint32_t op) {
-  if (threadIdx.x == 0 && op != US_ENGINE_NONE) us_engine_poll_done(b, op);
+  if (threadIdx.x == 0 && op != US_ENGINE_NONE && !us_engine_seen(b, op)) us_engine_poll_done(b, op);
   us_engine_meet();
 }
 

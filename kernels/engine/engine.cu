@@ -65,10 +65,46 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
 }
 
-/* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. */
+/* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without
+ * work between two of them waits for the first, or it would arrive for another role. */
 template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_engine_block *b) {
+  if (ROLE != ROLE_COMPUTE && b->routes) us_engine_wait_routed(b);
+  if (ROLE == ROLE_EPILOGUE) __syncwarp();
   us_engine_count(&b->routes);
   if (ROLE != ROLE_COMPUTE && threadIdx.x % 32 == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->listed));
+}
+
+/* The operation behind `i`: of the next round behind the last. */
+static __device__ __forceinline__ uint32_t next_op(const struct us_engine_launch *launch, uint32_t i) {
+  return i + 1 < launch->last ? i + 1 : launch->first;
+}
+
+/* The last compute warp: when operation n of the launch begins, n + 1 has arrived, which the barrier inside n tells the other warps,
+ * and n + 2 is fetched. */
+static __device__ __forceinline__ void fetch_op(const struct us_engine_block *b, uint32_t n, uint32_t i) {
+  uint32_t lane = threadIdx.x % 32;
+  if (threadIdx.x / 32 != US_ENGINE_COMPUTE_WARPS - 1 || lane >= sizeof(struct us_engine_op) / 8) return;
+  const struct us_engine_op *from = b->rank->ops + next_op(b->launch, next_op(b->launch, i));
+  uint8_t *to = (uint8_t *)&us_engine_shared_of(b)->op[(n + 2) % US_ENGINE_FETCHED];
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(us_shared_address(to + lane * 8)),
+               "l"((const uint8_t *)from + lane * 8)
+               : "memory");
+}
+static_assert(sizeof(struct us_engine_op) % 8 == 0 && sizeof(struct us_engine_op) <= 256,
+              "a lane copies 8 bytes of an operation");
+
+/* All threads, when the kernel starts: what block.cuh keeps in shared memory. */
+static __device__ void copy_words(void *to, const void *from, uint32_t bytes) {
+  for (uint32_t i = threadIdx.x; i < bytes / 4; i += US_ENGINE_THREADS)
+    ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
+}
+static __device__ void copy_launch(struct us_engine_shared *s, const struct us_engine_launch *launch) {
+  const struct us_engine_rank *rank = &launch->rank[blockIdx.x / (gridDim.x / launch->ranks)];
+  copy_words(s->launch, launch, sizeof s->launch);
+  copy_words(&s->rank, rank, sizeof s->rank);
+  copy_words(&s->op[0], rank->ops + launch->first, sizeof s->op[0]);
+  copy_words(&s->op[1], rank->ops + next_op(launch, launch->first), sizeof s->op[1]);
 }
 
 /* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
@@ -83,10 +119,16 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rou
       if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
       b->op_index = i;
       uint64_t begin = us_engine_span_begin(b);
-      if (ops[i].kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
-      if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, ops + i);
-      if (ROLE == ROLE_STREAM) stream(b, ops + i);
-      if (ROLE == ROLE_EPILOGUE) epilogue(b, ops + i);
+      const struct us_engine_op *op = ops + i;
+      if (ROLE == ROLE_COMPUTE) {
+        uint32_t n = round * (launch->last - launch->first) + i - launch->first;
+        fetch_op(b, n, i);
+        op = &us_engine_shared_of(b)->op[n % US_ENGINE_FETCHED];
+      }
+      if (op->kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
+      if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, op);
+      if (ROLE == ROLE_STREAM) stream(b, op);
+      if (ROLE == ROLE_EPILOGUE) epilogue(b, op);
       us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
     }
     if (round + 1 == launch->rounds) return;
@@ -106,11 +148,12 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
   struct us_engine_block *b = &shared->warp[warp];
   if (threadIdx.x % 32 == 0) {
     struct us_engine_block view = {};
-    view.shared = shared, view.launch = launch;
-    view.rank = &launch->rank[blockIdx.x / each];
+    view.shared = shared, view.launch = (const struct us_engine_launch *)shared->launch,
+    view.rank = &shared->rank;
     view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
     view.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
     view.select = launch->selects;
+    view.seen[0] = view.seen[1] = US_ENGINE_NONE;
     *b = view;
   }
   __syncwarp();
@@ -144,7 +187,9 @@ static __device__ void restore_route(struct us_engine_block *b) {
   const struct us_engine_op *first = b->rank->ops + b->launch->first;
   if (!begins_behind_route(b)) return;
   pass_route<ROLE_COMPUTE>(b);
-  us_engine_route_build(b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route));
+  us_engine_route_build(
+      b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route),
+      US_ENGINE_NONE);
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }
 
@@ -153,6 +198,7 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     us_engine_kernel(const __grid_constant__ struct us_engine_launch launch) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
   if (threadIdx.x == 0) init_barriers(shared);
+  copy_launch(shared, &launch);
   us_barrier_init_fence();
   __syncthreads();
   struct us_engine_block *b = make_block(&launch, shared);

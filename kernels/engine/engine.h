@@ -95,9 +95,11 @@ enum us_engine_epilogue {
   US_ENGINE_SWIGLU_EXPERT, /* halves 2, active experts: out: pairs, us_engine_pair_bytes(F) each */
 };
 
-/* One pair (row, chosen expert): inner activations in operand order of one token: group, t, 16 bytes. */
+/* One pair (row, chosen expert): inner activations in operand order of one token: group, t, 16 bytes; then padding, so that
+ * neighbours copied together start in different banks. Pairs lie as struct us_engine_active numbers them. */
+#define US_ENGINE_PAIR_PAD 64
 static US_HD uint32_t us_engine_pair_bytes(uint32_t F) {
-  return F * 2;
+  return F * 2 + US_ENGINE_PAIR_PAD;
 }
 
 struct us_engine_gemm {

@@ -365,44 +365,73 @@ static __device__ __forceinline__ uint32_t us_engine_pair_offset(uint32_t column
   return column / 32 * 64 + c % 8 / 2 * 16 + (c / 16 * 2 + c / 8 % 2) * 4 + c % 2 * 2;
 }
 
-/* One output of one token. */
-static __device__ __forceinline__ void us_engine_emit(const struct us_engine_block *b, const struct us_engine_gemm *g,
-                                                      uint32_t outer, uint32_t row, uint32_t token, float value, float up) {
-  if (g->epilogue == US_ENGINE_STORE) {
-    if (row < g->valid) ((float *)g->out)[((size_t)outer * 8 + token) * g->out_stride + row] = value;
-    return;
-  }
-  uint16_t inner = us_engine_operand_bits(us_engine_swiglu(value, up));
-  uint8_t *out = (uint8_t *)g->out;
-  if (g->epilogue == US_ENGINE_SWIGLU) {
-    *(uint16_t *)(out + us_engine_operand_offset(token, row)) = inner;
-    return;
-  }
-  int pair = us_engine_shared_of(b)->active.pair[outer][token];
-  if (pair >= 0) *(uint16_t *)(out + (size_t)pair * us_engine_pair_bytes(g->F) + us_engine_pair_offset(row)) = inner;
+/* A tile's place in its operation, and where this lane writes: rows `row` and `row` + 8 of a half, tokens `token` and + 1. */
+struct us_engine_place {
+  uint32_t outer, tile, row, token;
+  int pair[2]; /* experts: of the two tokens, or -1 */
+};
+static __device__ __forceinline__ struct us_engine_place us_engine_place(const struct us_engine_block *b,
+                                                                         const struct us_engine_gemm *g,
+                                                                         uint32_t item, int lane) {
+  struct us_engine_place at = {
+      item / g->w.tiles, item % g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
+  if (!g->experts) return at;
+  uint32_t both = *(const uint32_t *)&us_engine_shared_of(b)->active.pair[at.outer][at.token];
+  at.pair[0] = (int16_t)both, at.pair[1] = (int)both >> 16;
+  return at;
 }
 
-static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_engine_block *b, const struct us_engine_gemm *g,
-                                                               uint32_t outer, uint32_t tile, uint32_t buffer, int lane) {
-  float undo = us_engine_undo(g->w.format);
-  bool gated = g->epilogue == US_ENGINE_SWIGLU || g->epilogue == US_ENGINE_SWIGLU_EXPERT;
-  uint32_t halves = g->w.halves;
-  for (uint32_t h = 0; h < (gated ? 1 : halves); h++) {
-    float4 v = us_engine_add_warps(b, buffer, h, g->warps, lane), u = v;
-    if (gated) u = us_engine_add_warps(b, buffer, 1, g->warps, lane);
-    v.x *= undo, v.y *= undo, v.z *= undo, v.w *= undo;
-    u.x *= undo, u.y *= undo, u.z *= undo, u.w *= undo;
-    uint32_t row = gated ? tile * 16 : (tile * halves + h) * 16;
-    if (g->epilogue == US_ENGINE_PUSH) {
-      uint32_t addend = g->gather ? outer : b->rank->rank * g->parts + outer;
-      us_engine_push(b, g->exchange, addend, g->first + row, lane, v);
-      continue;
-    }
+static __device__ __forceinline__ void us_engine_store(const struct us_engine_gemm *g,
+                                                       struct us_engine_place at, uint32_t row, float4 v) {
+  float *to = (float *)g->out + ((size_t)at.outer * 8 + at.token) * g->out_stride + row,
+        *next = to + g->out_stride;
+  if (row < g->valid) *to = v.x, *next = v.y;
+  if (row + 8 < g->valid) to[8] = v.z, next[8] = v.w;
+}
+
+/* Gate and up sums to inner activations: two rows of two tokens. */
+static __device__ __forceinline__ void us_engine_gate(const struct us_engine_gemm *g,
+                                                      struct us_engine_place at, float4 gate, float4 up) {
+  uint8_t *out = (uint8_t *)g->out;
+  uint32_t row = at.tile * 16 + at.row, bytes = us_engine_pair_bytes(g->F);
 #pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
-    for (int c = 0; c < 4; c++) {
-      us_engine_emit(b, g, outer, row + lane / 4 + c / 2 * 8, lane % 4 * 2 + c % 2, v.x, u.x);
-      v.x = c == 0 ? v.y : c == 1 ? v.z : v.w, u.x = c == 0 ? u.y : c == 1 ? u.z : u.w;
+  for (int half = 0; half < 2; half++, row += 8) {
+    uint16_t inner[2] = {us_engine_operand_bits(us_engine_swiglu(gate.x, up.x)),
+                         us_engine_operand_bits(us_engine_swiglu(gate.y, up.y))};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      uint32_t offset = g->experts ? at.pair[i] * bytes + us_engine_pair_offset(row)
+                                   : us_engine_operand_offset(at.token + i, row);
+      if (at.pair[i] >= 0) *(uint16_t *)(out + offset) = inner[i];
     }
+    gate.x = gate.z, gate.y = gate.w, up.x = up.z, up.y = up.w;
+  }
+}
+
+static __device__ __forceinline__ float4 us_engine_times(float4 v, float s) {
+  return make_float4(v.x * s, v.y * s, v.z * s, v.w * s);
+}
+
+static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_engine_block *b,
+                                                               const struct us_engine_gemm *g,
+                                                               struct us_engine_place at, uint32_t buffer,
+                                                               int lane) {
+  float undo = us_engine_undo(g->w.format);
+  if (g->epilogue == US_ENGINE_SWIGLU || g->epilogue == US_ENGINE_SWIGLU_EXPERT) {
+    float4 gate = us_engine_times(us_engine_add_warps(b, buffer, 0, g->warps, lane), undo);
+    us_engine_gate(g, at, gate, us_engine_times(us_engine_add_warps(b, buffer, 1, g->warps, lane), undo));
+    return;
+  }
+  uint32_t halves = g->w.halves;
+#pragma unroll 1
+  for (uint32_t h = 0; h < halves; h++) {
+    float4 v = us_engine_times(us_engine_add_warps(b, buffer, h, g->warps, lane), undo);
+    uint32_t row = (at.tile * halves + h) * 16;
+    if (g->epilogue == US_ENGINE_PUSH)
+      us_engine_push(b, g->exchange, g->gather ? at.outer : b->rank->rank * g->parts + at.outer,
+                     g->first + row, lane, v);
+    else
+      us_engine_store(g, at, row + at.row, v);
   }
 }
 
@@ -410,12 +439,13 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
   const struct us_engine_gemm local = op->gemm, *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
-  uint32_t tiles = g->w.tiles, tile = b->tile;
+  uint32_t tile = b->tile;
   if (g->experts) us_engine_wait_routed(b);
   uint32_t items = us_engine_gemm_items(b, g);
   for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += b->blocks, tile++) {
+    struct us_engine_place at = us_engine_place(b, g, i, lane);
     us_engine_barrier_wait(b, &s->sums_full[tile % 2], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
-    us_engine_gemm_tile_out(b, g, i / tiles, i % tiles, tile % 2, lane);
+    us_engine_gemm_tile_out(b, g, at, tile % 2, lane);
     __syncwarp();
     if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[tile % 2]));
   }

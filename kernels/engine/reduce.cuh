@@ -21,36 +21,59 @@ static __device__ __forceinline__ struct us_reduce_place us_reduce_place(uint32_
   return at;
 }
 
-/* Wait for a rank's four sums and clear them. */
-static __device__ __forceinline__ float4 us_reduce_take(const struct us_engine_block *b, float *from, uint32_t index) {
-  uint32_t x, y, z, w;
-  struct us_engine_watch watch = {0, 0};
-  uint64_t begin = us_engine_span_begin(b);
-  for (;;) {
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
-                 : "l"(from)
-                 : "memory");
-    if (x != US_ENGINE_ABSENT && y != US_ENGINE_ABSENT && z != US_ENGINE_ABSENT && w != US_ENGINE_ABSENT) break;
-    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_EXCHANGE, index, x, 0);
-  }
-  us_engine_span_end(b, US_ENGINE_WAIT_EXCHANGE, begin);
-  *(uint4 *)from = make_uint4(US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT);
-  return make_float4(__uint_as_float(x), __uint_as_float(y), __uint_as_float(z), __uint_as_float(w));
+static __device__ __forceinline__ uint4 us_reduce_look(const float *from) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+static __device__ __forceinline__ bool us_reduce_absent(uint4 v) {
+  return v.x == US_ENGINE_ABSENT || v.y == US_ENGINE_ABSENT || v.z == US_ENGINE_ABSENT ||
+         v.w == US_ENGINE_ABSENT;
 }
 
-/* Sum of the addends of one fragment place, in rank order. */
+#define US_REDUCE_AHEAD 4 /* addends, and words of the norm, whose loads are under way together */
+
+/* Sum of the addends of one fragment place, in rank order; waits for each and clears it. */
 static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_block *b, const struct us_engine_reduce *r,
                                                        uint32_t running, uint32_t tile, uint32_t lane) {
   const struct us_engine_rank *rank = b->rank;
   size_t one = 8 * (size_t)rank->D;
   float *from = rank->exchange[rank->rank] + (size_t)(running % rank->slots) * rank->addends * one + tile * 128 + lane * 4;
-  float4 sum = us_reduce_take(b, from, 0);
-  for (uint32_t i = 1; i < r->addends; i++) {
-    float4 v = us_reduce_take(b, from + i * one, i);
-    sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
-    sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
+  float4 sum = make_float4(0, 0, 0, 0);
+  uint32_t addends = r->addends;
+  uint64_t begin = us_engine_span_begin(b);
+#pragma unroll 1
+  for (uint32_t first = 0; first < addends; first += US_REDUCE_AHEAD, from += US_REDUCE_AHEAD * one) {
+    uint4 v[US_REDUCE_AHEAD];
+    struct us_engine_watch watch = {0, 0};
+    for (bool absent = true; absent;) { /* one loop for all: the watchdog's code is long */
+      absent = false;
+#pragma unroll
+      for (int i = 0; i < US_REDUCE_AHEAD; i++)
+        v[i] = us_reduce_look(from + (first + i < addends ? i : 0) * one);
+#pragma unroll
+      for (int i = 0; i < US_REDUCE_AHEAD; i++) absent |= us_reduce_absent(v[i]);
+      if (absent) us_engine_watch_try(b, &watch, US_ENGINE_WAIT_EXCHANGE, first, v[0].x, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < US_REDUCE_AHEAD; i++) {
+      if (first + i >= addends) continue;
+      *(uint4 *)(from + i * one) =
+          make_uint4(US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT, US_ENGINE_ABSENT);
+      float4 x = make_float4(__uint_as_float(v[i].x), __uint_as_float(v[i].y), __uint_as_float(v[i].z),
+                             __uint_as_float(v[i].w));
+      if (first + i == 0) {
+        sum = x;
+        continue;
+      }
+      sum.x = __fadd_rn(sum.x, x.x), sum.y = __fadd_rn(sum.y, x.y);
+      sum.z = __fadd_rn(sum.z, x.z), sum.w = __fadd_rn(sum.w, x.w);
+    }
   }
+  us_engine_span_end(b, US_ENGINE_WAIT_EXCHANGE, begin);
   return sum;
 }
 
@@ -74,9 +97,17 @@ static __device__ __forceinline__ float us_engine_embedding(const struct us_engi
   return us_bf16_to_f32(rank->embed[owner][(size_t)index * rank->D + column]);
 }
 
-/* The new residual of one place; written back. */
-static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engine_block *b, const struct us_engine_op *op,
-                                                            uint32_t running, uint32_t tile, uint32_t lane) {
+/* Four values of a place, in FP32 rows of D. */
+static __device__ __forceinline__ float4 us_reduce_read(const float *x, uint32_t D,
+                                                        struct us_reduce_place at) {
+  const float *x0 = x + (size_t)at.token * D + at.column, *x1 = x0 + D;
+  return make_float4(x0[0], x1[0], x0[8], x1[8]);
+}
+
+/* The new residual of one place; written back. `before`: what it was. */
+static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engine_block *b,
+                                                            const struct us_engine_op *op, uint32_t running,
+                                                            uint32_t tile, uint32_t lane, float4 before) {
   const struct us_engine_reduce *r = &op->reduce;
   struct us_reduce_place at = us_reduce_place(tile, lane);
   float *x0 = r->residual + (size_t)at.token * r->D + at.column, *x1 = x0 + r->D;
@@ -89,8 +120,8 @@ static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engi
   } else {
     x = us_reduce_sum(b, r, running, tile, lane);
     if (!r->replace) {
-      x.x = __fadd_rn(x0[0], x.x), x.y = __fadd_rn(x1[0], x.y);
-      x.z = __fadd_rn(x0[8], x.z), x.w = __fadd_rn(x1[8], x.w);
+      x.x = __fadd_rn(before.x, x.x), x.y = __fadd_rn(before.y, x.y);
+      x.z = __fadd_rn(before.z, x.z), x.w = __fadd_rn(before.w, x.w);
     }
   }
   x0[0] = x.x, x1[0] = x.y, x0[8] = x.z, x1[8] = x.w;
@@ -131,29 +162,44 @@ static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_b
                                                         uint32_t slices, uint32_t token, uint32_t running, uint32_t lane) {
   const uint64_t *from = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices;
   float sum = 0;
-  for (uint32_t i = lane; i < slices; i += 32) {
+#pragma unroll 1
+  for (uint32_t first = lane; first < slices; first += US_REDUCE_AHEAD * 32) {
+    uint64_t word[US_REDUCE_AHEAD];
     struct us_engine_watch watch = {0, 0};
-    uint64_t word;
-    while ((uint32_t)((word = us_load_flagged(from + i)) >> 32) != running + 1)
-      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_NORM, i, word >> 32, running + 1);
-    sum += __uint_as_float((uint32_t)word);
+    for (bool late = true; late;) {
+      late = false;
+#pragma unroll
+      for (int i = 0; i < US_REDUCE_AHEAD; i++)
+        word[i] = us_load_flagged(from + (first + i * 32 < slices ? first + i * 32 : first));
+#pragma unroll
+      for (int i = 0; i < US_REDUCE_AHEAD; i++) late |= (uint32_t)(word[i] >> 32) != running + 1;
+      if (late) us_engine_watch_try(b, &watch, US_ENGINE_WAIT_NORM, first, word[0] >> 32, running + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < US_REDUCE_AHEAD; i++)
+      if (first + i * 32 < slices) sum += __uint_as_float((uint32_t)word[i]);
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   return 1.0f / sqrtf(sum / (float)r->D + r->eps);
 }
 
-/* The second half: rows scaled, weighted and rounded into the operand. */
-static __device__ __forceinline__ void us_reduce_norm(const struct us_engine_reduce *r, const float *scale, uint32_t tile,
-                                                      uint32_t lane) {
+/* The second half: a place's values scaled, weighted and rounded into the operand. */
+static __device__ __forceinline__ void us_reduce_norm(const struct us_engine_reduce *r, const float *scale,
+                                                      uint32_t tile, uint32_t lane, float4 x, float2 w) {
   struct us_reduce_place at = us_reduce_place(tile, lane);
-  const float *x0 = r->residual + (size_t)at.token * r->D + at.column, *x1 = x0 + r->D;
-  float w0 = r->weight[at.column], w1 = r->weight[at.column + 8], s0 = scale[at.token], s1 = scale[at.token + 1];
-  float4 y = make_float4(x0[0] * s0 * w0, x1[0] * s1 * w0, x0[8] * s0 * w1, x1[8] * s1 * w1);
+  float s0 = scale[at.token], s1 = scale[at.token + 1];
+  float4 y = make_float4(x.x * s0 * w.x, x.y * s1 * w.x, x.z * s0 * w.y, x.w * s1 * w.y);
   us_reduce_operand(r->operand, at, y);
   if (!r->opt_plain) return;
   float *p0 = r->opt_plain + (size_t)at.token * r->D + at.column, *p1 = p0 + r->D;
   p0[0] = us_bf16_round(y.x), p1[0] = us_bf16_round(y.y), p0[8] = us_bf16_round(y.z), p1[8] = us_bf16_round(y.w);
+}
+static __device__ __forceinline__ float2 us_reduce_weights(const struct us_engine_reduce *r, uint32_t tile,
+                                                           uint32_t lane) {
+  if (!r->weight) return make_float2(0, 0);
+  const float *w = r->weight + us_reduce_place(tile, lane).column;
+  return make_float2(w[0], w[8]);
 }
 
 static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, const struct us_engine_op *op) {
@@ -162,11 +208,22 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + r->exchange;
   float(*squares)[US_ENGINE_ROWS] = us_engine_shared_of(b)->row, *scale = us_engine_shared_of(b)->row[3];
+  /* A place is always the same thread's, so what it was is known before the sums are. A block's first slice, in most launches
+   * its only one, stays in registers until its norm is known. */
+  uint32_t tile = b->index * tiles + warp;
+  bool mine = b->index < slices && warp < tiles;
+  float4 x = make_float4(0, 0, 0, 0), kept = x;
+  float2 weights = make_float2(0, 0);
+  if (mine)
+    x = us_reduce_read(r->residual, r->D, us_reduce_place(tile, lane)),
+    weights = us_reduce_weights(r, tile, lane);
   us_engine_wait_done(b, op->wait);
   for (uint32_t slice = b->index; slice < slices; slice += b->blocks) {
     if (warp < tiles) {
-      uint32_t tile = slice * tiles + warp;
-      float4 x = us_reduce_residual(b, op, running, tile, lane);
+      tile = slice * tiles + warp;
+      if (slice != b->index) x = us_reduce_read(r->residual, r->D, us_reduce_place(tile, lane));
+      x = us_reduce_residual(b, op, running, tile, lane, x);
+      if (slice == b->index) kept = x;
       if (r->opt_tap) us_reduce_operand(r->opt_tap, us_reduce_place(tile, lane), x);
       us_reduce_squares(x, lane, squares[warp]);
     }
@@ -183,8 +240,13 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
     }
     us_engine_span_end(b, US_ENGINE_WAIT_NORM, begin);
     us_engine_meet();
-    for (uint32_t slice = b->index; slice < slices; slice += b->blocks)
-      if (warp < tiles) us_reduce_norm(r, scale, slice * tiles + warp, lane);
+    if (mine) us_reduce_norm(r, scale, b->index * tiles + warp, lane, kept, weights);
+    for (uint32_t slice = b->index + b->blocks; slice < slices; slice += b->blocks)
+      if (warp < tiles) {
+        tile = slice * tiles + warp;
+        x = us_reduce_read(r->residual, r->D, us_reduce_place(tile, lane));
+        us_reduce_norm(r, scale, tile, lane, x, us_reduce_weights(r, tile, lane));
+      }
   }
   us_engine_finish(b);
 }

@@ -1,8 +1,9 @@
 /* route.cuh: router logits to the active experts of a row tile, in the shared memory of every block: no hand-off after it.
  *
  * Bound: latency between the router's logits and the first expert page: every block does all of it. Rule as kernels/router: sigmoid
- * scores, bias for choosing only, ties to the lowest id, ids ascending, weights normalised over the chosen ones. A warp has a
- * row; expert e is lane e % 32's.
+ * scores, bias for choosing only, ties to the lowest id, ids ascending, weights normalised over the chosen ones. Two warps score
+ * a row, one chooses: expert e is lane e % 32's. A chain of loads costs a microsecond a link, so all of a thread's logits come at once,
+ * and what does not depend on them is done before they are there.
  */
 #ifndef US_KERNELS_ENGINE_ROUTE_CUH
 #define US_KERNELS_ENGINE_ROUTE_CUH
@@ -16,15 +17,26 @@
 /* Over us_engine_scratch. Loops are kept rolled where a row has few of a thing: this code runs once a layer, and fetching a
  * long straight run of instructions costs more than executing it. */
 struct us_route_work {
-  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* sigmoid of the logit */
-  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS]; /* what is chosen by; 0: no expert */
+  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* logit, then its sigmoid */
+  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS]; /* what is chosen by; 0: no expert. Before that the bias */
   uint32_t any[US_ROUTE_WORDS];                   /* bit mask of the experts somebody chose */
+  uint32_t users[US_ENGINE_ACTIVE];               /* bit mask of the rows that use an active expert */
+  uint32_t id[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK]; /* a row's chosen experts, ascending, and their scores */
   float chosen[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK];
   /* Of the rows: read once a block, since 132 blocks that read one word wait for each other. */
   uint64_t seed[US_ENGINE_ROWS];
   uint32_t exists[US_ENGINE_ROWS], position[US_ENGINE_ROWS], sample[US_ENGINE_ROWS];
 };
 static_assert(sizeof(struct us_route_work) <= US_ENGINE_VECTOR_BYTES, "routing in shared memory");
+
+/* Two warps have a row until its experts are chosen: this thread's row, its first expert and the step to its next. */
+#define US_ROUTE_STEP 64
+static __device__ __forceinline__ uint32_t us_route_token(void) {
+  return threadIdx.x / US_ROUTE_STEP;
+}
+static __device__ __forceinline__ uint32_t us_route_first(void) {
+  return threadIdx.x % US_ROUTE_STEP;
+}
 
 static __device__ __forceinline__ float us_route_sigmoid(float logit) {
   return 1.0f / (1.0f + us_expf(-logit));
@@ -66,146 +78,193 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
   work->seed[token] = __ldcg(&s->seed), work->sample[token] = __ldcg(&s->sample);
 }
 
-#define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together: 8 x 384 over 512 threads */
+#define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together, in each of */
+#define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
 
-/* Logits of all rows, the parts' sums added in order, into shared memory. */
+/* This thread's logits, the parts' sums added in order, into shared memory. */
 static __device__ __forceinline__ void us_route_gather(struct us_route_work *work, const struct us_engine_route *r) {
-  uint32_t total = US_ENGINE_ROWS * r->E, parts = r->parts, E = r->E, stride = r->stride;
+  uint32_t E = r->E, parts = r->parts, part = US_ENGINE_ROWS * r->stride, token = us_route_token();
 #pragma unroll 1
-  for (uint32_t first = threadIdx.x; first < total; first += US_ROUTE_AHEAD * US_ENGINE_COMPUTE) {
+  for (uint32_t first = us_route_first(); first < E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
+    const float *from = r->logits + token * r->stride + first;
     float sum[US_ROUTE_AHEAD] = {};
 #pragma unroll 1
-    for (uint32_t p = 0; p < parts; p++) {
-      float v[US_ROUTE_AHEAD];
+    for (uint32_t p = 0; p < parts; p += US_ROUTE_PARTS, from += US_ROUTE_PARTS * part) {
+      float v[US_ROUTE_PARTS][US_ROUTE_AHEAD];
 #pragma unroll
-      for (int j = 0; j < US_ROUTE_AHEAD; j++) {
-        uint32_t i = first + j * US_ENGINE_COMPUTE;
-        v[j] = i < total ? __ldcg(r->logits + ((size_t)p * US_ENGINE_ROWS + i / E) * stride + i % E) : 0.0f;
-      }
+      for (int q = 0; q < US_ROUTE_PARTS; q++)
 #pragma unroll
-      for (int j = 0; j < US_ROUTE_AHEAD; j++) sum[j] = p ? __fadd_rn(sum[j], v[j]) : v[j];
+        for (int j = 0; j < US_ROUTE_AHEAD; j++)
+          v[q][j] = p + q < parts && first + j * US_ROUTE_STEP < E
+                        ? __ldcg(from + q * part + j * US_ROUTE_STEP)
+                        : 0.0f;
+#pragma unroll
+      for (int q = 0; q < US_ROUTE_PARTS; q++)
+#pragma unroll
+        for (int j = 0; j < US_ROUTE_AHEAD; j++) sum[j] = __fadd_rn(sum[j], v[q][j]);
     }
 #pragma unroll
-    for (int j = 0; j < US_ROUTE_AHEAD; j++) {
-      uint32_t i = first + j * US_ENGINE_COMPUTE;
-      if (i < total) work->score[i / E][i % E] = sum[j];
-    }
+    for (int j = 0; j < US_ROUTE_AHEAD; j++)
+      if (first + j * US_ROUTE_STEP < E) work->score[token][first + j * US_ROUTE_STEP] = sum[j];
   }
 }
 
-/* Scores and keys from the logits, by the threads that wrote them. */
+/* Scores and keys from this thread's logits. */
 static __device__ __forceinline__ void us_route_score(struct us_route_work *work, const struct us_engine_route *r) {
-#pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * r->E; i += US_ENGINE_COMPUTE) {
-    uint32_t token = i / r->E, e = i % r->E;
+  uint32_t token = us_route_token(), E = r->E;
+  bool uniform = r->uniform;
+#pragma unroll 2
+  for (uint32_t e = us_route_first(); e < E; e += US_ROUTE_STEP) {
     float score = us_route_sigmoid(work->score[token][e]);
     work->score[token][e] = score;
-    if (!r->uniform) work->key[token][e] = us_route_key(score + (r->bias ? r->bias[e] : 0.0f));
+    if (!uniform) work->key[token][e] = us_route_key(score + __uint_as_float(work->key[token][e]));
   }
 }
 
-/* One warp: lane k < top_k gets the k-th chosen expert of the row in ascending order; others US_ENGINE_NONE. */
-static __device__ __forceinline__ uint32_t us_route_choose(const struct us_route_work *work, const struct us_engine_route *r,
-                                                           uint32_t token, uint32_t lane) {
-  uint32_t key[US_ROUTE_WORDS], id = US_ENGINE_NONE;
+/* The largest of this lane's keys, the first if equal. */
+static __device__ __forceinline__ uint32_t us_route_best(const uint32_t *key, uint32_t lane, uint32_t *mine) {
+  uint32_t best = 0;
 #pragma unroll
-  for (int i = 0; i < US_ROUTE_WORDS; i++) key[i] = i * 32 + lane < r->E ? work->key[token][i * 32 + lane] : 0;
+  for (int i = 0; i < US_ROUTE_WORDS; i++)
+    if (key[i] > best) best = key[i], *mine = i * 32 + lane;
+  return best;
+}
+
+/* One warp: the row's experts, ascending, and their scores into `work`; ORed into the mask of those that somebody chose. A round finds
+ * the best of the lanes' best; only the lane that lost its own looks for another. */
+static __device__ __forceinline__ void us_route_choose(struct us_route_work *work,
+                                                       const struct us_engine_route *r, uint32_t token,
+                                                       uint32_t lane) {
+  uint32_t key[US_ROUTE_WORDS], id = US_ENGINE_NONE, mine = US_ENGINE_NONE, top_k = r->top_k, E = r->E;
+#pragma unroll
+  for (int i = 0; i < US_ROUTE_WORDS; i++) key[i] = i * 32 + lane < E ? work->key[token][i * 32 + lane] : 0;
+  uint32_t best = us_route_best(key, lane, &mine);
 #pragma unroll 1
-  for (uint32_t k = 0; k < r->top_k; k++) {
-    uint32_t best = 0, mine = US_ENGINE_NONE;
-#pragma unroll
-    for (int i = 0; i < US_ROUTE_WORDS; i++)
-      if (key[i] > best) best = key[i], mine = i * 32 + lane;
+  for (uint32_t k = 0; k < top_k; k++) {
     uint32_t most = __reduce_max_sync(0xffffffffu, best);
     uint32_t first = __reduce_min_sync(0xffffffffu, best == most ? mine : US_ENGINE_NONE);
+    if (lane == k) id = first;
+    if (mine != first) continue;
 #pragma unroll
     for (int i = 0; i < US_ROUTE_WORDS; i++)
       if (i * 32 + lane == first) key[i] = 0;
-    if (lane == k) id = first;
+    mine = US_ENGINE_NONE, best = us_route_best(key, lane, &mine);
   }
-  uint32_t rank = 0; /* ascending ids: chosen ones below this lane's */
-#pragma unroll 1
-  for (uint32_t k = 0; k < r->top_k; k++) rank += __shfl_sync(0xffffffffu, id, k) < id;
-  uint32_t sorted = US_ENGINE_NONE;
-#pragma unroll 1
-  for (uint32_t k = 0; k < r->top_k; k++) {
-    uint32_t other = __shfl_sync(0xffffffffu, id, k), at = __shfl_sync(0xffffffffu, rank, k);
-    if (at == lane) sorted = other;
-  }
-  return lane < r->top_k ? sorted : US_ENGINE_NONE;
+  __syncwarp();
+  uint32_t rank = 0;
+#pragma unroll
+  for (int k = 0; k < US_ENGINE_MAX_TOPK; k++) rank += __shfl_sync(0xffffffffu, id, k) < id;
+  if (lane >= top_k) return;
+  work->id[token][rank] = id, work->chosen[token][rank] = work->score[token][id];
+  atomicOr(&work->any[id / 32], 1u << id % 32);
 }
 
-/* Position of expert e among the active ones: experts below it. */
-static __device__ __forceinline__ uint32_t us_route_slot(const struct us_route_work *work, uint32_t e) {
-  uint32_t below = __popc(work->any[e / 32] & ((1u << e % 32) - 1));
-#pragma unroll 1
-  for (uint32_t i = 0; i < e / 32; i++) below += __popc(work->any[i]);
-  return below;
-}
-
-/* One warp a row: enter its pairs, lane k the k-th, into the table. */
-static __device__ __forceinline__ void us_route_enter(struct us_engine_active *active, const struct us_route_work *work,
-                                                      const struct us_engine_route *r, uint32_t token, uint32_t lane,
-                                                      uint32_t e, bool report) {
-  if (e == US_ENGINE_NONE) return;
+/* One warp, a row: enter its pairs into the table, lane k the k-th. An expert's place is the number of active ones below it. */
+static __device__ __forceinline__ void us_route_enter(struct us_engine_active *active,
+                                                      struct us_route_work *work,
+                                                      const struct us_engine_route *r, uint32_t token,
+                                                      uint32_t lane, bool report) {
+  uint32_t top_k = r->top_k, e = lane < top_k ? work->id[token][lane] : 0;
+  uint32_t word = lane < US_ROUTE_WORDS ? work->any[lane] : 0, below = __popc(word), sum_k = below;
+#pragma unroll
+  for (int step = 1; step < US_ROUTE_WORDS; step *= 2) {
+    uint32_t other = __shfl_up_sync(0xffffffffu, sum_k, step);
+    if (lane >= step) sum_k += other;
+  }
+  below = __shfl_sync(0xffffffffu, sum_k - below, e / 32), word = __shfl_sync(0xffffffffu, word, e / 32);
+  if (lane >= top_k) return;
   float sum = 0, weight = work->chosen[token][lane];
-#pragma unroll 1
-  for (uint32_t k = 0; k < r->top_k; k++) sum = __fadd_rn(sum, work->chosen[token][k]);
+#pragma unroll
+  for (int k = 0; k < US_ENGINE_MAX_TOPK; k++)
+    if (k < top_k) sum = __fadd_rn(sum, work->chosen[token][k]);
   if (r->normalise) weight = weight / (sum + 1e-20f);
-  uint32_t slot = us_route_slot(work, e);
-  active->pair[slot][token] = (int16_t)(token * r->top_k + lane);
+  uint32_t slot = below + __popc(word & ((1u << e % 32) - 1));
   active->weight[slot][token] = weight * r->scaling;
   active->expert[slot] = (uint16_t)e;
-  if (report && r->opt_routed) r->opt_routed[token * r->top_k + lane] = e;
+  atomicOr(&work->users[slot], 1u << token);
+  if (report && r->opt_routed) r->opt_routed[token * top_k + lane] = e;
 }
 
-/* The active list from the rows' logits; the router's operation is done. */
-static __device__ __noinline__ void us_engine_route_build(struct us_engine_block *b, const struct us_engine_op *op) {
+/* Number the pairs: thread 8 slot + row. */
+static __device__ __forceinline__ void us_route_number(struct us_engine_active *active,
+                                                       const struct us_route_work *work, uint32_t lane) {
+  uint32_t users[2] = {work->users[lane], work->users[lane + 32]},
+           sum[2] = {(uint32_t)__popc(users[0]), (uint32_t)__popc(users[1])};
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    uint32_t low = __shfl_up_sync(0xffffffffu, sum[0], step),
+             high = __shfl_up_sync(0xffffffffu, sum[1], step);
+    if (lane >= step) sum[0] += low, sum[1] += high;
+  }
+  sum[1] += __shfl_sync(0xffffffffu, sum[0], 31);
+  uint32_t slot = threadIdx.x / US_ENGINE_ROWS, token = threadIdx.x % US_ENGINE_ROWS,
+           half = slot / 32; /* of a warp: the same half */
+  uint32_t through = __shfl_sync(0xffffffffu, sum[half], slot % 32),
+           mask = __shfl_sync(0xffffffffu, users[half], slot % 32);
+  uint32_t number = through - __popc(mask >> token);
+  active->pair[slot][token] = (int16_t)(mask >> token & 1 ? (int)number : -1);
+  if (token == 0) active->rows[slot] = (uint8_t)mask;
+  uint32_t count =
+      __popc(__ballot_sync(0xffffffffu, users[0] != 0)) + __popc(__ballot_sync(0xffffffffu, users[1] != 0));
+  if (threadIdx.x == 0) active->count = count;
+}
+
+/* What does not depend on the logits, while they are on their way. */
+static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *b,
+                                                        const struct us_engine_op *op) {
+  const struct us_engine_route *r = &op->route;
+  struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+  us_engine_drain(b);
+  us_route_rows(b, op, work);
+  ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
+  if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
+  if (threadIdx.x < US_ENGINE_ACTIVE) work->users[threadIdx.x] = 0;
+  if (r->uniform) {
+    us_engine_meet();
+    us_route_random(b, op, work);
+    return;
+  }
+#pragma unroll 2
+  for (uint32_t e = us_route_first(); e < r->E; e += US_ROUTE_STEP)
+    work->key[us_route_token()][e] = r->bias ? __float_as_uint(r->bias[e]) : 0;
+}
+
+/* The active list from the rows' logits; the router's operation is done, and all threads have met since us_route_prepare. */
+static __device__ __forceinline__ void us_route_build(struct us_engine_block *b,
+                                                      const struct us_engine_op *op) {
   const struct us_engine_route *r = &op->route;
   struct us_engine_active *active = &us_engine_shared_of(b)->active;
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
-  uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32, e = US_ENGINE_NONE;
-  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
-  us_engine_drain(b);
+  uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32;
   us_route_gather(work, r);
-  ((int16_t *)active->pair)[threadIdx.x] = -1;
-  ((float *)active->weight)[threadIdx.x] = 0;
-  if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
-  us_route_rows(b, op, work);
-  us_engine_meet();
   us_route_score(work, r);
-  if (r->uniform) us_route_random(b, op, work);
   us_engine_meet();
-  if (token < US_ENGINE_ROWS && work->exists[token])
-    e = us_route_choose(work, r, token, lane);
-  if (e != US_ENGINE_NONE) {
-    atomicOr(&work->any[e / 32], 1u << e % 32);
-    work->chosen[token][lane] = work->score[token][e];
-  }
+  bool chooses = token < US_ENGINE_ROWS && work->exists[token];
+  if (chooses) us_route_choose(work, r, token, lane);
   us_engine_meet();
-  us_route_enter(active, work, r, token, lane, e, b->index == 0);
+  if (chooses) us_route_enter(active, work, r, token, lane, b->index == 0);
   us_engine_meet();
-  if (threadIdx.x < US_ENGINE_ACTIVE) {
-    uint32_t mask = 0;
-    for (int t = 0; t < US_ENGINE_ROWS; t++) mask |= (active->pair[threadIdx.x][t] >= 0 ? 1u : 0u) << t;
-    active->rows[threadIdx.x] = (uint8_t)mask;
-  }
-  if (threadIdx.x < 32) {
-    uint32_t count = __reduce_add_sync(0xffffffffu, lane < US_ROUTE_WORDS ? __popc(work->any[lane]) : 0);
-    if (lane == 0) active->count = count;
-  }
+  us_route_number(active, work, lane);
   us_engine_meet();
 }
 static_assert(US_ENGINE_ACTIVE * US_ENGINE_ROWS == US_ENGINE_COMPUTE, "one thread an entry of the table");
 
+/* `wait` may be US_ENGINE_NONE. */
+static __device__ __noinline__ void us_engine_route_build(struct us_engine_block *b,
+                                                          const struct us_engine_op *op, uint32_t wait) {
+  us_route_prepare(b, op);
+  us_engine_wait_done(b, wait);
+  us_route_build(b, op);
+}
+
 static __device__ void us_engine_route(struct us_engine_block *b, const struct us_engine_op *op) {
-  us_engine_wait_done(b, op->wait);
-  us_engine_route_build(b, op);
+  us_engine_route_build(b, op, op->wait);
   if (threadIdx.x == 0) {
     us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
-    if (b->index == 0) {
-      b->rank->state->experts += us_engine_shared_of(b)->active.count;
-      b->rank->state->expert_layers++;
+    if (b->index == 0) { /* without waiting for the sums */
+      atomicAdd((unsigned long long *)&b->rank->state->experts, us_engine_shared_of(b)->active.count);
+      atomicAdd((unsigned long long *)&b->rank->state->expert_layers, 1ull);
     }
   }
   us_engine_finish(b);

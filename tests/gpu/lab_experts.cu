@@ -89,7 +89,12 @@ static void collect(const struct problem *p, struct pass *pass) {
   pass->weight.resize(pairs);
   for (uint32_t row = 0; row < 8; row++)
     weigh(p, row, &pass->ids[row * p->of->top_k], &pass->weight[row * p->of->top_k]);
-  for (uint32_t i = 0; i < pairs; i++) pass->h.push_back(lab_pair_row(pass->pairs, i, p->of->F));
+  for (uint32_t i = 0; i < pairs; i++) { /* pairs lie expert by expert, rows ascending */
+    uint32_t number = 0;
+    for (uint32_t j = 0; j < pairs; j++)
+      number += pass->ids[j] < pass->ids[i] || (pass->ids[j] == pass->ids[i] && j < i);
+    pass->h.push_back(lab_pair_row(pass->pairs, number, p->of->F));
+  }
 }
 
 /* ---- gate and up -------------------------------------------------------------------------------------------------- */
@@ -122,8 +127,8 @@ static void check_up(struct lab_result *r, const struct problem *p, const std::v
 
 enum { EXPERT_SKIPPED = LAB_MUTATIONS, STRANGER_LEFT_IN, DOWN_MUTATIONS };
 
-/* y[row][d] of a pass in the engine's order: each warp adds its columns of all experts, then the warps. The row's pairs are
- * given, so that a wrong list can be. */
+/* y[row][d] of a pass in the engine's order: each warp adds its columns of all experts, then the warps. A warp has a page of a step if
+ * pages are MXFP4 of four groups, else a group. The row's pairs are given, so that a wrong list can be. */
 struct term {
   uint32_t matrix;
   double weight;
@@ -133,17 +138,24 @@ struct term {
 static struct lab_sum add_experts(const struct problem *p, const std::vector<struct term> &terms, uint32_t d,
                                   enum lab_mutation mutation) {
   struct lab_sum s = {0, 0, 0};
-  uint32_t groups = p->of->F / 32, warps = lab_down_slices(&p->down) * p->down.matrix.groups;
+  bool whole = p->down.matrix.format == US_FORMAT_MXFP4 && p->down.matrix.groups == 4;
+  uint32_t groups = p->of->F / 32, each = whole ? 4 : 1,
+           warps = lab_down_slices(&p->down) * p->down.matrix.groups / each;
   std::vector<std::vector<double>> rows;
   for (const struct term &t : terms)
     rows.push_back(lab_row(&p->down, t.matrix, 0, d, rows.empty() ? mutation : LAB_NONE));
   for (uint32_t warp = 0; warp < warps; warp++) {
     double acc = 0;
     for (size_t k = 0; k < terms.size(); k++)
-      for (uint32_t g = warp; g < groups; g += warps) {
-        double sum = 0, magnitude = 0, weight = terms[k].weight;
-        double lost = lab_multiply(&sum, &rows[k][g * 32], terms[k].h + g * 32, &magnitude);
-        lost += lab_multiply(&sum, &rows[k][g * 32 + 16], terms[k].h + g * 32 + 16, &magnitude);
+      for (uint32_t first = warp * each; first < groups; first += warps * each) {
+        double sum = 0, magnitude = 0, weight = terms[k].weight, lost = 0;
+        for (uint32_t g = first; g < first + each; g++) {
+          double part = 0;
+          lost += lab_multiply(&part, &rows[k][g * 32], terms[k].h + g * 32, &magnitude);
+          lost += lab_multiply(&part, &rows[k][g * 32 + 16], terms[k].h + g * 32 + 16, &magnitude);
+          sum += part;
+          if (whole) lost += LAB_UNIT * fabs(sum);
+        }
         acc += weight * sum, s.magnitude += fabs(weight) * magnitude;
         s.allowed += fabs(weight) * (lost + LAB_UNIT * fabs(sum)) + LAB_UNIT * fabs(acc);
       }

@@ -126,8 +126,9 @@ static void lab_one(const struct route_case *c, uint64_t seed) {
   uint32_t layers = c->uniform && c->E == 384 ? LAYERS : 2, D = width_of(c);
   std::vector<float> logits = make_logits(c, &state), bias(c->E);
   for (float &b : bias) b = (float)(lab_random(&state) >> 40) * 0x1p-26f;
-  std::vector<uint16_t> pairs(8 * c->top_k * 32, 0);
-  for (uint32_t i = 0; i < 8 * c->top_k; i++) pairs[i * 32] = us_bf16_from_f32(US_ENGINE_OPERAND_UNIT);
+  uint32_t pair = us_engine_pair_bytes(32) / 2;
+  std::vector<uint16_t> pairs(8 * c->top_k * pair, 0);
+  for (uint32_t i = 0; i < 8 * c->top_k; i++) pairs[i * pair] = us_bf16_from_f32(US_ENGINE_OPERAND_UNIT);
   struct lab_run run;
   lab_run_begin(&run, lab_ranks{1, false, D});
   lab_set_rows(&run, c->rows);
