@@ -54,7 +54,7 @@ struct us_engine_block {
   uint32_t tile;          /* partial-sum buffers used so far */
   uint32_t routes;        /* ROUTE operations passed */
   uint32_t select; /* running index of the next SELECT */
-  uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done */
+  uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
 };
 
 #define US_ENGINE_FETCHED                                                                                    \
@@ -294,9 +294,9 @@ static __device__ __forceinline__ void us_engine_poll_done(const struct us_engin
 /* Thread 0: whether it has found an earlier operation of this round done already; else it is about to. A look costs a microsecond. */
 static __device__ __forceinline__ bool us_engine_seen(const struct us_engine_block *b, uint32_t op) {
   struct us_engine_block *view = &us_engine_shared_of(b)->warp[0];
-  if (view->seen_round != b->round) view->seen[0] = view->seen[1] = US_ENGINE_NONE, view->seen_round = b->round;
-  if (view->seen[0] == op || view->seen[1] == op) return true;
-  if (op < b->op_index) view->seen[1] = view->seen[0], view->seen[0] = op;
+  if (view->seen_round != b->round) view->seen[0] = view->seen[1] = 0, view->seen_round = b->round;
+  if (view->seen[0] == op + 1 || view->seen[1] == op + 1) return true;
+  if (op < b->op_index) view->seen[1] = view->seen[0], view->seen[0] = op + 1;
   return false;
 }
 

@@ -153,7 +153,6 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
     view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
     view.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
     view.select = launch->selects;
-    view.seen[0] = view.seen[1] = US_ENGINE_NONE;
     *b = view;
   }
   __syncwarp();
