@@ -118,6 +118,12 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
   return status;
 }
 
+static void free_graph(const struct us_device_group *group, struct us_device_graph *graph) {
+  for (uint32_t gpu = 0; gpu < group->devices->gpus; gpu++)
+    if (graph->exec[gpu]) (void)cudaGraphExecDestroy(graph->exec[gpu]);
+  free(graph);
+}
+
 static enum us_status find_graph(struct us_device_group *group, uint32_t first, uint32_t last,
                                  struct us_device_graph **ret_graph, struct us_err *err) {
   uint32_t cycle = cycle_of(group), exchange = group->exchanges % cycle, select = group->selects % cycle;
@@ -135,9 +141,13 @@ static enum us_status find_graph(struct us_device_group *group, uint32_t first, 
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++)
     status = capture(group, gpu, graph, err);
+  if (status != US_OK) { /* what was captured in part must not be found again */
+    free_graph(group, graph);
+    return status;
+  }
   graph->next = group->graphs;
   group->graphs = *ret_graph = graph;
-  return status;
+  return US_OK;
 }
 
 static enum us_status launch_graph(struct us_device_group *group, uint32_t first, uint32_t last,
@@ -257,9 +267,7 @@ static void free_graphs(struct us_device_group *group) {
   while (group->graphs) {
     struct us_device_graph *graph = group->graphs;
     group->graphs = graph->next;
-    for (uint32_t gpu = 0; gpu < group->devices->gpus; gpu++)
-      if (graph->exec[gpu]) (void)cudaGraphExecDestroy(graph->exec[gpu]);
-    free(graph);
+    free_graph(group, graph);
   }
 }
 
