@@ -48,12 +48,12 @@ struct us_engine_block {
   uint32_t index, blocks; /* of this rank's blocks */
   uint32_t grid_block;    /* in the launch */
   uint32_t role;
-  uint32_t round;         /* of the launch */
+  uint32_t round; /* of the launch */
   uint32_t op_index;
-  uint32_t stage, phase;  /* cursor in the ring */
-  uint32_t tile;          /* partial-sum buffers used so far */
-  uint32_t routes;        /* ROUTE operations passed */
-  uint32_t select; /* running index of the next SELECT */
+  uint32_t stage, phase;        /* cursor in the ring */
+  uint32_t tile;                /* partial-sum buffers used so far */
+  uint32_t routes;              /* ROUTE operations passed */
+  uint32_t select;              /* running index of the next SELECT */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
 };
 
@@ -71,11 +71,11 @@ struct us_engine_shared {
   uint64_t full[US_ENGINE_STAGES], empty[US_ENGINE_STAGES]; /* of the ring */
   uint64_t sums_full[2], sums_empty[2];                     /* of partial */
   uint64_t routed;                                          /* one phase a ROUTE operation */
-  uint64_t listed;                                          /* the other roles have left the list before a ROUTE operation */
-  uint64_t ended;                                           /* one phase a round */
+  uint64_t listed; /* the other roles have left the list before a ROUTE operation */
+  uint64_t ended;  /* one phase a round */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
-  uint32_t stop;                                            /* no further round */
-  float row[4][US_ENGINE_ROWS];                             /* small things of one operation */
+  uint32_t stop;                /* no further round */
+  float row[4][US_ENGINE_ROWS]; /* small things of one operation */
   struct us_engine_down_stage down[US_ENGINE_STAGES];
   struct us_engine_rank rank;
   alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
@@ -84,7 +84,8 @@ struct us_engine_shared {
 static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
 
 /* The block's shared memory, by its symbol: a pointer read from memory would be a generic one, whose loads cost twice as much. */
-static __device__ __forceinline__ struct us_engine_shared *us_engine_shared_of(const struct us_engine_block *) {
+static __device__ __forceinline__ struct us_engine_shared *us_engine_shared_of(
+    const struct us_engine_block *) {
   extern __shared__ __align__(128) uint8_t us_engine_dynamic[];
   return (struct us_engine_shared *)us_engine_dynamic;
 }
@@ -119,7 +120,8 @@ static __device__ __forceinline__ uint2 us_shared_load8(uint32_t address) {
 }
 
 /* Shared memory for operations of the compute warps, bytes. */
-#define US_ENGINE_VECTOR_BYTES (sizeof(float) * 2 * US_ENGINE_COMPUTE_WARPS * US_ENGINE_PARTIAL + US_ENGINE_SCRATCH)
+#define US_ENGINE_VECTOR_BYTES                                                                               \
+  (sizeof(float) * 2 * US_ENGINE_COMPUTE_WARPS * US_ENGINE_PARTIAL + US_ENGINE_SCRATCH)
 static __device__ __forceinline__ void *us_engine_scratch(const struct us_engine_block *b) {
   return us_engine_shared_of(b)->partial;
 }
@@ -140,8 +142,8 @@ struct us_engine_watch {
   uint64_t since;
 };
 
-static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what, uint32_t index,
-                                                            uint64_t have, uint64_t want) {
+static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what,
+                                                            uint32_t index, uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
   uint64_t now = us_engine_now();
   s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
@@ -153,13 +155,14 @@ static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engi
 }
 
 /* One more try of a wait of one thread. */
-static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b, struct us_engine_watch *w,
-                                                           uint32_t what, uint32_t index, uint64_t have,
-                                                           uint64_t want) {
+static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b,
+                                                           struct us_engine_watch *w, uint32_t what,
+                                                           uint32_t index, uint64_t have, uint64_t want) {
   if (__builtin_expect((++w->tries & 1023u) != 0, 1)) return;
   uint64_t now = us_engine_now();
   if (!w->since) w->since = now;
-  if (__builtin_expect(now - w->since > b->launch->timeout_ns, 0)) us_engine_stop_stuck(b, what, index, have, want);
+  if (__builtin_expect(now - w->since > b->launch->timeout_ns, 0))
+    us_engine_stop_stuck(b, what, index, have, want);
 }
 
 static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t parity) {
@@ -174,10 +177,11 @@ static __device__ __forceinline__ bool us_barrier_try(uint32_t barrier, uint32_t
 /* The same without ever suspending the thread. */
 static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
-  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
   return done;
 }
 
@@ -194,7 +198,8 @@ static __device__ __forceinline__ bool us_engine_leads(const struct us_engine_bl
   return b->role == 0 ? threadIdx.x == 0 : threadIdx.x % 32 == 0;
 }
 
-static __device__ __noinline__ void us_engine_span_write(const struct us_engine_block *b, uint32_t what, uint64_t begin) {
+static __device__ __noinline__ void us_engine_span_write(const struct us_engine_block *b, uint32_t what,
+                                                         uint64_t begin) {
   const struct us_engine_profile *p = &b->launch->profile;
   uint32_t lane = b->grid_block * US_ENGINE_ROLES + b->role, at = p->counts[lane]++;
   if (at >= p->capacity) return;
@@ -208,16 +213,19 @@ static __device__ __noinline__ void us_engine_span_write(const struct us_engine_
 static __device__ __forceinline__ uint64_t us_engine_span_begin(const struct us_engine_block *b) {
   return US_ENGINE_PROFILED && us_engine_leads(b) ? us_engine_now() : 0;
 }
-static __device__ __forceinline__ void us_engine_span_end(const struct us_engine_block *b, uint32_t what, uint64_t begin) {
+static __device__ __forceinline__ void us_engine_span_end(const struct us_engine_block *b, uint32_t what,
+                                                          uint64_t begin) {
   if (US_ENGINE_PROFILED && begin) us_engine_span_write(b, what, begin);
 }
 
 /* ---- barriers of a block ------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b, const uint64_t *barrier,
-                                                              uint32_t parity, uint32_t what) {
+static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b,
+                                                              const uint64_t *barrier, uint32_t parity,
+                                                              uint32_t what) {
   uint32_t address = us_shared_address(barrier);
-  if (US_ENGINE_PROFILED && us_barrier_test(address, parity)) return; /* a wait is what does not end at once */
+  if (US_ENGINE_PROFILED && us_barrier_test(address, parity))
+    return; /* a wait is what does not end at once */
   uint64_t begin = us_engine_span_begin(b);
   if (!us_barrier_try(address, parity)) {
     struct us_engine_watch watch = {0, 0};
@@ -264,7 +272,8 @@ static __device__ __forceinline__ void us_engine_meet(void) {
 /* Test: a random delay, so that every order of arrivals occurs. */
 static __device__ __noinline__ void us_engine_delay(const struct us_engine_block *b) {
   uint64_t start = us_engine_now();
-  uint32_t h = (uint32_t)start ^ b->grid_block * 0x9e3779b9u ^ b->op_index * 0x85ebca6bu ^ b->round * 0xc2b2ae35u;
+  uint32_t h =
+      (uint32_t)start ^ b->grid_block * 0x9e3779b9u ^ b->op_index * 0x85ebca6bu ^ b->round * 0xc2b2ae35u;
   h ^= h >> 15, h *= 0x2c1b3c6du, h ^= h >> 12;
   uint32_t wait = h % b->launch->jitter;
   while (us_engine_now() - start < wait) __nanosleep(64);

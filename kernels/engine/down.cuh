@@ -13,15 +13,16 @@
 #include "kernels/engine/gemm.cuh"
 
 #define US_DOWN_TILES 3
-#define US_DOWN_PAD   64 /* bytes between pairs in a stage: neighbours start in different banks */
-#define US_DOWN_LAST  4  /* added to the count of the last stage */
+#define US_DOWN_PAD   64   /* bytes between pairs in a stage: neighbours start in different banks */
+#define US_DOWN_LAST  4    /* added to the count of the last stage */
 #define US_DOWN_ZEROS 1024 /* bytes of zeros, as much as a pair's activations of a step at most */
 
 /* Blocks' shares: groups of three tiles. */
 static __device__ __forceinline__ uint32_t us_engine_down_groups(const struct us_engine_down *d) {
   return (d->w.tiles + US_DOWN_TILES - 1) / US_DOWN_TILES;
 }
-static __device__ __forceinline__ uint32_t us_engine_down_tiles(const struct us_engine_down *d, uint32_t group) {
+static __device__ __forceinline__ uint32_t us_engine_down_tiles(const struct us_engine_down *d,
+                                                                uint32_t group) {
   uint32_t left = d->w.tiles - group * US_DOWN_TILES;
   return left < US_DOWN_TILES ? left : US_DOWN_TILES;
 }
@@ -33,7 +34,8 @@ struct us_down_plan {
   uint32_t rows_bytes;         /* a pair's activations of a step */
   uint32_t active;
 };
-static __device__ __forceinline__ struct us_down_plan us_down_plan(const struct us_engine_down *d, uint32_t active) {
+static __device__ __forceinline__ struct us_down_plan us_down_plan(const struct us_engine_down *d,
+                                                                   uint32_t active) {
   struct us_down_plan p;
   p.steps = d->steps, p.stage_steps = d->stage_steps;
   p.run = d->step_slices * d->w.page_bytes, p.step_bytes = US_DOWN_TILES * p.run;
@@ -68,8 +70,9 @@ static __device__ __forceinline__ uint32_t us_down_stage(const struct us_engine_
 /* ---- streaming ------------------------------------------------------------------------------------------------------ */
 
 /* Copy one step's weights: contiguous if a step is a whole tile row of pages, else tile by tile. */
-static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d, const struct us_down_plan *p,
-                                                           const uint8_t *from, uint32_t tiles, uint32_t to, uint32_t full) {
+static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d,
+                                                           const struct us_down_plan *p, const uint8_t *from,
+                                                           uint32_t tiles, uint32_t to, uint32_t full) {
   if (p->steps == 1) {
     us_bulk_load(to, from, tiles * p->run, full);
     return;
@@ -134,7 +137,8 @@ static __device__ __forceinline__ void us_engine_down_ready(const struct us_engi
 
 /* One thread. Weights run ahead of activations by up to a ring; once the gate and up projection is done on all blocks, a
  * stage gets both. */
-static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b,
+                                                             const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
@@ -176,8 +180,9 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
 
 /* d (16 rows x 8 tokens) = group q of 32 columns of a 16-row page; low, high: the scales of rows r and r + 8. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32_t groups, uint32_t q, int lane, uint4 rows,
-                                                     float d[4], float *low, float *high) {
+static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32_t groups, uint32_t q,
+                                                     int lane, uint4 rows, float d[4], float *low,
+                                                     float *high) {
   uint32_t a[4];
   d[0] = d[1] = d[2] = d[3] = 0;
   if (FORMAT == US_FORMAT_MXFP4) {
@@ -185,7 +190,8 @@ static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32
     uint2 scales = ((const uint2 *)(page + (groups + 1) / 2 * 512))[lane / 4];
     us_mxfp4_fragment(w.x, a), us_mma_bf16(d, a, rows.x, rows.y, d);
     us_mxfp4_fragment(w.y, a), us_mma_bf16(d, a, rows.z, rows.w, d);
-    *low = __uint_as_float((scales.x >> 8 * q & 255u) << 23), *high = __uint_as_float((scales.y >> 8 * q & 255u) << 23);
+    *low = __uint_as_float((scales.x >> 8 * q & 255u) << 23),
+    *high = __uint_as_float((scales.y >> 8 * q & 255u) << 23);
   } else if (FORMAT == US_FORMAT_FP8) {
     uint4 w = ((const uint4 *)page)[q * 32 + lane];
     us_fp8_fragment(w.x, a), us_fp8_fragment(w.y, a + 2), us_mma_bf16(d, a, rows.x, rows.y, d);
@@ -201,8 +207,9 @@ static __device__ __forceinline__ void us_down_group(const uint8_t *page, uint32
 
 /* y[4 t + c] += routing weight * this warp's columns of a step; `page` is the first tile's, the next one `run` bytes on. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_engine_down_step(const uint8_t *page, uint32_t run, uint32_t groups, uint32_t q,
-                                                           int lane, uint32_t tiles, float2 weight, uint4 rows, float *y) {
+static __device__ __forceinline__ void us_engine_down_step(const uint8_t *page, uint32_t run, uint32_t groups,
+                                                           uint32_t q, int lane, uint32_t tiles,
+                                                           float2 weight, uint4 rows, float *y) {
 #pragma unroll
   for (int t = 0; t < US_DOWN_TILES; t++) {
     if (t >= tiles) continue;
@@ -312,8 +319,9 @@ static __device__ __forceinline__ void us_engine_down_whole(struct us_engine_blo
 
 /* All active experts' share of three tiles, pages of any kind: warp w has group w % groups of slice w / groups of every step. */
 template <int FORMAT>
-static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b, const struct us_engine_op *op,
-                                                              uint32_t tiles, float *y) {
+static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b,
+                                                              const struct us_engine_op *op, uint32_t tiles,
+                                                              float *y) {
   const struct us_engine_down *d = &op->down;
   struct us_engine_shared *s = us_engine_shared_of(b);
   const uint8_t *ring = s->ring[0];
@@ -372,7 +380,8 @@ static __device__ void us_engine_down_out(struct us_engine_block *b, const struc
   }
 }
 
-static __device__ __noinline__ void us_engine_down_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __noinline__ void us_engine_down_compute(struct us_engine_block *b,
+                                                           const struct us_engine_op *op) {
   const struct us_engine_down *d = &op->down;
   /* What rows have of an expert they do not use; nothing since the last barrier of a vector operation has touched it. */
   if (threadIdx.x < US_DOWN_ZEROS / 16)

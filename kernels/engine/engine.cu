@@ -19,14 +19,16 @@ static __device__ bool uses_experts(const struct us_engine_op *op) {
 }
 
 /* Out of line: what runs once a round must not take registers from the loops that stream. */
-template <bool FILTERS> static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
+template <bool FILTERS>
+static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_SELECT)
     us_engine_select<FILTERS>(b, op);
   else
     us_engine_accept(b, op);
 }
 
-template <bool FILTERS> static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
+template <bool FILTERS>
+static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
   case US_ENGINE_REDUCE:
@@ -71,7 +73,8 @@ template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_
   if (ROLE != ROLE_COMPUTE && b->routes) us_engine_wait_routed(b);
   if (ROLE == ROLE_EPILOGUE) __syncwarp();
   us_engine_count(&b->routes);
-  if (ROLE != ROLE_COMPUTE && threadIdx.x % 32 == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->listed));
+  if (ROLE != ROLE_COMPUTE && threadIdx.x % 32 == 0)
+    us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->listed));
 }
 
 /* The operation behind `i`: of the next round behind the last. */
@@ -109,7 +112,8 @@ static __device__ void copy_launch(struct us_engine_shared *s, const struct us_e
 
 /* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
  * follows: no copy may be under way when the block leaves. */
-template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
+template <int ROLE, bool FILTERS>
+static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
   const struct us_engine_launch *launch = b->launch;
   const struct us_engine_op *ops = b->rank->ops;
   for (uint32_t round = 0; round != launch->rounds; round++) {
@@ -143,7 +147,8 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rou
 }
 
 /* Which rank and which of its blocks this block is; a warp's view of it. */
-static __device__ struct us_engine_block *make_block(const struct us_engine_launch *launch, struct us_engine_shared *shared) {
+static __device__ struct us_engine_block *make_block(const struct us_engine_launch *launch,
+                                                     struct us_engine_shared *shared) {
   uint32_t each = gridDim.x / launch->ranks, warp = threadIdx.x / 32;
   struct us_engine_block *b = &shared->warp[warp];
   if (threadIdx.x % 32 == 0) {
@@ -151,7 +156,9 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
     view.shared = shared, view.launch = (const struct us_engine_launch *)shared->launch,
     view.rank = &shared->rank;
     view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
-    view.role = warp < US_ENGINE_COMPUTE_WARPS ? ROLE_COMPUTE : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM : ROLE_EPILOGUE;
+    view.role = warp < US_ENGINE_COMPUTE_WARPS    ? ROLE_COMPUTE
+                : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM
+                                                  : ROLE_EPILOGUE;
     view.select = launch->selects;
     *b = view;
   }
@@ -234,17 +241,19 @@ int us_engine_blocks(uint32_t ranks) {
 }
 
 int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
-  if (!launch->ranks || launch->ranks > US_ENGINE_MAX_RANKS || launch->first >= launch->last) return cudaErrorInvalidValue;
+  if (!launch->ranks || launch->ranks > US_ENGINE_MAX_RANKS || launch->first >= launch->last)
+    return cudaErrorInvalidValue;
   int blocks = us_engine_blocks(launch->ranks);
   if (blocks < 0) return -blocks;
   if (launch->profile.spans && !launch->profile.kernel) return cudaErrorInvalidValue;
   const void *kernel = launch->profile.spans ? launch->profile.kernel
                        : launch->unfiltered  ? (const void *)us_engine_kernel<false>
                                              : (const void *)us_engine_kernel<true>;
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(struct us_engine_shared));
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            (int)sizeof(struct us_engine_shared));
   for (uint32_t i = 0; status == cudaSuccess && i < launch->ranks; i++)
-    status = cudaMemsetAsync(launch->rank[i].done + launch->first, 0, (launch->last - launch->first) * sizeof(uint32_t), stream);
+    status = cudaMemsetAsync(launch->rank[i].done + launch->first, 0,
+                             (launch->last - launch->first) * sizeof(uint32_t), stream);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;

@@ -16,7 +16,8 @@
 /* ---- which tiles a block has -------------------------------------------------------------------------------------- */
 
 /* Items of an operation (tile of a part, or of an active expert) go round robin over the blocks from op->shift on. */
-static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b, uint32_t shift) {
+static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b,
+                                                                uint32_t shift) {
   return (b->index + b->blocks - shift % b->blocks) % b->blocks;
 }
 
@@ -41,7 +42,8 @@ static __device__ __forceinline__ bool us_engine_copies(const struct us_engine_b
 }
 
 /* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier. */
-static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b, struct us_engine_shared *s,
+static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b,
+                                                          struct us_engine_shared *s,
                                                           struct us_engine_cursor c, uint32_t bytes) {
   us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
   uint32_t full = us_shared_address(&s->full[c.stage]);
@@ -50,7 +52,8 @@ static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine
 }
 
 /* One warp: it has read the stage. */
-static __device__ __forceinline__ void us_engine_release(struct us_engine_shared *s, struct us_engine_cursor c, int lane) {
+static __device__ __forceinline__ void us_engine_release(struct us_engine_shared *s,
+                                                         struct us_engine_cursor c, int lane) {
   __syncwarp();
   if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c.stage]));
 }
@@ -60,7 +63,8 @@ static __device__ __forceinline__ void us_engine_wait_routed(const struct us_eng
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
 }
 
-static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_block *b,
+                                                             const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   const struct us_engine_matrix w = g->w;
   struct us_engine_shared *s = us_engine_shared_of(b);
@@ -87,7 +91,8 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
 
 /* Groups of 32 columns a page, and stages a tile and part: their product, at most US_ENGINE_GROUPS, is in registers. */
 template <int FORMAT, int HALVES> struct us_engine_page_groups {
-  static constexpr int most = US_ENGINE_PAGE_GROUPS(FORMAT, HALVES), subs = US_ENGINE_MAX_SUBS(FORMAT, HALVES);
+  static constexpr int most = US_ENGINE_PAGE_GROUPS(FORMAT, HALVES),
+                       subs = US_ENGINE_MAX_SUBS(FORMAT, HALVES);
 };
 
 /* Keeps the compiler from loading the codes of later groups early: four warps a scheduler hide the latency, and the registers
@@ -104,8 +109,8 @@ static __device__ __forceinline__ float us_scale_at(uint32_t bytes, int j) {
 
 /* acc[4 h + c] += page x b: element c of us_mma_bf16's d for half h. `groups` of the page exist. */
 template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
-                                                              float *acc) {
+static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *page, uint32_t groups, int lane,
+                                                              const uint4 *b, float *acc) {
   const float zero[4] = {0, 0, 0, 0};
   const uint32_t chunks = (groups * HALVES + 1) / 2;
   const uint8_t *tail = page + chunks * 512;
@@ -141,8 +146,8 @@ static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *pag
 
 /* The page's columns share a scale a half. */
 template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
-                                                            float *acc) {
+static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page, uint32_t groups, int lane,
+                                                            const uint4 *b, float *acc) {
   const float *tail = (const float *)(page + groups * HALVES * 512);
 #pragma unroll
   for (int h = 0; h < HALVES; h++) {
@@ -159,13 +164,14 @@ static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page,
       us_mma_bf16(odd, a, b[q].z, b[q].w, odd);
     }
 #pragma unroll
-    for (int c = 0; c < 4; c++) acc[4 * h + c] = __fmaf_rn(tail[h], __fadd_rn(even[c], odd[c]), acc[4 * h + c]);
+    for (int c = 0; c < 4; c++)
+      acc[4 * h + c] = __fmaf_rn(tail[h], __fadd_rn(even[c], odd[c]), acc[4 * h + c]);
   }
 }
 
 template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_bf16(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
-                                                             float *acc) {
+static __device__ __forceinline__ void us_page_multiply_bf16(const uint8_t *page, uint32_t groups, int lane,
+                                                             const uint4 *b, float *acc) {
 #pragma unroll
   for (int q = 0; q < 2 / HALVES; q++) {
     if (q >= groups) continue;
@@ -190,7 +196,8 @@ static __device__ __forceinline__ void us_split_f32(uint32_t low, uint32_t high,
   }
 }
 
-static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b, float *acc) {
+static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b,
+                                                            float *acc) {
   const uint4 *chunk = (const uint4 *)page + lane;
 #pragma unroll
   for (int k = 0; k < 2; k++) {
@@ -204,8 +211,8 @@ static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page,
 }
 
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_page_multiply(const uint8_t *page, uint32_t groups, int lane, const uint4 *b,
-                                                        float *acc) {
+static __device__ __forceinline__ void us_page_multiply(const uint8_t *page, uint32_t groups, int lane,
+                                                        const uint4 *b, float *acc) {
   if (FORMAT == US_FORMAT_MXFP4) us_page_multiply_mxfp4<HALVES>(page, groups, lane, b, acc);
   if (FORMAT == US_FORMAT_FP8) us_page_multiply_fp8<HALVES>(page, groups, lane, b, acc);
   if (FORMAT == US_FORMAT_BF16) us_page_multiply_bf16<HALVES>(page, groups, lane, b, acc);
@@ -221,25 +228,26 @@ static __device__ __forceinline__ float us_engine_undo(uint32_t format) {
 
 /* Activations of this warp for `part`: slice part * warps * subs + j * warps + warp, all its groups. */
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part, int warp, int lane,
-                                                           uint4 *rows) {
+static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part,
+                                                           int warp, int lane, uint4 *rows) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
   uint32_t groups = g->w.groups, subs = g->subs, step = g->warps * groups * 32;
   const uint4 *operand = (const uint4 *)g->operand + (part * subs * g->warps + warp) * groups * 32 + lane;
 #pragma unroll
   for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++)
 #pragma unroll
-    for (int q = 0; q < MOST; q++)
-    {
-      rows[j * MOST + q] = make_uint4(0, 0, 0, 0); /* a conditional load alone would keep 48 registers busy everywhere */
+    for (int q = 0; q < MOST; q++) {
+      rows[j * MOST + q] =
+          make_uint4(0, 0, 0, 0); /* a conditional load alone would keep 48 registers busy everywhere */
       if (j < subs && q < groups) rows[j * MOST + q] = __ldcg(operand + j * step + q * 32);
     }
 }
 
 /* This warp's sums of the tile-th tile of the launch to the epilogue. */
 template <int HALVES>
-static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engine_block *b, struct us_engine_shared *s,
-                                                           uint32_t tile, int warp, int lane, const float *acc) {
+static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engine_block *b,
+                                                           struct us_engine_shared *s, uint32_t tile,
+                                                           int warp, int lane, const float *acc) {
   uint32_t buffer = tile % 2, use = tile / 2;
   us_engine_barrier_wait(b, &s->sums_empty[buffer], (use & 1) ^ 1, US_ENGINE_WAIT_SUMS);
   float4 *mine = (float4 *)s->partial[buffer][warp];
@@ -252,17 +260,19 @@ static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engin
 
 /* One tile: all its stages. */
 template <int FORMAT, int HALVES, bool WHOLE>
-static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engine_block *b, struct us_engine_shared *s,
-                                                           struct us_engine_cursor *c, uint32_t subs, uint32_t groups,
-                                                           uint32_t offset, bool working, int lane, const uint4 *rows,
-                                                           float *acc) {
+static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engine_block *b,
+                                                           struct us_engine_shared *s,
+                                                           struct us_engine_cursor *c, uint32_t subs,
+                                                           uint32_t groups, uint32_t offset, bool working,
+                                                           int lane, const uint4 *rows, float *acc) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
 #pragma unroll
   for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++) {
     if (j >= subs) continue;
     us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
     if (working)
-      us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane, rows + j * MOST, acc);
+      us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane,
+                                       rows + j * MOST, acc);
     us_engine_release(s, *c, lane);
     us_engine_advance(c);
   }
@@ -271,7 +281,8 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
 /* This block's items, part by part, so that a part's activations are loaded once. WHOLE: pages have as many groups as they can,
  * which spares the inner loop its tests. Every register counts: what the loop needs once a tile stays in memory. */
 template <int FORMAT, int HALVES, bool WHOLE>
-static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b,
+                                                            const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
@@ -295,14 +306,16 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
 }
 
 template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b,
+                                                            const struct us_engine_op *op) {
   if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most)
     us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op);
   else
     us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op);
 }
 
-static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_block *b,
+                                                              const struct us_engine_op *op) {
   us_engine_wait_done(b, op->wait);
   uint32_t format = op->gemm.w.format;
   bool two = op->gemm.w.halves == 2;
@@ -318,8 +331,8 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
 
 /* The four sums of a lane: rows r, r + 8 of the half, tokens 2t, 2t + 1 (r = lane / 4, t = lane % 4). */
-static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer, uint32_t half,
-                                                             uint32_t warps, int lane) {
+static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer,
+                                                             uint32_t half, uint32_t warps, int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
   const float4 *from = (const float4 *)us_engine_shared_of(b)->partial[buffer][0] + half * 32 + lane;
 #pragma unroll 8
@@ -337,16 +350,17 @@ static __device__ __forceinline__ uint32_t us_present(float x) { /* never the ma
 }
 
 /* 16 columns x 8 tokens of a partial sum to every rank's exchange; the lanes of a warp. */
-static __device__ __forceinline__ void us_engine_push(const struct us_engine_block *b, uint32_t exchange, uint32_t addend,
-                                                      uint32_t column, int lane, float4 v) {
+static __device__ __forceinline__ void us_engine_push(const struct us_engine_block *b, uint32_t exchange,
+                                                      uint32_t addend, uint32_t column, int lane, float4 v) {
   const struct us_engine_rank *rank = b->rank;
   uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + exchange;
-  size_t at = ((size_t)(running % rank->slots) * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
+  size_t at =
+      ((size_t)(running % rank->slots) * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
   uint4 bits = make_uint4(us_present(v.x), us_present(v.y), us_present(v.z), us_present(v.w));
   for (uint32_t i = 0; i < rank->ranks; i++) { /* the farthest first, its own last */
     uint32_t to = (rank->rank + 1 + i) % rank->ranks;
-    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(rank->exchange[to] + at), "r"(bits.x),
-                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+    asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(rank->exchange[to] + at),
+                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
   }
 }
@@ -435,8 +449,10 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
   }
 }
 
-static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
-  const struct us_engine_gemm local = op->gemm, *g = &local; /* barriers would make the compiler load it again and again */
+static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b,
+                                                               const struct us_engine_op *op) {
+  const struct us_engine_gemm local = op->gemm,
+                              *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
   uint32_t tile = b->tile;

@@ -37,11 +37,13 @@ static __device__ __forceinline__ bool us_reduce_absent(uint4 v) {
 #define US_REDUCE_AHEAD 4 /* addends, and words of the norm, whose loads are under way together */
 
 /* Sum of the addends of one fragment place, in rank order; waits for each and clears it. */
-static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_block *b, const struct us_engine_reduce *r,
-                                                       uint32_t running, uint32_t tile, uint32_t lane) {
+static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_block *b,
+                                                       const struct us_engine_reduce *r, uint32_t running,
+                                                       uint32_t tile, uint32_t lane) {
   const struct us_engine_rank *rank = b->rank;
   size_t one = 8 * (size_t)rank->D;
-  float *from = rank->exchange[rank->rank] + (size_t)(running % rank->slots) * rank->addends * one + tile * 128 + lane * 4;
+  float *from = rank->exchange[rank->rank] + (size_t)(running % rank->slots) * rank->addends * one +
+                tile * 128 + lane * 4;
   float4 sum = make_float4(0, 0, 0, 0);
   uint32_t addends = r->addends;
   uint64_t begin = us_engine_span_begin(b);
@@ -87,7 +89,8 @@ static __device__ __forceinline__ const struct us_engine_row *us_engine_rows(con
 }
 
 /* Embedding of a row's token at a column; 0 for a row that does not exist. */
-static __device__ __forceinline__ float us_engine_embedding(const struct us_engine_block *b, const struct us_engine_row *row,
+static __device__ __forceinline__ float us_engine_embedding(const struct us_engine_block *b,
+                                                            const struct us_engine_row *row,
                                                             uint32_t column) {
   const struct us_engine_rank *rank = b->rank;
   if (__ldcg(&row->sequence) == US_ENGINE_NONE) return 0.0f;
@@ -114,7 +117,8 @@ static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engi
   float4 x;
   if (op->kind == US_ENGINE_EMBED) {
     const struct us_engine_row *rows = us_engine_rows(b, op);
-    x.x = us_engine_embedding(b, rows + at.token, at.column), x.y = us_engine_embedding(b, rows + at.token + 1, at.column);
+    x.x = us_engine_embedding(b, rows + at.token, at.column),
+    x.y = us_engine_embedding(b, rows + at.token + 1, at.column);
     x.z = us_engine_embedding(b, rows + at.token, at.column + 8);
     x.w = us_engine_embedding(b, rows + at.token + 1, at.column + 8);
   } else {
@@ -147,8 +151,9 @@ static __device__ __forceinline__ void us_reduce_squares(float4 x, uint32_t lane
 }
 
 /* Publish a slice's sums of squares: 8 rows, each with the running index as its flag. */
-static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_block *b, uint32_t slices, uint32_t slice,
-                                                         uint32_t running, const float (*squares)[US_ENGINE_ROWS],
+static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_block *b, uint32_t slices,
+                                                         uint32_t slice, uint32_t running,
+                                                         const float (*squares)[US_ENGINE_ROWS],
                                                          uint32_t tiles) {
   uint32_t token = threadIdx.x;
   float sum = squares[0][token];
@@ -158,8 +163,9 @@ static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_
 }
 
 /* Warp `token`: 1 / sqrt(mean + eps) of its row, from all blocks' slices. */
-static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_block *b, const struct us_engine_reduce *r,
-                                                        uint32_t slices, uint32_t token, uint32_t running, uint32_t lane) {
+static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_block *b,
+                                                        const struct us_engine_reduce *r, uint32_t slices,
+                                                        uint32_t token, uint32_t running, uint32_t lane) {
   const uint64_t *from = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices;
   float sum = 0;
 #pragma unroll 1
@@ -193,7 +199,8 @@ static __device__ __forceinline__ void us_reduce_norm(const struct us_engine_red
   us_reduce_operand(r->operand, at, y);
   if (!r->opt_plain) return;
   float *p0 = r->opt_plain + (size_t)at.token * r->D + at.column, *p1 = p0 + r->D;
-  p0[0] = us_bf16_round(y.x), p1[0] = us_bf16_round(y.y), p0[8] = us_bf16_round(y.z), p1[8] = us_bf16_round(y.w);
+  p0[0] = us_bf16_round(y.x), p1[0] = us_bf16_round(y.y), p0[8] = us_bf16_round(y.z),
+  p1[8] = us_bf16_round(y.w);
 }
 static __device__ __forceinline__ float2 us_reduce_weights(const struct us_engine_reduce *r, uint32_t tile,
                                                            uint32_t lane) {
@@ -202,7 +209,8 @@ static __device__ __forceinline__ float2 us_reduce_weights(const struct us_engin
   return make_float2(w[0], w[8]);
 }
 
-static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
+                                                     const struct us_engine_op *op) {
   const struct us_engine_reduce *r = &op->reduce;
   uint32_t width = us_engine_slice(r->D), slices = r->D / width, tiles = width / 16;
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -228,10 +236,13 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b, 
       us_reduce_squares(x, lane, squares[warp]);
     }
     us_engine_meet();
-    if (r->weight && threadIdx.x < US_ENGINE_ROWS) us_reduce_publish(b, slices, slice, running, squares, tiles);
+    if (r->weight && threadIdx.x < US_ENGINE_ROWS)
+      us_reduce_publish(b, slices, slice, running, squares, tiles);
     us_engine_meet();
   }
-  if (r->weight && b->index < slices) { /* a block without a slice may be late: the words may be of another REDUCE by then */
+  if (r->weight &&
+      b->index <
+          slices) { /* a block without a slice may be late: the words may be of another REDUCE by then */
     us_engine_jitter(b);
     uint64_t begin = us_engine_span_begin(b);
     if (warp < US_ENGINE_ROWS) {

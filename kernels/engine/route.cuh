@@ -17,10 +17,10 @@
 /* Over us_engine_scratch. Loops are kept rolled where a row has few of a thing: this code runs once a layer, and fetching a
  * long straight run of instructions costs more than executing it. */
 struct us_route_work {
-  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* logit, then its sigmoid */
-  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS]; /* what is chosen by; 0: no expert. Before that the bias */
-  uint32_t any[US_ROUTE_WORDS];                   /* bit mask of the experts somebody chose */
-  uint32_t users[US_ENGINE_ACTIVE];               /* bit mask of the rows that use an active expert */
+  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];   /* logit, then its sigmoid */
+  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* what is chosen by; 0: no expert. Before that the bias */
+  uint32_t any[US_ROUTE_WORDS];                    /* bit mask of the experts somebody chose */
+  uint32_t users[US_ENGINE_ACTIVE];                /* bit mask of the rows that use an active expert */
   uint32_t id[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK]; /* a row's chosen experts, ascending, and their scores */
   float chosen[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK];
   /* Of the rows: read once a block, since 132 blocks that read one word wait for each other. */
@@ -51,20 +51,23 @@ static __device__ __forceinline__ uint32_t us_route_key(float choice) {
 
 /* Uniform routing: a random key an expert, a function of request, position and layer, so that plain and speculative decoding
  * route a token alike. One thread makes four experts' keys. */
-static __device__ __forceinline__ void us_route_random(const struct us_engine_block *b, const struct us_engine_op *op,
+static __device__ __forceinline__ void us_route_random(const struct us_engine_block *b,
+                                                       const struct us_engine_op *op,
                                                        struct us_route_work *work) {
   uint32_t E = op->route.E, quads = (E + 3) / 4;
 #pragma unroll 1
   for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * quads; i += US_ENGINE_COMPUTE) {
     uint32_t token = i / quads, quad = i % quads, out[4];
     struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ work->seed[token]);
-    us_philox_quad(philox, work->position[token], work->sample[token], quad, US_STREAM_ROUTE | op->layer << 8, out);
+    us_philox_quad(philox, work->position[token], work->sample[token], quad, US_STREAM_ROUTE | op->layer << 8,
+                   out);
     for (uint32_t j = 0; j < 4 && quad * 4 + j < E; j++) work->key[token][quad * 4 + j] = (out[j] >> 1) + 1;
   }
 }
 
 /* What routing needs to know of the rows. */
-static __device__ __forceinline__ void us_route_rows(const struct us_engine_block *b, const struct us_engine_op *op,
+static __device__ __forceinline__ void us_route_rows(const struct us_engine_block *b,
+                                                     const struct us_engine_op *op,
                                                      struct us_route_work *work) {
   uint32_t token = threadIdx.x;
   if (token >= US_ENGINE_ROWS) return;
@@ -82,7 +85,8 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 #define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
 
 /* This thread's logits, the parts' sums added in order, into shared memory. */
-static __device__ __forceinline__ void us_route_gather(struct us_route_work *work, const struct us_engine_route *r) {
+static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
+                                                       const struct us_engine_route *r) {
   uint32_t E = r->E, parts = r->parts, part = US_ENGINE_ROWS * r->stride, token = us_route_token();
 #pragma unroll 1
   for (uint32_t first = us_route_first(); first < E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
@@ -110,7 +114,8 @@ static __device__ __forceinline__ void us_route_gather(struct us_route_work *wor
 }
 
 /* Scores and keys from this thread's logits. */
-static __device__ __forceinline__ void us_route_score(struct us_route_work *work, const struct us_engine_route *r) {
+static __device__ __forceinline__ void us_route_score(struct us_route_work *work,
+                                                      const struct us_engine_route *r) {
   uint32_t token = us_route_token(), E = r->E;
   bool uniform = r->uniform;
 #pragma unroll 2

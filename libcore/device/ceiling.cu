@@ -32,7 +32,8 @@ static __global__ void __launch_bounds__(READERS + 32, 1)
     } else if (threadIdx.x < READERS) {
       us_barrier_wait(f, phase);
       const uint4 *chunk = (const uint4 *)(ring + stage * CHUNK);
-      for (int k = threadIdx.x; k < CHUNK / 16; k += READERS) mixed ^= chunk[k].x ^ chunk[k].y ^ chunk[k].z ^ chunk[k].w;
+      for (int k = threadIdx.x; k < CHUNK / 16; k += READERS)
+        mixed ^= chunk[k].x ^ chunk[k].y ^ chunk[k].z ^ chunk[k].w;
       __syncwarp();
       if (threadIdx.x % 32 == 0) us_barrier_arrive(e);
     }
@@ -54,11 +55,13 @@ struct measure {
 template <int CHUNK, int STAGES> static cudaError_t try_ring(struct measure *m) {
   size_t chunks = m->bytes / CHUNK;
   uint32_t laps = (uint32_t)(((size_t)32 << 30) / m->bytes + 1); /* about 8 ms */
-  cudaError_t code = cudaFuncSetAttribute(stream_all<CHUNK, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, CHUNK * STAGES);
+  cudaError_t code = cudaFuncSetAttribute(stream_all<CHUNK, STAGES>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, CHUNK * STAGES);
   for (int turn = 0; code == cudaSuccess && turn < 4; turn++) { /* the first ones bring the clocks up */
     float ms = 0;
     (void)cudaEventRecord(m->begin, m->stream);
-    stream_all<CHUNK, STAGES><<<m->blocks, READERS + 32, CHUNK * STAGES, m->stream>>>(m->data, chunks, laps, m->out);
+    stream_all<CHUNK, STAGES>
+        <<<m->blocks, READERS + 32, CHUNK * STAGES, m->stream>>>(m->data, chunks, laps, m->out);
     code = cudaGetLastError();
     (void)cudaEventRecord(m->end, m->stream);
     if (code == cudaSuccess) code = cudaEventSynchronize(m->end);
@@ -85,8 +88,8 @@ static cudaError_t measure_all(struct measure *m) {
   return code;
 }
 
-enum us_status us_device_ceiling(const void *data, size_t bytes, cudaStream_t stream, double *ret_bytes_per_second,
-                                 struct us_err *err) {
+enum us_status us_device_ceiling(const void *data, size_t bytes, cudaStream_t stream,
+                                 double *ret_bytes_per_second, struct us_err *err) {
   struct measure m = {};
   m.data = (const uint8_t *)data, m.bytes = bytes, m.stream = stream;
   cudaError_t code = measure_all(&m);

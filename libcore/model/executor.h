@@ -79,12 +79,15 @@ struct us_rounds_sequence {
   struct us_sampling sampling;
   uint64_t seed;
   uint32_t sample;
-  const int32_t *stop_ids; /* any of them ends the sequence; a round may commit more of one that the caller ends */
+  const int32_t
+      *stop_ids; /* any of them ends the sequence; a round may commit more of one that the caller ends */
   size_t stop_id_count;
-  const int32_t *replay; /* (replay_count) proposed instead of the drafter's argmax, 0 past the end; NULL: not replayed */
+  const int32_t *
+      replay; /* (replay_count) proposed instead of the drafter's argmax, 0 past the end; NULL: not replayed */
   size_t replay_count;
   uint32_t replay_first; /* position of replay[0] */
-  const float *accept;   /* (accept_count) rate at which slot i keeps the recorded token; the last one repeats; 0: always */
+  const float *
+      accept; /* (accept_count) rate at which slot i keeps the recorded token; the last one repeats; 0: always */
   size_t accept_count;
 };
 
@@ -103,8 +106,9 @@ struct us_rounds_report {
 struct us_rounds {
   const struct us_rounds_sequence *sequences; /* (n) */
   uint32_t n;
-  uint32_t batch, block; /* most sequences, and most rows of one, that this and later calls will run together */
-  bool drafting;         /* the drafter runs */
+  uint32_t batch,
+      block;     /* most sequences, and most rows of one, that this and later calls will run together */
+  bool drafting; /* the drafter runs */
   /* In the order of rounds, then of sequences. false: this sequence has ended for the caller; rounds of it that are under way
    * are still reported. */
   bool (*on_round)(void *arg, const struct us_rounds_report *report);

@@ -200,7 +200,8 @@ static uint32_t first_id(const struct us_program_dims *dims, uint32_t rank, uint
 
 static void lower_head(struct lowering *lw, const struct us_program_dims *dims, uint64_t bytes) {
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
-    uint32_t begin = first_id(dims, rank, lw->options.ranks), end = first_id(dims, rank + 1, lw->options.ranks);
+    uint32_t begin = first_id(dims, rank, lw->options.ranks),
+             end = first_id(dims, rank + 1, lw->options.ranks);
     add_op(lw,
            (struct us_tiling){.op = US_TASK_HEAD,
                               .layer = US_LAYER_NONE,

@@ -192,10 +192,8 @@ static void audit_free(struct us_executor *ex) {
 
 static void audit_run(enum us_rounding rounding, uint32_t prompt_count, float temperature, uint32_t block,
                       const float *rates, size_t rate_count, uint64_t *histogram) {
-  static const struct us_executor_ops ops = {.forward = audit_forward,
-                                             .draft_context = audit_context,
-                                             .draft = audit_draft,
-                                             .free = audit_free};
+  static const struct us_executor_ops ops = {
+      .forward = audit_forward, .draft_context = audit_context, .draft = audit_draft, .free = audit_free};
   struct small m = open_models(1, rounding);
   struct us_request r = request_of(prompt_count, temperature);
   struct us_result plain, result;
