@@ -37,14 +37,14 @@ extern "C" {
 #define US_ENGINE_MAX_ROWS  128 /* of a pass: 8 requests x 16 */
 #define US_ENGINE_MAX_TILES (US_ENGINE_MAX_ROWS / US_ENGINE_ROWS)
 #define US_ENGINE_MAX_RANKS 8
-#define US_ENGINE_SEQUENCES 8  /* requests that run together */
-#define US_ENGINE_MAX_TOPK  8  /* experts a row; 64 active in a row tile */
+#define US_ENGINE_SEQUENCES 8 /* requests that run together */
+#define US_ENGINE_MAX_TOPK  8 /* experts a row; 64 active in a row tile */
 #define US_ENGINE_ACTIVE    (US_ENGINE_ROWS * US_ENGINE_MAX_TOPK)
 #define US_ENGINE_NONE      UINT32_MAX
 
 #define US_ENGINE_COMPUTE_WARPS 16
 #define US_ENGINE_STAGE_BYTES   34816 /* 16 pages of 2176 bytes */
-#define US_ENGINE_GROUPS        12    /* groups of 32 columns that a compute warp keeps in registers, at most */
+#define US_ENGINE_GROUPS        12 /* groups of 32 columns that a compute warp keeps in registers, at most */
 
 #define US_ENGINE_OPERAND_UNIT 0x1p64f
 /* A value that has not arrived (a NaN); one that equals it is sent as another NaN. */
@@ -89,8 +89,8 @@ enum us_engine_kind {
 const char *us_engine_kind_name(enum us_engine_kind kind);
 
 enum us_engine_epilogue {
-  US_ENGINE_STORE,         /* out: float (parts, 8, out_stride); column = output row, < valid */
-  US_ENGINE_PUSH,          /* to every rank's exchange at part rank * parts + part (gather: part 0), column first + row */
+  US_ENGINE_STORE, /* out: float (parts, 8, out_stride); column = output row, < valid */
+  US_ENGINE_PUSH, /* to every rank's exchange at part rank * parts + part (gather: part 0), column first + row */
   US_ENGINE_SWIGLU,        /* halves 2: out: operand of F columns, one row tile */
   US_ENGINE_SWIGLU_EXPERT, /* halves 2, active experts: out: pairs, us_engine_pair_bytes(F) each */
 };
@@ -120,10 +120,13 @@ struct us_engine_gemm {
   bool experts;        /* w is a layer's experts, the list of ROUTE says which */
 };
 /* Groups a page has at most: what 16 of them leave in a stage. */
-#define US_ENGINE_PAGE_GROUPS(format, halves)                                                                                 \
-  ((format) == US_FORMAT_MXFP4 ? 4 : (format) == US_FORMAT_FP8 ? 4 / (halves) : (format) == US_FORMAT_BF16 ? 2 / (halves) : 1)
+#define US_ENGINE_PAGE_GROUPS(format, halves)                                                                \
+  ((format) == US_FORMAT_MXFP4  ? 4                                                                          \
+   : (format) == US_FORMAT_FP8  ? 4 / (halves)                                                               \
+   : (format) == US_FORMAT_BF16 ? 2 / (halves)                                                               \
+                                : 1)
 /* Stages a tile and part, at most; F32, a small matrix whose code is long, is cut into more parts. */
-#define US_ENGINE_MAX_SUBS(format, halves)                                                                                    \
+#define US_ENGINE_MAX_SUBS(format, halves)                                                                   \
   ((format) == US_FORMAT_F32 ? 3 : US_ENGINE_GROUPS / US_ENGINE_PAGE_GROUPS(format, halves))
 
 struct us_engine_down {
@@ -132,9 +135,10 @@ struct us_engine_down {
   uint32_t F;                /* of one rank */
   uint32_t step_slices;      /* slices a step: step_slices * groups <= 16 */
   uint32_t steps;            /* steps an expert: slices / step_slices */
-  uint32_t stage_steps;      /* steps a ring stage, 1 or 2; a step's pages of three tiles and 8 rows' activations fit a stage */
-  uint32_t exchange;         /* of the REDUCE that adds it up */
-  uint32_t route;            /* the ROUTE operation, run again by a launch that starts here */
+  uint32_t
+      stage_steps; /* steps a ring stage, 1 or 2; a step's pages of three tiles and 8 rows' activations fit a stage */
+  uint32_t exchange; /* of the REDUCE that adds it up */
+  uint32_t route;    /* the ROUTE operation, run again by a launch that starts here */
 };
 
 /* Partial sums cross between ranks as tensor-core accumulators lie: tile of 16 columns, lane, 4 floats. Index in (8, D). */
@@ -149,18 +153,19 @@ static US_HD uint32_t us_engine_slice(uint32_t D) {
 }
 
 struct us_engine_reduce { /* also EMBED */
-  float *residual;     /* (8, D) of this row tile; read and written */
-  const float *weight; /* (D) of the norm; NULL: no norm (and no operand) */
-  void *operand;       /* normed rows */
-  float *opt_plain;     /* (8, D): what was normed, for observers; NULL: not wanted */
-  void *opt_tap;       /* operand of the drafter's features: this layer's D columns; NULL: not tapped */
+  float *residual;        /* (8, D) of this row tile; read and written */
+  const float *weight;    /* (D) of the norm; NULL: no norm (and no operand) */
+  void *operand;          /* normed rows */
+  float *opt_plain;       /* (8, D): what was normed, for observers; NULL: not wanted */
+  void *opt_tap;          /* operand of the drafter's features: this layer's D columns; NULL: not tapped */
   float eps;
   uint32_t D;
-  uint32_t addends;  /* partial sums that arrive: ranks * parts; 1 if gathered; 0: EMBED */
-  bool replace;      /* the sum replaces the residual (drafter context) */
-  uint32_t exchange; /* which REDUCE or EMBED of a round, from 0 (both count); running index = launch.exchanges + round * exchanges_a_round + this,
+  uint32_t addends; /* partial sums that arrive: ranks * parts; 1 if gathered; 0: EMBED */
+  bool replace;     /* the sum replaces the residual (drafter context) */
+  uint32_t
+      exchange; /* which REDUCE or EMBED of a round, from 0 (both count); running index = launch.exchanges + round * exchanges_a_round + this,
                         slot = running index % slots */
-  uint32_t draft;    /* EMBED: 1: rows of the drafter's block */
+  uint32_t draft; /* EMBED: 1: rows of the drafter's block */
 };
 
 /* Attention of one layer and row tile: of the target, or of the drafter's block. Rows of one sequence lie together in the pass, at
@@ -169,23 +174,27 @@ struct us_engine_reduce { /* also EMBED */
  * projection: the qkv of the pass's row tiles lie one behind the other, and `wait` covers all that the rows' sequences touch
  * (target: up to this tile). */
 struct us_engine_attention {
-  const float *qkv;    /* (8, qkv_rows) as the projection stores it: [Q heads | K heads | V heads] of this rank */
-  void *operand;       /* H * V columns */
-  float *partial;      /* us_engine_attention_partial_bytes, one for each row tile; layers may share it */
-  uint32_t *arrivals;  /* (us_engine_attention_counters), one for each row tile; zero before and after */
-  const float *sink;   /* (H) or NULL */
+  const float
+      *qkv;       /* (8, qkv_rows) as the projection stores it: [Q heads | K heads | V heads] of this rank */
+  void *operand;  /* H * V columns */
+  float *partial; /* us_engine_attention_partial_bytes, one for each row tile; layers may share it */
+  uint32_t *arrivals; /* (us_engine_attention_counters), one for each row tile; zero before and after */
+  const float *sink;  /* (H) or NULL */
   const float *q_norm, *k_norm; /* (Q) per-head norms of the drafter; NULL: none */
-  const float *rope;   /* (max_positions, rotary): row p is us_rope_table(theta, rotary, p): rotary / 2 cosines, as many sines */
-  uint32_t ready;      /* operation after which the pass's rows and the cached keys before them stand (target: ACCEPT; draft: the
+  const float *
+      rope; /* (max_positions, rotary): row p is us_rope_table(theta, rotary, p): rotary / 2 cosines, as many sines */
+  uint32_t
+      ready; /* operation after which the pass's rows and the cached keys before them stand (target: ACCEPT; draft: the
                         * last CONTEXT): they are fetched before `wait`; US_ENGINE_NONE: only after it */
-  uint32_t layer;      /* of the cache's page tables */
+  uint32_t layer; /* of the cache's page tables */
   uint32_t qkv_rows;
-  uint16_t H, G, Q, V, rotary; /* of this rank; H / G <= 16 or a multiple of 16, Q <= 192, V <= 128 and a multiple of 8;
+  uint16_t H, G, Q, V,
+      rotary;      /* of this rank; H / G <= 16 or a multiple of 16, Q <= 192, V <= 128 and a multiple of 8;
                                 * rotary <= 64 or 128 */
-  uint32_t window;     /* 0: all */
+  uint32_t window; /* 0: all */
   uint32_t page_count; /* pages of the layer's table: p lies in page p / 64 % page_count */
   float scale, value_scale, eps;
-  bool draft;          /* a block that sees itself whole; nothing is appended */
+  bool draft; /* a block that sees itself whole; nothing is appended */
 };
 
 /* Sixteen query heads that share a KV head: what a tensor core's 16 rows hold of one token row. */
@@ -200,7 +209,7 @@ static US_HD uint32_t us_engine_attention_counters(uint32_t H, uint32_t G) {
  * may begin and end inside one, and a block is one more. */
 #ifndef US_ENGINE_ATTENTION_GROUPED    /* tests cut otherwise: the same bits */
 #define US_ENGINE_ATTENTION_TOGETHER 4 /* leaves of 64 keys that one block does at once, and closes the row */
-#define US_ENGINE_ATTENTION_GROUPED 64 /* leaves up to which groups are what blocks work on */
+#define US_ENGINE_ATTENTION_GROUPED  64 /* leaves up to which groups are what blocks work on */
 #endif
 static US_HD uint32_t us_engine_attention_pieces(uint32_t window, uint32_t max_positions) {
   uint32_t keys = window && window < max_positions ? window : max_positions;
@@ -224,7 +233,7 @@ struct us_engine_route {
   uint32_t parts, stride, E, top_k;
   float scaling;
   bool normalise;
-  bool uniform;        /* draw experts from Philox instead (key: uniform_seed; counter: round, row, layer) */
+  bool uniform; /* draw experts from Philox instead (key: uniform_seed; counter: round, row, layer) */
   uint64_t uniform_seed;
   uint32_t *opt_routed; /* (8, top_k) ascending ids, for statistics and observers; NULL: not wanted */
 };
@@ -242,10 +251,10 @@ struct us_engine_context {
 
 /* Logits of 8 rows to tokens. The target's SELECTs also carry what the host wants (mailbox) from rank 0 to all ranks. */
 struct us_engine_select {
-  const float *logits; /* (8, stride): this rank's share of the vocabulary */
+  const float *logits;           /* (8, stride): this rank's share of the vocabulary */
   uint32_t stride, count, first; /* ids [first, first + count) */
   uint32_t vocab;
-  bool draft;          /* proposals: argmax; else the target's draw of each row with its sequence's sampling */
+  bool draft; /* proposals: argmax; else the target's draw of each row with its sequence's sampling */
 };
 
 /* Waits for the target's last SELECT. */
@@ -254,14 +263,15 @@ struct us_engine_accept {
 };
 
 struct us_engine_op {
-  uint16_t kind;     /* enum us_engine_kind */
-  uint16_t program;  /* enum us_engine_program */
-  uint32_t layer;    /* US_LAYER_NONE outside the layers */
-  uint32_t task_op;  /* enum us_task_op of the tile program, for profiles */
+  uint16_t kind;    /* enum us_engine_kind */
+  uint16_t program; /* enum us_engine_program */
+  uint32_t layer;   /* US_LAYER_NONE outside the layers */
+  uint32_t task_op; /* enum us_task_op of the tile program, for profiles */
   uint32_t row_tile;
-  uint32_t wait;     /* op whose output is read, US_ENGINE_NONE: the launch's start; of the round before if not earlier */
-  uint32_t shift;    /* the block that takes tile 0: spreads the remainders of consecutive operations */
-  uint64_t bytes;    /* weights it streams on this rank; of one active expert for expert operations */
+  uint32_t
+      wait; /* op whose output is read, US_ENGINE_NONE: the launch's start; of the round before if not earlier */
+  uint32_t shift; /* the block that takes tile 0: spreads the remainders of consecutive operations */
+  uint64_t bytes; /* weights it streams on this rank; of one active expert for expert operations */
   union {
     struct us_engine_gemm gemm;
     struct us_engine_down down;
@@ -275,13 +285,18 @@ struct us_engine_op {
 };
 
 /* Parts of a round's list, in this order; any may be empty. */
-enum us_engine_program { US_ENGINE_PASS_CONTEXT, US_ENGINE_PASS_DRAFT, US_ENGINE_PASS_TARGET, US_ENGINE_PASSES };
+enum us_engine_program {
+  US_ENGINE_PASS_CONTEXT,
+  US_ENGINE_PASS_DRAFT,
+  US_ENGINE_PASS_TARGET,
+  US_ENGINE_PASSES
+};
 
 /* ---- state of the rows and requests ------------------------------------------------------------------------------ */
 
 /* A row of a pass. */
 struct us_engine_row {
-  int32_t token;     /* US_ENGINE_MASK: the drafter's mask */
+  int32_t token; /* US_ENGINE_MASK: the drafter's mask */
   uint32_t position;
   uint32_t sequence; /* US_ENGINE_NONE: the row does not exist */
   uint32_t slot;     /* 0: the anchor, i: the i-th draft of its block */
@@ -291,7 +306,8 @@ struct us_engine_row {
 /* Page tables of a sequence's cache: byte offsets into the pool, the same on every rank (a rank's page holds its own KV
  * heads). A page is 64 positions: K bf16 (G, 64, us_engine_k_stride(Q)), zero beyond Q, then V bf16 transposed (G, V, 64). */
 struct us_engine_kv {
-  const uint64_t *const *tables; /* (layers) each (page_count): offsets of pages, in bytes of this rank's pool */
+  const uint64_t *const
+      *tables; /* (layers) each (page_count): offsets of pages, in bytes of this rank's pool */
 };
 
 static US_HD uint32_t us_engine_k_stride(uint32_t Q) {
@@ -320,9 +336,9 @@ struct us_engine_sequence {
   uint32_t committed;   /* rows of the last target pass whose taps become context */
   uint32_t stop_count;
   int32_t stop[16];
-  const int32_t *replay;       /* device: recorded tokens proposed instead of the drafter's; NULL: drafter */
+  const int32_t *replay; /* device: recorded tokens proposed instead of the drafter's; NULL: drafter */
   uint32_t replay_first, replay_count; /* position of replay[0]; past the record's end token 0 is proposed */
-  float accept[16];            /* replay: rate at which slot i (from 0: the first draft) proposes the recorded token */
+  float accept[16]; /* replay: rate at which slot i (from 0: the first draft) proposes the recorded token */
   struct us_engine_kv kv, draft_kv;
 };
 
@@ -332,14 +348,16 @@ struct us_engine_state {
   struct us_engine_sequence sequence[US_ENGINE_SEQUENCES];
   struct us_engine_row target[US_ENGINE_MAX_ROWS], draft[US_ENGINE_MAX_ROWS], context[US_ENGINE_MAX_ROWS];
   int32_t proposal[US_ENGINE_MAX_ROWS]; /* by row of the drafter's pass: SELECT of the drafter */
-  int32_t drawn[US_ENGINE_MAX_ROWS];    /* by row of the target's pass: SELECT of the target; -1: logits that are not finite */
-  uint32_t block;      /* rows a sequence, 1 to 16 */
-  uint32_t round;      /* ACCEPTs since the buffers were made: never goes back, flags of SELECT are made from it */
-  uint32_t live;       /* active sequences */
-  uint32_t events;     /* written to the ring so far */
-  uint32_t park, cancel; /* the host's wish as rank 0 saw it in this round's last SELECT: the same on every rank */
-  uint32_t stop;       /* of the last ACCEPT: no further round, because a sequence ended, none is live, or park */
-  uint64_t experts;    /* active experts summed over MoE layers and row tiles */
+  int32_t drawn
+      [US_ENGINE_MAX_ROWS]; /* by row of the target's pass: SELECT of the target; -1: logits that are not finite */
+  uint32_t block;           /* rows a sequence, 1 to 16 */
+  uint32_t round; /* ACCEPTs since the buffers were made: never goes back, flags of SELECT are made from it */
+  uint32_t live;  /* active sequences */
+  uint32_t events; /* written to the ring so far */
+  uint32_t park,
+      cancel;    /* the host's wish as rank 0 saw it in this round's last SELECT: the same on every rank */
+  uint32_t stop; /* of the last ACCEPT: no further round, because a sequence ended, none is live, or park */
+  uint64_t experts; /* active experts summed over MoE layers and row tiles */
   uint64_t expert_layers;
 };
 
@@ -354,8 +372,9 @@ enum us_engine_finish {
 struct us_engine_event {
   uint32_t id, round, count; /* tokens committed */
   uint32_t finish;           /* enum us_engine_finish */
-  uint32_t accepted, drafts; /* proposals that survived (a stop among them may leave fewer tokens), and that were verified */
-  uint64_t time;             /* globaltimer, ns */
+  uint32_t accepted,
+      drafts; /* proposals that survived (a stop among them may leave fewer tokens), and that were verified */
+  uint64_t time; /* globaltimer, ns */
   int32_t token[16];
 };
 
@@ -409,7 +428,7 @@ struct us_engine_profile {
   struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
   uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
   uint32_t capacity;
-  const void *kernel;           /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
+  const void *kernel; /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
 };
 
 /* Only a program that profiles carries this second kernel (engine_profile.cu). */
@@ -422,23 +441,26 @@ struct us_engine_rank {
   uint32_t rank, ranks;
   uint32_t blocks; /* of the launch, for this rank */
   const struct us_engine_op *ops;
-  uint32_t *done;  /* (ops) zero at the launch */
+  uint32_t *done; /* (ops) zero at the launch */
   struct us_engine_state *state;
-  float *exchange[US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
-  uint32_t slots, addends, D; /* slots: 3 a row tile. A rank may push an exchange while another still empties those of the norm
+  float *exchange
+      [US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
+  uint32_t slots, addends,
+      D; /* slots: 3 a row tile. A rank may push an exchange while another still empties those of the norm
                                * before, and an EMBED between the two takes numbers without sums; fewer are refused by the
                                * proof in device/schedule_order.c, which follows who knows what from whose sums */
-  uint64_t *norm;   /* (2, 8, D / slice) {float bits, running index} */
-  void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before round 0 */
-  const uint8_t *kv_pool, *draft_pool;   /* pages of this rank */
-  const uint16_t *embed[US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
+  uint64_t *norm;                      /* (2, 8, D / slice) {float bits, running index} */
+  void *select[US_ENGINE_MAX_RANKS];   /* every rank's: us_engine_select_bytes, zero before round 0 */
+  const uint8_t *kv_pool, *draft_pool; /* pages of this rank */
+  const uint16_t *embed
+      [US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
   uint32_t embed_rows;
   const float *mask_embedding; /* (D) */
   /* Every rank's (row tiles * 8, vocab): target logits of all ranks, for top-k, top-p and min-p. NULL if ranks is 1 (the
    * operation's logits are whole) or no request filters. */
   float *logits_all[US_ENGINE_MAX_RANKS];
   struct us_engine_mailbox *mailbox; /* rank 0: wherever a target's SELECT or an ACCEPT runs */
-  struct us_engine_stuck *stuck; /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
+  struct us_engine_stuck *stuck;     /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
 };
 
 /* A rank's buffer for SELECT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups, slots, parts,
@@ -446,8 +468,9 @@ struct us_engine_rank {
  * wants). `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
 #define US_ENGINE_HOP_WORDS 256 /* counts of a radix pass */
 #define US_ENGINE_HOP_SLOTS 3
-#define US_ENGINE_HOP_PARTS 16  /* blocks that filter a row together, at most */
-#define US_ENGINE_HOP_BYTES ((uint64_t)US_ENGINE_ROWS * US_ENGINE_HOP_SLOTS * US_ENGINE_HOP_PARTS * US_ENGINE_HOP_WORDS * 16)
+#define US_ENGINE_HOP_PARTS 16 /* blocks that filter a row together, at most */
+#define US_ENGINE_HOP_BYTES                                                                                  \
+  ((uint64_t)US_ENGINE_ROWS * US_ENGINE_HOP_SLOTS * US_ENGINE_HOP_PARTS * US_ENGINE_HOP_WORDS * 16)
 static US_HD uint64_t us_engine_candidate_bytes(uint32_t ranks, uint32_t blocks) { /* of one SELECT */
   return ((uint64_t)ranks * blocks + 1) * US_ENGINE_ROWS * 16;
 }
@@ -459,13 +482,16 @@ struct us_engine_launch {
   uint32_t ranks;       /* on this GPU */
   uint32_t first, last; /* operations [first, last) of every rank's list */
   uint32_t rounds;      /* repetitions, at most; the engine stops early when no sequence is live or on park */
-  uint32_t exchanges;   /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
-  uint32_t exchanges_a_round; /* of the whole list */
+  uint32_t
+      exchanges; /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
+  uint32_t exchanges_a_round;        /* of the whole list */
   uint32_t selects, selects_a_round; /* the same for SELECT */
-  bool unfiltered;      /* no sequence samples with top-k, top-p or min-p: a kernel whose streaming loops have more registers */
-  uint32_t jitter;      /* test: random delays of up to so many ns before every hand-off; 0: none */
-  bool resident;        /* measuring: rounds after the first multiply what already lies in the ring, copying no weights */
-  uint64_t timeout_ns;  /* watchdog of one wait; us_engine_run makes 0 five seconds */
+  bool
+      unfiltered; /* no sequence samples with top-k, top-p or min-p: a kernel whose streaming loops have more registers */
+  uint32_t jitter; /* test: random delays of up to so many ns before every hand-off; 0: none */
+  bool
+      resident; /* measuring: rounds after the first multiply what already lies in the ring, copying no weights */
+  uint64_t timeout_ns;              /* watchdog of one wait; us_engine_run makes 0 five seconds */
   struct us_engine_profile profile; /* spans NULL: off */
   struct us_engine_rank rank[US_ENGINE_MAX_RANKS];
 };
