@@ -1,6 +1,6 @@
 /* engine_parity.c: the CUDA executor against the tile executor on the CPU, its two modes against each other, and generation.
  *
- *   Records | Models | A script of passes | Comparison | Generation | Cases
+ *   Models | A script of passes | Comparison | Generation | Cases
  *
  * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, pico; gpus2, gpus4, gpus8 only where they are named. Exit 0, 1, 5, 77.
  *
@@ -16,51 +16,17 @@
 #include "device/executor.h"
 #include "model/checkpoint.h"
 #include "model/random.h"
+#include "parity.h"
 #include "plan/tiles.h"
 
 #include <math.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 #define SEQUENCES 8
 #define MAX_RANKS 8
-#define SKIPPED   77
-
-/* Records */
-
-static bool any_failed;
-
-static void record(const char *name, const char *check, uint64_t checked, uint64_t bad, const char *note) {
-  bool ok = checked > 0 && bad == 0;
-  if (!ok) any_failed = true;
-  printf("{\"check\": \"%s: %s\", \"ok\": %s, \"checked\": %llu, \"bad\": %llu, \"note\": \"%s\"}\n", name,
-         check, ok ? "true" : "false", (unsigned long long)checked, (unsigned long long)bad, note);
-  fflush(stdout);
-}
-
-static void need(enum us_status status, const struct us_err *err, const char *what) {
-  if (status == US_OK) return;
-  fprintf(stderr, "%s: %s\n", what, err->message);
-  exit(strstr(err->message, "no GPU") ? SKIPPED : 5);
-}
 
 static void say(void *arg, const char *line) {
   fprintf(stderr, "%s\n", line);
-}
-
-static void hung(int number) {
-  static const char message[] = "the test hangs: its watchdog ends it\n";
-  if (write(2, message, sizeof message - 1) < 0) _exit(4);
-  _exit(5);
-}
-
-static void *take(size_t n, size_t size) {
-  void *p = calloc(n + 1, size);
-  if (!p) need(US_ERR_MEMORY, &(struct us_err){.message = "out of memory"}, "test");
-  return p;
 }
 
 /* Models */

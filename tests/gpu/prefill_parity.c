@@ -1,6 +1,6 @@
 /* prefill_parity.c: prompt passes on the GPU against the tile executor on the CPU, and against themselves cut otherwise.
  *
- *   Records | Models | A prompt on the CPU | A prompt on the GPU | Comparison | Bits | Cases
+ *   Models | A prompt on the CPU | A prompt on the GPU | Comparison | Bits | Cases
  *
  * Usage: prefill_parity [CASE...], of tiny-pro, wide, ranks. Exit 0, 1, 5, 77.
  *
@@ -10,50 +10,16 @@
  */
 #include "device/prefill.h"
 #include "model/random.h"
+#include "parity.h"
 #include "plan/tiles.h"
 
 #include <cuda_runtime_api.h>
 #include <math.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 #define ROWS      200
 #define PROMPTS   4
 #define POSITIONS 400
-#define SKIPPED   77
-
-/* Records */
-
-static bool any_failed;
-
-static void record(const char *name, const char *check, uint64_t checked, uint64_t bad, const char *note) {
-  bool ok = checked > 0 && bad == 0;
-  if (!ok) any_failed = true;
-  printf("{\"check\": \"%s: %s\", \"ok\": %s, \"checked\": %llu, \"bad\": %llu, \"note\": \"%s\"}\n", name,
-         check, ok ? "true" : "false", (unsigned long long)checked, (unsigned long long)bad, note);
-  fflush(stdout);
-}
-
-static void need(enum us_status status, const struct us_err *err, const char *what) {
-  if (status == US_OK) return;
-  fprintf(stderr, "%s: %s\n", what, err->message);
-  exit(strstr(err->message, "no GPU") ? SKIPPED : 5);
-}
-
-static void hung(int number) {
-  static const char message[] = "the test hangs: its watchdog ends it\n";
-  if (write(2, message, sizeof message - 1) < 0) _exit(4);
-  _exit(5);
-}
-
-static void *take(size_t n, size_t size) {
-  void *p = calloc(n + 1, size);
-  if (!p) need(US_ERR_MEMORY, &(struct us_err){.message = "out of memory"}, "test");
-  return p;
-}
 
 /* Models */
 
