@@ -233,7 +233,8 @@ struct us_engine_route {
   uint32_t parts, stride, E, top_k;
   float scaling;
   bool normalise;
-  bool uniform; /* draw experts from Philox instead (key: uniform_seed; counter: round, row, layer) */
+  bool
+      uniform; /* draw experts from Philox instead (key: uniform_seed ^ request seed; counter: position, sample, layer) */
   uint64_t uniform_seed;
   uint32_t *opt_routed; /* (8, top_k) ascending ids, for statistics and observers; NULL: not wanted */
 };
