@@ -53,7 +53,6 @@ struct us_engine_block {
   uint32_t stage, phase;        /* cursor in the ring */
   uint32_t tile;                /* partial-sum buffers used so far */
   uint32_t routes;              /* ROUTE operations passed */
-  uint32_t select;              /* running index of the next SELECT */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
 };
 

@@ -159,7 +159,6 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
     view.role = warp < US_ENGINE_COMPUTE_WARPS    ? ROLE_COMPUTE
                 : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM
                                                   : ROLE_EPILOGUE;
-    view.select = launch->selects;
     *b = view;
   }
   __syncwarp();

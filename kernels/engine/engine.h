@@ -485,8 +485,7 @@ struct us_engine_launch {
   uint32_t rounds;      /* repetitions, at most; the engine stops early when no sequence is live or on park */
   uint32_t
       exchanges; /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
-  uint32_t exchanges_a_round;        /* of the whole list */
-  uint32_t selects, selects_a_round; /* the same for SELECT */
+  uint32_t exchanges_a_round; /* of the whole list */
   bool
       unfiltered; /* no sequence samples with top-k, top-p or min-p: a kernel whose streaming loops have more registers */
   uint32_t jitter; /* test: random delays of up to so many ns before every hand-off; 0: none */

@@ -8,7 +8,7 @@
 /* A range captured on every GPU, with or without sampling filters, for running indices that are equal modulo `cycle`: the exchange
  * buffers repeat then. */
 struct us_device_graph {
-  uint32_t first, last, exchange, select;
+  uint32_t first, last, exchange;
   bool filters;
   cudaGraphExec_t exec[US_ENGINE_MAX_RANKS];
   struct us_device_graph *next;
@@ -16,19 +16,17 @@ struct us_device_graph {
 
 /* ---- running indices --------------------------------------------------------------------------------------------- */
 
-/* Operations of [first, last) that take a running index: exchanges, or selects. */
-static uint32_t count(const struct us_device_group *group, uint32_t first, uint32_t last, bool selects) {
+/* Operations of [first, last) that take a running index. */
+static uint32_t count(const struct us_device_group *group, uint32_t first, uint32_t last) {
   const struct us_engine_op *ops = group->schedule[0]->ops;
   uint32_t n = 0;
   for (uint32_t i = first; i < last; i++)
-    n += selects ? ops[i].kind == US_ENGINE_SELECT
-                 : ops[i].kind == US_ENGINE_EMBED || ops[i].kind == US_ENGINE_REDUCE;
+    n += ops[i].kind == US_ENGINE_EMBED || ops[i].kind == US_ENGINE_REDUCE;
   return n;
 }
 
 void us_device_group_ran(struct us_device_group *group, uint32_t first, uint32_t last, uint32_t rounds) {
-  group->exchanges += rounds * count(group, first, last, false);
-  group->selects += rounds * count(group, first, last, true);
+  group->exchanges += rounds * count(group, first, last);
 }
 
 /* Running indices repeat after so many in captured launches. A multiple of the exchange slots and of 2, since flags lie in
@@ -49,16 +47,14 @@ static bool filters(const struct us_device_group *group) {
 }
 
 static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t first, uint32_t last,
-                 uint32_t exchanges, uint32_t selects, struct us_engine_launch *ret_launch) {
+                 uint32_t exchanges, struct us_engine_launch *ret_launch) {
   uint32_t each = group->devices->ranks / group->devices->gpus;
   struct us_engine_launch launch = {.ranks = each,
                                     .first = first,
                                     .last = last,
                                     .rounds = 1,
-                                    .exchanges = exchanges - count(group, 0, first, false),
-                                    .exchanges_a_round = count(group, first, last, false),
-                                    .selects = selects,
-                                    .selects_a_round = count(group, first, last, true),
+                                    .exchanges = exchanges - count(group, 0, first),
+                                    .exchanges_a_round = count(group, first, last),
                                     .unfiltered = !filters(group),
                                     .jitter = group->jitter,
                                     .timeout_ns = group->timeout_ns,
@@ -69,7 +65,7 @@ static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t fir
 
 void us_device_group_fill(const struct us_device_group *group, uint32_t gpu, uint32_t first, uint32_t last,
                           struct us_engine_launch *ret_launch) {
-  fill(group, gpu, first, last, group->exchanges, group->selects, ret_launch);
+  fill(group, gpu, first, last, group->exchanges, ret_launch);
 }
 
 /* ---- launches ---------------------------------------------------------------------------------------------------- */
@@ -89,11 +85,11 @@ static enum us_status launch_whole(struct us_device_group *group, uint32_t first
 
 /* One launch an operation on one GPU, from the given running indices on. */
 static enum us_status launch_each(const struct us_device_group *group, uint32_t gpu, uint32_t first,
-                                  uint32_t last, uint32_t exchanges, uint32_t selects, struct us_err *err) {
+                                  uint32_t last, uint32_t exchanges, struct us_err *err) {
   for (uint32_t i = first; i < last; i++) {
     struct us_engine_launch launch;
-    fill(group, gpu, i, i + 1, exchanges, selects, &launch);
-    exchanges += launch.exchanges_a_round, selects += launch.selects_a_round;
+    fill(group, gpu, i, i + 1, exchanges, &launch);
+    exchanges += launch.exchanges_a_round;
     int code = us_engine_run(&launch, group->devices->stream[gpu]);
     enum us_status status = us_cuda_status(code, "launching an operation", err);
     if (status != US_OK) return status;
@@ -109,7 +105,7 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
   enum us_status status = us_cuda_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                                          "capturing a graph", err);
   if (status != US_OK) return status;
-  status = launch_each(group, gpu, graph->first, graph->last, graph->exchange, graph->select, err);
+  status = launch_each(group, gpu, graph->first, graph->last, graph->exchange, err);
   cudaError_t code = cudaStreamEndCapture(stream, &captured);
   if (status == US_OK) status = us_cuda_status(code, "capturing a graph", err);
   if (status == US_OK)
@@ -126,18 +122,16 @@ static void free_graph(const struct us_device_group *group, struct us_device_gra
 
 static enum us_status find_graph(struct us_device_group *group, uint32_t first, uint32_t last,
                                  struct us_device_graph **ret_graph, struct us_err *err) {
-  uint32_t cycle = cycle_of(group), exchange = group->exchanges % cycle, select = group->selects % cycle;
+  uint32_t cycle = cycle_of(group), exchange = group->exchanges % cycle;
   bool filter = filters(group);
   for (struct us_device_graph *g = group->graphs; g; g = g->next)
-    if (g->first == first && g->last == last && g->exchange == exchange && g->select == select &&
-        g->filters == filter) {
+    if (g->first == first && g->last == last && g->exchange == exchange && g->filters == filter) {
       *ret_graph = g;
       return US_OK;
     }
   struct us_device_graph *graph = calloc(1, sizeof *graph);
   if (!graph) return us_err_memory(err, "a graph", sizeof *graph);
-  *graph = (struct us_device_graph){
-      .first = first, .last = last, .exchange = exchange, .select = select, .filters = filter};
+  *graph = (struct us_device_graph){.first = first, .last = last, .exchange = exchange, .filters = filter};
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++)
     status = capture(group, gpu, graph, err);
@@ -167,13 +161,13 @@ static enum us_status launch_graph(struct us_device_group *group, uint32_t first
 static enum us_status launch_single(const struct us_device_group *group, uint32_t first, uint32_t last,
                                     struct us_err *err) {
   enum us_status status = US_OK;
-  uint32_t exchanges = group->exchanges, selects = group->selects;
+  uint32_t exchanges = group->exchanges;
   for (uint32_t i = first; i < last; i++) {
     for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++) {
       us_devices_use(group->devices, gpu);
-      status = launch_each(group, gpu, i, i + 1, exchanges, selects, err);
+      status = launch_each(group, gpu, i, i + 1, exchanges, err);
     }
-    exchanges += count(group, i, i + 1, false), selects += count(group, i, i + 1, true);
+    exchanges += count(group, i, i + 1);
   }
   return status;
 }

@@ -28,11 +28,10 @@ struct us_device_group {
   struct us_device_schedule
       *schedule[US_ENGINE_MAX_RANKS]; /* (ranks); their lists have the same operations */
   uint32_t rows;                      /* of a pass: row tiles * 8 */
-  /* Exchanges (EMBED and REDUCE) and SELECT operations that ran since the buffers were made: running indices. */
-  uint32_t exchanges, selects;
-  struct us_engine_state state;                          /* the host's copy, without tables */
-  uint32_t jitter;                                       /* test: of every launch */
-  uint64_t timeout_ns;                                   /* of the watchdog; 0: the engine's default */
+  uint32_t exchanges;           /* EMBED and REDUCE operations since the buffers were made: a running index */
+  struct us_engine_state state; /* the host's copy, without tables */
+  uint32_t jitter;              /* test: of every launch */
+  uint64_t timeout_ns;          /* of the watchdog; 0: the engine's default */
   struct us_engine_profile profile[US_ENGINE_MAX_RANKS]; /* (gpus) of launches from now on; spans NULL: off */
   struct us_device_graph *graphs;
 };

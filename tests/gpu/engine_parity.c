@@ -39,28 +39,6 @@ struct models {
   struct us_executor *cpu;
 };
 
-static struct us_draft_shape draft_shape(const struct us_shape *target, uint32_t heads) {
-  return (struct us_draft_shape){.layers = 2,
-                                 .hidden = target->hidden,
-                                 .vocab = target->vocab,
-                                 .inner = 256,
-                                 .norm_eps = 1e-5,
-                                 .value_scale = 0.612,
-                                 .block = 16,
-                                 .mask_id = 3,
-                                 .taps = 3,
-                                 .tap_layer = {0, 2, 3},
-                                 .target_layers = target->layers,
-                                 .attention = {.q_heads = 2 * heads,
-                                               .kv_heads = heads,
-                                               .qk_dim = 32,
-                                               .v_dim = 32,
-                                               .rotary_dim = 16,
-                                               .rope_theta = 1e4,
-                                               .window = 24,
-                                               .sink = true}};
-}
-
 /* Room for 8 ranks, and every format that experts and projections come in. */
 static void widen(struct us_shape *s) {
   snprintf(s->name, sizeof s->name, "wide");
@@ -88,7 +66,7 @@ static struct models open_random(const char *name, bool wide) {
   struct us_err err = {0};
   need(us_shape_load(wide ? "tiny-pro" : name, &shape, &err), &err, name);
   if (wide) widen(&shape);
-  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2);
+  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2, 16);
   need(us_pool_create(0, &m.pool, &err), &err, name);
   need(us_shape_check(&shape, &err), &err, name);
   need(us_model_random(&shape, 5, m.pool, &m.model, &err), &err, name);

@@ -1,4 +1,4 @@
-/* parity.h: what the parity tests in C share: a JSON record a check, the end of a test that cannot go on, and its watchdog.
+/* parity.h: what the parity tests in C share: a JSON record a check, the end of a test that cannot go on, and its watchdog, a drafter.
  *
  *     signal(SIGALRM, hung), alarm(60);
  *     need(us_shape_load("tiny", &shape, &err), &err, "tiny");     // exits 77 without a GPU, 5 otherwise
@@ -9,6 +9,7 @@
 #define US_TESTS_GPU_PARITY_H
 
 #include "base/err.h"
+#include "model/shape.h"
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -45,6 +46,30 @@ static inline void *take(size_t n, size_t size) {
   void *p = calloc(n + 1, size);
   if (!p) need(US_ERR_MEMORY, &(struct us_err){.message = "out of memory"}, "test");
   return p;
+}
+
+/* A small drafter of `heads` KV heads for a target of four layers or more. */
+static inline struct us_draft_shape draft_shape(const struct us_shape *target, uint32_t heads,
+                                                uint32_t block) {
+  return (struct us_draft_shape){.layers = 2,
+                                 .hidden = target->hidden,
+                                 .vocab = target->vocab,
+                                 .inner = 256,
+                                 .norm_eps = 1e-5,
+                                 .value_scale = 0.612,
+                                 .block = block,
+                                 .mask_id = 3,
+                                 .taps = 3,
+                                 .tap_layer = {0, 2, 3},
+                                 .target_layers = target->layers,
+                                 .attention = {.q_heads = 2 * heads,
+                                               .kv_heads = heads,
+                                               .qk_dim = 32,
+                                               .v_dim = 32,
+                                               .rotary_dim = 16,
+                                               .rope_theta = 1e4,
+                                               .window = 24,
+                                               .sink = true}};
 }
 
 #endif

@@ -32,28 +32,6 @@ struct models {
   uint32_t prompt; /* which tokens */
 };
 
-static struct us_draft_shape draft_shape(const struct us_shape *target, uint32_t heads) {
-  return (struct us_draft_shape){.layers = 2,
-                                 .hidden = target->hidden,
-                                 .vocab = target->vocab,
-                                 .inner = 256,
-                                 .norm_eps = 1e-5,
-                                 .value_scale = 0.612,
-                                 .block = 8,
-                                 .mask_id = 3,
-                                 .taps = 3,
-                                 .tap_layer = {0, 2, 3},
-                                 .target_layers = target->layers,
-                                 .attention = {.q_heads = 2 * heads,
-                                               .kv_heads = heads,
-                                               .qk_dim = 32,
-                                               .v_dim = 32,
-                                               .rotary_dim = 16,
-                                               .rope_theta = 1e4,
-                                               .window = 24,
-                                               .sink = true}};
-}
-
 /* Room for 8 ranks, other formats, and K wide enough for split products. A rank of 8 has one chunk of FP8's qkv; one rank alone
  * would have chunks that do not end where tiles do. */
 static void widen(struct us_shape *s, uint32_t ranks) {
@@ -82,7 +60,7 @@ static struct models open_models(const char *name, bool wide, uint32_t ranks) {
   struct us_err err = {0};
   need(us_shape_load("tiny-pro", &shape, &err), &err, name);
   if (wide) widen(&shape, ranks);
-  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2);
+  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2, 8);
   need(us_pool_create(0, &m.pool, &err), &err, name);
   need(us_shape_check(&shape, &err), &err, name);
   need(us_model_random(&shape, 5, m.pool, &m.model, &err), &err, name);
