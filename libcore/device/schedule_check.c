@@ -198,7 +198,8 @@ static enum us_status check_ends(const struct pass *p) {
 /* ---- bytes ------------------------------------------------------------------------------------------------------- */
 
 /* Weights without scales and padding; with them a page has at most an eighth more (FP8: 16 bytes a page, MXFP4: a byte for 16), and
- * the last tile may be almost empty. Task bytes count the checkpoint's scales; shares of ranks are rounded down or up. */
+ * the last tile may be almost empty. MXFP4 of 32 columns (experts of 128 on 4 ranks) fills half of a page: 512 + 64 bytes for 256.
+ * Task bytes count the checkpoint's scales; shares of ranks are rounded down or up. */
 static enum us_status check_bytes(const struct pass *p) {
   for (uint32_t u = 0; u < p->units.count; u++) {
     const struct us_schedule_unit *unit = &p->units.unit[u];
@@ -213,7 +214,7 @@ static enum us_status check_bytes(const struct pass *p) {
     uint64_t padded = us_matrix_data_bytes((enum us_format)m->pages.format, rows, m->cols);
     if (unit->bytes + 1 < codes || unit->bytes > codes + codes / 8 + 64)
       return unit_wrong(p, unit, "its tasks' bytes are not its matrix's");
-    if (op->bytes < padded || op->bytes > 2 * padded)
+    if (op->bytes < padded || op->bytes > 2 * padded + padded / 4)
       return unit_wrong(p, unit, "its pages' bytes are not its matrix's");
   }
   return US_OK;

@@ -38,14 +38,35 @@ static void prove_shape(struct fixture *f, uint32_t ranks) {
 }
 
 START_TEST(lists_of_every_shape_rank_and_number_of_rows_are_proved) {
-  static const char *const names[] = {"tiny",          "tiny-pro",  "pico",
-                                      "mimo-v2-flash", "mimo-v2.5", "mimo-v2.5-pro"};
+  static const char *const names[] = {"tiny", "tiny-pro",      "pico",      "nano",
+                                      "mini", "mimo-v2-flash", "mimo-v2.5", "mimo-v2.5-pro"};
   struct fixture f = {.shape = load_shape(names[_i])};
   for (uint32_t ranks = 1; ranks <= 8; ranks *= 2)
     for (int drafts = 0; drafts < 2; drafts++) {
       f.drafts = drafts;
       f.draft = draft_of(&f.shape);
       prove_shape(&f, ranks);
+    }
+}
+END_TEST
+
+/* As data/recipes trains them: MXFP4 experts, FP8 elsewhere. No rank count may be refused. */
+START_TEST(models_of_the_recipes_are_served_by_1_2_and_4_ranks_in_fp8) {
+  struct fixture f = {.shape = load_shape(_i ? "mini" : "nano"), .drafts = true};
+  f.draft = draft_of(&f.shape);
+  for (int head = 0; head < 2; head++)
+    for (uint32_t ranks = 1; ranks <= 4; ranks *= 2) {
+      f.shape.precision = (struct us_precision){.embed = US_FORMAT_BF16,
+                                                .head = head ? US_FORMAT_FP8 : US_FORMAT_BF16,
+                                                .qkv = US_FORMAT_FP8,
+                                                .o_proj = US_FORMAT_FP8,
+                                                .dense = US_FORMAT_FP8,
+                                                .experts = US_FORMAT_MXFP4,
+                                                .router = US_FORMAT_F32,
+                                                .draft = head ? US_FORMAT_FP8 : US_FORMAT_BF16};
+      make(&f, ranks - 1, ranks, (struct us_device_schedule_options){.batch = 1, .block = 8});
+      expect_proved(&f, "8 rows");
+      release(&f);
     }
 }
 END_TEST
@@ -289,7 +310,8 @@ END_TEST
 
 static Suite *make_suite(void) {
   TCase *c = tcase_create("schedule");
-  tcase_add_loop_test(c, lists_of_every_shape_rank_and_number_of_rows_are_proved, 0, 6);
+  tcase_add_loop_test(c, lists_of_every_shape_rank_and_number_of_rows_are_proved, 0, 8);
+  tcase_add_loop_test(c, models_of_the_recipes_are_served_by_1_2_and_4_ranks_in_fp8, 0, 2);
   tcase_add_test(c, the_published_model_and_drafter_are_cut_by_1_2_4_and_8_ranks);
   tcase_add_test(c, a_vocabulary_that_ranks_do_not_divide_is_cut_as_its_weights_are);
   tcase_add_test(c, between_router_and_experts_nobody_waits_twice);

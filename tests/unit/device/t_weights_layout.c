@@ -60,7 +60,8 @@ static void expect_refused(const struct us_shape *shape, uint32_t ranks, const c
 }
 
 START_TEST(pages_are_whole_and_fit_a_stage) {
-  static const char *const names[] = {"mimo-v2.5-pro", "mimo-v2-flash", "tiny", "tiny-pro", "pico"};
+  static const char *const names[] = {"mimo-v2.5-pro", "mimo-v2-flash", "tiny", "tiny-pro",
+                                      "pico",          "nano",          "mini"};
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
     struct us_shape shape = load_shape(names[i]);
     struct cut c = cut(&shape, NULL, 0, 1);

@@ -294,6 +294,20 @@ START_TEST(pico_fits_its_budget) {
 }
 END_TEST
 
+START_TEST(nano_and_mini_have_the_sizes_they_are_named_for) {
+  struct us_shape nano = load("nano"), mini = load("mini");
+  struct us_count count;
+  ck_assert_int_eq(us_shape_count(&nano, &count, NULL), US_OK);
+  ck_assert_uint_ge(count.total.parameters, 25000000);
+  ck_assert_uint_le(count.total.parameters, 30000000);
+  ck_assert_uint_eq(nano.vocab, 8192);
+  ck_assert_int_eq(us_shape_count(&mini, &count, NULL), US_OK);
+  ck_assert_uint_ge(count.total.parameters, 900000000);
+  ck_assert_uint_le(count.total.parameters, 1250000000);
+  ck_assert(mini.layers >= 16 && mini.experts == 64 && mini.top_k == 8);
+}
+END_TEST
+
 START_TEST(a_model_counts_as_its_shape) {
   struct us_model *model = random_model("tiny-pro");
   struct us_count of_model, of_shape;
@@ -367,6 +381,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, pro_counts_to_the_published_total);
   tcase_add_test(c, pro_activates_42_billion);
   tcase_add_test(c, pico_fits_its_budget);
+  tcase_add_test(c, nano_and_mini_have_the_sizes_they_are_named_for);
   tcase_add_test(c, a_model_counts_as_its_shape);
   tcase_add_test(c, a_tensor_can_be_made_again_by_itself);
   tcase_add_test(c, weights_have_variance_one_over_fan_in);

@@ -8,8 +8,8 @@
 #include <jansson.h>
 #include <string.h>
 
-static const char *const shapes[] = {"mimo-v2.5-pro", "mimo-v2.5", "mimo-v2-flash",
-                                     "pico",          "tiny",      "tiny-pro"};
+static const char *const shapes[] = {"mimo-v2.5-pro", "mimo-v2.5", "mimo-v2-flash", "pico",
+                                     "nano",          "mini",      "tiny",          "tiny-pro"};
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
 static struct us_shape load(const char *name) {
