@@ -21,7 +21,7 @@ LAYERS = {  # folder: folders whose headers it may include
     "libcore/device": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
                        "libcore/device"},
     "training": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
-                 "training"},
+                 "libcore/device", "training"},
     "tools": {"libcore/base", "libcore/formats", "kernels", "libcore/model", "libcore/plan", "libcore/decode",
               "libcore/device", "training", "tools"},
 }
