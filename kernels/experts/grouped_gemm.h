@@ -39,7 +39,8 @@ struct us_grouped {
   uint32_t groups;       /* at most US_GROUPED_MOST_GROUPS */
   uint32_t rows;         /* of all groups together */
   uint32_t N, K;
-  uint32_t tile; /* columns of an output tile: 128, 160, 192 or 256; 0: chosen by the shape */
+  uint32_t tile;   /* columns of an output tile: 128, 160, 192 or 256; 0: chosen by the shape */
+  uint32_t blocks; /* 1, or 2 that share a column operand; 0: chosen by the shape */
 };
 
 /* y (rows, N) bf16 = x (rows, K) bf16 W_e^T. */

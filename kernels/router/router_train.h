@@ -3,7 +3,7 @@
  *     struct us_router_train r = {.R = R, .D = D, .E = E, .K = K, .normalise = true, .scaling = 1, .x = norm, .w = w,
  *                                 .opt_bias = bias, .scores = scores, .id = id, .weight = weight, .scratch = scratch};
  *     us_router_train(&r, stream);                           // scores, id, weight
- *     struct us_router_train_grad g = {.R = R, .., .start = plan.start, .row = plan.row, .slot = plan.slot, .dlogit = dlogit};
+ *     struct us_router_train_grad g = {.R = R, .., .start = plan.start, .pair = plan.pair, .dlogit = dlogit};
  *     us_router_train_grad(&g, stream);                      // dlogit; opt_dw += dlogit^T x
  *     us_experts_train_gather_grad(..)                       // adds dlogit w to the gradient of x (experts_train.h)
  *
@@ -50,18 +50,18 @@ struct us_router_train_grad {
   uint32_t R, D, E, K;
   bool normalise;
   float scaling;
-  const float *scores;   /* (R, E) as written by the forward */
-  const uint32_t *id;    /* (R, K) */
-  const float *dweight;  /* (R, K) */
-  const uint16_t *x;     /* (R, D) bf16 */
-  const uint32_t *start; /* (E + 1), row (R * K), slot (R, K): the plan of the same ids (experts_train.h) */
-  const uint32_t *row;
-  const uint32_t *slot;
+  const float *scores;  /* (R, E) as written by the forward */
+  const uint32_t *id;   /* (R, K) */
+  const float *dweight; /* (R, K) */
+  const uint16_t *x;    /* (R, D) bf16 */
+  const uint32_t
+      *start; /* (E + 1), pair (R * K): the plan of the same ids (kernels/experts/experts_train.h) */
+  const uint32_t *pair;
   float *dlogit; /* (R, K) written: gradient of the chosen experts' logits */
   float *opt_dw; /* (E, D) added to; NULL: frozen */
   void *scratch; /* us_router_train_grad_scratch bytes */
 };
-size_t us_router_train_grad_scratch(uint32_t R, uint32_t D, uint32_t E, uint32_t K);
+size_t us_router_train_grad_scratch(uint32_t D, uint32_t E);
 int us_router_train_grad(const struct us_router_train_grad *grad, cudaStream_t stream);
 
 #ifdef __cplusplus
