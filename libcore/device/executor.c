@@ -235,6 +235,8 @@ bool us_executor_cuda_parts(const struct us_executor *executor, struct us_execut
                                                .positions = cuda->budget.options.positions + US_MAX_BLOCK,
                                                .mode = cuda->options.mode,
                                                .uniform = cuda->options.uniform,
-                                               .uniform_seed = cuda->options.uniform_seed};
+                                               .uniform_seed = cuda->options.uniform_seed,
+                                               .jitter = cuda->options.jitter,
+                                               .timeout_ns = cuda->options.timeout_ns};
   return true;
 }

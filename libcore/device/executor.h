@@ -26,7 +26,8 @@ struct us_executor_cuda_options {
   bool
       uniform; /* draw experts uniformly instead of by the router's scores: synthetic weights choose too few */
   uint64_t uniform_seed;
-  uint32_t jitter; /* test: random delays of up to so many ns before every hand-off */
+  uint32_t jitter;     /* test: random delays of up to so many ns before every hand-off */
+  uint64_t timeout_ns; /* of the watchdog of one wait; 0: five seconds */
   void (*say)(void *arg, const char *line);                   /* memory report, hung roles; may be NULL */
   void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes of weights on the GPUs; may be NULL */
   void *arg;
@@ -55,6 +56,8 @@ struct us_executor_cuda_parts {
   enum us_device_mode mode;
   bool uniform;
   uint64_t uniform_seed;
+  uint32_t jitter; /* of us_executor_cuda_options, as the next */
+  uint64_t timeout_ns;
 };
 /* false: not an executor of this kind. */
 bool us_executor_cuda_parts(const struct us_executor *executor, struct us_executor_cuda_parts *ret_parts);

@@ -108,8 +108,10 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
   status = launch_each(group, gpu, graph->first, graph->last, graph->exchange, err);
   cudaError_t code = cudaStreamEndCapture(stream, &captured);
   if (status == US_OK) status = us_cuda_status(code, "capturing a graph", err);
-  if (status == US_OK)
+  if (status == US_OK) {
     status = us_cuda_status(cudaGraphInstantiate(&graph->exec[gpu], captured, 0), "making a graph", err);
+    if (status != US_OK) graph->exec[gpu] = NULL; /* what it says then is nothing to destroy */
+  }
   if (captured) (void)cudaGraphDestroy(captured);
   return status;
 }

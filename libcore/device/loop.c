@@ -341,6 +341,7 @@ enum us_status us_device_loop_create(const struct us_executor_cuda_parts *parts,
     us_device_loop_free(loop);
     return status;
   }
+  loop->group->jitter = parts->jitter, loop->group->timeout_ns = parts->timeout_ns;
   memset(loop->mailbox, 0, sizeof *loop->mailbox);
   loop->group->schedule[0]->rank.mailbox = loop->mailbox;
   us_device_group_caches(loop->group, parts->pool, options->drafting ? parts->draft_pool : NULL);

@@ -30,6 +30,7 @@ enum us_status us_cuda_group(struct us_cuda *cuda, size_t rows, struct us_device
     if (status != US_OK) return status;
     us_device_group_caches(cuda->groups[index], cuda->pool, cuda->draft_pool);
     cuda->groups[index]->jitter = cuda->options.jitter;
+    cuda->groups[index]->timeout_ns = cuda->options.timeout_ns;
   }
   *ret_group = cuda->groups[index];
   return US_OK;

@@ -240,7 +240,7 @@ static void check_context(const struct attention_shape *s, std::vector<struct at
                 w.value_scale,
                 w.eps};
   struct us_engine_launch launch = {};
-  launch.ranks = 1, launch.last = 1, launch.rounds = 1, launch.timeout_ns = 1000000000,
+  launch.ranks = 1, launch.last = 1, launch.rounds = 1, launch.timeout_ns = us_gpu_timeout(1000000000),
   launch.rank[0] = w.rank;
   launch.rank[0].state = context_state(&w, committed),
   launch.rank[0].ops = lab_upload(std::vector<struct us_engine_op>{op});

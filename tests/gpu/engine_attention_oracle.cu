@@ -210,7 +210,7 @@ void world_run(struct world *w, struct run_options o) {
   }
   struct us_engine_launch launch = {};
   launch.ranks = 1, launch.last = 2 + w->tiles, launch.rounds = 1, launch.jitter = o.jitter,
-  launch.timeout_ns = 5000000000ull;
+  launch.timeout_ns = us_gpu_timeout(5000000000u);
   launch.rank[0] = w->rank, launch.rank[0].blocks = o.blocks;
   o.launch(&launch, o.blocks, o.delay_ns);
 }

@@ -69,7 +69,7 @@ static double chain_us(struct chain *c, unsigned pairs) {
   struct us_engine_rank *rank = &c->launch.rank[0];
   rank->ops = put(c, c->ops), rank->done = (uint32_t *)take(c, c->ops.size() * 4, 0);
   c->launch.ranks = 1, c->launch.last = (uint32_t)c->ops.size(), c->launch.rounds = 1,
-  c->launch.timeout_ns = 1000000000;
+  c->launch.timeout_ns = us_gpu_timeout(1000000000);
   return lab_median_us([&]() {
            cudaError_t status = cudaMemsetAsync(rank->done, 0, c->ops.size() * 4);
            attention_launch_engine(&c->launch, 132, 0);

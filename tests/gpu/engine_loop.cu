@@ -20,7 +20,7 @@ int us_engine_blocks(uint32_t ranks) {
 
 int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   struct us_engine_launch copy = *launch;
-  if (!copy.timeout_ns) copy.timeout_ns = 5000000000ull;
+  if (!copy.timeout_ns) copy.timeout_ns = us_gpu_timeout(5000000000u);
   return lab_launch(&copy, (uint32_t)us_engine_blocks(launch->ranks), gate, false, stream);
 }
 

@@ -1,8 +1,8 @@
 /* engine_parity.c: the CUDA executor against the tile executor on the CPU, its two modes against each other, and generation.
  *
- *   Models | A script of passes | Comparison | Generation | Cases
+ *   A script of passes | Comparison | Generation | Cases
  *
- * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, pico; gpus2, gpus4, gpus8 only where they are named. Exit 0, 1, 5, 77.
+ * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, pico, pro; gpus2, gpus4, gpus8 only where they are named. Exit 0, 1, 5, 77.
  *
  * Bound. Both sides round at the same points (to bf16) and differ in the order of FP32 sums, so an intermediate value is either
  * equal or one bf16 step (2^-8 of it) off; fewer than one in 16 is (sums of a few thousand terms differ by less than 2^-12 of a
@@ -13,85 +13,12 @@
  * difference of a sequence must be a near-tie: the scores differ by less than 2^-5 (a score's slope is 1/4).
  */
 #include "decode/generate.h"
-#include "device/executor.h"
-#include "model/checkpoint.h"
-#include "model/random.h"
-#include "parity.h"
-#include "plan/tiles.h"
+#include "parity_models.h"
 
 #include <math.h>
 #include <signal.h>
 
-#define SEQUENCES 8
 #define MAX_RANKS 8
-
-static void say(void *arg, const char *line) {
-  fprintf(stderr, "%s\n", line);
-}
-
-/* Models */
-
-struct models {
-  const char *name;
-  struct us_model *model;
-  struct us_draft *draft;
-  struct us_pool *pool;
-  struct us_executor *cpu;
-};
-
-/* Room for 8 ranks, and every format that experts and projections come in. */
-static void widen(struct us_shape *s) {
-  snprintf(s->name, sizeof s->name, "wide");
-  s->hidden = 256, s->dense_inner = 512, s->expert_inner = 512, s->experts = 32, s->top_k = 8;
-  s->full.q_heads = s->swa.q_heads = 16, s->full.kv_heads = s->swa.kv_heads = 8;
-  s->full.qk_dim = s->swa.qk_dim = s->full.v_dim = s->swa.v_dim =
-      32; /* a chunk is 128 rows: FP8 blocks are whole */
-  s->qkv_chunks = 8;
-  s->precision.experts = US_FORMAT_MXFP4, s->precision.qkv = US_FORMAT_FP8;
-}
-
-/* Choice of experts is spread out, so that near-ties are rare; scores still decide between neighbours. */
-static void spread_router(struct us_model *m) {
-  uint32_t word = 12345;
-  for (uint32_t l = 0; l < m->shape.layers; l++)
-    for (uint32_t e = 0; m->layers[l].router_bias && e < m->shape.experts; e++) {
-      word = word * 1664525u + 1013904223u;
-      m->layers[l].router_bias[e] = (float)(word >> 16) * 0x1p-15f;
-    }
-}
-
-static struct models open_random(const char *name, bool wide) {
-  struct models m = {.name = name};
-  struct us_shape shape;
-  struct us_err err = {0};
-  need(us_shape_load(wide ? "tiny-pro" : name, &shape, &err), &err, name);
-  if (wide) widen(&shape);
-  struct us_draft_shape draft = draft_shape(&shape, wide ? 8 : 2, 16);
-  need(us_pool_create(0, &m.pool, &err), &err, name);
-  need(us_shape_check(&shape, &err), &err, name);
-  need(us_model_random(&shape, 5, m.pool, &m.model, &err), &err, name);
-  need(us_draft_random(&draft, US_FORMAT_BF16, 6, m.pool, &m.draft, &err), &err, name);
-  spread_router(m.model);
-  need(us_executor_create_tiles(m.model, m.draft, m.pool, US_ROUND_BF16, &m.cpu, &err), &err, name);
-  return m;
-}
-
-static void close_models(struct models *m) {
-  m->cpu->ops->free(m->cpu);
-  us_draft_free(m->draft);
-  us_model_free(m->model);
-  us_pool_free(m->pool);
-}
-
-static struct us_executor *open_cuda(const struct models *m, enum us_device_mode mode, uint32_t gpus,
-                                     uint32_t ranks, uint32_t jitter) {
-  struct us_executor_cuda_options options = {
-      .gpus = 1, .ranks = ranks, .mode = mode, .sequences = SEQUENCES + 1, .jitter = jitter, .say = say};
-  struct us_executor *ex;
-  struct us_err err = {0};
-  need(us_executor_create_cuda(m->model, m->draft, &options, &ex, &err), &err, m->name);
-  return ex;
-}
 
 /* A script of passes */
 
@@ -216,12 +143,13 @@ static struct trace run_script(const struct models *m, struct us_executor *ex, c
   struct trace out = new_trace(m);
   struct script s = {.m = m, .ex = ex, .opt_cpu = opt_cpu, .out = &out};
   struct us_err err = {0};
+  uint32_t most = m->draft->shape.block;
   open_caches(&s);
   pass(&s, (uint32_t[SEQUENCES]){75}, true);
   need(us_kv_fork(s.kv[0], &s.kv[1], &err), &err, "fork");
   s.position[1] = s.position[0];
   context(&s, 0, 75);
-  draft(&s, 8), draft(&s, 16), draft(&s, 3);
+  draft(&s, 8), draft(&s, most), draft(&s, 3);
   pass(&s, (uint32_t[SEQUENCES]){8, 3}, false);
   s.position[0] -= 5, s.salt = 1;
   context(&s, 75, 3);
@@ -498,11 +426,12 @@ static void check_bound(const struct models *m, const struct trace *cpu) {
 
 static void run_case(const struct models *m, uint32_t gpus, uint32_t ranks, bool observed) {
   char name[64];
+  struct us_executor_cuda_options options = {.gpus = gpus, .ranks = ranks};
   snprintf(name, sizeof name, "%s, %u rank%s on %u GPU%s", m->name, ranks, ranks > 1 ? "s" : "", gpus,
            gpus > 1 ? "s" : "");
   struct trace cpu = run_script(m, m->cpu, NULL);
   if (ranks == 1) check_bound(m, &cpu);
-  struct us_executor *ex = open_cuda(m, US_DEVICE_ENGINE, gpus, ranks, 0);
+  struct us_executor *ex = open_cuda(m, &options);
   struct trace engine = run_script(m, ex, &cpu);
   compare_traces(m, name, &cpu, &engine);
   struct trace again = run_script(m, ex, &cpu);
@@ -510,11 +439,13 @@ static void run_case(const struct models *m, uint32_t gpus, uint32_t ranks, bool
   for (uint32_t before = 0; observed && before <= 20; before += 20) compare_ops(m, name, ex, before);
   check_generation(m, name, ex, 24);
   ex->ops->free(ex);
-  ex = open_cuda(m, US_DEVICE_GRAPH, gpus, ranks, 0);
+  options.mode = US_DEVICE_GRAPH;
+  ex = open_cuda(m, &options);
   struct trace graph = run_script(m, ex, &cpu);
   compare_bits(m, name, "graph equals engine", &engine, &graph);
   ex->ops->free(ex);
-  ex = open_cuda(m, US_DEVICE_ENGINE, gpus, ranks, 3000);
+  options.mode = US_DEVICE_ENGINE, options.jitter = 3000;
+  ex = open_cuda(m, &options);
   struct trace late = run_script(m, ex, &cpu);
   compare_bits(m, name, "random delays change nothing", &engine, &late);
   ex->ops->free(ex);
@@ -549,18 +480,24 @@ static uint64_t unexplained(const struct models *m, const int32_t *prompt, size_
   return gap > bound;
 }
 
-static void run_pico(const char *folder) {
-  char path[2][1024];
-  struct models m = {.name = "pico"};
-  struct us_err err = {0};
+/* Logits against the CPU's and no more: for models whose CPU passes are long, or whose near-ties are many. */
+static void run_oracle(const struct models *m, uint32_t ranks) {
+  char name[64];
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  struct trace cpu = run_script(m, m->cpu, NULL);
+  struct us_executor *ex = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks});
+  struct trace gpu = run_script(m, ex, &cpu);
+  compare_traces(m, name, &cpu, &gpu);
+  ex->ops->free(ex);
+  drop_trace(&cpu), drop_trace(&gpu);
+}
+
+static void run_pico(void) {
+  struct models m;
   struct us_result cpu[REQUESTS], gpu[REQUESTS];
-  snprintf(path[0], sizeof path[0], "%s/pico.h5", folder),
-      snprintf(path[1], sizeof path[1], "%s/draft.h5", folder);
-  need(us_model_open(path[0], &m.model, &err), &err, path[0]);
-  need(us_draft_open(path[1], &m.draft, &err), &err, path[1]);
-  need(us_pool_create(0, &m.pool, &err), &err, "pico");
-  need(us_executor_create_tiles(m.model, m.draft, m.pool, US_ROUND_BF16, &m.cpu, &err), &err, "pico");
-  struct us_executor *ex = open_cuda(&m, US_DEVICE_ENGINE, 1, 1, 0);
+  if (!open_pico(&m)) return;
+  run_oracle(&m, 1);
+  struct us_executor *ex = open_cuda(&m, NULL);
   size_t vocab = m.model->shape.vocab, same = 0;
   generate(m.cpu, vocab, 1, 8, 48, 0, cpu);
   generate(ex, vocab, 1, 8, 48, 0, gpu);
@@ -587,16 +524,16 @@ static bool asked(int argc, char **argv, const char *name) {
 
 int main(int argc, char **argv) {
   signal(SIGALRM, hung);
-  alarm(150);
+  alarm(watchdog_seconds(150));
   static const char *const plain[] = {"tiny", "tiny-pro"};
   for (int i = 0; i < 2; i++) {
     if (!asked(argc, argv, plain[i])) continue;
-    struct models m = open_random(plain[i], false);
+    struct models m = open_random(plain[i], NULL);
     run_case(&m, 1, 1, true);
     close_models(&m);
   }
   if (asked(argc, argv, "ranks")) {
-    struct models m = open_random("wide", true);
+    struct models m = open_random("wide", widen);
     for (uint32_t ranks = 1; ranks <= MAX_RANKS; ranks *= 2) run_case(&m, 1, ranks, ranks == 2);
     close_models(&m);
   }
@@ -604,16 +541,16 @@ int main(int argc, char **argv) {
     char name[16];
     snprintf(name, sizeof name, "gpus%u", gpus);
     if (argc == 1 || !asked(argc, argv, name)) continue;
-    struct models m = open_random("wide", true);
+    struct models m = open_random("wide", widen);
     run_case(&m, gpus, gpus, false);
     if (gpus < MAX_RANKS) run_case(&m, gpus, 2 * gpus, false);
     close_models(&m);
   }
-  const char *data = getenv("ULTRASPEED_DATA");
-  if (asked(argc, argv, "pico") && data) {
-    char folder[900];
-    snprintf(folder, sizeof folder, "%s/models/pico", data);
-    run_pico(folder);
+  if (asked(argc, argv, "pico")) run_pico();
+  if (asked(argc, argv, "pro")) {
+    struct models m = open_pro("pro");
+    for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) run_oracle(&m, ranks);
+    close_models(&m);
   }
   return any_failed ? 1 : 0;
 }

@@ -50,10 +50,21 @@ static void us_gpu_hung(int) {
   _exit(5);
 }
 
+/* Under a checker ($US_TEST_WATCHDOG, seconds) everything takes longer, and times mean nothing. */
+static inline unsigned us_gpu_patience(void) {
+  const char *text = getenv("US_TEST_WATCHDOG");
+  return text && atoi(text) > 0 ? (unsigned)atoi(text) : 0;
+}
+
 /* End the program with status 5 after so many seconds: the driver then frees a GPU that a kernel would occupy for ever. */
 static inline void us_gpu_watchdog(unsigned seconds) {
   signal(SIGALRM, us_gpu_hung);
-  alarm(seconds);
+  alarm(us_gpu_patience() ? us_gpu_patience() : seconds);
+}
+
+/* A launch's watchdog, ns. */
+static inline uint64_t us_gpu_timeout(uint64_t usual) {
+  return us_gpu_patience() ? us_gpu_patience() * UINT64_C(1000000000) : usual;
 }
 
 /* One record: how many values were compared, how many differed, and where the first difference was. */

@@ -42,6 +42,12 @@ static inline void hung(int number) {
   _exit(5);
 }
 
+/* $US_TEST_WATCHDOG: under a checker everything takes longer. */
+static inline unsigned watchdog_seconds(unsigned usual) {
+  const char *text = getenv("US_TEST_WATCHDOG");
+  return text && atoi(text) > 0 ? (unsigned)atoi(text) : usual;
+}
+
 static inline void *take(size_t n, size_t size) {
   void *p = calloc(n + 1, size);
   if (!p) need(US_ERR_MEMORY, &(struct us_err){.message = "out of memory"}, "test");

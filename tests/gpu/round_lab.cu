@@ -59,7 +59,7 @@ void lab_open(struct round_lab *lab, uint32_t ranks, uint32_t blocks, uint32_t N
   lab->ranks = ranks, lab->blocks = blocks, lab->N = N, lab->tiles = tiles,
   lab->share = (N + ranks - 1) / ranks;
   lab->launch = {};
-  lab->launch.ranks = ranks, lab->launch.timeout_ns = 3000000000ull;
+  lab->launch.ranks = ranks, lab->launch.timeout_ns = us_gpu_timeout(3000000000u);
   US_CUDA(cudaHostAlloc((void **)&lab->mailbox, sizeof *lab->mailbox, cudaHostAllocMapped));
   *lab->mailbox = {};
   lab->gate = (uint32_t *)take(lab, sizeof(uint32_t));

@@ -1,0 +1,366 @@
+/* engine_exact.c: what the CUDA executor promises about whole generations, beyond engine_parity's: every accept length, every block
+ * and batch, long contexts, shared prompts, very many rounds under delays, and the graph executor with as many layers as are.
+ *
+ *   Requests | Accept lengths | Blocks and batches | Long contexts | Samples | Many rounds | Graphs | Cases
+ *
+ * Usage: engine_exact [CASE...], of accepts, blocks, long, samples, rounds, graphs; small, a few rounds for a slow checker, only where
+ * it is named. US_EXACT_SECONDS (10): how long `rounds` goes on.
+ * Exit 0, 1, 5, 77.
+ *
+ * Independent truth: plain decoding of the same executor, one sequence at a time, whose logits engine_parity holds against the CPU's.
+ */
+#include "decode/generate.h"
+#include "parity_models.h"
+
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <signal.h>
+#include <time.h>
+
+#define REQUESTS     8
+#define MOST_SAMPLES 8
+
+/* Requests */
+
+struct plan {
+  uint32_t block, batch, tokens, first, step; /* prompts of first + i * step tokens */
+  float temperature;
+  uint64_t seed;
+  uint32_t samples;                  /* of every request; 0: 1 */
+  const struct us_result *opt_plain; /* replayed at `accept` */
+  const float *accept;
+  size_t accept_count;
+};
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void generate(struct us_executor *ex, const struct plan *p, struct us_result *results,
+                     struct us_generate_stats *opt_stats) {
+  struct us_request requests[REQUESTS];
+  struct us_replay replays[REQUESTS][MOST_SAMPLES];
+  uint32_t longest = p->first + (REQUESTS - 1) * p->step, samples = p->samples ? p->samples : 1;
+  int32_t *prompts = take(REQUESTS * (size_t)longest, sizeof *prompts);
+  struct us_err err = {0};
+  for (uint32_t i = 0; i < REQUESTS; i++) {
+    int32_t *prompt = prompts + (size_t)i * longest;
+    for (uint32_t j = 0; j < longest; j++)
+      prompt[j] = (int32_t)((i * 7919u + j * 104729u + (uint32_t)p->seed) % ex->model->shape.vocab);
+    requests[i] = (struct us_request){.prompt = prompt,
+                                      .prompt_count = p->first + i * p->step,
+                                      .sampling = {.temperature = p->temperature, .top_p = 1.0f},
+                                      .seed = p->seed + i,
+                                      .samples = samples,
+                                      .max_tokens = p->tokens};
+    if (!p->opt_plain) continue;
+    for (uint32_t k = 0; k < samples; k++)
+      replays[i][k] =
+          (struct us_replay){p->opt_plain[i].outputs[k].ids.ids, p->opt_plain[i].outputs[k].ids.count};
+    requests[i].replay = replays[i];
+  }
+  struct us_generate_options options = {
+      .block = p->block, .batch = p->batch, .accept = p->accept, .accept_count = p->accept_count};
+  need(us_generate(ex, requests, REQUESTS, &options, results, opt_stats, &err), &err, "generate");
+  free(prompts);
+}
+
+static bool same_ids(const struct us_output *a, const struct us_output *b) {
+  return a->ids.count == b->ids.count && !memcmp(a->ids.ids, b->ids.ids, a->ids.count * sizeof *a->ids.ids);
+}
+
+static uint64_t differing(const struct us_result *a, const struct us_result *b) {
+  uint64_t bad = 0;
+  for (uint32_t i = 0; i < REQUESTS; i++)
+    for (uint32_t s = 0; s < a[i].samples; s++) bad += !same_ids(&a[i].outputs[s], &b[i].outputs[s]);
+  return bad;
+}
+
+static void release(struct us_result *results) {
+  for (uint32_t i = 0; i < REQUESTS; i++) us_result_release(&results[i]);
+}
+
+/* Accept lengths */
+
+#define LEAST 50 /* times that each occurs */
+
+static void check_accepts(const struct models *m, struct us_executor *ex, float temperature) {
+  static const float rates[2][2] = {{0.9f, 0.93f}, {0.7f, 0.8f}};
+  uint32_t block = m->draft->shape.block, round;
+  uint64_t seen[US_MAX_BLOCK] = {0}, rounds = 0, bad = 0, least = 0;
+  char note[160];
+  struct us_result plain[REQUESTS], other[REQUESTS];
+  for (round = 0; round < 40 && least < LEAST; round++) {
+    struct plan p = {.block = 1,
+                     .batch = 8,
+                     .tokens = 400,
+                     .first = 9,
+                     .step = 11,
+                     .temperature = temperature,
+                     .seed = 100 * round};
+    generate(ex, &p, plain, NULL);
+    p.block = block, p.batch = 1 + round % 8, p.opt_plain = plain, p.accept = rates[round % 2],
+    p.accept_count = 2;
+    struct us_generate_stats stats;
+    generate(ex, &p, other, &stats);
+    bad += differing(plain, other);
+    for (uint32_t n = 0; n < block; n++) seen[n] += stats.decode.histogram[n];
+    rounds += stats.decode.rounds;
+    least = UINT64_MAX;
+    for (uint32_t n = 0; n < block; n++) least = seen[n] < least ? seen[n] : least;
+    release(plain), release(other);
+  }
+  snprintf(note, sizeof note, "%u runs of 8 requests, %llu rounds, each length %llu times at least", round,
+           (unsigned long long)rounds, (unsigned long long)least);
+  record(m->name,
+         temperature > 0 ? "T = 1: every accept length, tokens equal plain"
+                         : "greedy: every accept length, tokens equal plain",
+         round * REQUESTS, bad + (least < LEAST), note);
+}
+
+/* Blocks and batches */
+
+static void check_blocks(const struct models *m, struct us_executor *ex) {
+  static const float rates[] = {0.8f};
+  uint64_t bad = 0, runs = 0;
+  for (int t = 0; t < 2; t++) {
+    struct us_result plain[REQUESTS], other[REQUESTS];
+    struct plan p = {
+        .block = 1, .batch = 1, .tokens = 40, .first = 3, .step = 17, .temperature = (float)t, .seed = 77};
+    generate(ex, &p, plain, NULL);
+    for (uint32_t block = 1; block <= m->draft->shape.block; block++)
+      for (uint32_t i = 0; i < 2; i++) {
+        p.block = block, p.batch = i ? 1 + (block * 5 + (uint32_t)t) % 8 : 8;
+        p.opt_plain = block % 3 ? plain : NULL, p.accept = rates, p.accept_count = 1;
+        generate(ex, &p, other, NULL);
+        bad += differing(plain, other), runs++;
+        release(other);
+      }
+    release(plain);
+  }
+  record(m->name, "blocks 1 to the drafter's, batches 1 to 8: tokens equal plain", runs * REQUESTS, bad, "");
+}
+
+/* Long contexts */
+
+static void check_long(const struct models *m, uint32_t ranks) {
+  static const float rates[] = {0.8f};
+  static const uint32_t firsts[] = {1000, 8100, 32300};
+  char name[64], note[96];
+  struct us_executor *ex =
+      open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks, .sequences = 4, .positions = 33792});
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  for (int i = 0; i < 3; i++) {
+    struct us_result plain[REQUESTS], other[REQUESTS];
+    struct plan p = {.block = 1,
+                     .batch = 1,
+                     .tokens = 96,
+                     .first = firsts[i],
+                     .step = 37,
+                     .temperature = i == 1,
+                     .seed = 5};
+    double begun = now();
+    generate(ex, &p, plain, NULL);
+    uint64_t bad = 0;
+    for (uint32_t k = 0; k < 2; k++) {
+      p.block = k ? 16 : 8, p.batch = k ? 3 : 2, p.opt_plain = plain, p.accept = rates, p.accept_count = 1;
+      generate(ex, &p, other, NULL);
+      bad += differing(plain, other);
+      release(other);
+    }
+    snprintf(note, sizeof note, "prompts of %u tokens and more, %.1f s", firsts[i], now() - begun);
+    record(name, "long contexts: tokens equal plain", 2 * REQUESTS, bad, note);
+    release(plain);
+  }
+  ex->ops->free(ex);
+}
+
+/* Samples */
+
+/* Sample k of n is the last of k + 1, which owns its prompt's pages alone, one sequence at a time. */
+static void check_samples(const struct models *m, struct us_executor *ex) {
+  uint64_t bad = 0, checked = 0;
+  for (int t = 0; t < 2; t++) {
+    struct us_result together[REQUESTS], alone[REQUESTS];
+    struct plan p = {.block = 8,
+                     .batch = 8,
+                     .tokens = 60,
+                     .first = 60,
+                     .step = 9,
+                     .temperature = (float)t,
+                     .seed = 9,
+                     .samples = MOST_SAMPLES};
+    if (p.block > m->draft->shape.block) p.block = m->draft->shape.block;
+    generate(ex, &p, together, NULL);
+    for (uint32_t k = 0; k < MOST_SAMPLES; k++) {
+      p.samples = k + 1, p.batch = 1, p.block = 1;
+      generate(ex, &p, alone, NULL);
+      for (uint32_t i = 0; i < REQUESTS; i++, checked++)
+        bad += !same_ids(&together[i].outputs[k], &alone[i].outputs[k]);
+      release(alone);
+    }
+    for (uint32_t i = 0; t && i < REQUESTS; i++) /* drawn samples differ, or the comparison says little */
+      bad += same_ids(&together[i].outputs[0], &together[i].outputs[1]);
+    release(together);
+  }
+  record(m->name, "n samples share a prompt's pages and equal single runs", checked, bad, "");
+}
+
+/* Many rounds */
+
+static double seconds_asked(void) {
+  const char *text = getenv("US_EXACT_SECONDS");
+  return text ? atof(text) : 10;
+}
+
+/* Random delays at every hand-off, batches and blocks in turn, until the time is over; twice the same. */
+static void check_rounds(const struct models *m, uint32_t ranks) {
+  static const float rates[] = {0.75f};
+  struct us_executor *quick = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks}),
+                     *late = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks, .jitter = 2000});
+  char name[64], note[128];
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  double end = now() + seconds_asked();
+  uint64_t passes = 0, bad = 0, checked = 0;
+  for (uint32_t i = 0; now() < end; i++) {
+    struct us_result plain[REQUESTS], other[REQUESTS];
+    struct us_generate_stats stats;
+    struct plan p = {.block = 1,
+                     .batch = 8,
+                     .tokens = 600,
+                     .first = 5,
+                     .step = 13,
+                     .temperature = (float)(i & 1),
+                     .seed = 1000 + i};
+    generate(quick, &p, plain, NULL);
+    p.block = 1 + i * 3 % 8, p.batch = 1 + i % 3;
+    if (p.block > 1 && i % 4) p.opt_plain = plain, p.accept = rates, p.accept_count = 1;
+    generate(late, &p, other, &stats);
+    bad += differing(plain, other), checked += REQUESTS, passes += stats.passes;
+    release(plain), release(other);
+  }
+  snprintf(note, sizeof note, "%llu rounds of the engine", (unsigned long long)passes);
+  record(name, "rounds with random delays at every hand-off equal plain ones without", checked, bad, note);
+  quick->ops->free(quick), late->ops->free(late);
+}
+
+/* Graphs */
+
+static void check_graphs(const struct models *m, uint32_t ranks) {
+  static const float rates[] = {0.8f};
+  struct us_executor_cuda_options options = {.ranks = ranks};
+  struct us_result plain[REQUESTS], engine[REQUESTS], graph[REQUESTS];
+  char name[64];
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  struct plan p = {.block = 1, .batch = 8, .tokens = 24, .first = 5, .step = 3, .seed = 3};
+  struct us_executor *ex = open_cuda(m, &options);
+  generate(ex, &p, plain, NULL);
+  p.block = 8, p.batch = 1;
+  generate(ex, &p, engine, NULL);
+  ex->ops->free(ex);
+  options.mode = US_DEVICE_GRAPH;
+  ex = open_cuda(m, &options);
+  generate(ex, &p, graph, NULL);
+  uint64_t bad = differing(plain, engine) + differing(engine, graph);
+  release(graph);
+  p.opt_plain = plain, p.accept = rates, p.accept_count = 1, p.batch = 2, p.temperature = 0;
+  generate(ex, &p, graph, NULL);
+  bad += differing(plain, graph);
+  ex->ops->free(ex);
+  release(plain), release(engine), release(graph);
+  record(name, "rounds as graphs equal the engine's", 3 * REQUESTS, bad, "");
+}
+
+/* Memory that a graph would take is gone: the call says so, or finds room; nothing breaks, and it works when there is room again. */
+static void check_full(const struct models *m) {
+  struct us_executor *ex =
+      open_cuda(m, &(struct us_executor_cuda_options){.ranks = 4, .mode = US_DEVICE_GRAPH});
+  struct us_err err = {0};
+  void *held[64];
+  size_t count = 0;
+  for (size_t bytes = (size_t)1 << 36; bytes >= (size_t)1 << 21 && count < 64;)
+    if (cudaMalloc(&held[count], bytes) == cudaSuccess)
+      count++;
+    else
+      bytes /= 2;
+  (void)cudaGetLastError();
+  int32_t prompt[9] = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  struct us_request request = {.prompt = prompt, .prompt_count = 9, .max_tokens = 40, .seed = 1};
+  struct us_generate_options options = {.block = 8, .batch = 1};
+  struct us_result first, second;
+  enum us_status status = us_generate(ex, &request, 1, &options, &first, NULL, &err);
+  char note[200];
+  snprintf(note, sizeof note, "%.150s", status == US_OK ? "there was room" : err.message);
+  for (size_t i = 0; i < count; i++) (void)cudaFree(held[i]);
+  bool bad = status != US_OK && status != US_ERR_MEMORY;
+  if (status == US_OK) us_result_release(&first);
+  need(us_generate(ex, &request, 1, &options, &second, NULL, &err), &err, "with room again");
+  us_result_release(&second);
+  record("deep, 4 ranks", "a graph that the GPU has no room for is an error and no more", 1, bad, note);
+  ex->ops->free(ex);
+}
+
+/* Cases */
+
+static bool asked(int argc, char **argv, const char *name) {
+  for (int i = 1; i < argc; i++)
+    if (!strcmp(argv[i], name)) return true;
+  return argc == 1;
+}
+
+/* Four layers, one rank: prompts, a few rounds of 8 rows with a drafter, greedy and with every filter. */
+static void run_small(void) {
+  struct models m = open_random("tiny-pro", NULL);
+  struct us_executor *ex = open_cuda(&m, NULL);
+  struct us_result plain[REQUESTS], other[REQUESTS];
+  uint64_t bad = 0;
+  for (int t = 0; t < 2; t++) {
+    struct plan p = {
+        .block = 1, .batch = 8, .tokens = 5, .first = 3, .step = 2, .temperature = (float)t, .seed = 2};
+    generate(ex, &p, plain, NULL);
+    p.block = 8, p.batch = 2;
+    generate(ex, &p, other, NULL);
+    bad += differing(plain, other);
+    release(plain), release(other);
+  }
+  record(m.name, "a few rounds equal plain ones", 2 * REQUESTS, bad, "");
+  ex->ops->free(ex);
+  close_models(&m);
+}
+
+static void run_model(int argc, char **argv, const struct models *m) {
+  struct us_executor *ex = open_cuda(m, NULL);
+  for (int t = 0; asked(argc, argv, "accepts") && t < 2; t++) check_accepts(m, ex, (float)t);
+  if (asked(argc, argv, "blocks")) check_blocks(m, ex);
+  if (asked(argc, argv, "samples")) check_samples(m, ex);
+  ex->ops->free(ex);
+}
+
+int main(int argc, char **argv) {
+  signal(SIGALRM, hung);
+  alarm(watchdog_seconds(140));
+  if (argc > 1 && asked(argc, argv, "small")) {
+    run_small();
+    return any_failed ? 1 : 0;
+  }
+  struct models wide = open_random("wide", widen), pico;
+  bool bundled = open_pico(&pico);
+  run_model(argc, argv, &wide);
+  if (bundled) run_model(argc, argv, &pico), close_models(&pico);
+  for (uint32_t ranks = 1; asked(argc, argv, "rounds") && ranks <= 4; ranks *= 4) check_rounds(&wide, ranks);
+  close_models(&wide);
+  if (asked(argc, argv, "graphs")) {
+    struct models deep = open_random("deep", deepen);
+    for (uint32_t ranks = 1; ranks <= 4; ranks *= 2) check_graphs(&deep, ranks);
+    check_full(&deep);
+    close_models(&deep);
+  }
+  if (asked(argc, argv, "long")) {
+    struct models m = open_random("long", lengthen);
+    for (uint32_t ranks = 1; ranks <= 2; ranks *= 2) check_long(&m, ranks);
+    close_models(&m);
+  }
+  return any_failed ? 1 : 0;
+}
