@@ -12,19 +12,25 @@
 
 #define PASS_ROWS 8192 /* block rows: 32 tasks of US_SEQ_BLOCK, and 250 MB of activations at pico's size */
 
-/* Everything a run holds beside its parameters. */
-struct session {
-  struct us_dflash *run;
-  struct us_seq seq;
-  struct us_params target_params;
-  struct us_model_train *target;
-  struct us_draft_train *draft;
+/* What a lane fills its passes from. */
+struct lane {
   struct us_window window;
   struct us_rows rows;
   struct us_draft_blocks blocks;
-  float *taps;
+  uint64_t tokens, block_rows; /* of the step */
+};
+
+/* Everything a run holds beside its parameters. */
+struct session {
+  struct us_dflash *run;
+  struct us_learner *learner;
+  struct us_params target_params;
+  struct us_learner_set *target_set, *set;
+  struct us_learner_model *target;
+  struct us_learner_draft *draft;
+  struct lane *lanes;
   size_t micro;
-  const float *embed, *head;
+  size_t sequences;            /* of the evaluation */
   struct us_draft_tally since; /* the last line */
   uint64_t rows_then, tokens_then;
   double seconds_then;
@@ -33,73 +39,91 @@ struct session {
 /* --- sequences --- */
 
 /* Sequence `index` of a step into the window. */
-static void draw_sequence(struct session *s, uint64_t step, uint64_t index) {
-  const struct us_dflash *run = s->run;
+static void draw_sequence(const struct us_dflash *run, struct lane *lane, uint64_t step, uint64_t index) {
   uint32_t word[4];
   us_philox_quad(us_philox_key(run->seed), (uint32_t)step, (uint32_t)index, UINT32_MAX, US_STREAM_SHUFFLE,
                  word);
   double u = (double)word[0] * 0x1p-32, v = (double)(((uint64_t)word[1] << 32 | word[2]) >> 11) * 0x1p-53;
   if (run->answers && (u >= run->text_share || !run->shards))
-    us_responses_window(run->answers, (size_t)(v * (double)run->answers->n), &s->window);
+    us_responses_window(run->answers, (size_t)(v * (double)run->answers->n), &lane->window);
   else
-    us_shards_sample(run->shards, run->seed, step, index, &s->window);
+    us_shards_sample(run->shards, run->seed, step, index, &lane->window);
 }
 
 /* Put the window's rows and blocks behind those of the pass. */
-static void add_sequence(struct session *s, uint64_t step, uint64_t index) {
-  size_t first = s->rows.R, n = us_rows_add(&s->rows, &s->window, true);
-  us_draft_cut_labels(&s->rows, first, &s->window);
-  us_draft_blocks_add(&s->blocks, &s->rows, first, n, s->run->anchors, s->run->seed, step, index);
+static void add_sequence(const struct us_dflash *run, struct lane *lane, uint64_t step, uint64_t index) {
+  size_t first = lane->rows.R, n = us_rows_add(&lane->rows, &lane->window, true);
+  us_draft_cut_labels(&lane->rows, first, &lane->window);
+  us_draft_blocks_add(&lane->blocks, &lane->rows, first, n, run->anchors, run->seed, step, index);
 }
 
 /* --- a pass --- */
 
 /* Forward of target and drafter over what was added; loss, and with `gradient` the backward pass. */
-static enum us_status run_pass(struct session *s, bool gradient, struct us_err *err) {
-  struct us_dflash *run = s->run;
-  struct us_batch batch = us_rows_batch(&s->rows);
-  struct us_train_taps taps = {.count = run->shape.taps, .out = s->taps};
-  memcpy(taps.layer, run->shape.tap_layer, sizeof taps.layer);
-  if (!s->blocks.n) return US_OK;
-  us_draft_blocks_aim(&s->blocks, s->rows.R);
-  enum us_status status = us_model_train_forward(s->target, &batch, &taps, err);
-  if (status == US_OK)
-    status = us_draft_train_forward(s->draft, s->taps, s->rows.R, s->rows.position, &s->blocks, err);
-  if (status != US_OK) return status;
-  us_draft_loss(&s->seq, &run->loss, &s->blocks, s->draft->hidden, s->head, run->shape.hidden,
-                run->target->shape.vocab, s->target->hidden, gradient ? s->draft->dhidden : NULL);
-  return gradient ? us_draft_train_backward(s->draft, err) : US_OK;
+static enum us_status run_pass(struct session *s, uint32_t lane, bool gradient, struct us_err *err) {
+  struct lane *own = &s->lanes[lane];
+  struct us_batch batch = us_rows_batch(&own->rows);
+  if (!own->blocks.n) return US_OK;
+  us_draft_blocks_aim(&own->blocks, own->rows.R);
+  return us_learner_draft_pass(s->draft, lane, &batch, &own->blocks, gradient, err);
 }
 
-static void clear_pass(struct session *s) {
-  s->rows.R = 0;
-  s->blocks.n = 0;
+static void clear_pass(struct lane *lane) {
+  lane->rows.R = 0;
+  lane->blocks.n = 0;
 }
 
 /* --- a step --- */
 
+static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  struct us_dflash *run = s->run;
+  struct lane *own = &s->lanes[lane];
+  uint64_t step = run->trainer.step;
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, run->batch, &i, &end);
+  own->tokens = own->block_rows = 0;
+  while (i < end && status == US_OK) {
+    clear_pass(own);
+    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
+      draw_sequence(run, own, step, i);
+      add_sequence(run, own, step, i);
+    }
+    own->tokens += own->rows.R;
+    own->block_rows += own->blocks.n * own->blocks.B;
+    status = run_pass(s, lane, true, err);
+  }
+  return status;
+}
+
+/* Context tokens and block rows of all ranks' passes. */
+static enum us_status count_rows(struct session *s, uint64_t *ret_tokens, struct us_err *err) {
+  double sums[2] = {0.0, 0.0};
+  for (uint32_t i = 0; i < s->learner->lanes; i++) {
+    sums[0] += (double)s->lanes[i].tokens;
+    sums[1] += (double)s->lanes[i].block_rows;
+  }
+  enum us_status status = us_learner_sum(s->learner, sums, 2, err);
+  *ret_tokens = (uint64_t)sums[0];
+  s->run->last.rows += (uint64_t)sums[1];
+  return status;
+}
+
 static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_dflash *run = s->run;
-  uint64_t step = run->trainer.step, tokens = 0;
-  run->loss.sum = (struct us_draft_tally){0};
+  struct us_draft_tally sum = {0};
+  uint64_t tokens = 0;
   enum us_status status = us_trainer_open_step(&run->trainer, err);
-  for (size_t i = 0; i < run->batch && status == US_OK;) {
-    clear_pass(s);
-    for (size_t j = 0; j < s->micro && i < run->batch; j++, i++) {
-      draw_sequence(s, step, i);
-      add_sequence(s, step, i);
-    }
-    tokens += s->rows.R;
-    run->last.rows += s->blocks.n * s->blocks.B;
-    status = run_pass(s, true, err);
-  }
+  if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
+  if (status == US_OK) status = us_learner_draft_tally(s->draft, &sum, err);
+  if (status == US_OK) status = count_rows(s, &tokens, err);
   if (status != US_OK) return status;
   /* The weights' sum is known only now that every block has told its confidence. */
-  if (run->loss.sum.weight > 0.0)
-    us_params_scale_grad(&run->params, s->seq.pool, (float)(1.0 / run->loss.sum.weight));
-  us_draft_tally_add(&s->since, &run->loss.sum);
-  double loss = run->loss.sum.weight > 0.0 ? us_draft_tally_loss(&run->loss.sum) : 0.0;
+  if (sum.weight > 0.0) us_learner_scale_grad(s->set, (float)(1.0 / sum.weight));
+  us_draft_tally_add(&s->since, &sum);
+  double loss = sum.weight > 0.0 ? us_draft_tally_loss(&sum) : 0.0;
   return us_trainer_close_step(&run->trainer, loss, tokens, err);
 }
 
@@ -112,25 +136,33 @@ static size_t heldout_count(const struct us_dflash *run) {
   return run->eval_sequences && run->eval_sequences < count ? run->eval_sequences : count;
 }
 
+static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  struct us_dflash *run = s->run;
+  struct lane *own = &s->lanes[lane];
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, s->sequences, &i, &end);
+  while (i < end && status == US_OK) {
+    clear_pass(own);
+    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
+      if (run->heldout)
+        us_responses_window(run->heldout, i, &own->window);
+      else
+        us_shards_heldout(run->shards, i, &own->window);
+      add_sequence(run, own, UINT32_MAX, i);
+    }
+    status = run_pass(s, lane, false, err);
+  }
+  return status;
+}
+
 /* On held-out sequences, each with the anchors of a step that is never taken. */
 static enum us_status evaluate(struct session *s, struct us_err *err) {
-  struct us_dflash *run = s->run;
-  size_t count = heldout_count(run);
-  run->loss.sum = (struct us_draft_tally){0};
-  enum us_status status = us_params_refresh(&run->params, s->seq.pool, s->seq.rounding, err);
-  for (size_t i = 0; i < count && status == US_OK;) {
-    clear_pass(s);
-    for (size_t j = 0; j < s->micro && i < count; j++, i++) {
-      if (run->heldout)
-        us_responses_window(run->heldout, i, &s->window);
-      else
-        us_shards_heldout(run->shards, i, &s->window);
-      add_sequence(s, UINT32_MAX, i);
-    }
-    status = run_pass(s, false, err);
-  }
-  run->last.heldout = run->loss.sum;
-  return status;
+  s->sequences = heldout_count(s->run);
+  enum us_status status = us_learner_refresh(s->set, err);
+  if (status == US_OK) status = us_learner_each(s->learner, evaluate_lane, s, err);
+  return status == US_OK ? us_learner_draft_tally(s->draft, &s->run->last.heldout, err) : status;
 }
 
 /* --- the run --- */
@@ -153,6 +185,7 @@ static void write_log(struct session *s) {
     log->rows_per_second = spent > 0.0 ? (double)(log->rows - s->rows_then) / spent : 0.0;
     log->gflops =
         spent > 0.0 ? gigaflops(run, log->rows - s->rows_then, log->tokens - s->tokens_then) / spent : 0.0;
+    log->mfu = s->learner->peak > 0.0 ? 1e9 * log->gflops / s->learner->peak : (double)NAN;
   }
   if (run->on_log) run->on_log(run->log_arg, log);
   s->since = (struct us_draft_tally){0};
@@ -199,42 +232,52 @@ static enum us_status open_params(struct session *s, struct us_err *err) {
   if (!run->init) quiet_branches(&run->params);
   struct us_param *mask = us_params_find(&run->params, "mask_embedding");
   if (mask && run->fixed_mask) mask->frozen = true;
-  s->embed = us_params_find(&s->target_params, "model.embed_tokens.weight")->compute;
-  s->head = us_params_find(&s->target_params, "lm_head.weight")->compute;
   return US_OK;
 }
 
-static enum us_status open_session(struct session *s, struct us_err *err) {
-  struct us_dflash *run = s->run;
-  size_t rows = s->micro * run->length, blocks = s->micro * run->anchors;
-  size_t floats = rows * run->shape.taps * run->shape.hidden;
-  enum us_status status = us_window_init(&s->window, run->length + 1, err);
-  if (status == US_OK) status = us_rows_init(&s->rows, rows, err);
-  if (status == US_OK) status = us_draft_blocks_init(&s->blocks, &run->shape, blocks, err);
+static enum us_status open_lane(const struct session *s, struct lane *lane, struct us_err *err) {
+  const struct us_dflash *run = s->run;
+  enum us_status status = us_window_init(&lane->window, run->length + 1, err);
+  if (status == US_OK) status = us_rows_init(&lane->rows, s->micro * run->length, err);
   if (status == US_OK)
-    status = us_draft_loss_init(&run->loss, blocks, run->shape.block, run->shape.hidden, err);
-  if (status == US_OK && !(s->taps = calloc(floats, sizeof *s->taps)))
-    status = us_err_memory(err, "features", floats * sizeof *s->taps);
-  if (status == US_OK) status = open_params(s, err);
-  if (status == US_OK)
-    status = us_model_train_create(&run->target->shape, &s->target_params, &s->seq, rows, US_TRAIN_FORWARD,
-                                   &s->target, err);
-  if (status == US_OK)
-    status =
-        us_draft_train_create(&run->shape, &run->params, s->embed, &s->seq, rows, blocks, &s->draft, err);
+    status = us_draft_blocks_init(&lane->blocks, &run->shape, s->micro * run->anchors, err);
   return status;
 }
 
+static enum us_status open_models(struct session *s, struct us_err *err) {
+  struct us_dflash *run = s->run;
+  enum us_status status = us_learner_place(s->learner, &s->target_params, &s->target_set, err);
+  if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
+  if (status == US_OK)
+    status = us_learner_model_create(s->target_set, &run->target->shape, s->micro * run->length,
+                                     US_TRAIN_FORWARD, &s->target, err);
+  if (status == US_OK)
+    status = us_learner_draft_create(s->set, &run->shape, s->target, &run->loss, s->micro * run->anchors,
+                                     &s->draft, err);
+  return status;
+}
+
+static enum us_status open_session(struct session *s, struct us_err *err) {
+  s->lanes = calloc(s->learner->lanes, sizeof *s->lanes);
+  enum us_status status = s->lanes ? US_OK : us_err_memory(err, "lanes", sizeof *s->lanes);
+  for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++)
+    status = open_lane(s, &s->lanes[i], err);
+  if (status == US_OK) status = open_params(s, err);
+  return status == US_OK ? open_models(s, err) : status;
+}
+
 static void close_session(struct session *s) {
-  us_draft_train_free(s->draft);
-  us_model_train_free(s->target);
+  us_learner_draft_free(s->draft);
+  us_learner_model_free(s->target);
+  us_learner_remove(s->set);
+  us_learner_remove(s->target_set);
   us_params_release(&s->target_params);
-  us_draft_blocks_release(&s->blocks);
-  us_draft_loss_release(&s->run->loss);
-  us_rows_release(&s->rows);
-  us_window_release(&s->window);
-  us_seq_release(&s->seq);
-  free(s->taps);
+  for (uint32_t i = 0; s->lanes && i < s->learner->lanes; i++) {
+    us_draft_blocks_release(&s->lanes[i].blocks);
+    us_rows_release(&s->lanes[i].rows);
+    us_window_release(&s->lanes[i].window);
+  }
+  free(s->lanes);
 }
 
 static enum us_status check_run(const struct us_dflash *run, struct us_err *err) {
@@ -254,23 +297,33 @@ static enum us_status check_run(const struct us_dflash *run, struct us_err *err)
   return us_draft_shape_check(&run->shape, &run->target->shape, err);
 }
 
-enum us_status us_dflash(struct us_dflash *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run};
-  enum us_status status = check_run(run, err);
-  if (status != US_OK) return status;
-  s.micro = run->micro ? run->micro : PASS_ROWS / (run->anchors * run->shape.block);
-  if (!s.micro) s.micro = 1;
-  if (s.micro > run->batch) s.micro = run->batch;
-  us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  status = open_session(&s, err);
-  run->trainer.params = &run->params;
-  run->trainer.seq = &s.seq;
+static enum us_status run_session(struct session *s, struct us_err *err) {
+  struct us_dflash *run = s->run;
+  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
+  s->micro = run->micro ? run->micro : PASS_ROWS / (run->anchors * run->shape.block);
+  if (!s->micro) s->micro = 1;
+  if (s->micro > share) s->micro = share;
+  enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
+  if (status == US_OK) status = open_session(s, err);
+  run->trainer.set = s->set;
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
-  s.tokens_then = run->trainer.tokens;
-  s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train(&s, err);
-  close_session(&s);
-  run->trainer.seq = NULL;
+  s->tokens_then = run->trainer.tokens;
+  s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
+  if (status == US_OK) status = train(s, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, err);
+  close_session(s);
+  run->trainer.set = NULL;
+  return status;
+}
+
+enum us_status us_dflash(struct us_dflash *run, struct us_pool *pool, struct us_err *err) {
+  struct session s = {.run = run, .learner = run->learner};
+  struct us_learner *cpu = NULL;
+  enum us_status status = check_run(run, err);
+  if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
+  if (!s.learner) s.learner = cpu;
+  if (status == US_OK) status = run_session(&s, err);
+  us_learner_free(cpu);
   return status;
 }
 

@@ -13,8 +13,6 @@
 #ifndef US_TRAINING_DFLASH_H
 #define US_TRAINING_DFLASH_H
 
-#include "training/draft_loss.h"
-#include "training/draft_train.h"
 #include "training/responses.h"
 #include "training/shards.h"
 #include "training/trainer.h"
@@ -28,9 +26,11 @@ struct us_dflash_log {
   struct us_draft_tally heldout; /* weight 0 unless evaluated now */
   double rate, norm;
   double rows_per_second, gflops; /* block rows, since the last line */
+  double mfu;                     /* gflops over the learner's peak; NAN where that is not known */
 };
 
 struct us_dflash {
+  struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   struct us_model *target;
   struct us_draft_shape shape;
   struct us_draft *init;              /* continue from this drafter, of the same shape; NULL: fresh weights */

@@ -53,6 +53,10 @@ static inline void us_learner_share(const struct us_learner *learner, uint32_t l
   *ret_end = n * (rank + 1) / learner->ranks;
 }
 
+/* US_ERR_USAGE when a step has fewer sequences than there are ranks. */
+US_CHECKED enum us_status us_learner_check_batch(const struct us_learner *learner, size_t sequences,
+                                                 struct us_err *err);
+
 /* Run body in every lane, at the same time in several; returns when all have ended, with the first lane's error. */
 typedef enum us_status (*us_learner_body)(void *arg, uint32_t lane, struct us_err *err);
 US_CHECKED enum us_status us_learner_each(struct us_learner *learner, us_learner_body body, void *arg,

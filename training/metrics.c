@@ -19,9 +19,11 @@ struct row_figures {
 struct session {
   const struct us_metrics_job *job;
   struct us_metrics *metrics;
-  struct us_seq seq;
+  struct us_learner *learner;
+  struct us_pool *pool;
   struct us_params params[US_METRICS_MODELS];
-  struct us_model_train *train[US_METRICS_MODELS];
+  struct us_learner_set *set[US_METRICS_MODELS];
+  struct us_learner_model *model[US_METRICS_MODELS];
   struct us_window window;
   struct us_rows rows;
   size_t *window_of;           /* (capacity) window of each row */
@@ -29,7 +31,8 @@ struct session {
   struct row_figures *figures; /* (n, capacity) */
   float *logits;               /* (workers, 2, task rows, N) */
   size_t task_rows, N;
-  bool routers; /* the MoE layers are alike */
+  struct us_err *errs; /* (workers) */
+  bool routers;        /* the MoE layers are alike */
 };
 
 /* --- rows of logits --- */
@@ -87,11 +90,18 @@ US_SEQ_CLONES static void compare_rows(const float *base, const struct softmax *
   *ret_overlap = overlap[0];
 }
 
-static void project(const struct session *s, size_t model, size_t first, size_t rows, float *logits) {
-  const struct us_model_train *t = s->train[model];
-  size_t D = t->shape.hidden;
-  us_seq_gemm(false, true, rows, s->N, D, 1.0f, t->hidden + first * D, D, t->head->compute, D, 0.0f, logits,
-              s->N);
+/* A row whose logits could not be had is not finite: measure() has the reason. */
+static void figure_row(struct session *s, size_t m, size_t r, const float *row, const float *base,
+                       struct softmax *p) {
+  struct row_figures *f = &s->figures[m * s->rows.capacity + r];
+  int32_t label = s->rows.label[r];
+  struct softmax q = softmax_of(row, s->N);
+  if (!m) *p = q;
+  *f = (struct row_figures){.nll = q.log_sum - (double)row[label],
+                            .agree = q.argmax == p->argmax,
+                            .hit = q.argmax == (size_t)label,
+                            .finite = isfinite(q.log_sum)};
+  if (m) compare_rows(base, p, row, &q, s->N, &f->kl, &f->overlap);
 }
 
 /* Rows of a task, one model after another against the base's logits. */
@@ -104,19 +114,12 @@ static void figure_rows(void *arg, size_t begin, size_t end, int worker) {
     size_t rows = s->rows.R - first < s->task_rows ? s->rows.R - first : s->task_rows;
     for (size_t m = 0; m < s->metrics->n; m++) {
       float *x = m ? other : base;
-      project(s, m, first, rows, x);
-      for (size_t r = 0; r < rows; r++) {
-        struct row_figures *f = &s->figures[m * s->rows.capacity + first + r];
-        const float *row = x + r * s->N;
-        int32_t label = s->rows.label[first + r];
-        struct softmax q = softmax_of(row, s->N);
-        if (!m) p[r] = q;
-        *f = (struct row_figures){.nll = q.log_sum - (double)row[label],
-                                  .agree = q.argmax == p[r].argmax,
-                                  .hit = q.argmax == (size_t)label,
-                                  .finite = isfinite(q.log_sum)};
-        if (m) compare_rows(base + r * s->N, &p[r], row, &q, s->N, &f->kl, &f->overlap);
+      struct us_err err = {0};
+      if (us_learner_logits(s->model[m], first, rows, x, &err) != US_OK) {
+        s->errs[worker] = err;
+        return;
       }
+      for (size_t r = 0; r < rows; r++) figure_row(s, m, first + r, x + r * s->N, base + r * s->N, &p[r]);
     }
   }
 }
@@ -138,17 +141,21 @@ static bool same_set(const uint32_t *a, const uint32_t *b, uint32_t k) {
 }
 
 /* The passes of all models are done, so that both models' choices of the same rows are at hand. */
-static void compare_experts(struct session *s, size_t model) {
-  const struct us_shape *shape = &s->train[0]->shape;
+static enum us_status compare_experts(struct session *s, size_t model, struct us_err *err) {
+  const struct us_shape *shape = &s->model[0]->shape;
   uint32_t K = shape->top_k;
   for (uint32_t l = 0; l < shape->layers; l++) {
-    const uint32_t *a = us_model_train_routed(s->train[0], l), *b = us_model_train_routed(s->train[model], l);
+    const uint32_t *a = NULL, *b = NULL;
+    enum us_status status = us_learner_routed(s->model[0], l, &a, err);
+    if (status == US_OK) status = us_learner_routed(s->model[model], l, &b, err);
+    if (status != US_OK) return status;
     for (size_t r = 0; a && b && r < s->rows.R; r++) {
       struct us_metrics_window *w = &s->metrics->models[model].window[s->window_of[r]];
       w->set_pairs += 1.0;
       w->sets += same_set(a + r * K, b + r * K, K);
     }
   }
+  return US_OK;
 }
 
 /* --- windows --- */
@@ -171,7 +178,8 @@ static enum us_status add_figures(struct session *s, struct us_err *err) {
       w->overlap += f->overlap;
       if (model->token_kl) model->token_kl[metrics->tokens + r] = (float)f->kl;
     }
-    if (m && s->routers) compare_experts(s, m);
+    enum us_status status = m && s->routers ? compare_experts(s, m, err) : US_OK;
+    if (status != US_OK) return status;
   }
   metrics->tokens += s->rows.R;
   return US_OK;
@@ -189,10 +197,12 @@ static enum us_status measure(struct session *s, size_t first, struct us_err *er
   if (!s->rows.R) return US_OK;
   struct us_batch batch = us_rows_batch(&s->rows);
   for (size_t m = 0; m < s->metrics->n; m++) {
-    enum us_status status = us_model_train_forward(s->train[m], &batch, NULL, err);
+    enum us_status status = us_learner_forward(s->model[m], &batch, err);
     if (status != US_OK) return status;
   }
-  us_pool_for(s->seq.pool, us_seq_blocks(s->rows.R, s->task_rows), 1, figure_rows, s);
+  us_pool_for(s->pool, us_seq_blocks(s->rows.R, s->task_rows), 1, figure_rows, s);
+  for (int w = 0; w < us_pool_threads(s->pool); w++)
+    if (s->errs[w].status != US_OK) return us_err_set(err, s->errs[w].status, "%s", s->errs[w].message);
   return add_figures(s, err);
 }
 
@@ -306,22 +316,24 @@ static enum us_status open_models(struct session *s, size_t capacity, struct us_
     s->routers = s->routers && same_routers(&model->shape, &job->models[0]->shape);
     status = us_rows_check_vocabulary(job->shards, model, err);
     if (status == US_OK) status = us_params_init_model(&s->params[m], model, true, err);
+    if (status == US_OK) status = us_learner_place(s->learner, &s->params[m], &s->set[m], err);
     if (status == US_OK)
-      status = us_model_train_create(&model->shape, &s->params[m], &s->seq, capacity, US_TRAIN_FORWARD,
-                                     &s->train[m], err);
+      status =
+          us_learner_model_create(s->set[m], &model->shape, capacity, US_TRAIN_FORWARD, &s->model[m], err);
   }
   return status;
 }
 
 static enum us_status open_buffers(struct session *s, size_t capacity, struct us_err *err) {
   struct us_metrics *metrics = s->metrics;
-  size_t n = s->job->n, workers = (size_t)us_pool_threads(s->seq.pool);
+  size_t n = s->job->n, workers = (size_t)us_pool_threads(s->pool);
   s->N = s->job->models[0]->shape.vocab;
   s->task_rows = TASK_LOGITS / s->N < 1 ? 1 : TASK_LOGITS / s->N > TASK_ROWS ? TASK_ROWS : TASK_LOGITS / s->N;
   s->window_of = calloc(capacity, sizeof *s->window_of);
   s->figures = calloc(n * capacity, sizeof *s->figures);
   s->logits = malloc(workers * 2 * s->task_rows * s->N * sizeof *s->logits);
-  bool complete = s->window_of && s->figures && s->logits;
+  s->errs = calloc(workers, sizeof *s->errs);
+  bool complete = s->window_of && s->figures && s->logits && s->errs;
   for (size_t m = 0; m < n; m++) {
     struct us_metrics_model *model = &metrics->models[m];
     model->window = calloc(metrics->windows, sizeof *model->window);
@@ -335,12 +347,13 @@ static enum us_status open_buffers(struct session *s, size_t capacity, struct us
 
 static void close_session(struct session *s) {
   for (size_t m = 0; m < US_METRICS_MODELS; m++) {
-    us_model_train_free(s->train[m]);
+    us_learner_model_free(s->model[m]);
+    us_learner_remove(s->set[m]);
     us_params_release(&s->params[m]);
   }
   us_window_release(&s->window);
   us_rows_release(&s->rows);
-  us_seq_release(&s->seq);
+  free(s->errs);
   free(s->window_of);
   free(s->figures);
   free(s->logits);
@@ -357,9 +370,20 @@ static enum us_status measure_all(struct session *s, struct us_err *err) {
   return US_OK;
 }
 
+static enum us_status run_session(struct session *s, struct us_err *err) {
+  size_t capacity = s->micro * s->job->length;
+  enum us_status status = open_models(s, capacity, err);
+  if (status == US_OK) status = open_buffers(s, capacity, err);
+  if (status == US_OK) status = measure_all(s, err);
+  if (status == US_OK) finish(s->metrics, s->job->shards);
+  close_session(s);
+  return status;
+}
+
 enum us_status us_metrics_run(const struct us_metrics_job *job, struct us_pool *pool,
                               struct us_metrics *ret_metrics, struct us_err *err) {
-  struct session s = {.job = job, .metrics = ret_metrics};
+  struct session s = {.job = job, .metrics = ret_metrics, .learner = job->learner, .pool = pool};
+  struct us_learner *cpu = NULL;
   *ret_metrics = (struct us_metrics){.n = job->n};
   if (!job->n || job->n > US_METRICS_MODELS || !job->length || job->length > UINT32_MAX / 64)
     return us_err_set(err, US_ERR_USAGE, "%zu models on windows of %zu tokens", job->n, job->length);
@@ -367,12 +391,11 @@ enum us_status us_metrics_run(const struct us_metrics_job *job, struct us_pool *
   if (!s.held) return us_err_set(err, US_ERR_INPUT, "the shards hold nothing out to measure on");
   ret_metrics->windows = job->windows && job->windows < s.held ? job->windows : s.held;
   s.micro = job->length < MOST_ROWS ? MOST_ROWS / job->length : 1;
-  us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  enum us_status status = open_models(&s, s.micro * job->length, err);
-  if (status == US_OK) status = open_buffers(&s, s.micro * job->length, err);
-  if (status == US_OK) status = measure_all(&s, err);
-  if (status == US_OK) finish(ret_metrics, job->shards);
-  close_session(&s);
+  enum us_status status = US_OK;
+  if (!s.learner) status = us_learner_create_cpu(pool, &cpu, err);
+  if (!s.learner) s.learner = cpu;
+  if (status == US_OK) status = run_session(&s, err);
+  us_learner_free(cpu);
   if (status != US_OK) us_metrics_release(ret_metrics);
   return status;
 }

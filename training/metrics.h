@@ -19,6 +19,7 @@
 #define US_TRAINING_METRICS_H
 
 #include "base/pool.h"
+#include "training/learner.h"
 #include "training/rows.h"
 
 #define US_METRICS_MODELS 4
@@ -59,6 +60,8 @@ struct us_metrics {
 };
 
 struct us_metrics_job {
+  struct us_learner
+      *learner; /* where the forward passes run (lane 0); NULL: the CPU, on the pool of the call */
   struct us_model
       *models[US_METRICS_MODELS]; /* same vocabulary; the experts compare where the MoE layers are alike */
   size_t n;

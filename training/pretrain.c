@@ -3,64 +3,77 @@
  * Contents: evaluation; a step; the run.
  */
 #include "training/pretrain.h"
-#include "kernels/head_loss/head_loss.h"
 #include "training/rows.h"
 
+#include <stdlib.h>
+
 #define MOST_ROWS 16384
+
+/* What a lane fills its passes from. */
+struct lane {
+  struct us_window window;
+  struct us_rows rows;
+};
 
 /* Everything a run holds beside its parameters. */
 struct session {
   struct us_pretrain *run;
-  struct us_seq seq;
-  struct us_model_train *train;
-  struct us_window window;
-  struct us_rows rows;
+  struct us_learner *learner;
+  struct us_learner_set *set;
+  struct us_learner_model *model;
+  struct lane *lanes;
   size_t micro;    /* sequences of a forward pass */
+  size_t windows;  /* of the evaluation */
+  double labels;   /* of the step */
   double loss_sum; /* since the last line */
   uint64_t loss_steps, tokens_then;
   double seconds_then;
 };
 
-static struct us_head_loss head_of(const struct session *s) {
-  const struct us_shape *shape = s->run->shape;
-  return (struct us_head_loss){.R = s->rows.R,
-                               .D = shape->hidden,
-                               .N = shape->vocab,
-                               .x = s->train->hidden,
-                               .head = s->train->head->compute,
-                               .label = s->rows.label,
-                               .weight = s->rows.weight,
-                               .scale = 1.0f};
+/* --- evaluation --- */
+
+static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bool gradient,
+                               struct us_err *err) {
+  const struct us_rows *rows = &s->lanes[lane].rows;
+  struct us_learner_pass pass = {.batch = us_rows_batch(rows),
+                                 .label = rows->label,
+                                 .weight = rows->weight,
+                                 .scale = scale,
+                                 .gradient = gradient};
+  return us_learner_pass(s->model, lane, &pass, err);
 }
 
-/* --- evaluation --- */
+static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  struct lane *own = &s->lanes[lane];
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, s->windows, &i, &end);
+  while (i < end && status == US_OK) {
+    own->rows.R = 0;
+    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
+      us_shards_heldout(s->run->shards, i, &own->window);
+      us_rows_add(&own->rows, &own->window, false);
+    }
+    if (own->rows.R) status = run_pass(s, lane, 1.0f, false, err);
+  }
+  return status;
+}
 
 /* Nats a token over the first `windows` held-out windows (0: all); the weights in use are those of the last refresh. */
 static enum us_status evaluate(struct session *s, size_t windows, struct us_pretrain_log *log,
                                struct us_err *err) {
   struct us_pretrain *run = s->run;
-  size_t count = us_shards_n_heldout(run->shards, run->length + 1), counted = 0;
-  double total = 0.0;
+  double total = 0.0, counted = 0.0;
+  s->windows = us_shards_n_heldout(run->shards, run->length + 1);
   log->heldout = log->bits_per_byte = (double)NAN;
-  if (windows && windows < count) count = windows;
-  enum us_status status = us_params_refresh(&run->params, s->seq.pool, s->seq.rounding, err);
-  for (size_t i = 0; i < count && status == US_OK;) {
-    s->rows.R = 0;
-    for (size_t j = 0; j < s->micro && i < count; j++, i++) {
-      us_shards_heldout(run->shards, i, &s->window);
-      us_rows_add(&s->rows, &s->window, false);
-    }
-    if (!s->rows.R) continue;
-    struct us_batch batch = us_rows_batch(&s->rows);
-    status = us_model_train_forward(s->train, &batch, NULL, err);
-    struct us_head_loss head = head_of(s);
-    us_head_loss(&s->seq, &head);
-    total += head.total;
-    counted += head.counted;
-  }
-  us_model_train_clear_load(s->train);
-  if (status != US_OK || !counted) return status;
-  log->heldout = total / (double)counted;
+  if (windows && windows < s->windows) s->windows = windows;
+  enum us_status status = us_learner_refresh(s->set, err);
+  if (status == US_OK) status = us_learner_each(s->learner, evaluate_lane, s, err);
+  if (status == US_OK) status = us_learner_total(s->model, &total, &counted, err);
+  us_learner_clear_load(s->model);
+  if (status != US_OK || !(counted > 0.0)) return status;
+  log->heldout = total / counted;
   double tokens = (double)us_shards_tokens(run->shards, US_PART_HELDOUT);
   double bytes = (double)us_shards_text_bytes(run->shards, US_PART_HELDOUT);
   log->bits_per_byte = log->heldout * tokens / bytes * 1.4426950408889634;
@@ -73,67 +86,57 @@ static enum us_status evaluate(struct session *s, size_t windows, struct us_pret
 static double count_labels(struct session *s, uint64_t step) {
   struct us_pretrain *run = s->run;
   if (!run->marked_only) return (double)run->batch * (double)run->length;
+  struct us_window *window = &s->lanes[0].window;
   double labels = 0.0;
   for (size_t i = 0; i < run->batch; i++) {
-    us_shards_sample(run->shards, run->seed, step, i, &s->window);
-    for (size_t k = 1; k < s->window.n; k++) labels += s->window.loss[k];
+    us_shards_sample(run->shards, run->seed, step, i, window);
+    for (size_t k = 1; k < window->n; k++) labels += window->loss[k];
   }
   return labels;
 }
 
-static enum us_status micro_step(struct session *s, size_t first, size_t sequences, double labels,
-                                 double *loss, struct us_err *err) {
+/* The lane's sequences of the step, forward and backward. */
+static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
   struct us_pretrain *run = s->run;
-  s->rows.R = 0;
-  for (size_t i = first; i < first + sequences; i++) {
-    us_shards_sample(run->shards, run->seed, run->trainer.step, i, &s->window);
-    us_rows_add(&s->rows, &s->window, run->marked_only);
-  }
-  struct us_batch batch = us_rows_batch(&s->rows);
-  enum us_status status = us_model_train_forward(s->train, &batch, NULL, err);
-  if (status != US_OK) return status;
-  struct us_head_loss head = head_of(s);
-  head.scale = labels > 0.0 ? (float)(1.0 / labels) : 0.0f;
-  head.dx = s->train->dhidden;
-  head.dhead = us_param_grad(s->train->head);
-  us_head_loss(&s->seq, &head);
-  *loss += head.total;
-  return us_model_train_backward(s->train, err);
-}
-
-static double imbalance_of(const struct us_model_train *train) {
-  double worst = 0.0;
-  for (uint32_t l = 0; l < train->shape.layers; l++) {
-    uint64_t total = 0, largest = 0;
-    for (uint32_t e = 0; e < train->shape.experts; e++) {
-      uint64_t load = train->load[(size_t)l * train->shape.experts + e];
-      total += load;
-      if (load > largest) largest = load;
+  struct lane *own = &s->lanes[lane];
+  float scale = s->labels > 0.0 ? (float)(1.0 / s->labels) : 0.0f;
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, run->batch, &i, &end);
+  while (i < end && status == US_OK) {
+    own->rows.R = 0;
+    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
+      us_shards_sample(run->shards, run->seed, run->trainer.step, i, &own->window);
+      us_rows_add(&own->rows, &own->window, run->marked_only);
     }
-    double ratio = total ? (double)largest * train->shape.experts / (double)total : 0.0;
-    if (ratio > worst) worst = ratio;
+    status = run_pass(s, lane, scale, true, err);
   }
-  return worst;
+  return status;
 }
 
 /* The bias moves fast while the experts find their roles and settles with the learning rate. */
-static float balance_now(const struct us_pretrain *run) {
+static enum us_status balance(struct session *s, struct us_err *err) {
+  struct us_pretrain *run = s->run;
   const struct us_schedule *schedule = &run->trainer.schedule;
-  double progress = us_trainer_progress(&run->trainer);
-  if (progress < schedule->warmup || !(schedule->peak > 0.0)) return run->balance_rate;
-  return (float)((double)run->balance_rate * us_schedule_rate(schedule, progress) / schedule->peak);
+  double progress = 0.0;
+  float rate = run->balance_rate;
+  enum us_status status = us_trainer_agree(&run->trainer, &progress, err);
+  if (progress >= schedule->warmup && schedule->peak > 0.0)
+    rate = (float)((double)rate * us_schedule_rate(schedule, progress) / schedule->peak);
+  return status == US_OK ? us_learner_balance(s->model, rate, &run->last.imbalance, err) : status;
 }
 
 static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_pretrain *run = s->run;
-  double labels = count_labels(s, run->trainer.step), loss = 0.0;
+  double loss = 0.0, counted = 0.0;
+  s->labels = count_labels(s, run->trainer.step);
   enum us_status status = us_trainer_open_step(&run->trainer, err);
-  for (size_t i = 0; i < run->batch && status == US_OK; i += s->micro)
-    status = micro_step(s, i, run->batch - i < s->micro ? run->batch - i : s->micro, labels, &loss, err);
+  if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
+  if (status == US_OK) status = us_learner_total(s->model, &loss, &counted, err);
+  if (status == US_OK) status = balance(s, err); /* before the save that may follow */
   if (status != US_OK) return status;
-  run->last.imbalance = imbalance_of(s->train);
-  us_model_train_balance(s->train, balance_now(run)); /* before the save that may follow */
   status = us_trainer_close_step(&run->trainer, loss, run->batch * run->length, err);
   s->loss_sum += loss;
   s->loss_steps++;
@@ -152,6 +155,7 @@ static void write_log(struct session *s) {
     log->loss = s->loss_sum / (double)s->loss_steps;
     log->tokens_per_second = spent > 0.0 ? (double)(log->tokens - s->tokens_then) / spent : 0.0;
     log->gflops = 3e-9 * us_model_train_flops(run->shape, 0.5 * (double)run->length) * log->tokens_per_second;
+    log->mfu = s->learner->peak > 0.0 ? 1e9 * log->gflops / s->learner->peak : (double)NAN;
   }
   if (run->on_log) run->on_log(run->log_arg, log);
   s->loss_sum = 0.0, s->loss_steps = 0, s->tokens_then = log->tokens;
@@ -182,24 +186,31 @@ static enum us_status train(struct session *s, struct us_err *err) {
 static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
   size_t rows = s->micro * run->length;
-  enum us_status status = us_window_init(&s->window, run->length + 1, err);
-  if (status == US_OK) status = us_rows_init(&s->rows, rows, err);
+  s->lanes = calloc(s->learner->lanes, sizeof *s->lanes);
+  enum us_status status = s->lanes ? US_OK : us_err_memory(err, "lanes", sizeof *s->lanes);
+  for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
+    status = us_window_init(&s->lanes[i].window, run->length + 1, err);
+    if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, rows, err);
+  }
   if (status == US_OK)
     status = us_params_init_fresh(&run->params, run->shape, run->seed, run->deviation, err);
+  if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK)
-    status = us_model_train_create(run->shape, &run->params, &s->seq, rows, run->memory, &s->train, err);
+    status = us_learner_model_create(s->set, run->shape, rows, run->memory, &s->model, err);
   return status;
 }
 
 static void close_session(struct session *s) {
-  us_model_train_free(s->train);
-  us_window_release(&s->window);
-  us_rows_release(&s->rows);
-  us_seq_release(&s->seq);
+  us_learner_model_free(s->model);
+  us_learner_remove(s->set);
+  for (uint32_t i = 0; s->lanes && i < s->learner->lanes; i++) {
+    us_window_release(&s->lanes[i].window);
+    us_rows_release(&s->lanes[i].rows);
+  }
+  free(s->lanes);
 }
 
-enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run};
+static enum us_status check_run(const struct us_pretrain *run, struct us_err *err) {
   if (!run->batch || !run->length || run->length > MOST_ROWS * 8)
     return us_err_set(err, US_ERR_USAGE, "%zu sequences of %zu tokens a step", run->batch, run->length);
   if (!us_shards_can_sample(run->shards, run->length + 1))
@@ -207,18 +218,35 @@ enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct
   if ((uint32_t)us_shards_vocab(run->shards) > run->shape->vocab)
     return us_err_set(err, US_ERR_INPUT, "the shards use %d tokens, the shape has %u",
                       us_shards_vocab(run->shards), run->shape->vocab);
-  s.micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
-  if (s.micro > run->batch) s.micro = run->batch;
-  us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  enum us_status status = open_session(&s, err);
-  run->trainer.params = &run->params;
-  run->trainer.seq = &s.seq;
+  return US_OK;
+}
+
+static enum us_status run_session(struct session *s, struct us_err *err) {
+  struct us_pretrain *run = s->run;
+  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
+  s->micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
+  if (s->micro > share) s->micro = share;
+  enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
+  if (status == US_OK) status = open_session(s, err);
+  run->trainer.set = s->set;
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
-  s.tokens_then = run->trainer.tokens;
-  s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train(&s, err);
-  close_session(&s);
-  run->trainer.seq = NULL;
+  s->tokens_then = run->trainer.tokens;
+  s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
+  if (status == US_OK) status = train(s, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, err);
+  close_session(s);
+  run->trainer.set = NULL;
+  return status;
+}
+
+enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct us_err *err) {
+  struct session s = {.run = run, .learner = run->learner};
+  struct us_learner *cpu = NULL;
+  enum us_status status = check_run(run, err);
+  if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
+  if (!s.learner) s.learner = cpu;
+  if (status == US_OK) status = run_session(&s, err);
+  us_learner_free(cpu);
   return status;
 }
 

@@ -12,7 +12,6 @@
 #ifndef US_TRAINING_PRETRAIN_H
 #define US_TRAINING_PRETRAIN_H
 
-#include "training/model_train.h"
 #include "training/shards.h"
 #include "training/trainer.h"
 
@@ -25,10 +24,12 @@ struct us_pretrain_log {
   double bits_per_byte; /* of the same */
   double rate, norm;
   double tokens_per_second, gflops; /* since the last line */
+  double mfu;                       /* gflops over the learner's peak; NAN where that is not known */
   double imbalance; /* largest load of an expert over the mean, worst layer, since the last balancing step */
 };
 
 struct us_pretrain {
+  struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   const struct us_shape *shape;
   const struct us_shards *shards;
   size_t batch, length; /* sequences a step, tokens a sequence */

@@ -4,22 +4,28 @@
  */
 #include "training/qat.h"
 
-#include "kernels/head_loss/head_loss.h"
-
 #include <stdlib.h>
 
 #define MOST_ROWS 8192
 
+/* What a lane fills its passes from. */
+struct lane {
+  struct us_window window;
+  struct us_rows rows;
+};
+
 /* Everything a run holds beside its masters. */
 struct session {
   struct us_qat *run;
-  struct us_seq seq;
+  struct us_learner *learner;
   struct us_params frozen; /* the teacher's */
-  struct us_model_train *student, *teacher;
-  struct us_window window;
-  struct us_rows rows;
-  size_t micro;    /* sequences of a forward pass */
-  double loss_sum; /* since the last line */
+  struct us_learner_set *set, *frozen_set;
+  struct us_learner_model *student, *teacher;
+  struct lane *lanes;
+  size_t micro;      /* sequences of a forward pass */
+  size_t held, eval; /* held-out windows, and those of an evaluation */
+  double labels;     /* of the step */
+  double loss_sum;   /* since the last line */
   uint64_t loss_steps, tokens_then;
   double seconds_then;
 };
@@ -82,98 +88,96 @@ enum us_status us_qat_open(struct us_qat *run, struct us_err *err) {
 
 /* --- losses --- */
 
-/* Forward passes of both models over the session's rows, and the loss; its gradient too if `labels` (the step's) is not
- * 0. Returns the mean over `labels`, or the sum. */
-static enum us_status run_rows(struct session *s, double labels, double *ret_loss, struct us_err *err) {
-  struct us_qat *run = s->run;
-  struct us_batch batch = us_rows_batch(&s->rows);
-  struct us_head_teacher teacher = {0};
-  enum us_status status = us_model_train_forward(s->student, &batch, NULL, err);
-  struct us_head_loss head = {.R = s->rows.R,
-                              .D = run->original->shape.hidden,
-                              .N = run->original->shape.vocab,
-                              .x = s->student->hidden,
-                              .head = s->student->head->compute,
-                              .label = s->rows.label,
-                              .weight = s->rows.weight,
-                              .scale = 1.0f};
-  if (status == US_OK && run->loss == US_QAT_KL) {
-    status = us_model_train_forward(s->teacher, &batch, NULL, err);
-    teacher =
-        (struct us_head_teacher){.x = s->teacher->hidden, .D = head.D, .head = s->teacher->head->compute};
-    head.teacher = &teacher;
+/* Forward passes of both models over the lane's rows, and the loss: the mean over `labels` (the step's) with its gradient, or
+ * for 0 the sum. */
+static enum us_status run_rows(struct session *s, uint32_t lane, double labels, struct us_err *err) {
+  const struct us_rows *rows = &s->lanes[lane].rows;
+  struct us_learner_pass pass = {.batch = us_rows_batch(rows),
+                                 .label = rows->label,
+                                 .weight = rows->weight,
+                                 .teacher = s->teacher,
+                                 .scale = labels > 0.0 ? (float)(1.0 / labels) : 1.0f,
+                                 .gradient = labels > 0.0};
+  return us_learner_pass(s->student, lane, &pass, err);
+}
+
+static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  struct lane *own = &s->lanes[lane];
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, s->eval, &i, &end);
+  while (i < end && status == US_OK) {
+    own->rows.R = 0;
+    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
+      us_shards_heldout(s->run->shards, i * s->held / s->eval, &own->window);
+      us_rows_add(&own->rows, &own->window, false);
+    }
+    if (own->rows.R) status = run_rows(s, lane, 0.0, err);
   }
-  if (status != US_OK) return status;
-  if (labels > 0.0) {
-    head.scale = (float)(1.0 / labels);
-    head.dx = s->student->dhidden;
-    head.dhead = us_param_grad(s->student->head);
-  }
-  us_head_loss(&s->seq, &head);
-  *ret_loss = head.total;
-  if (s->seq.failed) return us_err_memory(err, "scratch", 0);
-  return labels > 0.0 ? us_model_train_backward(s->student, err) : US_OK;
+  return status;
 }
 
 /* Mean loss over held-out windows, spread evenly; NAN if there is none. */
 static enum us_status evaluate(struct session *s, double *ret_loss, struct us_err *err) {
   struct us_qat *run = s->run;
-  size_t held = us_shards_n_heldout(run->shards, run->length + 1), rows = 0;
-  size_t count = run->eval_windows < held ? run->eval_windows : held;
-  double total = 0.0;
+  double total = 0.0, counted = 0.0;
+  s->held = us_shards_n_heldout(run->shards, run->length + 1);
+  s->eval = run->eval_windows < s->held ? run->eval_windows : s->held;
   *ret_loss = (double)NAN;
-  if (!count) return US_OK;
-  enum us_status status = us_params_refresh(&run->params, s->seq.pool, s->seq.rounding, err);
-  for (size_t i = 0; i < count && status == US_OK;) {
-    double loss = 0.0;
-    s->rows.R = 0;
-    for (size_t j = 0; j < s->micro && i < count; j++, i++) {
-      us_shards_heldout(run->shards, i * held / count, &s->window);
-      us_rows_add(&s->rows, &s->window, false);
-    }
-    if (s->rows.R) status = run_rows(s, 0.0, &loss, err);
-    total += loss;
-    rows += s->rows.R;
-  }
-  us_model_train_clear_load(s->student);
-  if (status == US_OK && rows) *ret_loss = total / (double)rows;
+  if (!s->eval) return US_OK;
+  enum us_status status = us_learner_refresh(s->set, err);
+  if (status == US_OK) status = us_learner_each(s->learner, evaluate_lane, s, err);
+  if (status == US_OK) status = us_learner_total(s->student, &total, &counted, err);
+  us_learner_clear_load(s->student);
+  if (status == US_OK && counted > 0.0) *ret_loss = total / counted;
   return status;
 }
 
 /* --- a step --- */
 
-static void sample(struct session *s, size_t first, size_t sequences) {
-  struct us_qat *run = s->run;
-  s->rows.R = 0;
+static void sample(const struct us_qat *run, struct lane *lane, size_t first, size_t sequences) {
+  lane->rows.R = 0;
   for (size_t i = first; i < first + sequences; i++) {
-    us_shards_sample(run->shards, run->seed, run->trainer.step, i, &s->window);
-    us_rows_add(&s->rows, &s->window, run->marked_only);
+    us_shards_sample(run->shards, run->seed, run->trainer.step, i, &lane->window);
+    us_rows_add(&lane->rows, &lane->window, run->marked_only);
   }
 }
 
 /* Weight of all labels of the step, so that each forward pass knows its share of the mean. */
 static double count_labels(struct session *s) {
   struct us_qat *run = s->run;
+  struct us_rows *rows = &s->lanes[0].rows;
   double labels = 0.0;
   if (!run->marked_only) return (double)run->batch * (double)run->length;
   for (size_t i = 0; i < run->batch; i++) {
-    sample(s, i, 1);
-    for (size_t r = 0; r < s->rows.R; r++) labels += (double)s->rows.weight[r];
+    sample(run, &s->lanes[0], i, 1);
+    for (size_t r = 0; r < rows->R; r++) labels += (double)rows->weight[r];
   }
   return labels > 0.0 ? labels : 1.0;
+}
+
+static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  size_t i, end;
+  enum us_status status = US_OK;
+  us_learner_share(s->learner, lane, s->run->batch, &i, &end);
+  for (; i < end && status == US_OK; i += s->micro) {
+    sample(s->run, &s->lanes[lane], i, end - i < s->micro ? end - i : s->micro);
+    status = run_rows(s, lane, s->labels, err);
+  }
+  return status;
 }
 
 static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_qat *run = s->run;
-  double labels = count_labels(s), loss = 0.0, part = 0.0;
+  double loss = 0.0, counted = 0.0;
+  s->labels = count_labels(s);
   enum us_status status = us_trainer_open_step(&run->trainer, err);
-  for (size_t i = 0; i < run->batch && status == US_OK; i += s->micro) {
-    sample(s, i, run->batch - i < s->micro ? run->batch - i : s->micro);
-    status = run_rows(s, labels, &part, err);
-    loss += part;
-  }
-  us_model_train_clear_load(s->student);
+  if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
+  if (status == US_OK) status = us_learner_total(s->student, &loss, &counted, err);
+  us_learner_clear_load(s->student);
   if (status == US_OK) status = us_trainer_close_step(&run->trainer, loss, run->batch * run->length, err);
   s->loss_sum += loss;
   s->loss_steps++;
@@ -194,6 +198,10 @@ static enum us_status report(void *arg, bool evaluates, struct us_err *err) {
                            .rate = run->trainer.rate,
                            .norm = run->trainer.norm};
   if (s->loss_steps && spent > 0.0) log.tokens_per_second = (double)(log.tokens - s->tokens_then) / spent;
+  /* The student's passes count three, the teacher's one. */
+  double passes = run->loss == US_QAT_KL ? 4.0 : 3.0,
+         flops = us_model_train_flops(&run->original->shape, 0.5 * (double)run->length);
+  log.mfu = s->learner->peak > 0.0 ? passes * flops * log.tokens_per_second / s->learner->peak : (double)NAN;
   enum us_status status = evaluates ? evaluate(s, &log.heldout, err) : US_OK;
   if (status == US_OK && run->on_log) run->on_log(run->log_arg, &log);
   s->loss_sum = 0.0, s->loss_steps = 0, s->tokens_then = log.tokens;
@@ -213,52 +221,76 @@ static enum us_status train(struct session *s, struct us_err *err) {
   return status == US_OK ? us_trainer_run(&run->trainer, &loop, err) : status;
 }
 
-static enum us_status open_session(struct session *s, struct us_err *err) {
+static enum us_status open_models(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
   const struct us_shape *shape = &run->original->shape;
   size_t rows = s->micro * run->length;
-  enum us_status status = us_window_init(&s->window, run->length + 1, err);
-  if (status == US_OK) status = us_rows_init(&s->rows, rows, err);
-  if (status == US_OK) status = us_qat_open(run, err);
-  if (status == US_OK)
-    status = us_model_train_create(shape, &run->params, &s->seq, rows, run->memory, &s->student, err);
+  enum us_status status = us_qat_open(run, err);
+  if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
+  if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
   status = us_params_init_model(&s->frozen, run->original, true, err);
+  if (status == US_OK) status = us_learner_place(s->learner, &s->frozen, &s->frozen_set, err);
   if (status == US_OK)
-    status = us_model_train_create(shape, &s->frozen, &s->seq, rows, US_TRAIN_FORWARD, &s->teacher, err);
+    status = us_learner_model_create(s->frozen_set, shape, rows, US_TRAIN_FORWARD, &s->teacher, err);
   return status;
 }
 
+static enum us_status open_session(struct session *s, struct us_err *err) {
+  struct us_qat *run = s->run;
+  s->lanes = calloc(s->learner->lanes, sizeof *s->lanes);
+  enum us_status status = s->lanes ? US_OK : us_err_memory(err, "lanes", sizeof *s->lanes);
+  for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
+    status = us_window_init(&s->lanes[i].window, run->length + 1, err);
+    if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, s->micro * run->length, err);
+  }
+  return status == US_OK ? open_models(s, err) : status;
+}
+
 static void close_session(struct session *s) {
-  us_model_train_free(s->student);
-  us_model_train_free(s->teacher);
+  us_learner_model_free(s->student);
+  us_learner_model_free(s->teacher);
+  us_learner_remove(s->set);
+  us_learner_remove(s->frozen_set);
   us_params_release(&s->frozen);
-  us_window_release(&s->window);
-  us_rows_release(&s->rows);
-  us_seq_release(&s->seq);
+  for (uint32_t i = 0; s->lanes && i < s->learner->lanes; i++) {
+    us_window_release(&s->lanes[i].window);
+    us_rows_release(&s->lanes[i].rows);
+  }
+  free(s->lanes);
+}
+
+static enum us_status run_session(struct session *s, struct us_err *err) {
+  struct us_qat *run = s->run;
+  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
+  s->micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
+  if (s->micro > share) s->micro = share;
+  enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
+  if (status == US_OK) status = open_session(s, err);
+  run->trainer.set = s->set;
+  if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
+  s->tokens_then = run->trainer.tokens;
+  s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
+  if (status == US_OK) status = train(s, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, err);
+  close_session(s);
+  run->trainer.set = NULL;
+  return status;
 }
 
 enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run};
+  struct session s = {.run = run, .learner = run->learner};
+  struct us_learner *cpu = NULL;
   run->params = (struct us_params){0};
   if (!run->batch || !run->length || run->length > (size_t)1 << 17)
     return us_err_set(err, US_ERR_USAGE, "%zu sequences of %zu tokens a step", run->batch, run->length);
   if (!us_shards_can_sample(run->shards, run->length + 1))
     return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", run->length + 1);
   enum us_status status = us_rows_check_vocabulary(run->shards, run->original, err);
-  if (status != US_OK) return status;
-  s.micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
-  if (s.micro > run->batch) s.micro = run->batch;
-  us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  status = open_session(&s, err);
-  run->trainer.params = &run->params;
-  run->trainer.seq = &s.seq;
-  if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
-  s.tokens_then = run->trainer.tokens;
-  s.seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
-  if (status == US_OK) status = train(&s, err);
-  close_session(&s);
-  run->trainer.seq = NULL;
+  if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
+  if (!s.learner) s.learner = cpu;
+  if (status == US_OK) status = run_session(&s, err);
+  us_learner_free(cpu);
   return status;
 }
 

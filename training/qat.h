@@ -37,9 +37,11 @@ struct us_qat_log {
   double heldout; /* the same loss on held-out windows; NAN unless evaluated now */
   double rate, norm;
   double tokens_per_second;
+  double mfu; /* of the learner's peak; NAN where that is not known */
 };
 
 struct us_qat {
+  struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   struct us_model *original;
   const struct us_convert *convert;
   const struct us_shards *shards;

@@ -1,7 +1,7 @@
 /* trainer.h: what every training loop does around its forward and backward pass.
  *
- *     struct us_trainer t = {.params = &params, .seq = &seq, .optim = us_optim_default(US_OPTIM_MUON),
- *                            .schedule = {...}, .clip = 1, .steps = 1000, .state_path = "run.state", .save_every = 100};
+ *     struct us_trainer t = {.set = set, .optim = us_optim_default(US_OPTIM_MUON), .schedule = {...}, .clip = 1,
+ *                            .steps = 1000, .state_path = "run.state", .save_every = 100};    // set: us_learner_place
  *     us_trainer_start(&t, resume, &err);
  *     while (!us_trainer_done(&t)) {
  *       us_trainer_open_step(&t, &err);                   // compute weights, zero gradients
@@ -11,18 +11,18 @@
  *     us_trainer_finish(&t, &err);                          // a last save
  *
  * A run ends after `steps` or `minutes`, whichever comes first; the schedule follows the one that is further. A run by
- * steps is bit-exact across kill and resume; one by minutes depends on the clock.
+ * steps is bit-exact across kill and resume; one by minutes depends on the clock. Where several processes train together, all
+ * make these calls; the clock and the files are those of the one that leads, and an interruption of one stops all.
  */
 #ifndef US_TRAINING_TRAINER_H
 #define US_TRAINING_TRAINER_H
 
-#include "training/optim.h"
+#include "training/learner.h"
 #include "training/schedule.h"
 #include "training/state.h"
 
 struct us_trainer {
-  struct us_params *params;
-  struct us_seq *seq;
+  struct us_learner_set *set; /* borrowed: what is trained, and where */
   struct us_optim optim;
   struct us_schedule schedule;
   double clip;            /* largest gradient norm; 0: none */
@@ -49,6 +49,10 @@ US_CHECKED enum us_status us_trainer_start(struct us_trainer *trainer, bool resu
 double us_trainer_progress(const struct us_trainer *trainer);
 double us_trainer_seconds(const struct us_trainer *trainer);
 bool us_trainer_done(const struct us_trainer *trainer);
+
+/* Progress as the leading process sees it, the same in all: with `minutes` every process has a clock of its own. */
+US_CHECKED enum us_status us_trainer_agree(const struct us_trainer *trainer, double *ret_progress,
+                                           struct us_err *err);
 
 US_CHECKED enum us_status us_trainer_open_step(struct us_trainer *trainer, struct us_err *err);
 

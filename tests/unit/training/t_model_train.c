@@ -285,12 +285,27 @@ START_TEST(taps_are_the_stream_after_their_layers) {
 }
 END_TEST
 
+static struct us_learner_set *place(struct model *m) {
+  struct us_learner *learner = NULL;
+  struct us_learner_set *set = NULL;
+  struct us_err err = {0};
+  ck_assert_int_eq(us_learner_create_cpu(m->seq.pool, &learner, &err), US_OK);
+  ck_assert_int_eq(us_learner_place(learner, &m->params, &set, &err), US_OK);
+  return set;
+}
+
+static void leave(struct us_learner_set *set) {
+  struct us_learner *learner = set->learner;
+  us_learner_remove(set);
+  us_learner_free(learner);
+}
+
 static double overfit(enum us_optim_kind kind, double rate) {
   struct model m;
   struct us_err err = {0};
   open_model(&m, tiny_pro(), 2, US_SEQ_ROUND_BF16, US_TRAIN_SAVE);
-  struct us_trainer trainer = {.params = &m.params,
-                               .seq = &m.seq,
+  struct us_learner_set *set = place(&m);
+  struct us_trainer trainer = {.set = set,
                                .optim = us_optim_default(kind),
                                .clip = 1.0,
                                .schedule = {.kind = US_SCHEDULE_COSINE, .peak = rate, .warmup = 0.1},
@@ -316,6 +331,7 @@ static double overfit(enum us_optim_kind kind, double rate) {
     ck_assert_int_eq(us_trainer_close_step(&trainer, head.total, TINY_ROWS, &err), US_OK);
     loss = head.total;
   }
+  leave(set);
   close_model(&m);
   return loss;
 }
@@ -330,8 +346,8 @@ START_TEST(a_gradient_that_is_not_finite_stops_the_step_and_is_named) {
   struct model m;
   struct us_err err = {0};
   open_model(&m, tiny_pro(), 1, US_SEQ_ROUND_BF16, US_TRAIN_SAVE);
-  struct us_trainer trainer = {.params = &m.params,
-                               .seq = &m.seq,
+  struct us_learner_set *set = place(&m);
+  struct us_trainer trainer = {.set = set,
                                .optim = us_optim_default(US_OPTIM_ADAMW),
                                .steps = 5,
                                .schedule = {.peak = 1e-3}};
@@ -346,6 +362,7 @@ START_TEST(a_gradient_that_is_not_finite_stops_the_step_and_is_named) {
   p->value[3] = INFINITY;
   ck_assert_int_eq(us_trainer_open_step(&trainer, &err), US_ERR_CHECK);
   ck_assert_msg(strstr(err.message, p->name) != NULL, "%s", err.message);
+  leave(set);
   close_model(&m);
 }
 END_TEST

@@ -55,8 +55,11 @@ static uint64_t train(const char *state, bool resume, int threads, uint64_t paus
   if (us_pool_create(threads, &pool, &err) != US_OK) _exit(3);
   us_seq_init(&seq, pool, US_SEQ_ROUND_BF16);
   if (us_model_train_create(&shape, &params, &seq, 64, US_TRAIN_SAVE, &model, &err) != US_OK) _exit(3);
-  struct us_trainer t = {.params = &params,
-                         .seq = &seq,
+  struct us_learner *learner = NULL;
+  struct us_learner_set *set = NULL;
+  if (us_learner_create_cpu(pool, &learner, &err) != US_OK) _exit(3);
+  if (us_learner_place(learner, &params, &set, &err) != US_OK) _exit(3);
+  struct us_trainer t = {.set = set,
                          .optim = us_optim_default(US_OPTIM_MUON),
                          .clip = 1.0,
                          .schedule = {.kind = US_SCHEDULE_COSINE, .peak = 1e-2, .warmup = 0.1},
@@ -98,6 +101,8 @@ static uint64_t train(const char *state, bool resume, int threads, uint64_t paus
     *ret_floats = params.floats;
   }
   us_model_train_free(model);
+  us_learner_remove(set);
+  us_learner_free(learner);
   us_seq_release(&seq);
   us_pool_free(pool);
   us_params_release(&params);
@@ -226,10 +231,16 @@ START_TEST(other_options_or_tensors_are_refused_and_named) {
   f.params.items[2].rows++;
   ck_assert_int_eq(us_train_state_read(f.path, &f.state, &found, &err), US_ERR_INPUT);
   f.params.items[2].rows--;
-  struct us_trainer t = {.params = &f.params, .steps = 10, .state_path = f.path, .options = "a=1"};
+  struct us_learner *learner = NULL;
+  struct us_learner_set *set = NULL;
+  ck_assert_int_eq(us_learner_create_cpu(NULL, &learner, &err), US_OK);
+  ck_assert_int_eq(us_learner_place(learner, &f.params, &set, &err), US_OK);
+  struct us_trainer t = {.set = set, .steps = 10, .state_path = f.path, .options = "a=1"};
   ck_assert_int_eq(us_trainer_start(&t, false, &err), US_ERR_USAGE); /* it would be overwritten */
   ck_assert_int_eq(us_trainer_start(&t, true, &err), US_OK);
   ck_assert_uint_eq(t.step, 5);
+  us_learner_remove(set);
+  us_learner_free(learner);
   close_fixture(&f);
 }
 END_TEST
