@@ -88,11 +88,11 @@ US_SEQ_CLONES static void scatter_rows(void *arg, size_t begin, size_t end, int 
   }
 }
 
-static void tally_blocks(struct us_draft_loss *loss, const struct us_draft_blocks *blocks) {
+void us_draft_loss_tally(struct us_draft_loss *loss, size_t n_blocks, uint32_t B, const uint32_t *labels) {
   struct us_draft_tally *sum = &loss->sum;
   size_t i = 0;
-  for (size_t b = 0; b < blocks->n; b++) {
-    uint32_t n = blocks->labels[b], accepted = 0;
+  for (size_t b = 0; b < n_blocks; b++) {
+    uint32_t n = labels[b], accepted = 0;
     us_draft_slot_weights(loss, loss->logprob + i, n, loss->weight + i);
     for (uint32_t j = 1; j <= n; j++, i++) {
       sum->loss += (double)loss->weight[i] * (double)loss->loss[i];
@@ -101,7 +101,7 @@ static void tally_blocks(struct us_draft_loss *loss, const struct us_draft_block
       sum->hits[j] += loss->hit[i];
       if (accepted + 1 == j && loss->hit[i]) accepted = j;
     }
-    if (n + 1 != blocks->B) continue;
+    if (n + 1 != B) continue;
     sum->blocks++;
     sum->accepted += accepted;
   }
@@ -127,7 +127,7 @@ void us_draft_loss(struct us_seq *seq, struct us_draft_loss *loss, const struct 
                               .row_logprob = loss->logprob,
                               .row_hit = loss->hit};
   us_head_loss(seq, &args);
-  tally_blocks(loss, blocks);
+  us_draft_loss_tally(loss, blocks->n, blocks->B, blocks->labels);
   if (!dhidden) return;
   memset(dhidden, 0, blocks->n * blocks->B * D * sizeof *dhidden);
   us_pool_for(seq->pool, n, US_SEQ_BLOCK, scatter_rows, &task);

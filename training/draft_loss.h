@@ -62,6 +62,10 @@ void us_draft_loss(struct us_seq *seq, struct us_draft_loss *loss, const struct 
 /* Weights of slots 1 .. n of one block (into weight[0 .. n-1]); logprob (n) of their labels, used by dpace. */
 void us_draft_slot_weights(const struct us_draft_loss *loss, const float *logprob, uint32_t n, float *weight);
 
+/* Add n blocks of B rows with `labels` labelled slots each to loss->sum, from loss->loss, logprob and hit of the labelled rows
+ * in order; loss->weight is written. */
+void us_draft_loss_tally(struct us_draft_loss *loss, size_t n, uint32_t B, const uint32_t *labels);
+
 /* Mean loss; share of hits of a slot; simulated acceptance length: 1 + slots before the first miss. NAN without rows. */
 double us_draft_tally_loss(const struct us_draft_tally *tally);
 double us_draft_tally_accuracy(const struct us_draft_tally *tally, uint32_t slot);

@@ -1,6 +1,6 @@
 /* draft_train.c: forward pass of a DFlash drafter over many blocks.
  *
- * Contents: roles; memory; creation; context; block layers; forward; cost.
+ * Contents: memory; creation; context; block layers; forward; cost.
  */
 #include "training/arena.h"
 #include "training/draft_train_state.h"
@@ -8,56 +8,7 @@
 #include "kernels/embed/embed_grad.h"
 #include "kernels/rope/rope.h"
 
-#include <stdio.h>
 #include <stdlib.h>
-
-/* --- roles --- */
-
-static struct us_param *in_layer(const struct us_params *params, uint32_t l, const char *rest) {
-  char name[128];
-  snprintf(name, sizeof name, "layers.%u.%s", l, rest);
-  return us_params_find(params, name);
-}
-
-/* b lies right behind a, so that one product reads both. */
-static bool follows(const struct us_param *a, const struct us_param *b) {
-  return a && b && b->offset == a->offset + a->rows * a->cols && b->cols == a->cols;
-}
-
-static enum us_status bind_layer(const struct us_draft_train *train, uint32_t l, struct us_err *err) {
-  const struct us_params *p = train->params;
-  struct us_draft_roles *r = &train->state->roles[l];
-  struct us_param *v = in_layer(p, l, "self_attn.v_proj.weight"), *up = in_layer(p, l, "mlp.up_proj.weight");
-  *r = (struct us_draft_roles){.input_norm = in_layer(p, l, "input_layernorm.weight"),
-                               .post_norm = in_layer(p, l, "post_attention_layernorm.weight"),
-                               .q = in_layer(p, l, "self_attn.q_proj.weight"),
-                               .k = in_layer(p, l, "self_attn.k_proj.weight"),
-                               .q_norm = in_layer(p, l, "self_attn.q_norm.weight"),
-                               .k_norm = in_layer(p, l, "self_attn.k_norm.weight"),
-                               .o_proj = in_layer(p, l, "self_attn.o_proj.weight"),
-                               .sink = in_layer(p, l, "self_attn.attention_sink_bias"),
-                               .gate_up = in_layer(p, l, "mlp.gate_proj.weight"),
-                               .down = in_layer(p, l, "mlp.down_proj.weight")};
-  if (!follows(r->q, r->k) || !follows(r->k, v) || !follows(r->gate_up, up))
-    return us_err_set(err, US_ERR_CHECK, "layer %u: q, k, v or gate, up are not stored behind each other", l);
-  if (!r->input_norm || !r->post_norm || !r->q_norm || !r->k_norm || !r->o_proj || !r->down ||
-      (train->shape.attention.sink && !r->sink))
-    return us_err_set(err, US_ERR_CHECK, "layer %u: a tensor is missing", l);
-  return US_OK;
-}
-
-static enum us_status bind_roles(const struct us_draft_train *train, struct us_err *err) {
-  struct us_draft_train_state *s = train->state;
-  s->fc = us_params_find(train->params, "fc.weight");
-  s->hidden_norm = us_params_find(train->params, "hidden_norm.weight");
-  s->final_norm = us_params_find(train->params, "norm.weight");
-  s->mask = us_params_find(train->params, "mask_embedding");
-  if (!s->fc || !s->hidden_norm || !s->final_norm || !s->mask)
-    return us_err_set(err, US_ERR_CHECK, "the drafter's fc, norms or mask vector are missing");
-  enum us_status status = US_OK;
-  for (uint32_t l = 0; l < train->shape.layers && status == US_OK; l++) status = bind_layer(train, l, err);
-  return status;
-}
 
 /* --- memory --- */
 
@@ -150,7 +101,7 @@ enum us_status us_draft_train_create(const struct us_draft_shape *shape, struct 
     t = (struct us_arena){.base = train->state->arena};
     take_all(&t, train, train->state);
     fill_constants(train);
-    status = bind_roles(train, err);
+    status = us_draft_roles_find(shape, params, &train->state->roles, err);
   }
   if (status != US_OK) {
     us_draft_train_free(train);
@@ -177,10 +128,10 @@ static void fuse_taps(struct us_draft_train *train, const float *taps) {
     us_bf16_round_all(taps, R * wide, s->features);
   else
     memcpy(s->features, taps, R * wide * sizeof *taps);
-  us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = D, .K = wide}, s->features, s->fc->compute,
+  us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = D, .K = wide}, s->features, s->roles.fc->compute,
                 s->fused);
   us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
-                 s->fused, s->hidden_norm->compute, s->context, s->fused_inverse);
+                 s->fused, s->roles.hidden_norm->compute, s->context, s->fused_inverse);
 }
 
 /* --- block layers --- */
@@ -189,7 +140,7 @@ static void fuse_taps(struct us_draft_train *train, const float *taps) {
 static void project(struct us_draft_train *train, uint32_t l) {
   struct us_draft_train_state *s = train->state;
   const struct us_attention_shape *a = &train->shape.attention;
-  const struct us_draft_roles *roles = &s->roles[l];
+  const struct us_draft_layer_roles *roles = &s->roles.layer[l];
   struct us_draft_saved *saved = &s->saved[l];
   size_t R = train->R, rows = us_draft_block_rows(train), D = train->shape.hidden;
   size_t W = us_attention_qkv_rows(a), q_width = (size_t)a->q_heads * a->qk_dim;
@@ -240,7 +191,7 @@ struct us_attention_seq us_draft_train_attention(const struct us_draft_train *tr
                                    .block_begin = train->blocks->range[2],
                                    .block_end = train->blocks->range[3],
                                    .scale = (float)(1.0 / sqrt((double)a->qk_dim)),
-                                   .sink = a->sink ? s->roles[l].sink->compute : NULL,
+                                   .sink = a->sink ? s->roles.layer[l].sink->compute : NULL,
                                    .out = saved->attention,
                                    .max = saved->max,
                                    .sum = saved->sum};
@@ -249,7 +200,7 @@ struct us_attention_seq us_draft_train_attention(const struct us_draft_train *tr
 static void run_layer(struct us_draft_train *train, uint32_t l) {
   struct us_draft_train_state *s = train->state;
   const struct us_attention_shape *a = &train->shape.attention;
-  const struct us_draft_roles *roles = &s->roles[l];
+  const struct us_draft_layer_roles *roles = &s->roles.layer[l];
   struct us_draft_saved *saved = &s->saved[l];
   size_t rows = us_draft_block_rows(train), D = train->shape.hidden, F = train->shape.inner;
   struct us_rmsnorm_rows norm = {.R = rows, .D = D, .eps = (float)train->shape.norm_eps};
@@ -298,12 +249,12 @@ enum us_status us_draft_train_forward(struct us_draft_train *train, const float 
   size_t rows = us_draft_block_rows(train), D = train->shape.hidden;
   us_embed_seq(train->seq, blocks->token, rows, D, train->embed, s->residual[0]);
   for (size_t r = 0; r < rows; r++)
-    if (blocks->token[r] < 0) memcpy(s->residual[0] + r * D, s->mask->compute, D * sizeof(float));
+    if (blocks->token[r] < 0) memcpy(s->residual[0] + r * D, s->roles.mask->compute, D * sizeof(float));
   fuse_taps(train, taps);
   for (uint32_t l = 0; l < train->shape.layers; l++) run_layer(train, l);
-  us_rmsnorm_seq(train->seq,
-                 &(struct us_rmsnorm_rows){.R = rows, .D = D, .eps = (float)train->shape.norm_eps},
-                 s->residual[train->shape.layers], s->final_norm->compute, train->hidden, s->final_inverse);
+  us_rmsnorm_seq(
+      train->seq, &(struct us_rmsnorm_rows){.R = rows, .D = D, .eps = (float)train->shape.norm_eps},
+      s->residual[train->shape.layers], s->roles.final_norm->compute, train->hidden, s->final_inverse);
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }
 

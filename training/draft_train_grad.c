@@ -17,18 +17,18 @@ static void mlp_grad(struct us_draft_train *train, uint32_t l) {
   struct us_draft_train_state *s = train->state;
   struct us_draft_saved *saved = &s->saved[l];
   size_t rows = us_draft_block_rows(train), D = train->shape.hidden, F = train->shape.inner;
-  linear_grad(train->seq, &(struct us_linear){.R = rows, .N = D, .K = F}, saved->a, s->dx, s->roles[l].down,
-              0.0f, s->da);
+  linear_grad(train->seq, &(struct us_linear){.R = rows, .N = D, .K = F}, saved->a, s->dx,
+              s->roles.layer[l].down, 0.0f, s->da);
   us_swiglu_grad(train->seq, rows, F, saved->gate_up, s->da, saved->gate_up);
   linear_grad(train->seq, &(struct us_linear){.R = rows, .N = 2 * F, .K = D}, saved->norm2, saved->gate_up,
-              s->roles[l].gate_up, 0.0f, s->branch);
+              s->roles.layer[l].gate_up, 0.0f, s->branch);
 }
 
 /* dqkv: from the gradients of rotated, normed q and k and of scaled v to those of the raw projections. */
 static void unrotate(struct us_draft_train *train, uint32_t l) {
   struct us_draft_train_state *s = train->state;
   const struct us_attention_shape *a = &train->shape.attention;
-  const struct us_draft_roles *roles = &s->roles[l];
+  const struct us_draft_layer_roles *roles = &s->roles.layer[l];
   struct us_draft_saved *saved = &s->saved[l];
   size_t R = train->R, rows = us_draft_block_rows(train), W = us_attention_qkv_rows(a);
   size_t q_width = (size_t)a->q_heads * a->qk_dim;
@@ -56,7 +56,7 @@ static void unrotate(struct us_draft_train *train, uint32_t l) {
 static void attention_grad(struct us_draft_train *train, uint32_t l) {
   struct us_draft_train_state *s = train->state;
   const struct us_attention_shape *a = &train->shape.attention;
-  const struct us_draft_roles *roles = &s->roles[l];
+  const struct us_draft_layer_roles *roles = &s->roles.layer[l];
   struct us_draft_saved *saved = &s->saved[l];
   size_t R = train->R, rows = us_draft_block_rows(train), D = train->shape.hidden;
   size_t W = us_attention_qkv_rows(a), q_width = (size_t)a->q_heads * a->qk_dim;
@@ -82,11 +82,11 @@ enum us_status us_draft_train_backward(struct us_draft_train *train, struct us_e
   const struct us_draft_shape *shape = &train->shape;
   size_t R = train->R, rows = us_draft_block_rows(train), D = shape->hidden;
   struct us_rmsnorm_rows norm = {.R = rows, .D = D, .eps = (float)shape->norm_eps};
-  us_rmsnorm_grad(train->seq, &norm, s->residual[shape->layers], s->final_norm->compute, s->final_inverse,
-                  train->dhidden, 0.0f, s->dx, us_param_grad(s->final_norm));
+  us_rmsnorm_grad(train->seq, &norm, s->residual[shape->layers], s->roles.final_norm->compute,
+                  s->final_inverse, train->dhidden, 0.0f, s->dx, us_param_grad(s->roles.final_norm));
   for (uint32_t l = shape->layers; l-- > 0;) {
     struct us_draft_saved *saved = &s->saved[l];
-    const struct us_draft_roles *roles = &s->roles[l];
+    const struct us_draft_layer_roles *roles = &s->roles.layer[l];
     mlp_grad(train, l);
     us_rmsnorm_grad(train->seq, &norm, saved->middle, roles->post_norm->compute, saved->inverse2, s->branch,
                     1.0f, s->dx, us_param_grad(roles->post_norm));
@@ -95,14 +95,14 @@ enum us_status us_draft_train_backward(struct us_draft_train *train, struct us_e
                     1.0f, s->dx, us_param_grad(roles->input_norm));
   }
   /* The mask vector stands in every row but the anchors': its gradient is the sum of those rows. */
-  if (us_param_grad(s->mask))
+  if (us_param_grad(s->roles.mask))
     us_linear_grad_w(train->seq, &(struct us_linear){.R = rows, .N = 1, .K = D}, s->masked, s->dx,
-                     us_param_grad(s->mask));
+                     us_param_grad(s->roles.mask));
   struct us_rmsnorm_rows context = {.R = R, .D = D, .eps = (float)shape->norm_eps};
-  us_rmsnorm_grad(train->seq, &context, s->fused, s->hidden_norm->compute, s->fused_inverse, s->dcontext,
-                  0.0f, s->dcontext, us_param_grad(s->hidden_norm));
-  if (us_param_grad(s->fc))
+  us_rmsnorm_grad(train->seq, &context, s->fused, s->roles.hidden_norm->compute, s->fused_inverse,
+                  s->dcontext, 0.0f, s->dcontext, us_param_grad(s->roles.hidden_norm));
+  if (us_param_grad(s->roles.fc))
     us_linear_grad_w(train->seq, &(struct us_linear){.R = R, .N = D, .K = shape->taps * D}, s->dcontext,
-                     s->features, us_param_grad(s->fc));
+                     s->features, us_param_grad(s->roles.fc));
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }

@@ -8,11 +8,7 @@
 #include "kernels/rope/rope_grad.h"
 #include "kernels/swiglu/swiglu_grad.h"
 #include "training/draft_train.h"
-
-/* Which tensor is which in a layer. q, k and v lie behind each other, and so do gate and up: one product reads them. */
-struct us_draft_roles {
-  struct us_param *input_norm, *post_norm, *q, *k, *q_norm, *k_norm, *o_proj, *sink, *gate_up, *down;
-};
+#include "training/model_roles.h"
 
 /* Activations of one layer that backward needs. Rows of raw and qkv: R of the context, whose q part is unused, then the
  * blocks'. raw holds q and k before their norms, and v as it is multiplied; qkv holds normed, rotated q and k. */
@@ -23,9 +19,8 @@ struct us_draft_saved {
 };
 
 struct us_draft_train_state {
-  struct us_draft_roles roles[US_MAX_DRAFT_LAYERS];
+  struct us_draft_roles roles;
   struct us_draft_saved saved[US_MAX_DRAFT_LAYERS];
-  struct us_param *fc, *hidden_norm, *final_norm, *mask;
   uint32_t *q_offset, *k_offset, *v_offset; /* (H), (G), (G) in a row of qkv */
   float *table;                             /* (capacity + B, rotary) */
   uint32_t *position;                       /* (all rows) */

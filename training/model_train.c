@@ -14,83 +14,30 @@
 #include "training/arena.h"
 #include "training/model_train_state.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 
 /* --- roles --- */
 
-static struct us_param *in_layer(const struct us_params *params, uint32_t l, const char *rest) {
-  char name[128];
-  snprintf(name, sizeof name, "model.layers.%u.%s", l, rest);
-  return us_params_find(params, name);
-}
-
-/* b lies right behind a, so that one product reads both. */
-static bool follows(const struct us_param *a, const struct us_param *b) {
-  return a && b && b->offset == a->offset + a->rows * a->cols && b->cols == a->cols;
-}
-
-static enum us_status bind_qkv(const struct us_shape *shape, const struct us_params *params, uint32_t l,
-                               struct us_layer_roles *roles, struct us_err *err) {
-  if (shape->qkv_chunks) {
-    roles->qkv = in_layer(params, l, "self_attn.qkv_proj.weight");
-    return US_OK;
+static void list_experts(const struct us_model_train *train, uint32_t l) {
+  const struct us_layer_experts *experts = &train->state->experts[l];
+  for (uint32_t e = 0; e < train->shape.experts; e++) {
+    struct us_param *x = train->state->roles[l].experts + 3 * (size_t)e;
+    experts->gate_up[e] = x->compute;
+    experts->down[e] = x[2].compute;
+    experts->gate_up_grad[e] = x->grad;
+    experts->down_grad[e] = x[2].grad;
   }
-  struct us_param *k = in_layer(params, l, "self_attn.k_proj.weight");
-  roles->qkv = in_layer(params, l, "self_attn.q_proj.weight");
-  if (!follows(roles->qkv, k) || !follows(k, in_layer(params, l, "self_attn.v_proj.weight")))
-    return us_err_set(err, US_ERR_CHECK, "layer %u: q, k and v are not stored behind each other", l);
-  return US_OK;
-}
-
-static enum us_status bind_mlp(const struct us_shape *shape, const struct us_params *params, uint32_t l,
-                               struct us_layer_roles *roles, struct us_err *err) {
-  if (!shape->moe_layer[l]) {
-    roles->gate_up = in_layer(params, l, "mlp.gate_proj.weight");
-    roles->down = in_layer(params, l, "mlp.down_proj.weight");
-    if (!roles->down || !follows(roles->gate_up, in_layer(params, l, "mlp.up_proj.weight")))
-      return us_err_set(err, US_ERR_CHECK, "layer %u: gate and up are not stored behind each other", l);
-    return US_OK;
-  }
-  roles->router = in_layer(params, l, "mlp.gate.weight");
-  roles->router_bias = in_layer(params, l, "mlp.gate.e_score_correction_bias");
-  roles->experts = in_layer(params, l, "mlp.experts.0.gate_proj.weight");
-  if (!roles->router || !roles->router_bias || !roles->experts)
-    return us_err_set(err, US_ERR_CHECK, "layer %u: router or experts are missing", l);
-  for (uint32_t e = 0; e < shape->experts; e++) {
-    struct us_param *x = roles->experts + 3 * (size_t)e;
-    if (!follows(x, x + 1) || x[2].rows != shape->hidden)
-      return us_err_set(err, US_ERR_CHECK,
-                        "layer %u: expert %u: gate and up are not stored behind each other", l, e);
-    roles->expert_gate_up[e] = x->compute;
-    roles->expert_down[e] = x[2].compute;
-    roles->expert_gate_up_grad[e] = x->grad;
-    roles->expert_down_grad[e] = x[2].grad;
-  }
-  return US_OK;
 }
 
 static enum us_status bind_roles(struct us_model_train *train, struct us_err *err) {
   struct us_model_train_state *s = train->state;
-  const struct us_params *params = train->params;
-  s->embed = us_params_find(params, "model.embed_tokens.weight");
-  s->final_norm = us_params_find(params, "model.norm.weight");
-  train->head = us_params_find(params, "lm_head.weight");
-  if (!s->embed || !s->final_norm || !train->head)
-    return us_err_set(err, US_ERR_CHECK, "embedding or head is missing");
-  for (uint32_t l = 0; l < train->shape.layers; l++) {
-    struct us_layer_roles *roles = &s->roles[l];
-    roles->input_norm = in_layer(params, l, "input_layernorm.weight");
-    roles->post_norm = in_layer(params, l, "post_attention_layernorm.weight");
-    roles->o_proj = in_layer(params, l, "self_attn.o_proj.weight");
-    roles->sink = in_layer(params, l, "self_attn.attention_sink_bias");
-    enum us_status status = bind_qkv(&train->shape, params, l, roles, err);
-    if (status == US_OK) status = bind_mlp(&train->shape, params, l, roles, err);
-    if (status != US_OK) return status;
-    if (!roles->input_norm || !roles->post_norm || !roles->o_proj || !roles->qkv)
-      return us_err_set(err, US_ERR_CHECK, "layer %u: a tensor is missing", l);
+  enum us_status status = us_model_roles_find(train->params, &s->model, err);
+  train->head = s->model.head;
+  for (uint32_t l = 0; l < train->shape.layers && status == US_OK; l++) {
+    status = us_layer_roles_find(&train->shape, train->params, l, &s->roles[l], err);
+    if (status == US_OK && train->shape.moe_layer[l]) list_experts(train, l);
   }
-  return US_OK;
+  return status;
 }
 
 /* --- memory --- */
@@ -161,6 +108,7 @@ static void take_all(struct us_arena *t, struct us_model_train *train, struct us
   size_t R = train->capacity, D = shape->hidden, L = shape->layers, E = shape->experts;
   bool counting = t->base == NULL, backward = train->memory != US_TRAIN_FORWARD;
   US_ARENA_TAKE(t, s->roles, L);
+  US_ARENA_TAKE(t, s->experts, L);
   US_ARENA_TAKE(t, s->saved, L);
   US_ARENA_TAKE(t, s->id, L);
   US_ARENA_TAKE(t, s->residual, L + 1);
@@ -168,14 +116,14 @@ static void take_all(struct us_arena *t, struct us_model_train *train, struct us
   take_attention(t, shape, R, s);
   US_ARENA_TAKE(t, s->end, R);
   for (size_t l = 0; l < L; l++) {
-    struct us_layer_roles ignored = {0}, *roles = counting ? &ignored : &s->roles[l];
+    struct us_layer_experts ignored = {0}, *experts = counting ? &ignored : &s->experts[l];
     uint32_t *ids = us_arena_take(t, shape->moe_layer[l] ? R * shape->top_k : 0, sizeof *ids);
     if (!counting) s->id[l] = ids;
     if (!shape->moe_layer[l]) continue;
-    US_ARENA_TAKE(t, roles->expert_gate_up, E);
-    US_ARENA_TAKE(t, roles->expert_down, E);
-    US_ARENA_TAKE(t, roles->expert_gate_up_grad, E);
-    US_ARENA_TAKE(t, roles->expert_down_grad, E);
+    US_ARENA_TAKE(t, experts->gate_up, E);
+    US_ARENA_TAKE(t, experts->down, E);
+    US_ARENA_TAKE(t, experts->gate_up_grad, E);
+    US_ARENA_TAKE(t, experts->down_grad, E);
   }
   size_t streams = backward ? L + 1 : 2;
   for (size_t i = 0; i < streams; i++) {
@@ -288,8 +236,8 @@ struct us_experts_rows us_model_train_experts(const struct us_model_train *train
                                   .F = shape->expert_inner,
                                   .E = shape->experts,
                                   .K = shape->top_k,
-                                  .gate_up = train->state->roles[l].expert_gate_up,
-                                  .down = train->state->roles[l].expert_down};
+                                  .gate_up = train->state->experts[l].gate_up,
+                                  .down = train->state->experts[l].down};
 }
 
 static void attention_layer(struct us_model_train *train, uint32_t l) {
@@ -393,7 +341,7 @@ enum us_status us_model_train_forward(struct us_model_train *train, const struct
   const struct us_shape *shape = &train->shape;
   enum us_status status = accept_batch(train, batch, err);
   if (status != US_OK) return status;
-  us_embed_seq(train->seq, batch->token, batch->R, shape->hidden, s->embed->compute, s->residual[0]);
+  us_embed_seq(train->seq, batch->token, batch->R, shape->hidden, s->model.embed->compute, s->residual[0]);
   for (uint32_t l = 0; l < shape->layers; l++) {
     us_model_train_layer(train, l);
     if (shape->moe_layer[l])
@@ -403,7 +351,7 @@ enum us_status us_model_train_forward(struct us_model_train *train, const struct
   }
   us_rmsnorm_seq(train->seq,
                  &(struct us_rmsnorm_rows){.R = batch->R, .D = shape->hidden, .eps = (float)shape->norm_eps},
-                 s->residual[shape->layers], s->final_norm->compute, train->hidden, s->final_inverse);
+                 s->residual[shape->layers], s->model.final_norm->compute, train->hidden, s->final_inverse);
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }
 

@@ -35,7 +35,7 @@ static void moe_grad(struct us_model_train *train, uint32_t l) {
   struct us_layer_saved *saved = &s->saved[l];
   const struct us_layer_roles *roles = &s->roles[l];
   struct us_experts_rows experts = us_model_train_experts(train, l);
-  struct us_experts_grads grads = {.gate_up = roles->expert_gate_up_grad, .down = roles->expert_down_grad};
+  struct us_experts_grads grads = {.gate_up = s->experts[l].gate_up_grad, .down = s->experts[l].down_grad};
   us_experts_grad(train->seq, &experts, &saved->plan, saved->weight, &saved->experts, s->dx, s->branch,
                   s->dweight, us_param_grad(roles->experts) ? &grads : NULL);
   struct us_router_rows router = {.R = train->batch.R,
@@ -79,8 +79,8 @@ enum us_status us_model_train_backward(struct us_model_train *train, struct us_e
   if (train->memory == US_TRAIN_FORWARD)
     return us_err_set(err, US_ERR_USAGE, "made for forward passes alone");
   struct us_rmsnorm_rows rows = {.R = train->batch.R, .D = shape->hidden, .eps = (float)shape->norm_eps};
-  us_rmsnorm_grad(train->seq, &rows, s->residual[shape->layers], s->final_norm->compute, s->final_inverse,
-                  train->dhidden, 0.0f, s->dx, us_param_grad(s->final_norm));
+  us_rmsnorm_grad(train->seq, &rows, s->residual[shape->layers], s->model.final_norm->compute,
+                  s->final_inverse, train->dhidden, 0.0f, s->dx, us_param_grad(s->model.final_norm));
   for (uint32_t l = shape->layers; l-- > 0;) {
     struct us_layer_saved *saved = &s->saved[l];
     const struct us_layer_roles *roles = &s->roles[l];
@@ -95,8 +95,8 @@ enum us_status us_model_train_backward(struct us_model_train *train, struct us_e
     us_rmsnorm_grad(train->seq, &rows, s->residual[l], roles->input_norm->compute, saved->inverse1, s->branch,
                     1.0f, s->dx, us_param_grad(roles->input_norm));
   }
-  if (us_param_grad(s->embed))
+  if (us_param_grad(s->model.embed))
     us_embed_grad(train->seq, train->batch.token, train->batch.R, shape->vocab, shape->hidden, s->dx,
-                  us_param_grad(s->embed));
+                  us_param_grad(s->model.embed));
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }

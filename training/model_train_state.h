@@ -3,15 +3,13 @@
 #define US_TRAINING_MODEL_TRAIN_STATE_H
 
 #include "kernels/experts/experts_grad.h"
+#include "training/model_roles.h"
 #include "training/model_train.h"
 
-/* Which tensor is which in a layer. qkv and gate_up are the first of tensors that lie behind each other. */
-struct us_layer_roles {
-  struct us_param *input_norm, *post_norm, *qkv, *o_proj, *sink;
-  struct us_param *gate_up, *down;                 /* dense */
-  struct us_param *router, *router_bias, *experts; /* MoE: experts[3 e + {gate, up, down}] */
-  const float **expert_gate_up, **expert_down;     /* (E) compute weights */
-  float **expert_gate_up_grad, **expert_down_grad; /* (E) */
+/* A layer's experts as arrays of matrices. */
+struct us_layer_experts {
+  const float **gate_up, **down;     /* (E) compute weights */
+  float **gate_up_grad, **down_grad; /* (E) */
 };
 
 /* Geometry of full [0] and sliding [1] layers. */
@@ -33,8 +31,9 @@ struct us_layer_saved {
 };
 
 struct us_model_train_state {
-  struct us_layer_roles *roles; /* (L) */
-  struct us_param *embed, *final_norm;
+  struct us_model_roles model;
+  struct us_layer_roles *roles;     /* (L) */
+  struct us_layer_experts *experts; /* (L) */
   struct us_attention_roles attention[2];
   uint32_t *end;                /* (capacity) i + 1 */
   float **residual;             /* (L + 1) stream before each layer and after the last */

@@ -20,7 +20,7 @@ struct us_cuda_draft {
   struct us_cuda *cuda; /* borrowed */
   struct us_draft_shape shape;
   struct us_cuda_params *params; /* borrowed */
-  const float *embed;            /* device (N, D) the target's, FP32 as multiplied, borrowed */
+  const uint16_t *embed;         /* device (N, D) the target's compute weights, borrowed */
   size_t capacity;               /* largest R */
   size_t blocks_capacity;
   size_t R, blocks; /* of the last forward pass */
@@ -35,7 +35,7 @@ size_t us_cuda_draft_bytes(const struct us_draft_shape *shape, size_t capacity, 
 
 /* Room for passes of up to `capacity` context rows and `blocks` blocks. */
 US_CHECKED enum us_status us_cuda_draft_create(struct us_cuda *cuda, const struct us_draft_shape *shape,
-                                               struct us_cuda_params *params, const float *embed,
+                                               struct us_cuda_params *params, const uint16_t *embed,
                                                size_t capacity, size_t blocks,
                                                struct us_cuda_draft **ret_draft, struct us_err *err);
 void us_cuda_draft_free(struct us_cuda_draft *draft);

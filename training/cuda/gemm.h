@@ -38,4 +38,8 @@ void us_cuda_linear_grad_x_f32(struct us_cuda *cuda, const struct us_cuda_linear
 void us_cuda_linear_grad_w(struct us_cuda *cuda, const struct us_cuda_linear *dims, const uint16_t *dy,
                            const uint16_t *x, float *dw);
 
+/* Storage of the choices; the context owns it. */
+US_CHECKED enum us_status us_cuda_plans_create(struct us_cuda_plans **ret_plans, struct us_err *err);
+void us_cuda_plans_free(struct us_cuda_plans *plans);
+
 #endif

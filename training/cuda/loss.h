@@ -4,10 +4,9 @@
  *     us_cuda_loss_add(loss, &(struct us_cuda_head_loss){.R = R, .x = model->hidden, .head = model->head, .label = labels,
  *                            .scale = 1.0f / n, .dx = model->dhidden, .dhead = model->head_grad}, &err);    // queued
  *     us_cuda_loss_collect(loss, &total, &counted, &err);            // waits; sums since the last collect
- *     loss->row_loss[r]                                              // host, of the last add; valid after collect
+ *     loss->row_loss[r]                                    // with .rows: host, of the last add; valid after collect
  *
- * The formulas of kernels/head_loss/head_loss.h. Losses of rows come to the host behind the computation and are summed there in
- * double in the order of the rows.
+ * The formulas of kernels/head_loss/head_loss.h; losses are summed in double in the order of the rows, on the device.
  */
 #ifndef US_TRAINING_CUDA_LOSS_H
 #define US_TRAINING_CUDA_LOSS_H
@@ -32,12 +31,14 @@ struct us_cuda_head_loss {
   float scale;
   float *dx;    /* device (R, D) written; NULL: no gradients at all */
   float *dhead; /* device (N, D) added to; NULL: frozen head */
+  bool rows;    /* bring row_loss, row_logprob and row_hit to the host */
 };
 
 struct us_cuda_loss {
   struct us_cuda *cuda;
   size_t capacity, D, N;
-  const float *row_loss, *row_logprob; /* host (R): as us_head_loss's, of the last add */
+  size_t chunk;                        /* rows whose logits exist at once; may be lowered */
+  const float *row_loss, *row_logprob; /* host (R): as us_head_loss's, of the last add with .rows */
   const uint8_t *row_hit;
   struct us_cuda_loss_state *state;
 };
