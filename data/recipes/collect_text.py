@@ -67,4 +67,5 @@ def main():
         collect_agent(args.agent, args.out)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Make more text out of collected text, so that what models are asked for is well represented. Usage: derive_text.py --text DIR --out DIR
+[--math FILE] [--agent FILE] [--scale N] [--seed S]
+
+  functions/  every documented function of DIR/code by itself, with the imports that its signature needs
+  math/       grade-school-math train questions: as they are, and with other names and numbers, every sum worked out again; templates
+  agent/      recorded airline dialogues: as they are, and with other ids and numbers; templates of a shop's service (service_text.py)
+  chat/       templates (data/sample/make_sample.py)
+
+Dialogues and questions are written as chat turns and as plain lines. --scale multiplies templates and variants. The same input
+gives the same output on every machine.
+"""
+import argparse
+import ast
+import hashlib
+import json
+import multiprocessing
+import pathlib
+import re
+import sys
+
+from collect_text import as_line, collect_agent, collect_math, write_lines
+from service_text import DIALOGUES
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "sample"))
+import make_sample  # noqa: E402  # the sample's templates
+
+TYPING = ["Any", "Callable", "Dict", "Iterable", "Iterator", "List", "Optional", "Sequence", "Set", "Tuple", "Union"]
+DAYS = set("Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September October "
+           "November December Christmas Halloween Easter".split())
+CONSTANTS = {24, 30, 52, 60, 100, 365, 1000}  # hours, days, weeks, minutes, parts
+
+# -- functions --
+
+
+def functions_of(text):
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    lines = text.splitlines(keepends=True)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and ast.get_docstring(node) and \
+                5 <= node.end_lineno - node.lineno < 60:
+            source = "".join(lines[node.lineno - 1:node.end_lineno]).rstrip() + "\n"
+            head = source.split('"""', 1)[0]
+            needed = [name for name in TYPING if re.search(rf"\b{name}\[|\b{name}\b", head)]
+            yield (f"from typing import {', '.join(needed)}\n\n\n" if needed else "") + source
+
+
+def functions_of_file(path):
+    return [{"text": text} for line in open(path) for text in functions_of(json.loads(line)["text"])]
+
+
+def derive_functions(folder, out):
+    paths = sorted((folder / "code").glob("*.jsonl"))
+    with multiprocessing.Pool() as pool:
+        for path, rows in zip(paths, pool.imap(functions_of_file, paths)):
+            if rows:
+                write_lines(out / "functions" / path.name, rows)
+
+
+# -- questions --
+
+def names_of(rows):
+    """Capitalised words that never occur in small letters: names, mostly of people."""
+    text = " ".join(row["question"] + " " + row["answer"] for row in rows)
+    small = set(re.findall(r"\b[a-z]{3,}\b", text))
+    return {word for word in re.findall(r"\b[A-Z][a-z]{2,}\b", text) if word.lower() not in small} - DAYS
+
+
+def renamed(p, row, names):
+    text = row["question"] + "\0" + row["answer"]
+    found = sorted({word for word in re.findall(r"(?<!in )(?<!to )(?<!from )(?<!at )\b[A-Z][a-z]{2,}\b", text) if word in names})
+    free = [name for name in make_sample.NAMES if name not in found]
+    for word in found[:len(free)]:
+        free.remove(name := p(free))
+        text = re.sub(rf"\b{word}\b", name, text)
+    question, answer = text.split("\0")
+    return {"question": question, "answer": answer}
+
+
+def number(text):
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+def renumbered(p, row):
+    """Other numbers in the question, and every sum of the answer worked out again; None where that gives no sensible result."""
+    if re.search(r"\d,\d|\d/\d|%", row["question"]):
+        return None
+    changed = {}
+    for found in sorted(set(re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", row["question"]))):
+        value = int(found)
+        if value > 2:
+            changed[value] = p.number(max(2, value // 2), value * 2)
+    if len(set(changed.values()) | {1, 2}) != len(changed) + 2:
+        return None
+    swap = lambda m: str(changed.get(number(m.group()), m.group()))  # noqa: E731
+    for expression, result in re.findall(r"<<([^=<>]*)=([^<>]*)>>", row["answer"]):
+        if not re.fullmatch(r"[\d.+\-*/() ]+", expression) or not re.fullmatch(r"\d+(\.\d+)?", result) or "**" in expression:
+            return None
+        try:
+            value = round(eval(re.sub(r"\d+(\.\d+)?", swap, re.sub(r"(?<![\d.])0+(?=\d)", "", expression))), 2)  # digits and signs alone
+        except (ArithmeticError, SyntaxError, TypeError):
+            return None
+        old, new = number(result), number(str(value))
+        if new <= 0 or (isinstance(old, int) and not isinstance(new, int)) or changed.setdefault(old, new) != new:
+            return None
+    rest = map(number, re.findall(r"\d+(?:\.\d+)?", re.sub(r"<<.*?>>", "", row["answer"])))
+    if any(value > 12 and value not in changed and value not in CONSTANTS for value in rest):
+        return None  # a number that no sum explains
+    question = re.sub(r"(?<![\d.])\d+(?![\d.]*\d)", swap, row["question"])
+    return {"question": question, "answer": re.sub(r"\d+(\.\d+)?", swap, row["answer"])}
+
+
+def derive_math(source, out, p, scale):
+    rows = [json.loads(line) for line in source.read_text().splitlines() if line]
+    collect_math(source, out)
+    names, variants = names_of(rows), []
+    for row in rows:
+        for _ in range(2 * scale):
+            variant = renumbered(p, row)
+            if variant:
+                variants.append(renamed(p, variant, names))
+        variants.append(renamed(p, row, names))
+    write_lines(out / "math" / "variants.jsonl", variants)
+    write_lines(out / "math" / "variant-lines.jsonl", [{"text": f"{r['question']}\n{r['answer']}\n"} for r in variants[::2]])
+
+
+# -- dialogues --
+
+def with_other_ids(p, text):
+    """Numbers of four digits or more, reservation codes and the like, each replaced by one of the same form everywhere."""
+    def other(match):
+        word = match.group()
+        if word not in changed:
+            changed[word] = "".join(str(p.number(0, 9)) if c.isdigit() else p("ABCDEFGHJKLMNPQRSTUVWXYZ") if c.isupper() else c for c in word)
+        return changed[word]
+    changed = {}
+    return re.sub(r"\b(?=[A-Z0-9]*\d)[A-Z0-9]{6}\b|\b(?!20\d\d\b)\d{4,}\b", other, text)
+
+
+def plain_line(message):
+    content = message.get("content")
+    return f"{message['role']}: {content}"
+
+
+def derive_agent(source, out, p, scale):
+    collect_agent(source, out)
+    turns = json.loads((out / "agent" / "turns.json").read_text())
+    for i in range(scale):
+        variants = [json.loads(with_other_ids(p, json.dumps(turn, ensure_ascii=False))) for turn in turns]
+        write_lines(out / "agent" / f"variant-{i}.jsonl", variants)
+        line = plain_line if i % 2 == 0 else as_line
+        write_lines(out / "agent" / f"variant-lines-{i}.jsonl", [{"text": "\n".join(map(line, v["messages"])) + "\n"} for v in variants])
+
+
+def derive_service(out, p, scale):
+    dialogues = [DIALOGUES[i % len(DIALOGUES)](p) for i in range(1500 * scale)]
+    write_lines(out / "agent" / "service.jsonl", [{"messages": d} for d in dialogues[::3]])
+    lines = [d for i, d in enumerate(dialogues) if i % 3]
+    write_lines(out / "agent" / "service-lines.jsonl",
+                [{"text": "\n".join(map(plain_line if i % 4 else as_line, d)) + "\n"} for i, d in enumerate(lines)])
+
+
+def derive_samples(out, seed, scale):
+    rows = {kind: count * scale for kind, count in make_sample.ROWS.items()}
+    write_lines(out / "functions" / "templates.jsonl", [{"text": t} for t in make_sample.unique(seed + 1, make_sample.CODE, rows["code"])])
+    pairs = make_sample.unique(seed + 2, make_sample.MATH, rows["math"])
+    write_lines(out / "math" / "templates.jsonl", [{"question": q, "answer": a} for q, a in pairs])
+    write_lines(out / "agent" / "templates.jsonl", [{"messages": m} for m in make_sample.unique(seed + 3, make_sample.AGENT, rows["agent"])])
+    write_lines(out / "chat" / "templates.jsonl",
+                [{"question": q, "answer": a} for q, a in make_sample.unique(seed + 4, make_sample.CHAT, rows["chat"])])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=pathlib.Path, required=True, help="what nano_text.py wrote")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--math", type=pathlib.Path, help="grade-school-math train.jsonl")
+    parser.add_argument("--agent", type=pathlib.Path, help="tau-bench trajectories (*.json)")
+    parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    derive_functions(args.text, args.out)
+    if args.math:
+        derive_math(args.math, args.out, make_sample.Pick(args.seed), args.scale)
+    if args.agent:
+        derive_agent(args.agent, args.out, make_sample.Pick(args.seed + 1), args.scale)
+    derive_service(args.out, make_sample.Pick(args.seed + 2), args.scale)
+    derive_samples(args.out, 10 * (args.seed + 1), args.scale)
+
+
+if __name__ == "__main__":
+    main()
