@@ -9,6 +9,7 @@
 #include "model/tokenizer_file.h"
 #include "tools/tool.h"
 #include "training/bpe_train.h"
+#include "training/corpus_batch.h"
 #include "training/shards_write.h"
 
 #include <stdlib.h>
@@ -26,6 +27,7 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("template", 0, "chat|plain|lines", "how dialogues become text", .def = "chat"),
     US_OPT_FLAG("drop-system", 0, "leave the system messages of dialogues out"),
     US_OPT_NUM("heldout", 0, "SHARE", "share of documents held out for evaluation", .def = "0.02", .max = 1),
+    US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("dry-run", 0, "count what would be written, write nothing"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
@@ -33,11 +35,21 @@ static const struct us_opt opts[] = {
     US_OPT_END,
 };
 
+/* A thread that counts words. */
+struct counter {
+  struct us_decontaminator *filter; /* shares the job's; NULL: no prompts */
+  struct us_bpe_trainer *trainer;
+};
+
 /* One run: where documents go. */
 struct job {
   struct us_tool_run *run;
+  struct us_pool *pool;
   struct us_decontaminator *filter;
-  struct us_bpe_trainer *trainer; /* NULL: shards */
+  struct counter *counters; /* one a thread; NULL: shards */
+  struct us_batch batch;    /* of documents to count */
+  char **overlap;           /* (overlap_count) by document of the batch: the words that it shares, or NULL */
+  size_t overlap_count;
   struct us_shards_writer *writer;
   struct us_progress progress;
   uint64_t bytes, overlaps;
@@ -48,17 +60,45 @@ static void say_removed(void *arg, const char *source, const char *words) {
   us_log_info(job->run->log, "left out %s: shares \"%s\" with a prompt", source, words);
 }
 
-static enum us_status train_on(struct job *job, const struct us_document *document, struct us_err *err) {
-  bool overlap = false;
+static enum us_status begin_counting(size_t n, void *arg, struct us_err *err) {
+  struct job *job = arg;
+  if (n > job->overlap_count) {
+    char **grown = realloc(job->overlap, n * sizeof *grown);
+    if (grown == NULL) return us_err_memory(err, "documents", n * sizeof *grown);
+    job->overlap = grown;
+    job->overlap_count = n;
+  }
+  memset(job->overlap, 0, n * sizeof *job->overlap);
+  return US_OK;
+}
+
+static enum us_status count_words(const struct us_document *document, size_t index, int worker, void *arg,
+                                  struct us_err *err) {
+  struct job *job = arg;
+  struct counter *counter = &job->counters[worker];
   struct us_buffer words = {0};
+  bool overlap = false;
   enum us_status status = US_OK;
-  if (job->filter)
-    status = us_decontaminator_check(job->filter, document->text, document->bytes, &overlap, &words, err);
-  if (overlap && status == US_OK) say_removed(job, document->source, words.data);
-  job->overlaps += overlap;
+  if (counter->filter)
+    status = us_decontaminator_check(counter->filter, document->text, document->bytes, &overlap, &words, err);
+  if (status == US_OK && overlap) {
+    job->overlap[index] = words.data;
+    return US_OK;
+  }
   us_buffer_release(&words);
-  return overlap || status != US_OK ? status
-                                    : us_bpe_trainer_add(job->trainer, document->text, document->bytes, err);
+  return status == US_OK ? us_bpe_trainer_add(counter->trainer, document->text, document->bytes, err)
+                         : status;
+}
+
+static enum us_status counted(const struct us_document *document, size_t index, void *arg,
+                              struct us_err *err) {
+  struct job *job = arg;
+  (void)err;
+  if (job->overlap[index]) say_removed(job, document->source, job->overlap[index]);
+  job->overlaps += job->overlap[index] != NULL;
+  free(job->overlap[index]);
+  job->overlap[index] = NULL;
+  return US_OK;
 }
 
 static enum us_status take(const struct us_document *document, void *arg, struct us_err *err) {
@@ -66,7 +106,8 @@ static enum us_status take(const struct us_document *document, void *arg, struct
   if (us_tool_interrupted()) return us_err_set(err, US_INTERRUPTED, "interrupted");
   job->bytes += document->bytes;
   us_progress_set(&job->progress, job->bytes);
-  return job->trainer ? train_on(job, document, err) : us_shards_writer_take(document, job->writer, err);
+  return job->counters ? us_batch_take(document, &job->batch, err)
+                       : us_shards_writer_take(document, job->writer, err);
 }
 
 static enum us_status read_all(struct job *job, struct us_err *err) {
@@ -77,6 +118,8 @@ static enum us_status read_all(struct job *job, struct us_err *err) {
   us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "reading", "B", 0);
   for (size_t i = 0; i < us_opt_count(o, "text") && status == US_OK; i++)
     status = us_corpus_read(us_opt_nth(o, "text", i), &options, take, job, err);
+  if (status == US_OK)
+    status = job->counters ? us_batch_flush(&job->batch, err) : us_shards_writer_flush(job->writer, err);
   us_progress_end(&job->progress);
   return status;
 }
@@ -120,13 +163,40 @@ static enum us_status write_text(const char *path, const struct us_buffer *text,
   return status;
 }
 
+static enum us_status make_counters(struct job *job, struct us_err *err) {
+  int n = us_pool_threads(job->pool);
+  job->counters = calloc((size_t)n, sizeof *job->counters);
+  if (job->counters == NULL) return us_err_memory(err, "threads", (size_t)n * sizeof *job->counters);
+  us_batch_init(&job->batch, job->pool, begin_counting, count_words, counted, job);
+  enum us_status status = US_OK;
+  for (int i = 0; i < n && status == US_OK; i++) {
+    status = us_bpe_trainer_create(&job->counters[i].trainer, err);
+    if (status == US_OK && job->filter)
+      status = us_decontaminator_share(job->filter, &job->counters[i].filter, err);
+  }
+  return status;
+}
+
+static void free_counters(struct job *job) {
+  for (int i = 0; job->counters && i < us_pool_threads(job->pool); i++) {
+    us_bpe_trainer_free(job->counters[i].trainer);
+    us_decontaminator_free(job->counters[i].filter);
+  }
+  for (size_t i = 0; i < job->overlap_count; i++) free(job->overlap[i]);
+  us_batch_release(&job->batch);
+  free(job->counters), free(job->overlap);
+}
+
 static enum us_status make_vocabulary(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_buffer json = {0};
-  enum us_status status = us_bpe_trainer_create(&job->trainer, err);
+  enum us_status status = make_counters(job, err);
   if (status == US_OK) status = read_all(job, err);
+  for (int i = 1; i < us_pool_threads(job->pool) && status == US_OK; i++)
+    status = us_bpe_trainer_join(job->counters[0].trainer, job->counters[i].trainer, err);
   if (status == US_OK)
-    status = us_bpe_trainer_finish(job->trainer, (int32_t)us_opt_int(o, "train-vocab"), &json, err);
+    status =
+        us_bpe_trainer_finish(job->counters[0].trainer, (int32_t)us_opt_int(o, "train-vocab"), &json, err);
   if (status == US_OK)
     us_log_notice(job->run->log, "%lld tokens from %llu bytes of text, %llu documents left out",
                   (long long)us_opt_int(o, "train-vocab"), (unsigned long long)job->bytes,
@@ -138,7 +208,7 @@ static enum us_status make_vocabulary(struct job *job, struct us_err *err) {
           us_record_emit(job->run->out, us_opt_flag(o, "json"), us_opt_str(o, "output"), "tokenizer", err);
   }
   us_buffer_release(&json);
-  us_bpe_trainer_free(job->trainer);
+  free_counters(job);
   return status;
 }
 
@@ -212,6 +282,7 @@ static enum us_status make_shards(struct job *job, struct us_err *err) {
     status = us_shards_writer_create(tokenizer, json.data, us_opt_num(o, "heldout"), &job->writer, err);
   if (status == US_OK) {
     us_shards_writer_filter(job->writer, job->filter, say_removed, job);
+    us_shards_writer_threads(job->writer, job->pool);
     status = read_all(job, err);
   }
   if (status == US_OK) status = write_shards(job, record.path, err);
@@ -227,10 +298,12 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   struct us_opts *o = tool_run->opts;
   if (us_opt_str(o, "output") == NULL && !us_opt_flag(o, "dry-run"))
     return us_err_set(err, US_ERR_USAGE, "--output is required, or --dry-run");
-  enum us_status status = open_filter(o, &job.filter, err);
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &job.pool, err);
+  if (status == US_OK) status = open_filter(o, &job.filter, err);
   if (status == US_OK)
     status = us_opt_given(o, "train-vocab") ? make_vocabulary(&job, err) : make_shards(&job, err);
   us_decontaminator_free(job.filter);
+  us_pool_free(job.pool);
   return status;
 }
 

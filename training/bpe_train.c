@@ -89,6 +89,17 @@ static enum us_status fit(void **array, size_t *capacity, size_t n, size_t size,
   return US_OK;
 }
 
+static enum us_status count(struct us_bpe_trainer *trainer, const char *word, size_t bytes, uint64_t times,
+                            struct us_err *err) {
+  uint32_t index;
+  bool added;
+  enum us_status status = us_intern_add(&trainer->words, word, bytes, &index, &added, err);
+  if (status == US_OK)
+    status = fit((void **)&trainer->counts, &trainer->counts_capacity, index, sizeof *trainer->counts, err);
+  if (status == US_OK) trainer->counts[index] = added ? times : trainer->counts[index] + times;
+  return status;
+}
+
 static enum us_status count_plain(struct us_bpe_trainer *trainer, const char *text, size_t n,
                                   struct us_err *err) {
   if (!us_utf8_is_plain(text, n)) {
@@ -102,14 +113,9 @@ static enum us_status count_plain(struct us_bpe_trainer *trainer, const char *te
   for (;;) {
     const char *piece;
     size_t bytes;
-    uint32_t index;
-    bool added;
     enum us_status status = us_pieces_next(&trainer->pieces, &piece, &bytes, err);
     if (status != US_OK || piece == NULL) return status;
-    if ((status = us_intern_add(&trainer->words, piece, bytes, &index, &added, err)) != US_OK) return status;
-    status = fit((void **)&trainer->counts, &trainer->counts_capacity, index, sizeof *trainer->counts, err);
-    if (status != US_OK) return status;
-    trainer->counts[index] = added ? 1 : trainer->counts[index] + 1;
+    if ((status = count(trainer, piece, bytes, 1, err)) != US_OK) return status;
   }
 }
 
@@ -129,6 +135,17 @@ enum us_status us_bpe_trainer_add(struct us_bpe_trainer *trainer, const char *te
     done = cut.end;
   }
   return status == US_OK ? count_plain(trainer, text + done, bytes - done, err) : status;
+}
+
+enum us_status us_bpe_trainer_join(struct us_bpe_trainer *trainer, const struct us_bpe_trainer *other,
+                                   struct us_err *err) {
+  enum us_status status = US_OK;
+  for (uint32_t i = 0; i < other->words.n && status == US_OK; i++) {
+    size_t n;
+    const char *word = us_intern_get(&other->words, i, &n);
+    status = count(trainer, word, n, other->counts[i], err);
+  }
+  return status;
 }
 
 /* Pairs */

@@ -30,6 +30,10 @@ void us_bpe_trainer_free(struct us_bpe_trainer *trainer);
 US_CHECKED enum us_status us_bpe_trainer_add(struct us_bpe_trainer *trainer, const char *text, size_t bytes,
                                              struct us_err *err);
 
+/* Add the counts of another trainer, which has counted other texts (on another thread). */
+US_CHECKED enum us_status us_bpe_trainer_join(struct us_bpe_trainer *trainer,
+                                              const struct us_bpe_trainer *other, struct us_err *err);
+
 /* Merge until the vocabulary, special tokens included, has `vocab` entries (266 to 2^20); append
  * tokenizer.json to json. US_ERR_USAGE for another size; US_ERR_INPUT if the text runs out of pairs that
  * occur twice (it says at what size). */

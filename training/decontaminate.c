@@ -6,7 +6,8 @@
 #include <utf8proc.h>
 
 struct us_decontaminator {
-  struct us_intern windows; /* 13 words, one space between: exact, no hash to collide */
+  struct us_intern windows;      /* 13 words, one space between: exact, no hash to collide */
+  const struct us_intern *known; /* these, or those of the filter that this one shares */
   struct us_buffer repaired, normal, words;
   size_t *starts; /* where each word begins in `words` */
   size_t n_words, capacity;
@@ -14,7 +15,16 @@ struct us_decontaminator {
 
 enum us_status us_decontaminator_create(struct us_decontaminator **ret_filter, struct us_err *err) {
   *ret_filter = calloc(1, sizeof **ret_filter);
-  return *ret_filter ? US_OK : us_err_memory(err, "decontamination", sizeof **ret_filter);
+  if (*ret_filter == NULL) return us_err_memory(err, "decontamination", sizeof **ret_filter);
+  (*ret_filter)->known = &(*ret_filter)->windows;
+  return US_OK;
+}
+
+enum us_status us_decontaminator_share(const struct us_decontaminator *filter,
+                                       struct us_decontaminator **ret_filter, struct us_err *err) {
+  enum us_status status = us_decontaminator_create(ret_filter, err);
+  if (status == US_OK) (*ret_filter)->known = filter->known;
+  return status;
 }
 
 static bool is_word_character(uint32_t code) {
@@ -93,12 +103,12 @@ enum us_status us_decontaminator_add(struct us_decontaminator *filter, const cha
 enum us_status us_decontaminator_check(struct us_decontaminator *filter, const char *text, size_t bytes,
                                        bool *ret_overlaps, struct us_buffer *opt_words, struct us_err *err) {
   *ret_overlaps = false;
-  if (filter->windows.n == 0) return US_OK;
+  if (filter->known->n == 0) return US_OK;
   enum us_status status = split(filter, text, bytes, err);
   for (size_t i = 0; i + US_OVERLAP_WORDS <= filter->n_words && status == US_OK; i++) {
     size_t n;
     const char *words = window(filter, i, &n);
-    if (us_intern_find(&filter->windows, words, n) < 0) continue;
+    if (us_intern_find(filter->known, words, n) < 0) continue;
     *ret_overlaps = true;
     return opt_words ? us_buffer_append(opt_words, words, n, err) : US_OK;
   }
@@ -106,7 +116,7 @@ enum us_status us_decontaminator_check(struct us_decontaminator *filter, const c
 }
 
 size_t us_decontaminator_windows(const struct us_decontaminator *filter) {
-  return filter->windows.n;
+  return filter->known->n;
 }
 
 void us_decontaminator_free(struct us_decontaminator *filter) {

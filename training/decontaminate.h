@@ -23,6 +23,10 @@ struct us_decontaminator;
 US_CHECKED enum us_status us_decontaminator_create(struct us_decontaminator **ret_filter, struct us_err *err);
 void us_decontaminator_free(struct us_decontaminator *filter);
 
+/* Another filter that knows the prompts of the first, for another thread. The first must outlive it and learn no more prompts. */
+US_CHECKED enum us_status us_decontaminator_share(const struct us_decontaminator *filter,
+                                                  struct us_decontaminator **ret_filter, struct us_err *err);
+
 /* Add one prompt's text; turns and messages that a model sees as one text are added as one. */
 US_CHECKED enum us_status us_decontaminator_add(struct us_decontaminator *filter, const char *text,
                                                 size_t bytes, struct us_err *err);

@@ -1,8 +1,12 @@
-/* shards_write.c: documents to token shards. */
+/* shards_write.c: documents to token shards.
+ *
+ * Contents: the writer; work on one document; what becomes of it; the file.
+ */
 #include "training/shards_write.h"
 #include "base/h5.h"
 #include "base/intern.h"
 #include "base/sha256.h"
+#include "training/corpus_batch.h"
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +17,20 @@ struct entry {
   enum us_part part;
 };
 
+/* What a thread made of a document. */
+struct result {
+  uint8_t digest[US_SHA256_BYTES];
+  bool overlaps;
+  struct us_buffer words; /* that overlap */
+  struct us_ids ids;
+  struct us_buffer loss;
+};
+
+struct worker {
+  struct us_encoder *encoder;
+  struct us_decontaminator *filter; /* shares the writer's */
+};
+
 struct us_shards_writer {
   const struct us_tokenizer *tokenizer;
   const char *tokenizer_json;
@@ -21,6 +39,11 @@ struct us_shards_writer {
   struct us_decontaminator *filter;
   void (*removed)(void *arg, const char *source, const char *words);
   void *removed_arg;
+  struct us_batch batch;
+  struct worker *workers; /* (n_workers) */
+  int n_workers;
+  struct result *results; /* (n_results) by place in the batch */
+  size_t n_results;
   struct us_intern digests;
   struct entry *entries; /* one a digest */
   size_t n_entries, capacity;
@@ -28,6 +51,12 @@ struct us_shards_writer {
   struct us_buffer loss;
   struct us_shards_counts counts;
 };
+
+/* The writer */
+
+static us_batch_begin prepare;
+static us_batch_work work;
+static us_batch_done keep;
 
 enum us_status us_shards_writer_create(const struct us_tokenizer *tokenizer, const char *tokenizer_json,
                                        double heldout, struct us_shards_writer **ret_writer,
@@ -42,12 +71,24 @@ enum us_status us_shards_writer_create(const struct us_tokenizer *tokenizer, con
   writer->tokenizer_json = tokenizer_json;
   writer->heldout = heldout;
   writer->end_of_text = end_of_text;
+  us_batch_init(&writer->batch, NULL, prepare, work, keep, writer);
   *ret_writer = writer;
   return US_OK;
 }
 
 void us_shards_writer_free(struct us_shards_writer *writer) {
   if (writer == NULL) return;
+  us_batch_release(&writer->batch);
+  for (size_t i = 0; i < writer->n_results; i++) {
+    us_buffer_release(&writer->results[i].words);
+    us_ids_release(&writer->results[i].ids);
+    us_buffer_release(&writer->results[i].loss);
+  }
+  for (int i = 0; i < writer->n_workers; i++) {
+    us_encoder_free(writer->workers[i].encoder);
+    us_decontaminator_free(writer->workers[i].filter);
+  }
+  free(writer->results), free(writer->workers);
   us_intern_release(&writer->digests);
   us_ids_release(&writer->ids);
   us_buffer_release(&writer->loss);
@@ -66,41 +107,81 @@ const struct us_shards_counts *us_shards_writer_counts(const struct us_shards_wr
   return &writer->counts;
 }
 
-static enum us_status overlaps(struct us_shards_writer *writer, const struct us_document *document,
-                               bool *ret_overlaps, struct us_err *err) {
-  struct us_buffer words = {0};
-  *ret_overlaps = false;
-  if (writer->filter == NULL) return US_OK;
-  enum us_status status =
-      us_decontaminator_check(writer->filter, document->text, document->bytes, ret_overlaps, &words, err);
-  if (status == US_OK && *ret_overlaps) {
-    writer->counts.overlaps++;
-    if (writer->removed) writer->removed(writer->removed_arg, document->source, words.data);
+void us_shards_writer_threads(struct us_shards_writer *writer, struct us_pool *pool) {
+  writer->batch.pool = pool;
+}
+
+/* Work on one document */
+
+static enum us_status make_workers(struct us_shards_writer *writer, struct us_err *err) {
+  int n = us_pool_threads(writer->batch.pool);
+  if (writer->workers) return US_OK;
+  writer->workers = calloc((size_t)n, sizeof *writer->workers);
+  if (writer->workers == NULL) return us_err_memory(err, "token shards", (size_t)n * sizeof *writer->workers);
+  enum us_status status = US_OK;
+  for (int i = 0; i < n && status == US_OK; i++) {
+    writer->n_workers = i + 1;
+    status = us_encoder_create(writer->tokenizer, &writer->workers[i].encoder, err);
+    if (status == US_OK && writer->filter)
+      status = us_decontaminator_share(writer->filter, &writer->workers[i].filter, err);
   }
-  us_buffer_release(&words);
   return status;
 }
 
-/* Append ids and loss marks of the document, and its end. The end of text is learned like the rest of plain text. */
-static enum us_status tokenise(struct us_shards_writer *writer, const struct us_document *document,
+/* Room for the results of n documents; their buffers are used again. */
+static enum us_status prepare(size_t n, void *arg, struct us_err *err) {
+  struct us_shards_writer *writer = arg;
+  if (n > writer->n_results) {
+    struct result *results = realloc(writer->results, n * sizeof *results);
+    if (results == NULL) return us_err_memory(err, "documents", n * sizeof *results);
+    memset(results + writer->n_results, 0, (n - writer->n_results) * sizeof *results);
+    writer->results = results;
+    writer->n_results = n;
+  }
+  return make_workers(writer, err);
+}
+
+/* Ids and loss marks of the document, and its end. The end of text is learned like the rest of plain text. */
+static enum us_status tokenise(const struct us_shards_writer *writer, struct us_encoder *encoder,
+                               const struct us_document *document, struct result *result,
                                struct us_err *err) {
   enum us_status status = US_OK;
   bool loss = true;
+  result->ids.count = 0;
+  us_buffer_clear(&result->loss);
   for (size_t i = 0; i < document->n_segments && status == US_OK; i++) {
     const struct us_segment *segment = &document->segments[i];
     loss = segment->loss;
-    status = us_tokenizer_encode(writer->tokenizer, document->text + segment->begin,
-                                 segment->end - segment->begin, document->formatted, &writer->ids, err);
+    status = us_encoder_encode(encoder, document->text + segment->begin, segment->end - segment->begin,
+                               document->formatted, &result->ids, err);
     if (status == US_OK)
-      status = us_buffer_reserve(&writer->loss, writer->ids.count - writer->loss.size, err);
+      status = us_buffer_reserve(&result->loss, result->ids.count - result->loss.size, err);
     if (status != US_OK) break;
-    memset(writer->loss.data + writer->loss.size, loss, writer->ids.count - writer->loss.size);
-    writer->loss.size = writer->ids.count;
+    memset(result->loss.data + result->loss.size, loss, result->ids.count - result->loss.size);
+    result->loss.size = result->ids.count;
   }
-  if (status == US_OK) status = us_ids_append(&writer->ids, &writer->end_of_text, 1, err);
+  if (status == US_OK) status = us_ids_append(&result->ids, &writer->end_of_text, 1, err);
   char mark = (char)loss;
-  return status == US_OK ? us_buffer_append(&writer->loss, &mark, 1, err) : status;
+  return status == US_OK ? us_buffer_append(&result->loss, &mark, 1, err) : status;
 }
+
+static enum us_status work(const struct us_document *document, size_t index, int worker, void *arg,
+                           struct us_err *err) {
+  const struct us_shards_writer *writer = arg;
+  const struct worker *mine = &writer->workers[worker];
+  struct result *result = &writer->results[index];
+  result->overlaps = false;
+  us_buffer_clear(&result->words);
+  enum us_status status = us_sha256_bytes(document->text, document->bytes, result->digest, err);
+  if (status == US_OK && mine->filter)
+    status = us_decontaminator_check(mine->filter, document->text, document->bytes, &result->overlaps,
+                                     &result->words, err);
+  if (status != US_OK || result->overlaps) return status;
+  status = tokenise(writer, mine->encoder, document, result, err);
+  return status == US_OK || err == NULL ? status : us_err_prefix(err, "%s", document->source);
+}
+
+/* What becomes of it */
 
 static enum us_part part_of(const struct us_shards_writer *writer, const uint8_t digest[US_SHA256_BYTES]) {
   uint64_t leading = 0;
@@ -108,17 +189,29 @@ static enum us_part part_of(const struct us_shards_writer *writer, const uint8_t
   return (double)(leading >> 11) * 0x1p-53 < writer->heldout ? US_PART_HELDOUT : US_PART_TRAIN;
 }
 
-enum us_status us_shards_writer_take(const struct us_document *document, void *arg, struct us_err *err) {
+static enum us_status append(struct us_shards_writer *writer, const struct result *result,
+                             struct us_err *err) {
+  enum us_status status = us_ids_append(&writer->ids, result->ids.ids, result->ids.count, err);
+  return status == US_OK ? us_buffer_append(&writer->loss, result->loss.data, result->loss.size, err)
+                         : status;
+}
+
+/* In the order of documents: the first of equal ones stays. */
+static enum us_status keep(const struct us_document *document, size_t index, void *arg, struct us_err *err) {
   struct us_shards_writer *writer = arg;
-  uint8_t digest[US_SHA256_BYTES];
-  uint32_t index;
-  bool added, overlap;
+  const struct result *result = &writer->results[index];
+  uint32_t known;
+  bool added;
   writer->counts.read++;
-  enum us_status status = us_sha256_bytes(document->text, document->bytes, digest, err);
-  if (status == US_OK) status = us_intern_add(&writer->digests, digest, sizeof digest, &index, &added, err);
+  enum us_status status =
+      us_intern_add(&writer->digests, result->digest, sizeof result->digest, &known, &added, err);
   if (status != US_OK) return status;
   if (!added) return writer->counts.duplicates++, US_OK;
-  if ((status = overlaps(writer, document, &overlap, err)) != US_OK || overlap) return status;
+  if (result->overlaps) {
+    writer->counts.overlaps++;
+    if (writer->removed) writer->removed(writer->removed_arg, document->source, result->words.data);
+    return US_OK;
+  }
   if (writer->n_entries == writer->capacity) {
     size_t capacity = writer->capacity ? 2 * writer->capacity : 1024;
     struct entry *entries = realloc(writer->entries, capacity * sizeof *entries);
@@ -126,9 +219,9 @@ enum us_status us_shards_writer_take(const struct us_document *document, void *a
     writer->entries = entries;
     writer->capacity = capacity;
   }
-  struct entry entry = {.begin = writer->ids.count, .part = part_of(writer, digest)};
-  memcpy(entry.digest, digest, sizeof digest);
-  if ((status = tokenise(writer, document, err)) != US_OK) return us_err_prefix(err, "%s", document->source);
+  struct entry entry = {.begin = writer->ids.count, .part = part_of(writer, result->digest)};
+  memcpy(entry.digest, result->digest, sizeof entry.digest);
+  if ((status = append(writer, result, err)) != US_OK) return status;
   entry.end = writer->ids.count;
   writer->entries[writer->n_entries++] = entry;
   writer->counts.documents[entry.part]++;
@@ -138,6 +231,17 @@ enum us_status us_shards_writer_take(const struct us_document *document, void *a
     writer->counts.loss[entry.part] += (uint64_t)writer->loss.data[i];
   return US_OK;
 }
+
+enum us_status us_shards_writer_take(const struct us_document *document, void *arg, struct us_err *err) {
+  struct us_shards_writer *writer = arg;
+  return us_batch_take(document, &writer->batch, err);
+}
+
+enum us_status us_shards_writer_flush(struct us_shards_writer *writer, struct us_err *err) {
+  return us_batch_flush(&writer->batch, err);
+}
+
+/* The file */
 
 static int by_digest(const void *a, const void *b) {
   return memcmp(((const struct entry *)a)->digest, ((const struct entry *)b)->digest, US_SHA256_BYTES);
@@ -192,6 +296,8 @@ static enum us_status write_header(const struct us_shards_writer *writer, struct
 enum us_status us_shards_writer_finish(struct us_shards_writer *writer, const char *path,
                                        const char *provenance_json, struct us_err *err) {
   struct us_h5_writer *out = NULL;
+  enum us_status status = us_shards_writer_flush(writer, err);
+  if (status != US_OK) return status;
   if (writer->counts.tokens[US_PART_TRAIN] == 0)
     return us_err_set(err, US_ERR_INPUT,
                       "no document is left to train on: %llu read, %llu duplicates, %llu overlapping",
@@ -199,7 +305,7 @@ enum us_status us_shards_writer_finish(struct us_shards_writer *writer, const ch
                       (unsigned long long)writer->counts.overlaps);
   if (writer->n_entries > 0) qsort(writer->entries, writer->n_entries, sizeof *writer->entries, by_digest);
   if (path == NULL) return US_OK;
-  enum us_status status = us_h5_create(path, "tokens", &out, err);
+  status = us_h5_create(path, "tokens", &out, err);
   if (status != US_OK) return status;
   status = us_h5_put_text(out, "provenance", provenance_json, err);
   if (status == US_OK) status = write_header(writer, out, err);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Words already merged in this call, one a slot, the newest wins. 32 bytes and 12 ids hold 99 % of the words of code and
+/* Words already merged by this encoder, one a slot, the newest wins. 32 bytes and 12 ids hold 99 % of the words of code and
  * prose; 8,192 slots are 0.8 MB, which stays in L2. */
 #define CACHE_SLOTS 8192
 #define CACHE_BYTES 32
@@ -21,18 +21,17 @@ struct cached {
   int32_t ids[CACHE_IDS];
 };
 
-/* One call of encode. */
-struct encoder {
+struct us_encoder {
   const struct us_tokenizer *tokenizer;
   struct us_pieces pieces;
   struct us_bpe_scratch scratch;
-  struct us_buffer normal, spelled;
+  struct us_buffer normal, spelled, repaired;
   struct cached *cache;
   struct us_ids *ids;
   struct us_err *err;
 };
 
-static enum us_status encode_uncached(struct encoder *encoder, const char *word, size_t n) {
+static enum us_status encode_uncached(struct us_encoder *encoder, const char *word, size_t n) {
   const struct us_tokenizer *tokenizer = encoder->tokenizer;
   if (tokenizer->ignore_merges) {
     us_buffer_clear(&encoder->spelled);
@@ -44,7 +43,7 @@ static enum us_status encode_uncached(struct encoder *encoder, const char *word,
   return us_bpe_merge(&tokenizer->bpe, word, n, &encoder->scratch, encoder->ids, encoder->err);
 }
 
-static enum us_status encode_word(struct encoder *encoder, const char *word, size_t n) {
+static enum us_status encode_word(struct us_encoder *encoder, const char *word, size_t n) {
   if (encoder->cache == NULL || n > CACHE_BYTES) return encode_uncached(encoder, word, n);
   uint64_t hash = us_hash_bytes(word, n);
   struct cached *cached = &encoder->cache[hash & (CACHE_SLOTS - 1)];
@@ -63,7 +62,7 @@ static enum us_status encode_word(struct encoder *encoder, const char *word, siz
 }
 
 /* Text without added tokens, normalised. */
-static enum us_status encode_plain(struct encoder *encoder, const char *text, size_t n) {
+static enum us_status encode_plain(struct us_encoder *encoder, const char *text, size_t n) {
   const char *piece;
   size_t bytes;
   us_pieces_set(&encoder->pieces, text, n);
@@ -75,9 +74,9 @@ static enum us_status encode_plain(struct encoder *encoder, const char *text, si
 }
 
 /* Cut out the added tokens of one kind and hand the stretches between them on. */
-static enum us_status encode_cut(struct encoder *encoder, const char *text, size_t n, bool normalized,
+static enum us_status encode_cut(struct us_encoder *encoder, const char *text, size_t n, bool normalized,
                                  bool allow_special,
-                                 enum us_status (*between)(struct encoder *, const char *, size_t, bool)) {
+                                 enum us_status (*between)(struct us_encoder *, const char *, size_t, bool)) {
   struct us_added_cut cut;
   size_t done = 0, at = 0;
   enum us_status status = US_OK;
@@ -90,12 +89,13 @@ static enum us_status encode_cut(struct encoder *encoder, const char *text, size
   return done < n ? between(encoder, text + done, n - done, allow_special) : US_OK;
 }
 
-static enum us_status encode_normal(struct encoder *encoder, const char *text, size_t n, bool allow_special) {
+static enum us_status encode_normal(struct us_encoder *encoder, const char *text, size_t n,
+                                    bool allow_special) {
   (void)allow_special;
   return encode_plain(encoder, text, n);
 }
 
-static enum us_status encode_raw(struct encoder *encoder, const char *text, size_t n, bool allow_special) {
+static enum us_status encode_raw(struct us_encoder *encoder, const char *text, size_t n, bool allow_special) {
   if (encoder->tokenizer->nfc && !us_utf8_is_plain(text, n)) {
     us_buffer_clear(&encoder->normal);
     enum us_status status = us_utf8_nfc(text, n, &encoder->normal, encoder->err);
@@ -107,28 +107,59 @@ static enum us_status encode_raw(struct encoder *encoder, const char *text, size
   return encode_cut(encoder, text, n, true, allow_special, encode_normal);
 }
 
-enum us_status us_tokenizer_encode(const struct us_tokenizer *tokenizer, const char *text, size_t bytes,
-                                   bool allow_special, struct us_ids *ids, struct us_err *err) {
-  struct encoder encoder = {.tokenizer = tokenizer, .ids = ids, .err = err};
-  struct us_buffer repaired = {0};
-  enum us_status status = us_pieces_begin(&encoder.pieces, tokenizer->pattern, err);
-  if (status != US_OK) return status;
+static void end(struct us_encoder *encoder) {
+  us_pieces_end(&encoder->pieces);
+  us_bpe_scratch_release(&encoder->scratch);
+  us_buffer_release(&encoder->normal);
+  us_buffer_release(&encoder->spelled);
+  us_buffer_release(&encoder->repaired);
+  free(encoder->cache);
+}
+
+enum us_status us_encoder_create(const struct us_tokenizer *tokenizer, struct us_encoder **ret_encoder,
+                                 struct us_err *err) {
+  struct us_encoder *encoder = calloc(1, sizeof *encoder);
+  if (encoder == NULL) return us_err_memory(err, "encoder", sizeof *encoder);
+  encoder->tokenizer = tokenizer;
+  enum us_status status = us_pieces_begin(&encoder->pieces, tokenizer->pattern, err);
+  if (status != US_OK) {
+    free(encoder);
+    return status;
+  }
+  *ret_encoder = encoder;
+  return US_OK;
+}
+
+void us_encoder_free(struct us_encoder *encoder) {
+  if (encoder == NULL) return;
+  end(encoder);
+  free(encoder);
+}
+
+enum us_status us_encoder_encode(struct us_encoder *encoder, const char *text, size_t bytes,
+                                 bool allow_special, struct us_ids *ids, struct us_err *err) {
+  encoder->ids = ids;
+  encoder->err = err;
   if (us_utf8_valid(text, bytes) != bytes) {
-    if ((status = us_utf8_repair(text, bytes, &repaired, err)) != US_OK) goto cleanup;
-    text = repaired.data;
-    bytes = repaired.size;
+    us_buffer_clear(&encoder->repaired);
+    enum us_status status = us_utf8_repair(text, bytes, &encoder->repaired, err);
+    if (status != US_OK) return status;
+    text = encoder->repaired.data;
+    bytes = encoder->repaired.size;
   }
   /* Without memory for it, encoding works without the cache. */
-  if (bytes >= CACHE_FROM) encoder.cache = calloc(CACHE_SLOTS, sizeof *encoder.cache);
-  status = encode_cut(&encoder, text, bytes, false, allow_special, encode_raw);
+  if (bytes >= CACHE_FROM && encoder->cache == NULL)
+    encoder->cache = calloc(CACHE_SLOTS, sizeof *encoder->cache);
+  return encode_cut(encoder, text, bytes, false, allow_special, encode_raw);
+}
 
-cleanup:
-  us_pieces_end(&encoder.pieces);
-  us_bpe_scratch_release(&encoder.scratch);
-  us_buffer_release(&encoder.normal);
-  us_buffer_release(&encoder.spelled);
-  us_buffer_release(&repaired);
-  free(encoder.cache);
+enum us_status us_tokenizer_encode(const struct us_tokenizer *tokenizer, const char *text, size_t bytes,
+                                   bool allow_special, struct us_ids *ids, struct us_err *err) {
+  struct us_encoder encoder = {.tokenizer = tokenizer};
+  enum us_status status = us_pieces_begin(&encoder.pieces, tokenizer->pattern, err);
+  if (status != US_OK) return status;
+  status = us_encoder_encode(&encoder, text, bytes, allow_special, ids, err);
+  end(&encoder);
   return status;
 }
 

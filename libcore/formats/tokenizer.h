@@ -57,6 +57,15 @@ US_CHECKED enum us_status us_tokenizer_encode(const struct us_tokenizer *tokeniz
                                               size_t bytes, bool allow_special, struct us_ids *ids,
                                               struct us_err *err);
 
+/* The same for many texts, one thread at a time: it keeps its buffers, and the words it has met, from text to text, which is twice
+ * as fast for texts of a few kilobytes. The tokenizer must outlive it. */
+struct us_encoder;
+US_CHECKED enum us_status us_encoder_create(const struct us_tokenizer *tokenizer,
+                                            struct us_encoder **ret_encoder, struct us_err *err);
+void us_encoder_free(struct us_encoder *encoder); /* NULL is allowed */
+US_CHECKED enum us_status us_encoder_encode(struct us_encoder *encoder, const char *text, size_t bytes,
+                                            bool allow_special, struct us_ids *ids, struct us_err *err);
+
 /* Append the bytes of n ids to out; with skip_special, special tokens give nothing. US_ERR_USAGE for an id
  * that no token has: the message names it and its index. */
 US_CHECKED enum us_status us_tokenizer_decode(const struct us_tokenizer *tokenizer, const int32_t *ids,

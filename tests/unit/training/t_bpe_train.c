@@ -132,6 +132,26 @@ START_TEST(the_order_of_documents_does_not_matter) {
 }
 END_TEST
 
+START_TEST(counts_of_two_trainers_join_to_those_of_one) {
+  struct us_err err = {0};
+  struct us_buffer json[2] = {{0}};
+  for (int joined = 0; joined < 2; joined++) {
+    struct us_bpe_trainer *trainers[2];
+    for (int i = 0; i < 2; i++) ck_assert_int_eq(us_bpe_trainer_create(&trainers[i], &err), US_OK);
+    for (size_t at = 0, i = 0; at < strlen(text);
+         at += 20, i++) { /* cut anywhere: both count the same pieces */
+      size_t n = strlen(text + at) < 20 ? strlen(text + at) : 20;
+      ck_assert_int_eq(us_bpe_trainer_add(trainers[joined && i % 2], text + at, n, &err), US_OK);
+    }
+    ck_assert_int_eq(us_bpe_trainer_join(trainers[0], trainers[1], &err), US_OK);
+    ck_assert_msg(us_bpe_trainer_finish(trainers[0], 290, &json[joined], &err) == US_OK, "%s", err.message);
+    us_bpe_trainer_free(trainers[0]), us_bpe_trainer_free(trainers[1]);
+  }
+  ck_assert_str_eq(json[0].data, json[1].data);
+  us_buffer_release(&json[0]), us_buffer_release(&json[1]);
+}
+END_TEST
+
 START_TEST(special_tokens_stand_last_and_are_not_learned) {
   static const char with[] = "<|im_end|><|im_end|><|im_end|><|im_end|>abab abab<|im_start|>abab";
   struct us_err err = {0};
@@ -162,6 +182,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("bpe_train");
   tcase_add_test(c, merges_equal_those_of_recounting_in_every_step);
   tcase_add_test(c, the_order_of_documents_does_not_matter);
+  tcase_add_test(c, counts_of_two_trainers_join_to_those_of_one);
   tcase_add_test(c, special_tokens_stand_last_and_are_not_learned);
   tcase_add_test(c, too_little_text_and_bad_sizes_are_errors);
   return us_suite("bpe_train", c);

@@ -329,6 +329,52 @@ START_TEST(a_file_of_another_kind_or_cut_short_is_refused) {
 }
 END_TEST
 
+/* 300 documents of 64 to 120 KB, 25 MB: more than one batch; every eleventh equals the one before, every seventh overlaps. */
+static void add_many(struct us_shards_writer *writer, struct us_err *err) {
+  char *text = malloc(128 << 10);
+  for (int i = 0; i < 300; i++) {
+    int number = i % 11 == 10 ? i - 1 : i;
+    size_t n = 0, end = (64u << 10) + (size_t)(number * 191 % 56) * 1024;
+    if (number % 7 == 3) n += (size_t)sprintf(text, "a b c d e f g h i j k l m ");
+    while (n < end)
+      n += (size_t)sprintf(text + n, "number %d, thing %zu; ", number, n * (size_t)number % 977);
+    ok(add(writer, text, err), err);
+  }
+  free(text);
+}
+
+START_TEST(any_number_of_threads_writes_the_same_shards) {
+  struct us_err err = {0};
+  struct us_buffer files[2] = {{0}};
+  struct us_shards_counts counts[2];
+  const char *prompt = "a b c d e f g h i j k l m";
+  for (int many = 0; many < 2; many++) {
+    struct us_shards_writer *writer;
+    struct us_decontaminator *filter;
+    struct us_pool *pool;
+    ok(us_pool_create(many ? 5 : 1, &pool, &err), &err);
+    ok(us_decontaminator_create(&filter, &err), &err);
+    ok(us_decontaminator_add(filter, prompt, strlen(prompt), &err), &err);
+    ok(us_shards_writer_create(tokenizer, tokenizer_json.data, 0.1, &writer, &err), &err);
+    us_shards_writer_filter(writer, filter, NULL, NULL);
+    us_shards_writer_threads(writer, pool);
+    add_many(writer, &err);
+    ok(us_shards_writer_flush(writer, &err), &err);
+    counts[many] = *us_shards_writer_counts(writer);
+    ok(us_shards_writer_finish(writer, text_path, "{}", &err), &err);
+    ok(us_buffer_read_file(&files[many], text_path, 1 << 30, &err), &err);
+    us_shards_writer_free(writer), us_decontaminator_free(filter), us_pool_free(pool);
+  }
+  ck_assert_uint_eq(counts[0].read, 300);
+  ck_assert_uint_ge(counts[0].duplicates, 20);
+  ck_assert_uint_ge(counts[0].overlaps, 30);
+  ck_assert_mem_eq(&counts[0], &counts[1], sizeof counts[0]);
+  ck_assert_uint_eq(files[0].size, files[1].size);
+  ck_assert_mem_eq(files[0].data, files[1].data, files[0].size);
+  us_buffer_release(&files[0]), us_buffer_release(&files[1]);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("shards");
   tcase_add_unchecked_fixture(c, setup, teardown);
@@ -339,6 +385,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, heldout_windows_predict_every_token_but_the_first_once);
   tcase_add_test(c, only_answers_and_assistant_turns_carry_a_loss);
   tcase_add_test(c, overlapping_documents_are_left_out_and_counted);
+  tcase_add_test(c, any_number_of_threads_writes_the_same_shards);
   tcase_add_test(c, bad_corpus_lines_are_named);
   tcase_add_test(c, a_file_of_another_kind_or_cut_short_is_refused);
   return us_suite("shards", c);
