@@ -10,10 +10,9 @@
 #include "kernels/experts/grouped_gemm.h"
 #include "kernels/experts/grouped_wgmma.cuh"
 
-#define TILE_ROWS 128
-#define DEPTH     64 /* summed indices of a stage: a row of 128 bytes */
-#define BAND                                                                                                 \
-  8 /* tiles below each other that run side by side, then the next column: both operands stay in L2 */
+#define TILE_ROWS    128
+#define DEPTH        64 /* summed indices of a stage: a row of 128 bytes */
+#define BAND         8  /* tiles below each other that run side by side, then the next column */
 #define MOST_STAGES  8
 #define STAGE_MEMORY (222 * 1024)
 

@@ -26,9 +26,17 @@ library() {
   for source in "$root"/kernels/*/*.cu; do
     device -c "$source" -o "$build/$(basename "$source").o" &
   done
-  for source in base/err formats/bf16 formats/fp8 formats/matrix formats/mxfp4 \
-    ../kernels/linear/linear_ref ../kernels/pages/pages ../kernels/rope/rope_ref ../kernels/router/router_ref; do
-    ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -D_GNU_SOURCE -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
+  for source in base/err base/pool formats/bf16 formats/fp8 formats/matrix formats/mxfp4 ../kernels/cpu/isa \
+    ../kernels/experts/experts_grad ../kernels/gemm/gemm ../kernels/gemm/gemm_avx2 ../kernels/gemm/gemm_avx512 \
+    ../kernels/linear/linear_grad ../kernels/linear/linear_ref ../kernels/pages/pages ../kernels/rope/rope_ref \
+    ../kernels/router/router_grad ../kernels/router/router_ref ../kernels/seq/seq ../kernels/swiglu/swiglu_grad; do
+    case $source in
+    *_avx2) isa='-mavx2 -mfma -mf16c' ;;
+    *_avx512) isa='-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c' ;;
+    *) isa= ;;
+    esac
+    # shellcheck disable=SC2086 # a list of options
+    ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -D_GNU_SOURCE $isa -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
       -o "$build/$(basename "$source").c.o" >&2
   done
   wait

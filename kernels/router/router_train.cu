@@ -1,0 +1,189 @@
+/* router_train.cu: the router over many rows: logits on the tensor cores, choice, and the gradient of the chosen ones.
+ *
+ * w = high + middle + low, each bf16, are 3 E rows of one matrix: 16384 rows x 192 x 1024 are 6.4 GFLOP on tensor cores (10 us)
+ * where 2.1 GFLOP of FP32 multiplies would take 70. The gradient of w reads K rows of x a row of the batch, from L2: 268 MB.
+ *
+ * Contents: logits; choice; gradient of the logits; gradient of the weights.
+ */
+#include "kernels/router/router_train.h"
+#include "kernels/cpu/exp.h"
+#include "kernels/experts/experts_vector.cuh"
+#include "kernels/experts/grouped_gemm.h"
+
+#define MOST_EXPERTS 1024
+#define MOST_CHOSEN  32
+#define WARPS        4 /* rows of a block that chooses */
+#define THREADS      128
+
+/* Experts in one third of the split matrix: what the grouped product can multiply. */
+static inline __host__ __device__ uint32_t padded(uint32_t E) {
+  return (E + 15) / 16 * 16;
+}
+
+/* --- logits --- */
+
+/* w (E, D) as terms (3, padded E, D); rows past E are zeros. */
+static __global__ void split_weights(uint32_t E, uint32_t D, const float *w, uint16_t *terms) {
+  uint64_t third = (uint64_t)padded(E) * D, i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
+  if (i >= third) return;
+  float rest = i < (uint64_t)E * D ? w[i] : 0.0f;
+  for (int term = 0; term < 3; term++) {
+    uint16_t half = us_bf16_from_f32(rest);
+    terms[term * third + i] = half;
+    rest -= us_bf16_to_f32(half);
+  }
+}
+
+static size_t terms_bytes(uint32_t D, uint32_t E) {
+  return ((size_t)3 * padded(E) * D * 2 + 255) / 256 * 256;
+}
+
+size_t us_router_train_scratch(uint32_t R, uint32_t D, uint32_t E) {
+  return terms_bytes(D, E) + (size_t)R * 3 * padded(E) * sizeof(float);
+}
+
+/* --- choice --- */
+
+/* Ids of the K largest choices, ascending: an expert is beaten by those strictly better and by equal ones with a lower id. NaN is
+ * beaten by none, so K are found in any case. */
+static __device__ __forceinline__ void choose(const float *choice, uint32_t E, uint32_t K, int lane,
+                                              uint32_t *id) {
+  uint32_t chosen = 0;
+  for (uint32_t first = 0; first < E && chosen < K; first += 32) {
+    uint32_t e = first + lane, better = 0;
+    float own = e < E ? choice[e] : 0.0f;
+    for (uint32_t j = 0; j < E; j++) {
+      float other = choice[j];
+      better += other > own || (other == own && j < e);
+    }
+    uint32_t mask = __ballot_sync(~0u, e < E && better < K),
+             place = chosen + __popc(mask & ((1u << lane) - 1));
+    if (mask >> lane & 1 && place < K) id[place] = e;
+    chosen += __popc(mask);
+  }
+  __syncwarp();
+}
+
+/* A warp a row. Shared memory: (WARPS, 2, E) scores and choices. */
+static __global__ void __launch_bounds__(WARPS * 32)
+    choose_rows(const struct us_router_train router, const float *logits) {
+  extern __shared__ float shared[];
+  __shared__ uint32_t ids[WARPS][MOST_CHOSEN];
+  const uint32_t E = router.E, K = router.K, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+                 r = blockIdx.x * WARPS + warp, third = padded(E);
+  float *score = shared + warp * 2 * E, *choice = score + E;
+  if (r >= router.R) return;
+  const float *row = logits + (uint64_t)r * 3 * third;
+  for (uint32_t e = lane; e < E; e += 32) {
+    float logit = row[2 * third + e] + row[third + e] + row[e];
+    score[e] = 1.0f / (1.0f + us_expf(-logit));
+    choice[e] = score[e] + (router.opt_bias ? router.opt_bias[e] : 0.0f);
+    router.scores[(uint64_t)r * E + e] = score[e];
+  }
+  __syncwarp();
+  choose(choice, E, K, lane, ids[warp]);
+  float sum = 0.0f;
+  for (uint32_t k = 0; k < K; k++) sum += score[ids[warp][k]];
+  if (lane >= K) return;
+  uint32_t id = ids[warp][lane];
+  float share = router.normalise ? score[id] / (sum + 1e-20f) : score[id];
+  router.id[(uint64_t)r * K + lane] = id;
+  router.weight[(uint64_t)r * K + lane] = share * router.scaling;
+}
+
+static bool valid(uint32_t R, uint32_t D, uint32_t E, uint32_t K) {
+  return D && D % 16 == 0 && E && E <= MOST_EXPERTS && K && K <= E && K <= MOST_CHOSEN &&
+         (uint64_t)R * K <= INT32_MAX;
+}
+
+int us_router_train(const struct us_router_train *router, cudaStream_t stream) {
+  uint32_t R = router->R, D = router->D, E = router->E;
+  if (!valid(R, D, E, router->K)) return cudaErrorInvalidValue;
+  if (!R) return cudaSuccess;
+  uint16_t *terms = (uint16_t *)router->scratch;
+  float *logits = (float *)((uint8_t *)router->scratch + terms_bytes(D, E));
+  split_weights<<<(uint32_t)(((uint64_t)padded(E) * D + 255) / 256), 256, 0, stream>>>(E, D, router->w,
+                                                                                       terms);
+  struct us_grouped product = {};
+  product.groups = 1, product.rows = R, product.N = 3 * padded(E), product.K = D;
+  int status = us_grouped_forward_f32(&product, router->x, terms, 0, logits, stream);
+  if (status != cudaSuccess) return status;
+  choose_rows<<<(R + WARPS - 1) / WARPS, WARPS * 32, WARPS * 2 * E * sizeof(float), stream>>>(*router,
+                                                                                              logits);
+  return cudaGetLastError();
+}
+
+/* --- gradient of the logits --- */
+
+/* A thread a row, in the order of kernels/router/router_grad.c. */
+static __global__ void __launch_bounds__(THREADS) grad_logits(const struct us_router_train_grad g) {
+  uint32_t r = blockIdx.x * THREADS + threadIdx.x;
+  if (r >= g.R) return;
+  const float *score = g.scores + (uint64_t)r * g.E, *dweight = g.dweight + (uint64_t)r * g.K;
+  const uint32_t *id = g.id + (uint64_t)r * g.K;
+  float sum = 1e-20f, pull = 0.0f;
+  for (uint32_t k = 0; k < g.K; k++) sum += score[id[k]];
+  for (uint32_t k = 0; k < g.K; k++) pull += dweight[k] * score[id[k]] / sum;
+  for (uint32_t k = 0; k < g.K; k++) {
+    float s = score[id[k]], ds = g.normalise ? (dweight[k] - pull) / sum : dweight[k];
+    g.dlogit[(uint64_t)r * g.K + k] = ds * g.scaling * s * (1.0f - s);
+  }
+}
+
+/* --- gradient of the weights --- */
+
+/* Pieces of an expert's slots, each a sum of its own: about 1024 blocks. */
+static inline __host__ __device__ uint32_t pieces(uint32_t E) {
+  uint32_t wanted = MOST_EXPERTS / E;
+  return wanted < 1 ? 1 : wanted > 64 ? 64 : wanted;
+}
+
+size_t us_router_train_grad_scratch(uint32_t D, uint32_t E) {
+  return (size_t)E * pieces(E) * D * sizeof(float);
+}
+
+/* Block (piece, expert, columns): dlogit * x over the piece's slots in order; a thread has 8 columns. */
+static __global__ void __launch_bounds__(THREADS)
+    sum_pieces(const struct us_router_train_grad g, float *sums) {
+  const uint32_t piece = blockIdx.x, e = blockIdx.y, column = (blockIdx.z * THREADS + threadIdx.x) * 8;
+  if (column >= g.D) return;
+  uint32_t first = __ldg(g.start + e), end = __ldg(g.start + e + 1),
+           each = (end - first + gridDim.x - 1) / gridDim.x;
+  first += piece * each;
+  if (first + each < end) end = first + each;
+  float sum[8] = {};
+#pragma unroll 8
+  for (uint32_t slot = first; slot < end; slot++) {
+    uint32_t pair = __ldg(g.pair + slot);
+    float x[8], d = __ldg(g.dlogit + pair);
+    unpack_8(*(const uint4 *)(g.x + (uint64_t)(pair / g.K) * g.D + column), x);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[i] = fmaf(d, x[i], sum[i]);
+  }
+  float4 *to = (float4 *)(sums + ((uint64_t)e * gridDim.x + piece) * g.D + column);
+  to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]), to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    add_pieces(uint32_t D, uint32_t count, const float *sums, float *dw) {
+  uint32_t column = blockIdx.x * THREADS + threadIdx.x, e = blockIdx.y;
+  if (column >= D) return;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (uint32_t piece = 0; piece < count; piece++) sum += sums[((uint64_t)e * count + piece) * D + column];
+  dw[(uint64_t)e * D + column] += sum;
+}
+
+int us_router_train_grad(const struct us_router_train_grad *g, cudaStream_t stream) {
+  if (!valid(g->R, g->D, g->E, g->K)) return cudaErrorInvalidValue;
+  if (!g->R) return cudaSuccess;
+  grad_logits<<<(g->R + THREADS - 1) / THREADS, THREADS, 0, stream>>>(*g);
+  if (g->opt_dw) {
+    float *sums = (float *)g->scratch;
+    dim3 grid(pieces(g->E), g->E, (g->D + THREADS * 8 - 1) / (THREADS * 8));
+    sum_pieces<<<grid, THREADS, 0, stream>>>(*g, sums);
+    dim3 columns((g->D + THREADS - 1) / THREADS, g->E);
+    add_pieces<<<columns, THREADS, 0, stream>>>(g->D, pieces(g->E), sums, g->opt_dw);
+  }
+  return cudaGetLastError();
+}
