@@ -46,9 +46,9 @@ struct job {
   struct us_tool_run *run;
   struct us_pool *pool;
   struct us_decontaminator *filter;
-  struct counter *counters; /* one a thread; NULL: shards */
-  struct us_batch batch;    /* of documents to count */
-  char **overlap;           /* (overlap_count) by document of the batch: the words that it shares, or NULL */
+  struct counter *counters;     /* one a thread; NULL: shards */
+  struct us_corpus_batch batch; /* of documents to count */
+  char **overlap; /* (overlap_count) by document of the batch: the words that it shares, or NULL */
   size_t overlap_count;
   struct us_shards_writer *writer;
   struct us_progress progress;
@@ -106,7 +106,7 @@ static enum us_status take(const struct us_document *document, void *arg, struct
   if (us_tool_interrupted()) return us_err_set(err, US_INTERRUPTED, "interrupted");
   job->bytes += document->bytes;
   us_progress_set(&job->progress, job->bytes);
-  return job->counters ? us_batch_take(document, &job->batch, err)
+  return job->counters ? us_corpus_batch_take(document, &job->batch, err)
                        : us_shards_writer_take(document, job->writer, err);
 }
 
@@ -119,7 +119,8 @@ static enum us_status read_all(struct job *job, struct us_err *err) {
   for (size_t i = 0; i < us_opt_count(o, "text") && status == US_OK; i++)
     status = us_corpus_read(us_opt_nth(o, "text", i), &options, take, job, err);
   if (status == US_OK)
-    status = job->counters ? us_batch_flush(&job->batch, err) : us_shards_writer_flush(job->writer, err);
+    status =
+        job->counters ? us_corpus_batch_flush(&job->batch, err) : us_shards_writer_flush(job->writer, err);
   us_progress_end(&job->progress);
   return status;
 }
@@ -167,7 +168,7 @@ static enum us_status make_counters(struct job *job, struct us_err *err) {
   int n = us_pool_threads(job->pool);
   job->counters = calloc((size_t)n, sizeof *job->counters);
   if (job->counters == NULL) return us_err_memory(err, "threads", (size_t)n * sizeof *job->counters);
-  us_batch_init(&job->batch, job->pool, begin_counting, count_words, counted, job);
+  us_corpus_batch_init(&job->batch, job->pool, begin_counting, count_words, counted, job);
   enum us_status status = US_OK;
   for (int i = 0; i < n && status == US_OK; i++) {
     status = us_bpe_trainer_create(&job->counters[i].trainer, err);
@@ -183,7 +184,7 @@ static void free_counters(struct job *job) {
     us_decontaminator_free(job->counters[i].filter);
   }
   for (size_t i = 0; i < job->overlap_count; i++) free(job->overlap[i]);
-  us_batch_release(&job->batch);
+  us_corpus_batch_release(&job->batch);
   free(job->counters), free(job->overlap);
 }
 

@@ -39,7 +39,7 @@ struct us_shards_writer {
   struct us_decontaminator *filter;
   void (*removed)(void *arg, const char *source, const char *words);
   void *removed_arg;
-  struct us_batch batch;
+  struct us_corpus_batch batch;
   struct worker *workers; /* (n_workers) */
   int n_workers;
   struct result *results; /* (n_results) by place in the batch */
@@ -54,9 +54,9 @@ struct us_shards_writer {
 
 /* The writer */
 
-static us_batch_begin prepare;
-static us_batch_work work;
-static us_batch_done keep;
+static us_corpus_batch_begin prepare;
+static us_corpus_batch_work work;
+static us_corpus_batch_done keep;
 
 enum us_status us_shards_writer_create(const struct us_tokenizer *tokenizer, const char *tokenizer_json,
                                        double heldout, struct us_shards_writer **ret_writer,
@@ -71,14 +71,14 @@ enum us_status us_shards_writer_create(const struct us_tokenizer *tokenizer, con
   writer->tokenizer_json = tokenizer_json;
   writer->heldout = heldout;
   writer->end_of_text = end_of_text;
-  us_batch_init(&writer->batch, NULL, prepare, work, keep, writer);
+  us_corpus_batch_init(&writer->batch, NULL, prepare, work, keep, writer);
   *ret_writer = writer;
   return US_OK;
 }
 
 void us_shards_writer_free(struct us_shards_writer *writer) {
   if (writer == NULL) return;
-  us_batch_release(&writer->batch);
+  us_corpus_batch_release(&writer->batch);
   for (size_t i = 0; i < writer->n_results; i++) {
     us_buffer_release(&writer->results[i].words);
     us_ids_release(&writer->results[i].ids);
@@ -234,11 +234,11 @@ static enum us_status keep(const struct us_document *document, size_t index, voi
 
 enum us_status us_shards_writer_take(const struct us_document *document, void *arg, struct us_err *err) {
   struct us_shards_writer *writer = arg;
-  return us_batch_take(document, &writer->batch, err);
+  return us_corpus_batch_take(document, &writer->batch, err);
 }
 
 enum us_status us_shards_writer_flush(struct us_shards_writer *writer, struct us_err *err) {
-  return us_batch_flush(&writer->batch, err);
+  return us_corpus_batch_flush(&writer->batch, err);
 }
 
 /* The file */
