@@ -23,6 +23,7 @@ static const struct us_opt opts[] = {
     US_OPT_INT("generate", 'g', "N",
                "let the target write N answers first and train on them; without --data at least 256",
                .def = "0", .max = 1000000),
+    US_OPT_FILE("answers", 0, "RUN", "train on answers that us-serve recorded, instead of --generate"),
     US_OPT_NUM("temperature", 0, "T", "of the answers; 0: greedy", .def = "0.8", .max = 100),
     US_OPT_NUM("top-p", 0, "P", "of the answers: smallest set of tokens with this mass", .def = "1",
                .max = 1),
@@ -254,15 +255,18 @@ static enum us_status describe(struct job *job, struct us_err *err) {
       "kv-heads", "head-dim",    "mask-id", "anchors",    "gamma",  "alpha", "steps",  "minutes", "batch",
       "length",   "micro",       "lr",      "warmup",     "floor",  "decay", "clip",   "seed"};
   struct us_opts *o = job->run->opts;
-  char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none";
+  char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none",
+       answers[US_SHA256_HEX] = "none";
   char *text = job->options;
   size_t size = sizeof job->options;
   enum us_status status = us_record_hash(job->target_record.path, target, err);
   if (status == US_OK && job->shards) status = us_record_hash(us_opt_str(o, "data"), data, err);
   if (status == US_OK && job->init) status = us_record_hash(us_opt_str(o, "init"), init, err);
+  if (status == US_OK && us_opt_str(o, "answers"))
+    status = us_record_hash(us_opt_str(o, "answers"), answers, err);
   if (status != US_OK) return status;
-  size_t used = (size_t)snprintf(text, size, "target=%.16s data=%.16s init=%.16s fixed-mask=%d", target, data,
-                                 init, us_opt_flag(o, "fixed-mask"));
+  size_t used = (size_t)snprintf(text, size, "target=%.16s data=%.16s answers=%.16s init=%.16s fixed-mask=%d",
+                                 target, data, answers, init, us_opt_flag(o, "fixed-mask"));
   for (size_t i = 0; i < sizeof words / sizeof words[0] && used < size; i++) {
     const char *word = us_opt_str(o, words[i]);
     used += (size_t)snprintf(text + used, size - used, " %s=%s", words[i], word ? word : "default");
@@ -300,8 +304,28 @@ static void on_answers(void *arg, size_t done, size_t all) {
   us_progress_set(&job->progress, done);
 }
 
+/* Of a recorded run, one answer in sixteen is held out. */
+static enum us_status read_answers(struct job *job, const char *path, struct us_err *err) {
+  struct us_run *run = NULL;
+  struct us_responses_part part = {
+      .length = job->train.length, .every = 16, .heldout = true, .vocab = job->target->shape.vocab};
+  enum us_status status = us_run_open(path, &run, err);
+  if (status != US_OK) return status;
+  status = us_responses_read(run, &part, &job->heldout, err);
+  part.heldout = false;
+  if (status == US_OK) status = us_responses_read(run, &part, &job->answers, err);
+  us_run_free(run);
+  if (status != US_OK) return us_err_prefix(err, "%s", path);
+  us_log_notice(job->run->log, "%zu answers of %s, %zu tokens; %zu more are held out", job->answers.n, path,
+                job->answers.tokens, job->heldout.n);
+  job->train.answers = &job->answers;
+  job->train.heldout = &job->heldout;
+  return US_OK;
+}
+
 static enum us_status write_answers(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
+  if (us_opt_str(o, "answers")) return read_answers(job, us_opt_str(o, "answers"), err);
   size_t count = (size_t)us_opt_int(o, "generate"), heldout;
   if (!job->shards && count < 256) count = 256;
   if (!count) return US_OK;

@@ -13,6 +13,7 @@
 #ifndef US_TRAINING_RESPONSES_H
 #define US_TRAINING_RESPONSES_H
 
+#include "decode/run.h"
 #include "decode/sample.h"
 #include "model/model.h"
 #include "training/shards.h"
@@ -45,6 +46,18 @@ US_CHECKED enum us_status us_responses_generate(struct us_model *model, const st
                                                 struct us_pool *pool, struct us_responses *ret_responses,
                                                 struct us_err *err);
 void us_responses_release(struct us_responses *responses);
+
+/* Which entries of a recorded run: one of `every` is held out, the others are not. */
+struct us_responses_part {
+  size_t length; /* tokens kept of an entry: as much of the answer as fits, before it the end of the prompt */
+  size_t every;  /* at least 2 */
+  bool heldout;
+  uint32_t vocab; /* of the target */
+};
+
+/* Answers that the target gave elsewhere (us-serve, on a GPU). US_ERR_INPUT for an id outside of the vocabulary, or no answer. */
+US_CHECKED enum us_status us_responses_read(const struct us_run *run, const struct us_responses_part *part,
+                                            struct us_responses *ret_responses, struct us_err *err);
 
 /* Fill the window, whose length must be at least responses->length. */
 void us_responses_window(const struct us_responses *responses, size_t i, struct us_window *window);
