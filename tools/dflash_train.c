@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "tools/tool.h"
+#include "tools/train_learner.h"
 #include "tools/train_opts.h"
 #include "training/dflash.h"
 #include "training/run_log.h"
@@ -69,6 +70,7 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_TRAIN_WHERE,
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_COMMON_OUT,
     US_OPT_COMMON_TALK,
@@ -76,12 +78,12 @@ static const struct us_opt opts[] = {
 };
 
 /* Fixed columns, then accuracy_1 .. accuracy_15 of the training blocks. */
-enum { FIXED = 11, COLUMNS = FIXED + US_MAX_BLOCK - 1 };
+enum { FIXED = 12, COLUMNS = FIXED + US_MAX_BLOCK - 1 };
 static const char *const columns[COLUMNS] = {
-    "step",        "tokens",      "seconds",     "loss",        "length",     "rate",       "norm",
-    "heldout",     "heldout_len", "rows_per_s",  "gflops",      "accuracy_1", "accuracy_2", "accuracy_3",
-    "accuracy_4",  "accuracy_5",  "accuracy_6",  "accuracy_7",  "accuracy_8", "accuracy_9", "accuracy_10",
-    "accuracy_11", "accuracy_12", "accuracy_13", "accuracy_14", "accuracy_15"};
+    "step",        "tokens",      "seconds",     "loss",        "length",      "rate",       "norm",
+    "heldout",     "heldout_len", "rows_per_s",  "gflops",      "mfu",         "accuracy_1", "accuracy_2",
+    "accuracy_3",  "accuracy_4",  "accuracy_5",  "accuracy_6",  "accuracy_7",  "accuracy_8", "accuracy_9",
+    "accuracy_10", "accuracy_11", "accuracy_12", "accuracy_13", "accuracy_14", "accuracy_15"};
 
 struct job {
   struct us_tool_run *run;
@@ -91,6 +93,8 @@ struct job {
   struct us_shards *shards;
   struct us_responses answers, heldout;
   struct us_pool *pool;
+  struct us_learner *learner;
+  bool leads; /* of several processes one writes */
   struct us_dflash train;
   struct us_run_log log;
   struct us_progress progress;
@@ -172,8 +176,9 @@ static void on_log(void *arg, const struct us_dflash_log *log) {
   double length = us_draft_tally_length(&log->train), loss = us_draft_tally_loss(&log->train);
   double heldout = us_draft_tally_loss(&log->heldout), heldout_length = us_draft_tally_length(&log->heldout);
   double row[COLUMNS] = {
-      (double)log->step, (double)log->tokens, log->seconds,         loss,       length, log->rate, log->norm,
-      heldout,           heldout_length,      log->rows_per_second, log->gflops};
+      (double)log->step, (double)log->tokens,  log->seconds, loss,    length, log->rate, log->norm, heldout,
+      heldout_length,    log->rows_per_second, log->gflops,  log->mfu};
+  if (!job->leads) return;
   for (uint32_t j = 1; j < US_MAX_BLOCK; j++) row[FIXED + j - 1] = us_draft_tally_accuracy(&log->train, j);
   us_run_log_add(&job->log, row);
   us_progress_note(&job->progress, "loss %.3f, length %.2f", loss, length);
@@ -340,7 +345,8 @@ static enum us_status write_answers(struct job *job, struct us_err *err) {
       .interrupted = us_tool_interrupted,
       .progress = on_answers,
       .progress_arg = job};
-  us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "answers", "answers", count);
+  us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "answers", "answers",
+                    count);
   enum us_status status =
       us_responses_generate(job->target, job->shards, US_PART_TRAIN, &options, job->pool, &job->answers, err);
   options.count = heldout;
@@ -412,18 +418,21 @@ static enum us_status train(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
   enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
+  if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
+  job->train.learner = job->learner;
+  job->leads = status == US_OK && us_learner_leads(job->learner);
   if (status == US_OK) status = write_answers(job, err);
   if (status == US_OK)
-    status = us_run_log_open(&job->log, columns, FIXED + job->train.shape.block - 1, us_opt_str(o, "log"),
-                             job->train.resume, err);
+    status = us_run_log_open(&job->log, columns, FIXED + job->train.shape.block - 1,
+                             job->leads ? us_opt_str(o, "log") : NULL, job->train.resume, err);
   if (status != US_OK) return status;
-  us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "distilling", "steps",
+  us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "distilling", "steps",
                     job->train.trainer.steps);
   status = us_dflash(&job->train, job->pool, err);
   us_progress_end(&job->progress);
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
     status = us_err_set(err, log_err.status, "%s", log_err.message);
-  if (status == US_OK) say_accuracy(job);
+  if (status == US_OK && job->leads) say_accuracy(job);
   return status;
 }
 
@@ -465,12 +474,13 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   } else {
     if (status == US_OK) status = make_provenance(&job, &provenance, err);
     if (status == US_OK) status = train(&job, err);
-    if (status == US_OK) status = write_outputs(&job, provenance, err);
+    if (status == US_OK && job.leads) status = write_outputs(&job, provenance, err);
   }
   us_dflash_release(&job.train);
   us_responses_release(&job.answers);
   us_responses_release(&job.heldout);
   us_run_log_release(&job.log);
+  us_learner_free(job.learner);
   us_pool_free(job.pool);
   us_shards_close(job.shards);
   us_draft_free(job.init);

@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "tools/tool.h"
+#include "tools/train_learner.h"
 #include "tools/train_opts.h"
 #include "training/quant_report.h"
 #include "training/run_log.h"
@@ -57,15 +58,16 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("run", 0, "FILE.h5", "write the training log as an HDF5 run artefact"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_TRAIN_WHERE,
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_COMMON_OUT,
     US_OPT_COMMON_TALK,
     US_OPT_END,
 };
 
-enum { COLUMNS = 8 };
-static const char *const columns[COLUMNS] = {"step",    "tokens", "seconds", "loss",
-                                             "heldout", "rate",   "norm",    "tokens_per_s"};
+enum { COLUMNS = 9 };
+static const char *const columns[COLUMNS] = {"step", "tokens", "seconds",      "loss", "heldout",
+                                             "rate", "norm",   "tokens_per_s", "mfu"};
 
 struct job {
   struct us_tool_run *run;
@@ -77,6 +79,8 @@ struct job {
   struct us_qat qat;
   char options[1024]; /* what must be the same when a run is resumed */
   struct us_pool *pool;
+  struct us_learner *learner;
+  bool leads; /* of several processes one writes */
   struct us_run_log log;
   struct us_progress progress;
   struct us_metrics metrics;
@@ -202,9 +206,10 @@ static enum us_status print_plan(struct job *job, struct us_err *err) {
 static void on_log(void *arg, const struct us_qat_log *log) {
   struct job *job = arg;
   const char *loss = job->qat.loss == US_QAT_KL ? "KL" : "loss";
-  us_run_log_add(&job->log,
-                 (const double[COLUMNS]){(double)log->step, (double)log->tokens, log->seconds, log->loss,
-                                         log->heldout, log->rate, log->norm, log->tokens_per_second});
+  if (!job->leads) return;
+  us_run_log_add(&job->log, (const double[COLUMNS]){(double)log->step, (double)log->tokens, log->seconds,
+                                                    log->loss, log->heldout, log->rate, log->norm,
+                                                    log->tokens_per_second, log->mfu});
   us_progress_note(&job->progress, "%s %.4f", loss, log->loss);
   us_progress_set(&job->progress, log->step);
   if (isfinite(log->heldout))
@@ -218,10 +223,10 @@ static void on_log(void *arg, const struct us_qat_log *log) {
 static enum us_status train(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
-  enum us_status status =
-      us_run_log_open(&job->log, columns, COLUMNS, us_opt_str(o, "log"), job->qat.resume, err);
+  enum us_status status = us_run_log_open(&job->log, columns, COLUMNS,
+                                          job->leads ? us_opt_str(o, "log") : NULL, job->qat.resume, err);
   if (status != US_OK) return status;
-  us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "finetuning", "steps",
+  us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "finetuning", "steps",
                     job->qat.trainer.steps);
   status = us_qat(&job->qat, job->pool, err);
   us_progress_end(&job->progress);
@@ -250,7 +255,8 @@ static enum us_status measure(struct job *job, struct us_err *err) {
   bool trained = is_trained(job);
   job->closed = job->closed_error = (double)NAN;
   if (!job->shards || us_opt_flag(o, "no-eval")) return US_OK;
-  struct us_metrics_job m = {.models = {job->model, trained ? job->ptq : job->result, job->result},
+  struct us_metrics_job m = {.learner = job->learner,
+                             .models = {job->model, trained ? job->ptq : job->result, job->result},
                              .n = trained ? 3 : 2,
                              .shards = job->shards,
                              .length = (size_t)us_opt_int(o, "eval-length"),
@@ -454,7 +460,11 @@ static enum us_status quantize(struct job *job, struct us_err *err) {
   if (us_opt_flag(o, "dry-run")) return print_plan(job, err);
   status = read_options(job, err);
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
+  if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
+  job->qat.learner = job->learner;
+  job->leads = status == US_OK && us_learner_leads(job->learner);
   if (status == US_OK && is_trained(job)) status = train(job, err);
+  if (status != US_OK || !job->leads) return status;
   if (status == US_OK) status = us_qat_export(&job->qat, job->pool, &job->result, err);
   if (status == US_OK) status = measure(job, err);
   if (status == US_OK) status = make_provenance(job, err);
@@ -471,6 +481,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_model_free(job.ptq);
   us_model_free(job.model);
   us_shards_close(job.shards);
+  us_learner_free(job.learner);
   us_pool_free(job.pool);
   us_record_release(&job.model_record);
   us_record_release(&job.data_record);

@@ -105,6 +105,7 @@ static enum us_status run_tool(const struct us_tool *tool, struct us_opts *opts,
                                            : US_LOG_NOTICE;
   struct us_log log = {.out = stderr, .level = level, .name = tool->name};
   struct us_tool_run run = {.opts = opts,
+                            .table = tool->opts,
                             .log = &log,
                             .out = stdout,
                             .quiet = quiet,

@@ -27,10 +27,11 @@
 /* What a tool's run is given. */
 struct us_tool_run {
   struct us_opts *opts;
-  struct us_log *log; /* stderr; level from --quiet and --verbose */
-  FILE *out;          /* stdout, for records only; checked at the end */
-  bool quiet;         /* --quiet: no progress */
-  const char *name;   /* the tool's, for provenance */
+  const struct us_opt *table; /* that they were parsed by */
+  struct us_log *log;         /* stderr; level from --quiet and --verbose */
+  FILE *out;                  /* stdout, for records only; checked at the end */
+  bool quiet;                 /* --quiet: no progress */
+  const char *name;           /* the tool's, for provenance */
   int argc;
   char *const *argv;
 };

@@ -6,7 +6,7 @@
 #include "decode/serve.h"
 #include "decode/summary.h"
 #include "plan/tiles.h"
-#include "tools/tool.h"
+#include "tools/train_learner.h"
 #include "training/quant_report.h"
 
 #include <math.h>
@@ -38,6 +38,7 @@ static const struct us_opt opts[] = {
     US_OPT_FLAG("keep-loops", 0, "do not end a request once a 24-gram occurs three times"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_DEVICE("device", 0, "where --data is measured: cpu, cuda or cuda:N", .def = "cpu"),
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
@@ -53,6 +54,7 @@ struct session {
   struct us_model *base;
   struct us_shards *shards;
   struct us_pool *pool;
+  struct us_learner *learner;
   struct us_executor *ex;
   struct us_summary summary;
   struct us_metrics metrics;
@@ -298,8 +300,10 @@ static enum us_status eval_data(struct session *s, struct us_err *err) {
     status = us_model_open(us_opt_str(o, "against"), &s->base, err);
     if (status == US_OK) status = us_model_check(s->base, err);
   }
+  if (status == US_OK) status = us_tool_open_learner(s->run, s->pool, &s->learner, err);
   if (status != US_OK) return status;
-  struct us_metrics_job job = {.models = {s->base ? s->base : s->pair.model, s->pair.model},
+  struct us_metrics_job job = {.learner = s->learner,
+                               .models = {s->base ? s->base : s->pair.model, s->pair.model},
                                .n = s->base ? 2 : 1,
                                .shards = s->shards,
                                .length = (size_t)us_opt_int(o, "length"),
@@ -325,6 +329,8 @@ static enum us_status choose(struct session *s, struct us_err *err) {
   if (!runs && !us_opt_given(o, "model")) return us_err_set(err, US_ERR_USAGE, "--model is missing");
   if (us_opt_given(o, "against") && !data) return us_err_set(err, US_ERR_USAGE, "--against needs --data");
   if (us_opt_given(o, "draft") && !prompts) return us_err_set(err, US_ERR_USAGE, "--draft needs --prompts");
+  if (us_opt_device(o, "device") >= 0 && !data)
+    return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data");
   if (us_opt_flag(o, "task") && data) return us_err_set(err, US_ERR_USAGE, "--task excludes --data");
   return runs ? eval_runs(s, err) : data ? eval_data(s, err) : eval_prompts(s, err);
 }
@@ -338,6 +344,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_pair_release(&s.pair);
   us_model_free(s.base);
   us_shards_close(s.shards);
+  us_learner_free(s.learner);
   us_pool_free(s.pool);
   us_record_release(&s.data_record);
   free(s.provenance);

@@ -7,6 +7,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "tools/tool.h"
+#include "tools/train_learner.h"
 #include "tools/train_opts.h"
 #include "training/pretrain.h"
 #include "training/run_log.h"
@@ -50,31 +51,36 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
+    US_OPT_TRAIN_WHERE,
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_COMMON_OUT,
     US_OPT_COMMON_TALK,
     US_OPT_END,
 };
 
-enum { COLUMNS = 11 };
-static const char *const columns[COLUMNS] = {"step",         "tokens", "seconds",  "loss",
-                                             "rate",         "norm",   "heldout",  "bits_per_byte",
-                                             "tokens_per_s", "gflops", "imbalance"};
+enum { COLUMNS = 12 };
+static const char *const columns[COLUMNS] = {"step",         "tokens", "seconds",   "loss",
+                                             "rate",         "norm",   "heldout",   "bits_per_byte",
+                                             "tokens_per_s", "gflops", "imbalance", "mfu"};
 
 struct job {
   struct us_tool_run *run;
   struct us_pretrain train;
   struct us_run_log log;
   struct us_progress progress;
+  bool leads; /* of several processes one writes */
 };
 
 /* --- log --- */
 
 static void on_log(void *arg, const struct us_pretrain_log *log) {
   struct job *job = arg;
+  char mfu[32] = "";
   const double row[COLUMNS] = {
-      (double)log->step, (double)log->tokens, log->seconds,           log->loss,   log->rate,     log->norm,
-      log->heldout,      log->bits_per_byte,  log->tokens_per_second, log->gflops, log->imbalance};
+      (double)log->step, (double)log->tokens, log->seconds,           log->loss,   log->rate,      log->norm,
+      log->heldout,      log->bits_per_byte,  log->tokens_per_second, log->gflops, log->imbalance, log->mfu};
+  if (!job->leads) return;
+  if (log->mfu == log->mfu) snprintf(mfu, sizeof mfu, ", MFU %.1f %%", 100.0 * log->mfu);
   us_run_log_add(&job->log, row);
   us_progress_note(&job->progress, "loss %.3f", log->loss);
   us_progress_set(&job->progress, log->step);
@@ -82,9 +88,9 @@ static void on_log(void *arg, const struct us_pretrain_log *log) {
     us_log_notice(job->run->log, "step %llu: loss %.4f, held out %.4f nats a token, %.4f bits a byte",
                   (unsigned long long)log->step, log->loss, log->heldout, log->bits_per_byte);
   else
-    us_log_info(job->run->log, "step %llu: loss %.4f, norm %.3f, rate %.2e, %.0f tokens/s, %.1f GFLOP/s",
+    us_log_info(job->run->log, "step %llu: loss %.4f, norm %.3f, rate %.2e, %.0f tokens/s, %.1f GFLOP/s%s",
                 (unsigned long long)log->step, log->loss, log->norm, log->rate, log->tokens_per_second,
-                log->gflops);
+                log->gflops, mfu);
 }
 
 static enum us_status draw(const struct job *job, const char *path, const char *provenance,
@@ -193,16 +199,20 @@ static enum us_status train(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
   enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &pool, err);
+  if (status == US_OK) status = us_tool_open_learner(job->run, pool, &job->train.learner, err);
+  job->leads = status == US_OK && us_learner_leads(job->train.learner);
   if (status == US_OK)
-    status = us_run_log_open(&job->log, columns, COLUMNS, us_opt_str(o, "log"), job->train.resume, err);
+    status = us_run_log_open(&job->log, columns, COLUMNS, job->leads ? us_opt_str(o, "log") : NULL,
+                             job->train.resume, err);
   if (status == US_OK) {
-    us_progress_start(&job->progress, job->run->quiet ? NULL : stderr, "training", "steps",
+    us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "training", "steps",
                       job->train.trainer.steps);
     status = us_pretrain(&job->train, pool, err);
     us_progress_end(&job->progress);
   }
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
     status = us_err_set(err, log_err.status, "%s", log_err.message);
+  us_learner_free(job->train.learner);
   us_pool_free(pool);
   return status;
 }
@@ -254,7 +264,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   } else {
     if (status == US_OK) status = make_provenance(&job, data.path, &provenance, err);
     if (status == US_OK) status = train(&job, err);
-    if (status == US_OK) status = write_model(&job, &tokenizer, provenance, err);
+    if (status == US_OK && job.leads) status = write_model(&job, &tokenizer, provenance, err);
   }
   us_pretrain_release(&job.train);
   us_buffer_release(&tokenizer);

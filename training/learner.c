@@ -25,6 +25,10 @@ enum us_status us_learner_each(struct us_learner *learner, us_learner_body body,
   return learner->ops->each(learner, body, arg, err);
 }
 
+void us_learner_part(struct us_learner *learner) {
+  if (learner->processes > 1) learner->ops->part(learner);
+}
+
 enum us_status us_learner_sum(struct us_learner *learner, double *values, size_t n, struct us_err *err) {
   return learner->processes > 1 ? learner->ops->sum(learner, values, n, err) : US_OK;
 }

@@ -32,6 +32,7 @@ struct us_learner {
   uint32_t rank;      /* of lane 0 */
   uint32_t ranks;     /* lanes of all processes */
   uint32_t processes; /* 1: nobody to agree with */
+  char name[64];      /* "CPU", or what the GPUs are called */
   double peak;        /* bf16 operations a second of all ranks together, for MFU; 0: not known */
 };
 
@@ -56,6 +57,9 @@ static inline void us_learner_share(const struct us_learner *learner, uint32_t l
 /* US_ERR_USAGE when a step has fewer sequences than there are ranks. */
 US_CHECKED enum us_status us_learner_check_batch(const struct us_learner *learner, size_t sequences,
                                                  struct us_err *err);
+
+/* What processes do together is done: from now on one that ends is no loss to the others. After a success alone. */
+void us_learner_part(struct us_learner *learner);
 
 /* Run body in every lane, at the same time in several; returns when all have ended, with the first lane's error. */
 typedef enum us_status (*us_learner_body)(void *arg, uint32_t lane, struct us_err *err);

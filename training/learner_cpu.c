@@ -45,10 +45,6 @@ static enum us_status cpu_each(struct us_learner *learner, us_learner_body body,
   return body(arg, 0, err);
 }
 
-static enum us_status cpu_sum(struct us_learner *learner, double *values, size_t n, struct us_err *err) {
-  return US_OK;
-}
-
 /* --- parameters --- */
 
 static enum us_status cpu_place(struct us_learner *learner, struct us_params *params,
@@ -258,7 +254,6 @@ static enum us_status cpu_draft_tally(struct us_learner_draft *base, struct us_d
 
 static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .each = cpu_each,
-                                              .sum = cpu_sum,
                                               .place = cpu_place,
                                               .remove = cpu_remove,
                                               .send = cpu_stay,
@@ -289,7 +284,7 @@ enum us_status us_learner_create_cpu(struct us_pool *pool, struct us_learner **r
   struct cpu_learner *learner = calloc(1, sizeof *learner);
   *ret_learner = NULL;
   if (!learner) return us_err_memory(err, "learner", sizeof *learner);
-  learner->base = (struct us_learner){.ops = &cpu_ops, .lanes = 1, .ranks = 1, .processes = 1};
+  learner->base = (struct us_learner){.ops = &cpu_ops, .lanes = 1, .ranks = 1, .processes = 1, .name = "CPU"};
   us_seq_init(&learner->seq, pool, US_SEQ_ROUND_BF16);
   *ret_learner = &learner->base;
   return US_OK;

@@ -6,6 +6,7 @@
 
 struct us_learner_ops {
   void (*free)(struct us_learner *learner);
+  void (*part)(struct us_learner *learner); /* called with several processes alone, as is sum */
   enum us_status (*each)(struct us_learner *learner, us_learner_body body, void *arg, struct us_err *err);
   enum us_status (*sum)(struct us_learner *learner, double *values, size_t n, struct us_err *err);
 

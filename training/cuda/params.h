@@ -1,12 +1,11 @@
 /* params.h: the tensors of a us_params on one GPU: masters, gradients, moments, and the weights as multiplied.
  *
  *     us_cuda_params_create(cuda, &params, owned, &set, &err);            // uploads the masters
- *     us_cuda_params_refresh(set, &err);                                  // rounded and compute from value
+ *     us_cuda_params_refresh(set);                                        // rounded and compute from value
  *     us_cuda_params_zero_grad(set);
  *     ... forward and backward read us_cuda_param_compute(set, p), add to us_cuda_param_grad(set, p) ...
- *     us_cuda_params_square(set, owned, &sum, &err);                      // of the gradients; waits
- *     us_cuda_params_scale_grad(set, factor);
- *     us_cuda_params_update(set, &optim, rate, &err);                     // the owned tensors
+ *     us_cuda_params_square(set, &sum, &err);                             // of the owned gradients; waits
+ *     us_cuda_params_update(set, &optim, rate, factor, &err);             // the owned tensors, gradients times factor
  *     us_cuda_params_download(set, &err);                                 // host values and moments; waits
  *     us_cuda_params_free(set);
  *
@@ -21,22 +20,17 @@
 #ifndef US_TRAINING_CUDA_PARAMS_H
 #define US_TRAINING_CUDA_PARAMS_H
 
-#include "training/optim.h"
+#include "training/ownership.h"
 #include "training/params.h"
 
 struct us_cuda;
 
-/* Floats [begin, end) of the arenas, on boundaries of tensors. */
-struct us_cuda_range {
-  size_t begin, end;
-};
-
 struct us_cuda_params {
-  struct us_cuda *cuda;   /* borrowed */
-  struct us_params *host; /* borrowed; its items say names, shapes, offsets, encodings and what is frozen */
-  size_t floats;          /* of each arena */
-  float *value, *grad;    /* device (floats); NULL in a frozen set */
-  struct us_cuda_range owned; /* what this GPU updates; all of it on one GPU */
+  struct us_cuda *cuda;     /* borrowed */
+  struct us_params *host;   /* borrowed; its items say names, shapes, offsets, encodings and what is frozen */
+  size_t floats;            /* of each arena */
+  float *value, *grad;      /* device (floats); NULL in a frozen set */
+  struct us_owned owned;    /* what this GPU updates; all of it on one GPU */
   float *moment1, *moment2; /* device (owned.end - owned.begin), from owned.begin on; NULL in a frozen set */
   float *rounded;           /* device (floats) */
   uint16_t *compute;        /* device (floats) */
@@ -57,28 +51,28 @@ static inline float *us_cuda_param_grad(const struct us_cuda_params *set, const 
 }
 
 /* Device bytes that create takes. */
-size_t us_cuda_params_bytes(const struct us_params *host, struct us_cuda_range owned);
+size_t us_cuda_params_bytes(const struct us_params *host, struct us_owned owned);
 
-/* Arenas with the host's masters (and moments, so that a resumed run goes on); a frozen set is ready to be multiplied.
- * US_ERR_MEMORY when the GPU is full. */
+/* Arenas with the host's masters, moments 0; a frozen set is ready to be multiplied. US_ERR_MEMORY when the GPU is full. */
 US_CHECKED enum us_status us_cuda_params_create(struct us_cuda *cuda, struct us_params *host,
-                                                struct us_cuda_range owned, struct us_cuda_params **ret_set,
+                                                struct us_owned owned, struct us_cuda_params **ret_set,
                                                 struct us_err *err);
 void us_cuda_params_free(struct us_cuda_params *set); /* NULL is allowed */
 
 /* Masters and the owned moments, from and to the host's arenas. Both wait. */
 US_CHECKED enum us_status us_cuda_params_upload(struct us_cuda_params *set, struct us_err *err);
 US_CHECKED enum us_status us_cuda_params_download(struct us_cuda_params *set, struct us_err *err);
+US_CHECKED enum us_status us_cuda_params_download_moments(struct us_cuda_params *set, struct us_err *err);
 
 /* One tensor's master from the host. Its rounded value follows at the next refresh. */
 void us_cuda_params_upload_one(struct us_cuda_params *set, const struct us_param *p);
 
-/* Bring rounded and compute up to date with value: us_params_refresh with US_SEQ_ROUND_BF16. Waits. NaN or Inf in a master is
- * US_ERR_CHECK and names the tensor. Nothing happens to a frozen set. */
-US_CHECKED enum us_status us_cuda_params_refresh(struct us_cuda_params *set, struct us_err *err);
+/* Bring rounded and compute up to date with value: us_params_refresh with US_SEQ_ROUND_BF16. Queued; nothing happens to a frozen
+ * set. Once somebody has waited, check gives US_ERR_CHECK and the tensor's name if a master was NaN or Inf. */
+void us_cuda_params_refresh(struct us_cuda_params *set);
+US_CHECKED enum us_status us_cuda_params_check(const struct us_cuda_params *set, struct us_err *err);
 
 void us_cuda_params_zero_grad(struct us_cuda_params *set);
-void us_cuda_params_scale_grad(struct us_cuda_params *set, float factor);
 
 /* Sum of the squares of the owned gradients in double, in an order fixed by the range. Waits. */
 US_CHECKED enum us_status us_cuda_params_square(struct us_cuda_params *set, double *ret_sum,
@@ -88,8 +82,9 @@ US_CHECKED enum us_status us_cuda_params_square(struct us_cuda_params *set, doub
 US_CHECKED enum us_status us_cuda_params_nonfinite(struct us_cuda_params *set,
                                                    const struct us_param **ret_param, struct us_err *err);
 
-/* Update the owned tensors as us_optim_step does; Newton-Schulz in bf16 products with FP32 sums. Queued. */
+/* Update the owned tensors as us_optim_step does, with their gradients times `factor`: AdamW to the CPU's bits; Muon's
+ * Newton-Schulz in bf16 products with FP32 sums. Queued. US_ERR_USAGE for a matrix that Muon cannot take here. */
 US_CHECKED enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us_optim *optim,
-                                                double rate, struct us_err *err);
+                                                double rate, float factor, struct us_err *err);
 
 #endif

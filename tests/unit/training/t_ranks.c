@@ -1,0 +1,174 @@
+/* t_ranks.c: what launchers say in the environment. The truth: their manuals (torchrun, Open MPI, MPICH, Slurm). */
+#include "training/ranks.h"
+#include "suite.h"
+
+#include <string.h>
+
+struct variable {
+  const char *name, *value;
+};
+
+static const char *get(void *arg, const char *name) {
+  for (const struct variable *v = arg; v->name; v++)
+    if (strcmp(v->name, name) == 0) return v->value;
+  return NULL;
+}
+
+static struct us_ranks discover(struct variable *environment) {
+  struct us_err err = {0};
+  struct us_ranks ranks;
+  ck_assert_msg(us_ranks_discover(get, environment, &ranks, &err) == US_OK, "%s", err.message);
+  return ranks;
+}
+
+static void refuse(struct variable *environment, const char *expected) {
+  struct us_err err = {0};
+  struct us_ranks ranks;
+  ck_assert_int_eq(us_ranks_discover(get, environment, &ranks, &err), US_ERR_USAGE);
+  ck_assert_msg(strstr(err.message, expected) != NULL, "%s", err.message);
+}
+
+START_TEST(without_a_launcher_there_is_one_process) {
+  struct us_ranks ranks = discover((struct variable[]){{NULL, NULL}});
+  ck_assert_uint_eq(ranks.process, 0);
+  ck_assert_uint_eq(ranks.processes, 1);
+  ck_assert_ptr_null(ranks.launcher);
+}
+END_TEST
+
+START_TEST(torchrun_names_process_host_and_port) {
+  struct variable environment[] = {{"RANK", "5"},
+                                   {"WORLD_SIZE", "8"},
+                                   {"LOCAL_RANK", "1"},
+                                   {"LOCAL_WORLD_SIZE", "4"},
+                                   {"MASTER_ADDR", "node7"},
+                                   {"MASTER_PORT", "4000"},
+                                   {NULL, NULL},
+                                   {NULL, NULL}};
+  struct us_ranks ranks = discover(environment);
+  ck_assert_uint_eq(ranks.process, 5);
+  ck_assert_uint_eq(ranks.processes, 8);
+  ck_assert_uint_eq(ranks.local, 1);
+  ck_assert_uint_eq(ranks.local_processes, 4);
+  ck_assert_str_eq(ranks.address, "node7");
+  ck_assert_uint_eq(ranks.port, 4000);
+  environment[6] = (struct variable){"TORCHELASTIC_USE_AGENT_STORE", "True"}; /* its store has the port */
+  ck_assert_uint_eq(discover(environment).port, 4001);
+}
+END_TEST
+
+START_TEST(mpirun_on_one_host_meets_there) {
+  struct us_ranks ranks = discover((struct variable[]){{"OMPI_COMM_WORLD_RANK", "2"},
+                                                       {"OMPI_COMM_WORLD_SIZE", "4"},
+                                                       {"OMPI_COMM_WORLD_LOCAL_RANK", "2"},
+                                                       {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"},
+                                                       {NULL, NULL}});
+  ck_assert_str_eq(ranks.launcher, "mpirun");
+  ck_assert_uint_eq(ranks.local, 2);
+  ck_assert_str_eq(ranks.address, "127.0.0.1");
+}
+END_TEST
+
+START_TEST(srun_meets_on_the_first_node_of_the_step) {
+  struct variable environment[] = {{"SLURM_PROCID", "9"},
+                                   {"SLURM_STEP_NUM_TASKS", "16"},
+                                   {"SLURM_LOCALID", "1"},
+                                   {"SLURM_STEP_TASKS_PER_NODE", "8(x2)"},
+                                   {"SLURM_STEP_NODELIST", "gpu[03-04]"},
+                                   {"SLURM_JOB_ID", "123"},
+                                   {NULL, NULL}};
+  struct us_ranks ranks = discover(environment);
+  ck_assert_str_eq(ranks.launcher, "srun");
+  ck_assert_uint_eq(ranks.process, 9);
+  ck_assert_uint_eq(ranks.local_processes, 8);
+  ck_assert_str_eq(ranks.address, "gpu03");
+  uint16_t port = ranks.port;
+  environment[5].value = "124"; /* another job on the same host */
+  ck_assert_uint_ne(discover(environment).port, port);
+}
+END_TEST
+
+START_TEST(a_batch_script_without_srun_is_one_process) {
+  struct us_ranks ranks =
+      discover((struct variable[]){{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "16"}, {NULL, NULL}});
+  ck_assert_uint_eq(ranks.processes, 1);
+}
+END_TEST
+
+START_TEST(a_file_takes_the_place_of_an_address) {
+  struct us_ranks ranks = discover((struct variable[]){{"PMI_RANK", "1"},
+                                                       {"PMI_SIZE", "2"},
+                                                       {"MPI_LOCALRANKID", "0"},
+                                                       {"MPI_LOCALNRANKS", "1"},
+                                                       {"US_RENDEZVOUS", "/shared/run.meet"},
+                                                       {NULL, NULL}});
+  ck_assert_str_eq(ranks.launcher, "mpiexec");
+  ck_assert_str_eq(ranks.file, "/shared/run.meet");
+  ck_assert_str_eq(ranks.address, "");
+}
+END_TEST
+
+START_TEST(contradictions_are_told) {
+  refuse((struct variable[]){{"RANK", "0"}, {NULL, NULL}}, "RANK is set without WORLD_SIZE");
+  refuse((struct variable[]){{"WORLD_SIZE", "2"}, {NULL, NULL}}, "WORLD_SIZE is set without RANK");
+  refuse((struct variable[]){{"RANK", "2"}, {"WORLD_SIZE", "2"}, {NULL, NULL}},
+         "RANK is 2, but WORLD_SIZE 2");
+  refuse((struct variable[]){{"RANK", "two"}, {"WORLD_SIZE", "2"}, {NULL, NULL}}, "RANK is 'two'");
+  refuse((struct variable[]){{"RANK", "-1"}, {"WORLD_SIZE", "2"}, {NULL, NULL}}, "RANK is '-1'");
+  refuse((struct variable[]){{"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_PORT", "70000"}, {NULL, NULL}},
+         "MASTER_PORT is '70000'");
+  refuse((struct variable[]){{"OMPI_COMM_WORLD_RANK", "0"},
+                             {"OMPI_COMM_WORLD_SIZE", "4"},
+                             {"OMPI_COMM_WORLD_LOCAL_RANK", "0"},
+                             {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"},
+                             {NULL, NULL}},
+         "set MASTER_ADDR");
+}
+END_TEST
+
+START_TEST(local_processes_divide_the_gpus_in_sight) {
+  struct us_err err = {0};
+  struct us_ranks ranks = {.process = 3, .processes = 4, .local = 3, .local_processes = 4};
+  uint32_t first = 9;
+  ck_assert_int_eq(us_ranks_first_gpu(&ranks, 8, 2, &first, &err), US_OK);
+  ck_assert_uint_eq(first, 6);
+  ck_assert_int_eq(us_ranks_first_gpu(&ranks, 2, 2, &first, &err), US_OK); /* only its own are shown */
+  ck_assert_uint_eq(first, 0);
+  ck_assert_int_eq(us_ranks_first_gpu(&ranks, 6, 2, &first, &err), US_ERR_DEVICE);
+  ck_assert_str_eq(err.message, "4 processes of 2 GPUs on this host; it has 6");
+  ck_assert_int_eq(us_ranks_first_gpu(&ranks, 1, 2, &first, &err), US_ERR_DEVICE);
+  ck_assert_str_eq(err.message, "2 GPUs asked for; there is 1");
+}
+END_TEST
+
+START_TEST(the_first_host_of_a_node_list) {
+  const struct {
+    const char *list, *host;
+  } cases[] = {{"gpu7", "gpu7"},
+               {"a,b,c", "a"},
+               {"gpu[03-07,9],login1", "gpu03"},
+               {"rack[2,4]-node,x", "rack2-node"},
+               {"", ""}};
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    char host[256];
+    us_ranks_first_host(cases[i].list, host);
+    ck_assert_str_eq(host, cases[i].host);
+  }
+}
+END_TEST
+
+static Suite *make_suite(void) {
+  TCase *c = tcase_create("ranks");
+  tcase_add_test(c, without_a_launcher_there_is_one_process);
+  tcase_add_test(c, torchrun_names_process_host_and_port);
+  tcase_add_test(c, mpirun_on_one_host_meets_there);
+  tcase_add_test(c, srun_meets_on_the_first_node_of_the_step);
+  tcase_add_test(c, a_batch_script_without_srun_is_one_process);
+  tcase_add_test(c, a_file_takes_the_place_of_an_address);
+  tcase_add_test(c, contradictions_are_told);
+  tcase_add_test(c, local_processes_divide_the_gpus_in_sight);
+  tcase_add_test(c, the_first_host_of_a_node_list);
+  return us_suite("ranks", c);
+}
+
+US_TEST_MAIN(make_suite)

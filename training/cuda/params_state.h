@@ -1,0 +1,44 @@
+/* params_state.h: what params.c and update.c keep beside the arenas: lists of work on the device, figures, scratch. Internal. */
+#ifndef US_TRAINING_CUDA_PARAMS_STATE_H
+#define US_TRAINING_CUDA_PARAMS_STATE_H
+
+#include "kernels/optim/adamw_train.h"
+#include "kernels/optim/muon_train.h"
+#include "kernels/quant/quant_train.h"
+#include "training/cuda/params.h"
+
+/* Single values that kernels write, and their copies on the host. */
+struct us_cuda_params_figures {
+  uint64_t bad;   /* arena index of the first master that is not finite, at the last refresh */
+  uint64_t index; /* of the first gradient that is not finite, from the owned range's begin on */
+  double square;  /* of the owned gradients */
+  float factor;   /* that gradients are multiplied by */
+};
+
+/* Matrices of one shape, next to each other in the list of matrices. */
+struct us_cuda_muon_group {
+  size_t rows, cols;
+  double decay;
+  size_t first, count;
+  size_t batch; /* multiplied at once */
+};
+
+struct us_cuda_params_state {
+  struct us_quant_tile *tiles; /* device */
+  size_t tile_count;
+  struct us_cuda_params_figures *device, *host; /* host: pinned */
+  void *sum_scratch;                            /* device */
+
+  /* The optimizer's work, listed at the first update. */
+  bool listed;
+  struct us_adamw_span *spans; /* device */
+  size_t span_count;
+  struct us_muon_matrix *matrices;   /* device */
+  struct us_cuda_muon_group *groups; /* host */
+  size_t group_count, scratch_bytes;
+  void *scratch; /* device, of Muon */
+};
+
+void us_cuda_update_release(struct us_cuda_params_state *state);
+
+#endif

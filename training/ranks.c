@@ -1,0 +1,148 @@
+/* ranks.c: a process's place in a parallel run. */
+#include "training/ranks.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DEFAULT_PORT 29533
+
+struct launcher {
+  const char *name, *process, *processes, *local, *local_processes;
+};
+
+static const struct launcher launchers[] = {
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+    {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+     "OMPI_COMM_WORLD_LOCAL_SIZE"},
+    {"mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+    {"srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"}};
+
+struct environment {
+  us_ranks_getenv get;
+  void *arg;
+};
+
+/* Leading number of a variable, so that Slurm's "4(x2)" is 4. *ret_found stays false if it is not set. */
+static enum us_status number(const struct environment *e, const char *name, uint32_t most,
+                             uint32_t *ret_value, bool *ret_found, struct us_err *err) {
+  const char *text = e->get(e->arg, name);
+  char *end = NULL;
+  *ret_found = false;
+  if (!text || !*text) return US_OK;
+  errno = 0;
+  unsigned long value = strtoul(text, &end, 10);
+  if (errno || end == text || !isdigit((unsigned char)*text) || (*end && *end != '(' && *end != ',') ||
+      value > most)
+    return us_err_set(err, US_ERR_USAGE, "%s is '%.64s', not a number up to %u", name, text, most);
+  *ret_value = (uint32_t)value;
+  *ret_found = true;
+  return US_OK;
+}
+
+/* Fill from one launcher's variables; *ret_found says whether this launcher started us. */
+static enum us_status ask(const struct environment *e, const struct launcher *l, struct us_ranks *ranks,
+                          bool *ret_found, struct us_err *err) {
+  bool have[4];
+  uint32_t value[4] = {0, 1, 0, 1};
+  const char *names[4] = {l->process, l->processes, l->local, l->local_processes};
+  for (int i = 0; i < 4; i++) {
+    enum us_status status = number(e, names[i], 1 << 20, &value[i], &have[i], err);
+    if (status != US_OK) return status;
+  }
+  *ret_found = have[0] && have[1];
+  if (!*ret_found && strcmp(l->name, "torchrun") == 0 && have[0] != have[1])
+    return us_err_set(err, US_ERR_USAGE, "%s is set without %s", have[0] ? l->process : l->processes,
+                      have[0] ? l->processes : l->process);
+  if (!*ret_found) return US_OK;
+  ranks->launcher = l->name;
+  ranks->process = value[0], ranks->processes = value[1];
+  /* Without local numbers all are taken to be on one host, unless a host for them to meet is named. */
+  ranks->local = have[2] ? value[2] : value[0];
+  ranks->local_processes = have[3] ? value[3] : have[2] && e->get(e->arg, "MASTER_ADDR") ? 1 : value[1];
+  if (ranks->local_processes <= ranks->local) ranks->local_processes = ranks->local + 1;
+  if (ranks->process >= ranks->processes)
+    return us_err_set(err, US_ERR_USAGE, "%s is %u, but %s %u", l->process, ranks->process, l->processes,
+                      ranks->processes);
+  return US_OK;
+}
+
+void us_ranks_first_host(const char *list, char *host) {
+  size_t n = strcspn(list, "[,");
+  if (n > 127) n = 127;
+  memcpy(host, list, n);
+  host[n] = '\0';
+  if (list[n] != '[') return;
+  size_t digits = strspn(list + n + 1, "0123456789");
+  if (digits > 64) digits = 64;
+  memcpy(host + n, list + n + 1, digits);
+  host[n + digits] = '\0';
+  const char *close = strchr(list + n, ']'); /* what follows the brackets belongs to the name */
+  if (close) snprintf(host + n + digits, 60, "%.*s", (int)strcspn(close + 1, ","), close + 1);
+}
+
+/* A port that two jobs on one host do not share. */
+static uint16_t port_of(const struct environment *e) {
+  const char *job = e->get(e->arg, "SLURM_JOB_ID");
+  if (!job) job = e->get(e->arg, "PMIX_NAMESPACE");
+  uint32_t hash = 0;
+  for (const char *c = job ? job : ""; *c; c++) hash = hash * 31 + (unsigned char)*c;
+  return job ? (uint16_t)(20000 + hash % 10000) : DEFAULT_PORT;
+}
+
+static enum us_status find_meeting(const struct environment *e, struct us_ranks *ranks, struct us_err *err) {
+  const char *address = e->get(e->arg, "MASTER_ADDR"), *file = e->get(e->arg, "US_RENDEZVOUS");
+  const char *nodes = e->get(e->arg, "SLURM_STEP_NODELIST");
+  uint32_t port = port_of(e);
+  bool found = false;
+  enum us_status status = number(e, "MASTER_PORT", 65534, &port, &found, err);
+  if (status != US_OK) return status;
+  /* torchrun's own store listens on MASTER_PORT. */
+  ranks->port = (uint16_t)(found && e->get(e->arg, "TORCHELASTIC_USE_AGENT_STORE") ? port + 1 : port);
+  if (file && strlen(file) >= sizeof ranks->file)
+    return us_err_set(err, US_ERR_USAGE, "US_RENDEZVOUS: the path is too long");
+  if (file && *file)
+    snprintf(ranks->file, sizeof ranks->file, "%s", file);
+  else if (address && *address)
+    snprintf(ranks->address, sizeof ranks->address, "%.255s", address);
+  else if (ranks->local_processes >= ranks->processes)
+    snprintf(ranks->address, sizeof ranks->address, "127.0.0.1");
+  else if (nodes && *nodes)
+    us_ranks_first_host(nodes, ranks->address);
+  else
+    return us_err_set(
+        err, US_ERR_USAGE,
+        "%u processes started by %s: set MASTER_ADDR to process 0's host, or US_RENDEZVOUS to a "
+        "file that all can see",
+        ranks->processes, ranks->launcher);
+  return US_OK;
+}
+
+enum us_status us_ranks_discover(us_ranks_getenv get, void *arg, struct us_ranks *ret_ranks,
+                                 struct us_err *err) {
+  struct environment e = {.get = get, .arg = arg};
+  bool found = false;
+  *ret_ranks = (struct us_ranks){.processes = 1, .local_processes = 1};
+  for (size_t i = 0; i < sizeof launchers / sizeof launchers[0] && !found; i++) {
+    enum us_status status = ask(&e, &launchers[i], ret_ranks, &found, err);
+    if (status != US_OK) return status;
+  }
+  return ret_ranks->processes > 1 ? find_meeting(&e, ret_ranks, err) : US_OK;
+}
+
+enum us_status us_ranks_first_gpu(const struct us_ranks *ranks, uint32_t visible, uint32_t gpus,
+                                  uint32_t *ret_first, struct us_err *err) {
+  *ret_first = 0;
+  if (gpus > visible)
+    return us_err_set(err, US_ERR_DEVICE, "%u GPU%s asked for; there %s %u", gpus, gpus == 1 ? "" : "s",
+                      visible == 1 ? "is" : "are", visible);
+  if ((uint64_t)ranks->local_processes * gpus <= visible) *ret_first = ranks->local * gpus;
+  /* Slurm and others may show each process only its own GPUs; with all of them in sight two processes would share one. */
+  else if (visible != gpus)
+    return us_err_set(err, US_ERR_DEVICE, "%u processes of %u GPU%s on this host; it has %u",
+                      ranks->local_processes, gpus, gpus == 1 ? "" : "s", visible);
+  return US_OK;
+}
