@@ -36,6 +36,8 @@ struct us_cuda {
   struct us_cuda_plans *plans; /* gemm.c: products seen so far */
   int failure;                 /* first cudaError_t that us_cuda_did was given; 0: none */
   const char *failed_at;       /* and what it was */
+  void (*opt_trace)(void *arg, const char *what); /* called behind every operation queued: for measurements */
+  void *trace_arg;
 };
 
 /* US_ERR_DEVICE: no such GPU, or not one of compute capability 9.0. */
@@ -56,8 +58,9 @@ void us_cuda_give_pinned(void *memory);
 US_CHECKED enum us_status us_cuda_memory(const struct us_cuda *cuda, size_t *ret_free, size_t *ret_total,
                                          struct us_err *err);
 
-/* Remember the first operation that failed. `code` is a cudaError_t, `what` a literal. */
+/* Say what was queued, and remember the first operation that failed. `code` is a cudaError_t, `what` a literal. */
 static inline void us_cuda_did(struct us_cuda *cuda, int code, const char *what) {
+  if (cuda->opt_trace) cuda->opt_trace(cuda->trace_arg, what);
   if (!code || cuda->failure) return;
   cuda->failure = code;
   cuda->failed_at = what;

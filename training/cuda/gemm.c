@@ -126,7 +126,9 @@ static void multiply(struct us_cuda *cuda, const struct key *key, const uint16_t
   cublasStatus_t s =
       cublasLtMatmul(cuda->lt, plan->product, &one, a, plan->a, b, plan->b, &beta, c, plan->d, d, plan->d,
                      &plan->algorithm, cuda->workspace, cuda->workspace_bytes, cuda->stream);
-  if (s != CUBLAS_STATUS_SUCCESS) us_cuda_did(cuda, cudaErrorLaunchFailure, "a dense product");
+  static const char *const name[] = {"dense product", "dense product, gradient of rows",
+                                     "dense product, gradient of weights"};
+  us_cuda_did(cuda, s == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure, name[key->kind]);
 }
 
 static struct us_cuda_linear with_strides(const struct us_cuda_linear *dims) {
