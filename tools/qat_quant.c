@@ -24,6 +24,8 @@ static const struct us_opt opts[] = {
     US_OPT_RULES("precision", 'p', "RULES", "module=format,...; the last match wins", .def = "experts=mxfp4"),
     US_OPT_ENUM("scale-rule", 0, "mse|floor|even|rceil|r7.25", "how MXFP4 scales are chosen", .def = "mse"),
     US_OPT_ENUM("fp8-scale", 0, "f32|ue8m0", "scales of FP8 blocks", .def = "f32"),
+    US_OPT_INT("shard", 0, "BYTES",
+               "cut a folder's safetensors into files of at most so many bytes; 0: not at all", .def = "4G"),
     US_OPT_GROUP("Finetuning"),
     US_OPT_FILE("data", 0, "FILE",
                 "token shards to learn from and to measure on; - reads their record from stdin"),
@@ -432,6 +434,14 @@ static enum us_status check_file(struct job *job, const char *path, struct us_er
   return status;
 }
 
+static enum us_status write_model(struct job *job, const char *path, struct us_err *err) {
+  size_t n = strlen(path);
+  bool artefact = n > 3 && strcmp(path + n - 3, ".h5") == 0;
+  return artefact ? us_model_write(path, job->result, job->provenance, err)
+                  : us_model_write_folder(path, job->result, job->provenance,
+                                          (uint64_t)us_opt_int(job->run->opts, "shard"), err);
+}
+
 static enum us_status write_outputs(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   const char *path = us_opt_str(o, "output");
@@ -448,7 +458,7 @@ static enum us_status write_outputs(struct job *job, struct us_err *err) {
   if (status == US_OK && drawn)
     status = trained ? draw_training(job, us_opt_str(o, "plot"), err)
                      : draw_tensors(job, us_opt_str(o, "plot"), err);
-  if (status == US_OK) status = us_model_write(path, job->result, job->provenance, err);
+  if (status == US_OK) status = write_model(job, path, err);
   if (status == US_OK) status = check_file(job, path, err);
   return status == US_OK ? us_record_emit(job->run->out, us_opt_flag(o, "json"), path, "model", err) : status;
 }

@@ -7,6 +7,7 @@
 #include "decode/summary.h"
 #include "plan/tiles.h"
 #include "tools/train_learner.h"
+#include "tools/us_eval_top.h"
 #include "training/quant_report.h"
 
 #include <math.h>
@@ -19,12 +20,14 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("model", 'm', "FILE", "checkpoint: a folder or an .h5 file; - reads its record from stdin"),
     US_OPT_FILE("against", 0, "BASE", "compare with this model, on the same tokens"),
     US_OPT_FILE("data", 0, "FILE", "token shards whose held-out part is measured on"),
+    US_OPT_FILE("top", 0, "FILE", "compare with a recorded model (--write-top), on the tokens recorded"),
     US_OPT_FILE("draft", 'd', "FILE", "drafter of the model; - reads its record from stdin"),
     US_OPT_FILE("prompts", 0, "PATH", "prompts to answer: JSON lines, or a folder of them", .repeat = true),
     US_OPT_FLAG("task", 0, "demand reference answers and score exact matches"),
     US_OPT_GROUP("Held-out text"),
     US_OPT_INT("windows", 0, "N", "sequences; 0: all", .def = "0"),
     US_OPT_INT("length", 'l', "N", "tokens of each", .def = "512", .min = 2, .max = 131072),
+    US_OPT_FILE("write-top", 0, "FILE", "record the model's 64 likeliest tokens instead, for --top"),
     US_OPT_GROUP("Generation"),
     US_OPT_INT("max-tokens", 0, "N", "generated tokens a prompt", .def = "256", .min = 1, .max = 1 << 20),
     US_OPT_NUM("temperature", 't', "T", "0 is greedy", .def = "0", .max = 100),
@@ -290,6 +293,8 @@ static enum us_status print_metrics(struct session *s, struct us_err *err) {
   return status == US_OK ? draw_distribution(s, us_opt_str(o, "plot"), err) : status;
 }
 
+static enum us_status write_top(struct session *s, struct us_err *err);
+
 static enum us_status eval_data(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   enum us_status status = open_model(s, err);
@@ -302,6 +307,7 @@ static enum us_status eval_data(struct session *s, struct us_err *err) {
   }
   if (status == US_OK) status = us_tool_open_learner(s->run, s->pool, &s->learner, err);
   if (status != US_OK) return status;
+  if (us_opt_given(o, "write-top")) return write_top(s, err);
   struct us_metrics_job job = {.learner = s->learner,
                                .models = {s->base ? s->base : s->pair.model, s->pair.model},
                                .n = s->base ? 2 : 1,
@@ -317,21 +323,48 @@ static enum us_status eval_data(struct session *s, struct us_err *err) {
   return status == US_OK ? print_metrics(s, err) : status;
 }
 
+/* --- recorded models --- */
+
+static enum us_status write_top(struct session *s, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  struct us_likeliest_job job = {.learner = s->learner,
+                                 .model = s->pair.model,
+                                 .shards = s->shards,
+                                 .windows = (size_t)us_opt_int(o, "windows"),
+                                 .length = (size_t)us_opt_int(o, "length"),
+                                 .k = 64};
+  const char *parents[] = {s->pair.model_record.path, s->data_record.path};
+  static const char *const kinds[] = {"model", "tokens"};
+  enum us_status status = make_provenance(s, parents, kinds, 2, err);
+  if (!job.windows) job.windows = 16;
+  return status == US_OK ? us_eval_write_top(s->run, &job, s->pool, s->provenance, err) : status;
+}
+
+static enum us_status eval_top(struct session *s, struct us_err *err) {
+  enum us_status status = open_model(s, err);
+  if (status == US_OK) status = us_tool_open_learner(s->run, s->pool, &s->learner, err);
+  return status == US_OK ? us_eval_against_top(s->run, s->pair.model, s->learner, s->pool, err) : status;
+}
+
 /* --- which --- */
 
 static enum us_status choose(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   bool runs = us_opt_count(o, "runs"), data = us_opt_given(o, "data"), prompts = us_opt_given(o, "prompts");
-  if (runs + data + prompts != 1)
-    return us_err_set(err, US_ERR_USAGE, "give one of recorded runs, --data, or --prompts");
+  bool top = us_opt_given(o, "top");
+  if (runs + data + prompts + top != 1)
+    return us_err_set(err, US_ERR_USAGE, "give one of recorded runs, --data, --prompts, or --top");
   if (runs && (us_opt_given(o, "model") || us_opt_given(o, "draft")))
     return us_err_set(err, US_ERR_USAGE, "recorded runs need no --model and no --draft");
   if (!runs && !us_opt_given(o, "model")) return us_err_set(err, US_ERR_USAGE, "--model is missing");
+  if (us_opt_given(o, "write-top") && (!data || us_opt_given(o, "against")))
+    return us_err_set(err, US_ERR_USAGE, "--write-top needs --data and excludes --against");
   if (us_opt_given(o, "against") && !data) return us_err_set(err, US_ERR_USAGE, "--against needs --data");
   if (us_opt_given(o, "draft") && !prompts) return us_err_set(err, US_ERR_USAGE, "--draft needs --prompts");
-  if (us_opt_device(o, "device") >= 0 && !data)
-    return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data");
+  if (us_opt_device(o, "device") >= 0 && !data && !top)
+    return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data or --top");
   if (us_opt_flag(o, "task") && data) return us_err_set(err, US_ERR_USAGE, "--task excludes --data");
+  if (top) return eval_top(s, err);
   return runs ? eval_runs(s, err) : data ? eval_data(s, err) : eval_prompts(s, err);
 }
 

@@ -1,0 +1,118 @@
+# shellcheck shell=sh disable=SC2154 # sourced: its variables are set by others
+# stages.sh: the stages that nano.sh and mini.sh are made of; to be sourced after common.sh. Every stage is skipped when its file
+# exists, and writes how long it took to stages.tsv.
+#
+# Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
+# of the tools: $pretrain_options $qat_options $draft_options; seconds: $answer_seconds $most_seconds (a stage's limit).
+
+# The rules of what is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are.
+RECIPE_PRECISION=all=fp8,experts=mxfp4
+
+# stage NAME FILE COMMAND...: run COMMAND unless FILE exists; a program, unlike a function, within the time limit.
+stage() {
+  stage_name=$1 stage_file=$2
+  shift 2
+  if [ -e "$stage_file" ]; then
+    us_say "== $stage_name: $stage_file is there"
+    return 0
+  fi
+  us_say "== $stage_name"
+  stage_start=$(date +%s)
+  case $(command -v "$1") in
+  /*) set -- timeout -k 5 "$most_seconds" "$@" ;;
+  esac
+  "$@" || {
+    stage_status=$?
+    us_say "$stage_name failed with status $stage_status"
+    return $stage_status
+  }
+  [ -f stages.tsv ] || printf 'stage\tseconds\n' >stages.tsv
+  printf '%s\t%s\n' "$stage_name" $(($(date +%s) - stage_start)) >>stages.tsv
+}
+
+# Options that say where to compute.
+on_device() {
+  printf -- '--threads %s' "$threads"
+  [ "$device" = cpu ] || printf -- ' --device %s' "$device"
+  [ "$gpus" = 1 ] || printf -- ' --gpus %s' "$gpus"
+}
+
+recipe_text() {
+  # shellcheck disable=SC2086 # lists of options
+  stage "derived text" derived python3 "$US_ROOT/data/recipes/derive_text.py" --text "$text" --out derived ${math:+--math "$math"} \
+    ${agent:+--agent "$agent"} --scale "$scale"
+  all="--text $text --text derived --template plain --threads $threads"
+  # shellcheck disable=SC2086
+  stage vocabulary tokenizer.json us-data $all $prompts --train-vocab "$vocab" -o tokenizer.json
+  # shellcheck disable=SC2086
+  stage "token shards" text.h5 us-data $all $prompts --tokenizer tokenizer.json --heldout 0.01 -o text.h5
+}
+
+recipe_pretrain() {
+  # shellcheck disable=SC2046,SC2086
+  stage pretraining "$shape.h5" us-pretrain "$shape" --data text.h5 --tokenizer tokenizer.json -o "$shape.h5" --log pretrain.tsv \
+    --run pretrain.h5 --plot pretrain.png $pretrain_options $(on_device)
+}
+
+recipe_qat() {
+  # shellcheck disable=SC2046,SC2086
+  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data text.h5 -o q.h5 --precision "$RECIPE_PRECISION" \
+    --metrics quality.tsv --report tensors.tsv --log qat.tsv --run qat.h5 --plot qat.png $qat_options $(on_device)
+}
+
+# What the quantized model answers to prompts like those of the scenarios, as many as the time allows.
+write_answers() {
+  # shellcheck disable=SC2046,SC2086
+  timeout --signal=INT -k 5 "$answer_seconds" us-serve --model q.h5 --plain-turns --cut-loops --max-tokens 256 --temperature 0.2 \
+    --batch 8 --seed 1 $(on_device) answer-prompts.jsonl >answers.part || [ $? = 124 ] || [ $? = 130 ] || return 1
+  grep '}$' answers.part >answers.jsonl # a line that was being written when the time was over is not whole
+  rm answers.part
+}
+
+recipe_draft() {
+  # shellcheck disable=SC2086
+  stage "prompts to answer" answer-prompts.jsonl python3 "$US_ROOT/data/recipes/make_prompts.py" --text derived --text "$text" \
+    --count "$answer_count" $prompts --out answer-prompts.jsonl
+  stage "the quantized model's answers" answers.jsonl write_answers
+  # shellcheck disable=SC2046,SC2086
+  stage drafter draft.h5 dflash-train --target q.h5 --data text.h5 --answers answers.jsonl -o draft.h5 --log draft.tsv \
+    --run draft-run.h5 --plot draft.png $draft_options $(on_device)
+}
+
+# generate RUN OPTION...: answer every prompt set: questions and chats as user turns, code and dialogues as they stand; 256 tokens
+# each whatever the model says, cut where it loops.
+generate() {
+  run=$1 && shift
+  # shellcheck disable=SC2046
+  set -- --model q.h5 --plain-turns --cut-loops --ignore-end --max-tokens 256 $(on_device) "$@"
+  raw='' turns=''
+  for set in $prompt_sets; do
+    case $set in
+    */math.jsonl | */chat.jsonl) turns="$turns $set" ;;
+    *) raw="$raw $set" ;;
+    esac
+  done
+  # shellcheck disable=SC2086
+  { [ -z "$raw" ] || us-serve "$@" $raw; } >"$run.part" && { [ -z "$turns" ] || us-serve "$@" --chat $turns; } >>"$run.part" &&
+    mv "$run.part" "$run"
+}
+
+recipe_tables() {
+  stage "answers, plain" plain.jsonl generate plain.jsonl
+  stage "answers, with the drafter" speculative.jsonl generate speculative.jsonl --draft draft.h5
+  stage "answers, drawn at temperature 1" sampled.jsonl generate sampled.jsonl --draft draft.h5 --temperature 1
+  python3 "$US_ROOT/data/recipes/same_tokens.py" plain.jsonl speculative.jsonl || us_say "plain and speculative tokens differ"
+  us-eval plain.jsonl >plain.tsv
+  us-eval speculative.jsonl --plot acceptance.png >speculative.tsv
+  us-eval sampled.jsonl >sampled.tsv
+}
+
+# The pieces of a model that is bundled: quantized model in shards of at most 16 MiB, drafter, and what the original thinks of 8 K
+# held-out tokens.
+recipe_pack() {
+  stage "bundle" bundle/model qat-quant q.h5 --precision "$RECIPE_PRECISION" --shard 16M -o bundle/model
+  # shellcheck disable=SC2046
+  stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data text.h5 --windows 16 --length 513 \
+    --write-top bundle/top64.h5 $(on_device)
+  cp draft.h5 pretrain.tsv pretrain.png qat.png draft.png acceptance.png quality.tsv plain.tsv speculative.tsv sampled.tsv stages.tsv bundle/
+}
