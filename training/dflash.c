@@ -299,10 +299,7 @@ static enum us_status check_run(const struct us_dflash *run, struct us_err *err)
 
 static enum us_status run_session(struct session *s, struct us_err *err) {
   struct us_dflash *run = s->run;
-  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
-  s->micro = run->micro ? run->micro : PASS_ROWS / (run->anchors * run->shape.block);
-  if (!s->micro) s->micro = 1;
-  if (s->micro > share) s->micro = share;
+  s->micro = us_learner_micro(s->learner, run->micro, PASS_ROWS, run->anchors * run->shape.block, run->batch);
   enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;

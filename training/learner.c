@@ -13,6 +13,14 @@ void us_learner_free(struct us_learner *learner) {
   if (learner) learner->ops->free(learner);
 }
 
+size_t us_learner_micro(const struct us_learner *learner, size_t micro, size_t rows, size_t rows_of_one,
+                        size_t sequences) {
+  size_t share = (sequences + learner->ranks - 1) / learner->ranks;
+  if (rows < learner->busy) rows = learner->busy;
+  if (!micro) micro = rows_of_one < rows ? rows / rows_of_one : 1;
+  return micro < share ? micro : share;
+}
+
 enum us_status us_learner_check_batch(const struct us_learner *learner, size_t sequences,
                                       struct us_err *err) {
   if (sequences >= learner->ranks) return US_OK;

@@ -33,7 +33,8 @@ struct us_learner {
   uint32_t ranks;     /* lanes of all processes */
   uint32_t processes; /* 1: nobody to agree with */
   char name[64];      /* "CPU", or what the GPUs are called */
-  double peak;        /* bf16 operations a second of all ranks together, for MFU; 0: not known */
+  size_t busy; /* rows of a pass that a lane wants, so that it is not idle between operations; 0: no matter */
+  double peak; /* bf16 operations a second of all ranks together, for MFU; 0: not known */
 };
 
 /* Borrows the pool; NULL is one thread. */
@@ -53,6 +54,11 @@ static inline void us_learner_share(const struct us_learner *learner, uint32_t l
   *ret_begin = n * rank / learner->ranks;
   *ret_end = n * (rank + 1) / learner->ranks;
 }
+
+/* Sequences of a pass: `micro` if it is not 0, else as many as `rows` rows hold, or those that the lanes want; never more than a
+ * rank's share of a step's `sequences`. */
+size_t us_learner_micro(const struct us_learner *learner, size_t micro, size_t rows, size_t rows_of_one,
+                        size_t sequences);
 
 /* US_ERR_USAGE when a step has fewer sequences than there are ranks. */
 US_CHECKED enum us_status us_learner_check_batch(const struct us_learner *learner, size_t sequences,

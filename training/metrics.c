@@ -390,10 +390,11 @@ enum us_status us_metrics_run(const struct us_metrics_job *job, struct us_pool *
   s.held = us_shards_n_heldout(job->shards, job->length + 1);
   if (!s.held) return us_err_set(err, US_ERR_INPUT, "the shards hold nothing out to measure on");
   ret_metrics->windows = job->windows && job->windows < s.held ? job->windows : s.held;
-  s.micro = job->length < MOST_ROWS ? MOST_ROWS / job->length : 1;
   enum us_status status = US_OK;
   if (!s.learner) status = us_learner_create_cpu(pool, &cpu, err);
   if (!s.learner) s.learner = cpu;
+  if (status == US_OK)
+    s.micro = us_learner_micro(s.learner, 0, MOST_ROWS, job->length, ret_metrics->windows * s.learner->ranks);
   if (status == US_OK) status = run_session(&s, err);
   us_learner_free(cpu);
   if (status != US_OK) us_metrics_release(ret_metrics);

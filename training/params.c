@@ -8,6 +8,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 /* --- arenas --- */
 
@@ -15,21 +16,29 @@ static size_t padded(size_t n) {
   return (n + 15) / 16 * 16;
 }
 
+static size_t arena_bytes(size_t floats) {
+  return padded(floats ? floats : 1) * sizeof(float);
+}
+
+/* Pages that are zero until somebody writes them: where a GPU trains, most arenas of the host are never touched. */
 static enum us_status new_arena(size_t floats, const char *what, float **ret_arena, struct us_err *err) {
-  size_t bytes = padded(floats ? floats : 1) * sizeof(float);
-  *ret_arena = aligned_alloc(64, bytes);
-  if (!*ret_arena) return us_err_memory(err, what, bytes);
-  memset(*ret_arena, 0, bytes);
+  void *memory = mmap(NULL, arena_bytes(floats), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return us_err_memory(err, what, arena_bytes(floats));
+  *ret_arena = memory;
   return US_OK;
+}
+
+static void free_arena(const struct us_params *params, float *arena) {
+  if (arena) munmap(arena, arena_bytes(params->floats));
 }
 
 void us_params_release(struct us_params *params) {
   free(params->items);
-  free(params->grad);
-  if (params->compute != params->value) free(params->compute);
-  free(params->value);
-  free(params->moment1);
-  free(params->moment2);
+  free_arena(params, params->grad);
+  if (params->compute != params->value) free_arena(params, params->compute);
+  free_arena(params, params->value);
+  free_arena(params, params->moment1);
+  free_arena(params, params->moment2);
   *params = (struct us_params){0};
 }
 
@@ -150,20 +159,39 @@ static void fill_normal(struct us_param *p, uint32_t tensor, uint64_t seed, doub
   }
 }
 
-static void fill_fresh(struct us_params *params, uint64_t seed, float deviation) {
-  for (size_t i = 0; i < params->count; i++) {
-    struct us_param *p = &params->items[i];
-    double own = deviation > 0.0f ? (double)deviation : 1.0 / sqrt((double)(is(p, "embed") ? 1 : p->cols));
-    if (is(p, "embed") && deviation <= 0.0f) own = 0.02;
+struct fill_task {
+  struct us_params *params;
+  uint64_t seed;
+  float deviation;
+};
+
+static void fill_tensors(void *arg, size_t begin, size_t end, int worker) {
+  const struct fill_task *t = arg;
+  for (size_t i = begin; i < end; i++) {
+    struct us_param *p = &t->params->items[i];
+    double own =
+        t->deviation > 0.0f ? (double)t->deviation : 1.0 / sqrt((double)(is(p, "embed") ? 1 : p->cols));
+    if (is(p, "embed") && t->deviation <= 0.0f) own = 0.02;
     if (!p->vector || is(p, "embed"))
-      fill_normal(p, (uint32_t)i, seed, own);
+      fill_normal(p, (uint32_t)i, t->seed, own);
     else
       for (size_t k = 0; k < p->rows; k++) p->value[k] = is(p, "norm") ? 1.0f : 0.0f;
   }
 }
 
+static void fill_fresh(struct us_params *params, struct us_pool *pool, uint64_t seed, float deviation) {
+  struct fill_task t = {.params = params, .seed = seed, .deviation = deviation};
+  us_pool_for(pool, params->count, 1, fill_tensors, &t);
+}
+
 enum us_status us_params_init_fresh(struct us_params *params, const struct us_shape *shape, uint64_t seed,
                                     float deviation, struct us_err *err) {
+  return us_params_init_fresh_on(params, shape, NULL, seed, deviation, err);
+}
+
+enum us_status us_params_init_fresh_on(struct us_params *params, const struct us_shape *shape,
+                                       struct us_pool *pool, uint64_t seed, float deviation,
+                                       struct us_err *err) {
   struct us_model *model = NULL;
   *params = (struct us_params){0};
   enum us_status status = us_model_create(shape, &model, err);
@@ -175,7 +203,7 @@ enum us_status us_params_init_fresh(struct us_params *params, const struct us_sh
     struct us_param *p = &params->items[i];
     if (!p->vector) p->encoding.format = family_format(&shape->precision, p->family);
   }
-  fill_fresh(params, seed, deviation);
+  fill_fresh(params, pool, seed, deviation);
   return US_OK;
 }
 
@@ -187,7 +215,7 @@ enum us_status us_params_init_fresh_draft(struct us_params *params, const struct
   if (status != US_OK) return status;
   status = us_params_init_draft(params, draft, false, err);
   us_draft_free(draft);
-  if (status == US_OK) fill_fresh(params, seed, deviation);
+  if (status == US_OK) fill_fresh(params, NULL, seed, deviation);
   return status;
 }
 

@@ -58,6 +58,10 @@ struct us_params {
  * tensor index), norms 1, sinks and router bias 0. deviation 0: 1 / sqrt(K) a matrix. Encodings follow shape->precision. */
 US_CHECKED enum us_status us_params_init_fresh(struct us_params *params, const struct us_shape *shape,
                                                uint64_t seed, float deviation, struct us_err *err);
+/* The same bits, drawn by the threads of a pool: a billion values take half a minute on one. */
+US_CHECKED enum us_status us_params_init_fresh_on(struct us_params *params, const struct us_shape *shape,
+                                                  struct us_pool *pool, uint64_t seed, float deviation,
+                                                  struct us_err *err);
 US_CHECKED enum us_status us_params_init_fresh_draft(struct us_params *params,
                                                      const struct us_draft_shape *shape, uint64_t seed,
                                                      float deviation, struct us_err *err);

@@ -13,11 +13,13 @@
 struct lane {
   struct us_window window;
   struct us_rows rows;
+  uint64_t ahead; /* step whose first rows are filled already; UINT64_MAX: none */
 };
 
 /* Everything a run holds beside its parameters. */
 struct session {
   struct us_pretrain *run;
+  struct us_pool *pool;
   struct us_learner *learner;
   struct us_learner_set *set;
   struct us_learner_model *model;
@@ -48,6 +50,7 @@ static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err
   struct lane *own = &s->lanes[lane];
   size_t i, end;
   enum us_status status = US_OK;
+  own->ahead = UINT64_MAX;
   us_learner_share(s->learner, lane, s->windows, &i, &end);
   while (i < end && status == US_OK) {
     own->rows.R = 0;
@@ -95,23 +98,31 @@ static double count_labels(struct session *s, uint64_t step) {
   return labels;
 }
 
-/* The lane's sequences of the step, forward and backward. */
+/* Sequences [first, first + micro) of a step, up to end. */
+static void fill(const struct session *s, struct lane *lane, uint64_t step, size_t first, size_t end) {
+  const struct us_pretrain *run = s->run;
+  lane->rows.R = 0;
+  for (size_t i = first; i < end && i < first + s->micro; i++) {
+    us_shards_sample(run->shards, run->seed, step, i, &lane->window);
+    us_rows_add(&lane->rows, &lane->window, run->marked_only);
+  }
+}
+
+/* The lane's sequences of the step, forward and backward; what comes next is filled while a GPU is at the last. */
 static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  struct us_pretrain *run = s->run;
   struct lane *own = &s->lanes[lane];
+  uint64_t step = s->run->trainer.step;
   float scale = s->labels > 0.0 ? (float)(1.0 / s->labels) : 0.0f;
-  size_t i, end;
+  size_t first, end;
   enum us_status status = US_OK;
-  us_learner_share(s->learner, lane, run->batch, &i, &end);
-  while (i < end && status == US_OK) {
-    own->rows.R = 0;
-    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
-      us_shards_sample(run->shards, run->seed, run->trainer.step, i, &own->window);
-      us_rows_add(&own->rows, &own->window, run->marked_only);
-    }
+  us_learner_share(s->learner, lane, s->run->batch, &first, &end);
+  for (size_t i = first; i < end && status == US_OK; i += s->micro) {
+    if (i > first || own->ahead != step) fill(s, own, step, i, end);
     status = run_pass(s, lane, scale, true, err);
   }
+  fill(s, own, step + 1, first, end);
+  own->ahead = step + 1;
   return status;
 }
 
@@ -191,9 +202,10 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
   for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
     status = us_window_init(&s->lanes[i].window, run->length + 1, err);
     if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, rows, err);
+    s->lanes[i].ahead = UINT64_MAX;
   }
   if (status == US_OK)
-    status = us_params_init_fresh(&run->params, run->shape, run->seed, run->deviation, err);
+    status = us_params_init_fresh_on(&run->params, run->shape, s->pool, run->seed, run->deviation, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK)
     status = us_learner_model_create(s->set, run->shape, rows, run->memory, &s->model, err);
@@ -223,9 +235,7 @@ static enum us_status check_run(const struct us_pretrain *run, struct us_err *er
 
 static enum us_status run_session(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
-  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
-  s->micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
-  if (s->micro > share) s->micro = share;
+  s->micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch);
   enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;
@@ -241,7 +251,7 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
 }
 
 enum us_status us_pretrain(struct us_pretrain *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run, .learner = run->learner};
+  struct session s = {.run = run, .pool = pool, .learner = run->learner};
   struct us_learner *cpu = NULL;
   enum us_status status = check_run(run, err);
   if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);

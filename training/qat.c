@@ -12,6 +12,7 @@
 struct lane {
   struct us_window window;
   struct us_rows rows;
+  uint64_t ahead; /* step whose first rows are filled already; UINT64_MAX: none */
 };
 
 /* Everything a run holds beside its masters. */
@@ -106,6 +107,7 @@ static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err
   struct lane *own = &s->lanes[lane];
   size_t i, end;
   enum us_status status = US_OK;
+  own->ahead = UINT64_MAX;
   us_learner_share(s->learner, lane, s->eval, &i, &end);
   while (i < end && status == US_OK) {
     own->rows.R = 0;
@@ -136,10 +138,11 @@ static enum us_status evaluate(struct session *s, double *ret_loss, struct us_er
 
 /* --- a step --- */
 
-static void sample(const struct us_qat *run, struct lane *lane, size_t first, size_t sequences) {
+static void sample(const struct us_qat *run, struct lane *lane, uint64_t step, size_t first,
+                   size_t sequences) {
   lane->rows.R = 0;
   for (size_t i = first; i < first + sequences; i++) {
-    us_shards_sample(run->shards, run->seed, run->trainer.step, i, &lane->window);
+    us_shards_sample(run->shards, run->seed, step, i, &lane->window);
     us_rows_add(&lane->rows, &lane->window, run->marked_only);
   }
 }
@@ -150,22 +153,29 @@ static double count_labels(struct session *s) {
   struct us_rows *rows = &s->lanes[0].rows;
   double labels = 0.0;
   if (!run->marked_only) return (double)run->batch * (double)run->length;
+  s->lanes[0].ahead = UINT64_MAX;
   for (size_t i = 0; i < run->batch; i++) {
-    sample(run, &s->lanes[0], i, 1);
+    sample(run, &s->lanes[0], run->trainer.step, i, 1);
     for (size_t r = 0; r < rows->R; r++) labels += (double)rows->weight[r];
   }
   return labels > 0.0 ? labels : 1.0;
 }
 
+/* What comes next is filled while a GPU is at the last. */
 static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  size_t i, end;
+  struct lane *own = &s->lanes[lane];
+  uint64_t step = s->run->trainer.step;
+  size_t first, end;
   enum us_status status = US_OK;
-  us_learner_share(s->learner, lane, s->run->batch, &i, &end);
-  for (; i < end && status == US_OK; i += s->micro) {
-    sample(s->run, &s->lanes[lane], i, end - i < s->micro ? end - i : s->micro);
+  us_learner_share(s->learner, lane, s->run->batch, &first, &end);
+  for (size_t i = first; i < end && status == US_OK; i += s->micro) {
+    if (i > first || own->ahead != step)
+      sample(s->run, own, step, i, end - i < s->micro ? end - i : s->micro);
     status = run_rows(s, lane, s->labels, err);
   }
+  sample(s->run, own, step + 1, first, end - first < s->micro ? end - first : s->micro);
+  own->ahead = step + 1;
   return status;
 }
 
@@ -243,6 +253,7 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
   for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
     status = us_window_init(&s->lanes[i].window, run->length + 1, err);
     if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, s->micro * run->length, err);
+    s->lanes[i].ahead = UINT64_MAX;
   }
   return status == US_OK ? open_models(s, err) : status;
 }
@@ -262,9 +273,7 @@ static void close_session(struct session *s) {
 
 static enum us_status run_session(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
-  size_t share = (run->batch + s->learner->ranks - 1) / s->learner->ranks;
-  s->micro = run->micro ? run->micro : run->length < MOST_ROWS ? MOST_ROWS / run->length : 1;
-  if (s->micro > share) s->micro = share;
+  s->micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch);
   enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;

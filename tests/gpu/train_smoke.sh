@@ -72,6 +72,10 @@ check eval-cuda $eval --device cuda
 check eval-cpu $eval
 same eval-metrics eval-cuda.out eval-cpu.out 0.05 perplexity kl top1 overlap
 
+lanes=$tools/../tests/gpu/train_lanes
+[ -x "$lanes" ] || lanes=$tools/train_lanes
+[ -x "$lanes" ] && LIMIT=60 check lanes "$lanes" "$data/text.h5" && cut -c 1-200 lanes.out
+
 EXPECT=5 check too-many-gpus $base --device cuda:0 --gpus 64 -o no.h5
 tail -1 too-many-gpus.err
 tail -2 pretrain-cuda.err

@@ -12,6 +12,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* Below that the small operations of a narrow model do not fill the SMs. */
+#define BUSY_ROWS 32768
+
 #define ARRIVAL_SECONDS 300.0 /* a scheduler may start processes minutes apart */
 
 /* --- lanes --- */
@@ -283,14 +286,16 @@ static enum us_status open_lanes(struct cuda_learner *learner, const struct us_l
                                  const struct us_ranks *ranks, struct us_err *err) {
   int visible = 0;
   uint32_t first = 0;
+  enum us_status status = US_OK;
   cudaError_t code = cudaGetDeviceCount(&visible);
   if (code != cudaSuccess || visible <= options->first)
     return us_err_set(err, US_ERR_DEVICE, "no GPU %d%s%s%s", options->first, code == cudaSuccess ? "" : " (",
                       code == cudaSuccess ? "" : cudaGetErrorString(code), code == cudaSuccess ? "" : ")");
-  enum us_status status =
-      us_ranks_first_gpu(ranks, (uint32_t)(visible - options->first), options->gpus, &first, err);
+  if (!options->opt_ordinals)
+    status = us_ranks_first_gpu(ranks, (uint32_t)(visible - options->first), options->gpus, &first, err);
   for (uint32_t i = 0; i < options->gpus && status == US_OK; i++) {
-    status = us_cuda_open(options->first + (int)(first + i), &learner->cuda[i], err);
+    int ordinal = options->opt_ordinals ? options->opt_ordinals[i] : options->first + (int)(first + i);
+    status = us_cuda_open(ordinal, &learner->cuda[i], err);
     if (status == US_OK)
       snprintf(learner->base.name, sizeof learner->base.name, "%s", learner->cuda[i]->name);
     if (status == US_OK) learner->base.peak += learner->cuda[i]->peak * (double)ranks->processes;
@@ -324,7 +329,8 @@ enum us_status us_learner_create_cuda(const struct us_learner_cuda_options *opti
                                       .lanes = options->gpus,
                                       .rank = ranks->process * options->gpus,
                                       .ranks = ranks->processes * options->gpus,
-                                      .processes = ranks->processes};
+                                      .processes = ranks->processes,
+                                      .busy = BUSY_ROWS};
   pthread_mutex_init(&learner->mutex, NULL);
   learner->cuda = calloc(options->gpus, sizeof *learner->cuda);
   enum us_status status =

@@ -11,8 +11,10 @@
 #include "training/ranks.h"
 
 struct us_learner_cuda_options {
-  int first;                    /* GPU of --device cuda:N */
-  uint32_t gpus;                /* of this process */
+  int first;     /* GPU of --device cuda:N */
+  uint32_t gpus; /* of this process */
+  const int
+      *opt_ordinals; /* (gpus) the GPU of each lane, which may be one for several; NULL: from first on */
   const struct us_ranks *ranks; /* borrowed while opening; NULL: this process alone */
 };
 

@@ -29,8 +29,9 @@ struct us_cuda_params_state {
   struct us_cuda_params_figures *device, *host; /* host: pinned */
   void *sum_scratch;                            /* device */
 
-  /* The optimizer's work, listed at the first update. */
+  /* The optimizer's work, listed at the first update of a kind. */
   bool listed;
+  enum us_optim_kind listed_kind;
   struct us_adamw_span *spans; /* device */
   size_t span_count;
   struct us_muon_matrix *matrices;   /* device */

@@ -156,9 +156,20 @@ static enum us_status send_lists(struct us_cuda_params *set, const struct lists 
   return status;
 }
 
+void us_cuda_update_release(struct us_cuda_params_state *s) {
+  us_cuda_give(s->spans);
+  us_cuda_give(s->matrices);
+  us_cuda_give(s->scratch);
+  free(s->groups);
+  s->spans = NULL, s->matrices = NULL, s->scratch = NULL, s->groups = NULL;
+  s->span_count = s->group_count = s->scratch_bytes = 0;
+  s->listed = false;
+}
+
 static enum us_status list_work(struct us_cuda_params *set, const struct us_optim *optim,
                                 struct us_err *err) {
   struct lists lists = {0};
+  us_cuda_update_release(set->state);
   enum us_status status = fill_lists(set, optim, &lists, err);
   if (status != US_OK) return status;
   lists.spans = calloc(lists.span_count + 1, sizeof *lists.spans);
@@ -173,14 +184,8 @@ static enum us_status list_work(struct us_cuda_params *set, const struct us_opti
   free(lists.spans);
   free(lists.matrices);
   set->state->listed = status == US_OK;
+  set->state->listed_kind = optim->kind;
   return status;
-}
-
-void us_cuda_update_release(struct us_cuda_params_state *s) {
-  us_cuda_give(s->spans);
-  us_cuda_give(s->matrices);
-  us_cuda_give(s->scratch);
-  free(s->groups);
 }
 
 /* --- the step --- */
@@ -190,7 +195,7 @@ enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us
   struct us_cuda_params_state *s = set->state;
   struct us_cuda *cuda = set->cuda;
   us_cuda_use(cuda);
-  enum us_status status = s->listed ? US_OK : list_work(set, optim, err);
+  enum us_status status = s->listed && s->listed_kind == optim->kind ? US_OK : list_work(set, optim, err);
   if (status != US_OK) return status;
   s->host->factor = factor;
   us_cuda_upload(cuda, &s->device->factor, &s->host->factor, sizeof factor);

@@ -1,0 +1,196 @@
+/* train_lanes.c: 1, 2, 3 and 4 lanes train as one does. Usage: train_lanes TEXT.h5 [SHAPE]
+ *
+ * The lanes are copies of the model on one GPU and NCCL is a stand-in (fake_nccl.c), so that lanes, ownership, sums, shared values, and
+ * moments that are held once are tested where there is one GPU. The same global batch gives the same curve up to the order of
+ * sums; state of two lanes goes on in four; the same number of lanes gives the same bits.
+ */
+#include "base/pool.h"
+#include "training/cuda/learner.h"
+#include "training/pretrain.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { STEPS = 12, MOST = 4 };
+
+struct curve {
+  double loss[STEPS + 1], norm[STEPS + 1], heldout, seconds;
+  float *value; /* (floats) malloc'ed */
+  size_t floats;
+  enum us_status status;
+  struct us_err err;
+};
+
+static int failures;
+
+static void say(const char *check, bool good, const char *note) {
+  printf("{\"check\": \"%s\", \"ok\": %s, \"note\": \"%s\"}\n", check, good ? "true" : "false", note);
+  fflush(stdout);
+  if (!good) failures++;
+}
+
+static void keep_line(void *arg, const struct us_pretrain_log *log) {
+  struct curve *curve = arg;
+  if (log->step > STEPS) return;
+  curve->loss[log->step] = log->loss;
+  curve->norm[log->step] = log->norm;
+  if (isfinite(log->heldout)) curve->heldout = log->heldout;
+}
+
+static struct us_pretrain recipe(const struct us_shape *shape, const struct us_shards *shards,
+                                 enum us_optim_kind kind, struct curve *curve) {
+  return (struct us_pretrain){
+      .shape = shape,
+      .shards = shards,
+      .batch = 12,
+      .length = 256,
+      .seed = 3,
+      .balance_rate = 0.01f,
+      .memory = US_TRAIN_SAVE,
+      .eval_windows = 8,
+      .log_every = 1,
+      .trainer = {.optim = us_optim_default(kind),
+                  .schedule = {.kind = US_SCHEDULE_COSINE, .peak = 1e-3, .warmup = 0.1},
+                  .clip = 1.0,
+                  .steps = STEPS,
+                  .options = "same"},
+      .on_log = keep_line,
+      .log_arg = curve};
+}
+
+static uint64_t stop_at;
+static const struct us_pretrain *running;
+
+static bool stops(void) {
+  return running->trainer.step >= stop_at;
+}
+
+/* One run on `lanes` copies; with a state it stops at `stop` and can be resumed. */
+static void train(const struct us_shape *shape, const struct us_shards *shards, enum us_optim_kind kind,
+                  uint32_t lanes, const char *state, uint64_t stop, struct curve *curve) {
+  static const int ordinals[MOST];
+  struct us_learner *learner = NULL;
+  struct us_pretrain run = recipe(shape, shards, kind, curve);
+  struct us_learner_cuda_options options = {.gpus = lanes, .opt_ordinals = ordinals};
+  curve->status = us_learner_create_cuda(&options, &learner, &curve->err);
+  if (curve->status != US_OK) return;
+  run.learner = learner;
+  run.resume = state != NULL;
+  run.trainer.state_path = state;
+  running = &run, stop_at = stop;
+  run.interrupted = stops;
+  curve->status = us_pretrain(&run, NULL, &curve->err);
+  if (curve->status == US_OK) {
+    curve->floats = run.params.floats;
+    curve->value = malloc(curve->floats * sizeof *curve->value);
+    if (curve->value) memcpy(curve->value, run.params.value, curve->floats * sizeof *curve->value);
+    curve->seconds = us_trainer_seconds(&run.trainer);
+  }
+  us_pretrain_release(&run);
+  us_learner_free(learner);
+}
+
+static double apart(const double *a, const double *b, int first) {
+  double worst = 0.0;
+  for (int i = first; i <= STEPS; i++) {
+    double d = fabs(a[i] - b[i]) / fabs(b[i]);
+    if (!(d <= worst)) worst = d;
+  }
+  return worst;
+}
+
+static bool same_bits(const struct curve *a, const struct curve *b) {
+  return a->value && b->value && a->floats == b->floats &&
+         memcmp(a->value, b->value, a->floats * sizeof *a->value) == 0;
+}
+
+static void compare(const char *what, const struct curve *run, const struct curve *one, double bound) {
+  char name[128], note[1200];
+  snprintf(name, sizeof name, "%s", what);
+  if (run->status != US_OK) {
+    snprintf(note, sizeof note, "%s", run->err.message);
+    say(name, false, note);
+    return;
+  }
+  double loss = apart(run->loss, one->loss, 1), norm = apart(run->norm, one->norm, 1);
+  double held = fabs(run->heldout - one->heldout) / one->heldout;
+  snprintf(note, sizeof note, "loss %.2e, norm %.2e, held out %.2e apart; %.2f s, one lane %.2f s", loss,
+           norm, held, run->seconds, one->seconds);
+  say(name, loss <= bound && held <= bound && norm <= 20.0 * bound, note);
+}
+
+/* The state that half a run of two lanes left, for another run to go on with. */
+static void copy_state(const char *from, const char *to) {
+  char command[1200];
+  for (int slot = 0; slot < 2; slot++) {
+    snprintf(command, sizeof command, "[ ! -e %s.%d ] || cp %s.%d %s.%d", from, slot, from, slot, to, slot);
+    if (system(command) != 0) say("copy of the state", false, command);
+  }
+}
+
+static void test_resume(const struct us_shape *shape, const struct us_shards *shards, enum us_optim_kind kind,
+                        const char *name, const char *folder, const struct curve *one,
+                        const struct curve *two) {
+  struct curve part = {0}, same = {0}, rest = {0};
+  char text[128], state[256], other[256];
+  snprintf(state, sizeof state, "%s/%s.state", folder, name);
+  snprintf(other, sizeof other, "%s/%s.other", folder, name);
+  train(shape, shards, kind, 2, state, STEPS / 2, &part);
+  copy_state(state, other);
+  rest = part;
+  train(shape, shards, kind, 2, state, UINT64_MAX, &same);
+  snprintf(text, sizeof text, "%s: two lanes stopped and resumed give the same bits", name);
+  say(text, part.status == US_INTERRUPTED && same_bits(&same, two),
+      same.status == US_OK ? "" : same.err.message);
+  train(shape, shards, kind, 4, other, UINT64_MAX, &rest);
+  snprintf(text, sizeof text, "%s: what two lanes began four go on with", name);
+  compare(text, &rest, one, 0.01);
+  free(same.value);
+  free(rest.value);
+}
+
+static void test_kind(const struct us_shape *shape, const struct us_shards *shards, enum us_optim_kind kind,
+                      const char *name, const char *folder) {
+  struct curve run[MOST + 1], again = {0};
+  char text[128];
+  memset(run, 0, sizeof run);
+  for (uint32_t lanes = 1; lanes <= MOST; lanes++)
+    train(shape, shards, kind, lanes, NULL, UINT64_MAX, &run[lanes]);
+  for (uint32_t lanes = 1; lanes <= MOST; lanes++) {
+    snprintf(text, sizeof text, "%s: %u lane%s as one", name, lanes, lanes == 1 ? " trains" : "s train");
+    compare(text, &run[lanes], &run[1], 0.01); /* roundings of bf16 weights that fall the other way */
+  }
+  train(shape, shards, kind, 2, NULL, UINT64_MAX, &again);
+  snprintf(text, sizeof text, "%s: two lanes give the same bits again", name);
+  say(text, same_bits(&again, &run[2]), "");
+  test_resume(shape, shards, kind, name, folder, &run[1], &run[2]);
+  for (uint32_t lanes = 1; lanes <= MOST; lanes++) free(run[lanes].value);
+  free(again.value);
+}
+
+int main(int argc, char **argv) {
+  struct us_err err = {0};
+  struct us_shape shape;
+  struct us_shards *shards = NULL;
+  char folder[] = "/tmp/us-lanes-XXXXXX", command[64];
+  if (argc < 2) {
+    fprintf(stderr, "usage: train_lanes TEXT.h5 [SHAPE]\n");
+    return 2;
+  }
+  if (us_shape_load(argc > 2 ? argv[2] : "pico", &shape, &err) != US_OK ||
+      us_shards_open(argv[1], &shards, &err) != US_OK || !mkdtemp(folder)) {
+    fprintf(stderr, "train_lanes: %s\n", err.message);
+    return 3;
+  }
+  shape.precision = (struct us_precision){US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16,
+                                          US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_F32,  US_FORMAT_BF16};
+  test_kind(&shape, shards, US_OPTIM_ADAMW, "adamw", folder);
+  test_kind(&shape, shards, US_OPTIM_MUON, "muon", folder);
+  us_shards_close(shards);
+  snprintf(command, sizeof command, "rm -rf %s", folder);
+  if (system(command) < 0) return 4;
+  return failures ? 1 : 0;
+}
