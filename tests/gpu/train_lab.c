@@ -97,8 +97,9 @@ struct lab_difference lab_compare(const struct us_params *params, const float *g
   for (size_t i = 0; i < params->count; i++) {
     const struct us_param *p = &params->items[i];
     if (!has_gradient(p)) continue;
-    double distance = lab_distance(got + p->offset, p->grad, p->rows * p->cols);
-    double bound = factor * fmax(noise->tensor[i], noise->mean);
+    size_t n = p->rows * p->cols;
+    double distance = lab_distance(got + p->offset, p->grad, n);
+    double bound = factor * (1.5 + 3.0 / sqrt((double)n)) * fmax(noise->tensor[i], noise->mean);
     d.tensors++;
     d.beyond += !(distance <= bound);
     d.mean += distance * distance;

@@ -37,10 +37,11 @@ struct lab_noise lab_noise_of(const struct us_params *params, const float *other
 
 /* How far the gradients `got` (host, an arena) are from those of the host's params. */
 struct lab_difference {
-  size_t tensors, beyond; /* compared; further than factor * (the larger of their own and the mean noise) */
-  double worst;           /* distance over that bound */
-  const char *name;       /* of the worst */
-  double mean;            /* root mean square of distance over mean noise */
+  size_t tensors,
+      beyond;   /* compared; further than factor * (1.5 + 3 / sqrt(n)) * (the larger of own and mean noise) */
+  double worst; /* distance over that bound */
+  const char *name; /* of the worst */
+  double mean;      /* root mean square of distance over mean noise */
 };
 struct lab_difference lab_compare(const struct us_params *params, const float *got,
                                   const struct lab_noise *noise, double factor);

@@ -172,7 +172,7 @@ static struct us_draft_shape drafter_of(const struct us_shape *target) {
                                  .block = 8,
                                  .mask_id = 3,
                                  .taps = 3,
-                                 .tap_layer = {L / 4, L / 2, L - 2},
+                                 .tap_layer = {L / 5, L / 2, L - 1},
                                  .target_layers = L,
                                  .attention = {.q_heads = 4,
                                                .kv_heads = 2,

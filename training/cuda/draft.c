@@ -135,6 +135,12 @@ enum us_status us_cuda_draft_create(struct us_cuda *cuda, const struct us_draft_
   *ret_draft = NULL;
   if (!capacity || !blocks || capacity > UINT32_MAX / 64 || blocks > UINT32_MAX / 1024)
     return us_err_set(err, US_ERR_USAGE, "%zu context rows and %zu blocks a pass", capacity, blocks);
+  const struct us_attention_shape *a = &shape->attention;
+  if (a->qk_dim % 16 || a->v_dim % 16 || a->qk_dim > 192 || a->v_dim > 128 || shape->vocab % 8)
+    return us_err_set(err, US_ERR_USAGE,
+                      "heads of %u and %u, a vocabulary of %u; on a GPU multiples of 16 up to 192 and 128, "
+                      "and of 8, are trained",
+                      a->qk_dim, a->v_dim, shape->vocab);
   struct us_cuda_draft *draft = calloc(1, sizeof *draft);
   if (!draft) return us_err_memory(err, "drafter's training state", sizeof *draft);
   *draft = (struct us_cuda_draft){.cuda = cuda,

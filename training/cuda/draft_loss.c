@@ -17,6 +17,14 @@
 
 #define SLOTS 2
 
+/* The number of labelled rows changes from step to step; products take it rounded up, so that their shapes, and the algorithms
+ * looked up for them, are few. Rows that fill up have no label, and nobody reads their gradient. */
+#define ROW_STEP 256
+
+static size_t filled_up(size_t rows) {
+  return (rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
+}
+
 /* One add on its way back. Pinned memory. */
 struct landing {
   cudaEvent_t arrived;
@@ -28,7 +36,7 @@ struct landing {
 };
 
 struct us_cuda_draft_loss_state {
-  size_t D, N, blocks, B, rows, chunk; /* rows: labelled, at most */
+  size_t D, N, blocks, B, rows, chunk; /* rows: labelled, at most, filled up */
   bool with_teacher;
   struct us_cuda_staging staging;
   void *memory, *pinned;
@@ -74,7 +82,7 @@ static void take_pinned(struct us_arena *t, struct us_cuda_draft_loss_state *s) 
 
 static struct us_cuda_draft_loss_state describe(const struct us_draft_shape *shape, size_t blocks,
                                                 bool with_teacher) {
-  size_t rows = blocks * (shape->block - 1);
+  size_t rows = filled_up(blocks * (shape->block - 1));
   return (struct us_cuda_draft_loss_state){.D = shape->hidden,
                                            .N = shape->vocab,
                                            .blocks = blocks,
@@ -161,9 +169,10 @@ void us_cuda_draft_loss_free(struct us_cuda_draft_loss *loss) {
 static size_t send_rows(struct us_cuda_draft_loss_state *s, const struct us_draft_blocks *blocks) {
   size_t n = 0, all = blocks->n * blocks->B;
   for (size_t b = 0; b < blocks->n; b++) n += blocks->labels[b];
-  uint32_t *row = us_cuda_staging_put(&s->staging, s->row, n * sizeof *row);
-  uint32_t *teacher_row = us_cuda_staging_put(&s->staging, s->teacher_row, n * sizeof *teacher_row);
-  int32_t *label = us_cuda_staging_put(&s->staging, s->label, n * sizeof *label);
+  size_t filled = filled_up(n);
+  uint32_t *row = us_cuda_staging_put(&s->staging, s->row, filled * sizeof *row);
+  uint32_t *teacher_row = us_cuda_staging_put(&s->staging, s->teacher_row, filled * sizeof *teacher_row);
+  int32_t *label = us_cuda_staging_put(&s->staging, s->label, filled * sizeof *label);
   int32_t *index = us_cuda_staging_put(&s->staging, s->index, all * sizeof *index);
   uint32_t *start = us_cuda_staging_put(&s->staging, s->start, (blocks->n + 1) * sizeof *start);
   n = 0;
@@ -180,6 +189,7 @@ static size_t send_rows(struct us_cuda_draft_loss_state *s, const struct us_draf
     }
   }
   start[blocks->n] = (uint32_t)n;
+  for (size_t i = n; i < filled; i++) row[i] = teacher_row[i] = 0, label[i] = -1;
   us_cuda_staging_send(&s->staging);
   return n;
 }
@@ -257,14 +267,15 @@ enum us_status us_cuda_draft_loss_add(struct us_cuda_draft_loss *loss, struct us
   if (status == US_OK) status = us_cuda_staging_begin(&s->staging, err);
   if (status != US_OK || !blocks->n) return status;
   size_t n = send_rows(s, blocks);
-  us_cuda_did(cuda, us_rows_gather_train(n, s->D, s->row, draft->hidden, s->x, cuda->stream),
+  size_t filled = filled_up(n);
+  us_cuda_did(cuda, us_rows_gather_train(filled, s->D, s->row, draft->hidden, s->x, cuda->stream),
               "labelled rows");
   if (s->with_teacher)
-    us_cuda_did(cuda,
-                us_rows_gather_train(n, s->D, s->teacher_row, teacher->hidden, s->teacher_x, cuda->stream),
-                "teacher's rows");
+    us_cuda_did(
+        cuda, us_rows_gather_train(filled, s->D, s->teacher_row, teacher->hidden, s->teacher_x, cuda->stream),
+        "teacher's rows");
   struct us_cuda_head_teacher distribution = {.x = s->teacher_x, .D = s->D, .head = teacher->head};
-  struct us_cuda_head_pass pass = {.R = n,
+  struct us_cuda_head_pass pass = {.R = filled,
                                    .D = s->D,
                                    .N = s->N,
                                    .x = s->x,

@@ -178,6 +178,30 @@ static enum us_status fill_constants(const struct us_cuda_model *model, struct u
 
 /* --- creation --- */
 
+static bool fits_attention(const struct us_attention_shape *a) {
+  return a->qk_dim % 16 == 0 && a->v_dim % 16 == 0 && a->qk_dim <= 192 && a->v_dim <= 128;
+}
+
+/* What the kernels ask for beyond us_shape_check. */
+static enum us_status check_shape(const struct us_shape *shape, size_t capacity, struct us_err *err) {
+  if (!capacity || capacity > UINT32_MAX / 64)
+    return us_err_set(err, US_ERR_USAGE, "%zu rows a batch", capacity);
+  for (uint32_t l = 0; l < shape->layers; l++) {
+    const struct us_attention_shape *a = us_shape_attention(shape, l);
+    if (!fits_attention(a))
+      return us_err_set(
+          err, US_ERR_USAGE,
+          "layer %u: heads of %u and %u; on a GPU multiples of 16 up to 192 and 128 are trained", l,
+          a->qk_dim, a->v_dim);
+  }
+  if (shape->vocab % 8 || shape->experts > 1024 || shape->top_k > 32)
+    return us_err_set(
+        err, US_ERR_USAGE,
+        "a vocabulary of %u, %u experts, %u a token; on a GPU a multiple of 8, 1024 and 32 are trained",
+        shape->vocab, shape->experts, shape->top_k);
+  return US_OK;
+}
+
 static enum us_status find_roles(struct us_cuda_model *model, struct us_err *err) {
   struct us_cuda_model_state *s = model->state;
   const struct us_params *host = model->params->host;
@@ -239,13 +263,13 @@ enum us_status us_cuda_model_create(struct us_cuda *cuda, const struct us_shape 
                                     enum us_train_memory memory, struct us_cuda_model **ret_model,
                                     struct us_err *err) {
   *ret_model = NULL;
-  if (!capacity || capacity > UINT32_MAX / 64)
-    return us_err_set(err, US_ERR_USAGE, "%zu rows a batch", capacity);
+  enum us_status status = check_shape(shape, capacity, err);
+  if (status != US_OK) return status;
   struct us_cuda_model *model = calloc(1, sizeof *model);
   if (!model) return us_err_memory(err, "training state", sizeof *model);
   *model = (struct us_cuda_model){
       .cuda = cuda, .shape = *shape, .params = params, .capacity = capacity, .memory = memory};
-  enum us_status status = build(model, err);
+  status = build(model, err);
   if (status != US_OK) {
     us_cuda_model_free(model);
     return status;
