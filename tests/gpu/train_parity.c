@@ -14,6 +14,7 @@
  * independent and add in squares: the GPU's distance from the CPU is expected at sqrt(22 / 5) = 2.1 noises at most. Half as much
  * again is allowed, and since distance and noise of n values are each known to a part in sqrt(2 n), three standard errors of their
  * ratio, 3 / sqrt(n). Where a tensor's own noise is below the mean of all tensors, the mean counts.
+ * pico's experts are MXFP4 and its other matrices FP8, whose decoded values the GPU rounds to bf16 for its products.
  * Forward alone there are 5 roundings on each side: taps and losses are expected within sqrt(10 / 5) noises, and half as much
  * again is allowed. A row's loss has no distance but its own: it may differ by the largest noise of any row, times the same.
  *
@@ -143,6 +144,8 @@ static void prepare(struct us_params *params, struct us_pool *pool, uint64_t see
   for (size_t i = 0; quantised && i < params->count; i++) {
     struct us_param *p = &params->items[i];
     if (strcmp(p->family, "experts") == 0) p->encoding.format = US_FORMAT_MXFP4;
+    bool projection = strcmp(p->family, "qkv") == 0 || strcmp(p->family, "o_proj") == 0;
+    if (projection || strcmp(p->family, "dense") == 0) p->encoding.format = US_FORMAT_FP8;
   }
   need(us_params_refresh(params, pool, US_SEQ_ROUND_BF16, &err), &err, "weights");
 }

@@ -275,7 +275,10 @@ int lab_speed(int count, char **arguments) {
   size_t R = count > 2 ? (size_t)atol(arguments[2]) : 32768;
   s.length = count > 3 ? (size_t)atol(arguments[3]) : 2048;
   need(us_cuda_open(0, &s.cuda, &err), &err, "GPU");
-  need(us_params_init_fresh(&s.params, &s.shape, 1, 0.0f, &err), &err, name);
+  struct us_pool *pool;
+  need(us_pool_create(0, &pool, &err), &err, name);
+  need(us_params_init_fresh_on(&s.params, &s.shape, pool, 1, 0.0f, &err), &err, name);
+  us_pool_free(pool);
   need(us_cuda_params_create(s.cuda, &s.params, (struct us_owned){0, s.params.floats}, &s.set, &err), &err,
        name);
   us_cuda_params_refresh(s.set);
