@@ -13,7 +13,8 @@
 
 static __global__ void __launch_bounds__(THREADS)
     embed_rows(const __grid_constant__ struct us_embed_train e, uint32_t a_row) {
-  size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, r = i / a_row, k = i % a_row * 4;
+  uint32_t i = blockIdx.x * THREADS + threadIdx.x, k = i % a_row * 4;
+  size_t r = i / a_row;
   if (r >= e.R) return;
   int32_t token = e.token[r];
   const uint16_t *from = token < 0 ? e.opt_mask : e.table + (size_t)token * e.D;
@@ -22,7 +23,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 int us_embed_train(const struct us_embed_train *embed, cudaStream_t stream) {
   size_t blocks = (embed->R * (embed->D / 4) + THREADS - 1) / THREADS;
-  if (embed->D % 4 || blocks >= 1u << 31) return cudaErrorInvalidValue;
+  if (embed->D % 4 || blocks >= (1u << 31) / THREADS) return cudaErrorInvalidValue;
   if (blocks) embed_rows<<<(unsigned)blocks, THREADS, 0, stream>>>(*embed, (uint32_t)(embed->D / 4));
   return cudaGetLastError();
 }

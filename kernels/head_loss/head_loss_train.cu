@@ -3,9 +3,10 @@
  * Contents: row arithmetic; rows in registers; rows by streaming; sums; entry point.
  *
  * Bound: bytes, 4 + 2 a logit (8 + 2 with a teacher) as long as a row fits the block's registers: 32 K logits, 16 K with a
- * teacher. Longer rows are read twice. The exponential is ours (kernels/cpu/exp.h), some 22 instructions.
+ * teacher. Longer rows are read twice. Instructions are as scarce: at 4.2 TB/s an H200 has 42 a logit. So the exponential is the
+ * hardware's (kernels/cpu/exp.h, 22 instructions, made a row of 16 K last 12 us), and ties are looked for only where the
+ * label's logit is the largest.
  */
-#include "kernels/cpu/exp.h"
 #include "kernels/gpu/rows.cuh"
 #include "kernels/head_loss/head_loss_train.h"
 
@@ -30,6 +31,11 @@ static __device__ __forceinline__ struct row find_row(const struct us_head_loss_
   row.scale = row.counts ? row.weight * l.scale : 0.0f;
   if (row.label >= 0) row.label_logit = row.student[row.label];
   return row;
+}
+
+/* e^x of x <= 0: 2^(x log2(e)) errs by 2 ulp of its own and |x| units of its argument. */
+static __device__ __forceinline__ float exponential(float x) {
+  return __expf(x);
 }
 
 /* Largest value and sum of exp(x - max) of a distribution's row. */
@@ -74,10 +80,11 @@ static __device__ __forceinline__ struct us_four gradient(const struct row &row,
                                                           const struct us_four &p, const struct us_four &t) {
   struct us_four d;
 #pragma unroll
-  for (int j = 0; j < 4; j++) {
-    d.v[j] = row.teacher ? row.scale * (p.v[j] - t.v[j]) : row.scale * p.v[j];
-    if (!row.teacher && row.counts && (int32_t)k + j == row.label) d.v[j] -= row.scale;
-  }
+  for (int j = 0; j < 4; j++) d.v[j] = row.scale * (row.teacher ? p.v[j] - t.v[j] : p.v[j]);
+  if (!row.teacher && row.counts && (uint32_t)row.label - k < 4)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (k + j == (uint32_t)row.label) d.v[j] -= row.scale;
   return d;
 }
 
@@ -118,25 +125,35 @@ template <int THREADS, int CHUNKS> struct held_row {
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) x[c].v[j] = us_expf(x[c].v[j] - max);
+      for (int j = 0; j < 4; j++) x[c].v[j] = exponential(x[c].v[j] - max);
       sum += (double)((x[c].v[0] + x[c].v[1]) + (x[c].v[2] + x[c].v[3]));
     }
     return sum;
   }
 };
 
-/* Sum of exp(t - max) (t - s): the KL divergence is this over the sum of exp(t - max), plus the log sums' difference. */
+/* Of four columns: the sum of exp(b) (b - a), with a and b the logits of student and teacher less their largest. */
+static __device__ __forceinline__ float cross_four(const struct us_four &a, const struct us_four &b) {
+  float part[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) part[j] = exponential(b.v[j]) * (b.v[j] - a.v[j]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+/* This over the sum of exp(b), plus the difference of the log sums of exp(a) and exp(b), is the KL divergence. */
 template <int THREADS, int CHUNKS>
 static __device__ __forceinline__ double cross_sum(const held_row<THREADS, CHUNKS> &s,
-                                                   const held_row<THREADS, CHUNKS> &t, float max,
-                                                   uint32_t N) {
+                                                   const held_row<THREADS, CHUNKS> &t, float s_max,
+                                                   float t_max, uint32_t N) {
   double sum = 0.0;
 #pragma unroll
-  for (int c = 0; c < CHUNKS; c++)
+  for (int c = 0; c < CHUNKS; c++) {
+    struct us_four a, b;
+    if ((c * THREADS + threadIdx.x) * 4 >= N) continue;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      if ((c * THREADS + threadIdx.x) * 4 < N)
-        sum += (double)us_expf(t.x[c].v[j] - max) * ((double)t.x[c].v[j] - (double)s.x[c].v[j]);
+    for (int j = 0; j < 4; j++) a.v[j] = s.x[c].v[j] - s_max, b.v[j] = t.x[c].v[j] - t_max;
+    sum += (double)cross_four(a, b);
+  }
   return sum;
 }
 
@@ -166,7 +183,7 @@ static __device__ __forceinline__ void write_gradient(const struct row &row,
 }
 
 template <int THREADS, int CHUNKS, bool KL>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     held_rows(const __grid_constant__ struct us_head_loss_train l) {
   __shared__ float maxima[THREADS / 32];
   __shared__ double sums[THREADS / 32];
@@ -179,14 +196,14 @@ static __global__ void __launch_bounds__(THREADS)
   if (KL) t.load(row.teacher, N);
   s.max =
       block_max<THREADS>(x.largest(), maxima); /* its barriers: all have read before anyone writes below */
-  bool hit = row.label >= 0 && !label_beaten(x, row.label, s.max) && row.label_logit == s.max;
+  bool hit = row.label >= 0 && row.label_logit == s.max && !label_beaten(x, row.label, s.max);
   if (KL) {
     u.max = block_max<THREADS>(t.largest(), maxima);
-    kl = us_block_sum<THREADS>(cross_sum(x, t, u.max, N), sums);
+    kl = us_block_sum<THREADS>(cross_sum(x, t, s.max, u.max, N), sums);
     u.sum = us_block_sum<THREADS>(t.exponentiate(u.max), sums);
   }
   s.sum = us_block_sum<THREADS>(x.exponentiate(s.max), sums);
-  if (KL) kl = kl / u.sum + (((double)s.max + log(s.sum)) - ((double)u.max + log(u.sum)));
+  if (KL) kl = kl / u.sum + (log(s.sum) - log(u.sum));
   if (row.dlogits) write_gradient(row, x, t, (float)(1.0 / s.sum), KL ? (float)(1.0 / u.sum) : 0.0f, N);
   if (threadIdx.x == 0) report_row(l, blockIdx.x, row, s, kl, hit);
 }
@@ -195,20 +212,11 @@ static __global__ void __launch_bounds__(THREADS)
 
 #define STREAM_THREADS 1024
 
-/* KL terms of 4 columns: t (log t - log s), shift = log sum of the student less that of the teacher. */
-static __device__ __forceinline__ double kl_terms(const struct us_four &t, const struct us_four &teacher,
-                                                  const struct us_four &student, double shift) {
-  double sum = 0.0;
-#pragma unroll
-  for (int j = 0; j < 4; j++) sum += (double)t.v[j] * ((double)teacher.v[j] - (double)student.v[j] + shift);
-  return sum;
-}
-
 static __device__ __forceinline__ struct us_four probabilities(const struct us_four &x, float max,
                                                                float inverse) {
   struct us_four p;
 #pragma unroll
-  for (int j = 0; j < 4; j++) p.v[j] = us_expf(x.v[j] - max) * inverse;
+  for (int j = 0; j < 4; j++) p.v[j] = exponential(x.v[j] - max) * inverse;
   return p;
 }
 
@@ -219,13 +227,14 @@ static __device__ __forceinline__ struct softmax stream_softmax(const float *x, 
   for (uint32_t k = threadIdx.x * 4; k < N; k += STREAM_THREADS * 4) {
     struct us_four v = us_load_four(x + k);
     float larger = fmaxf(fmaxf(fmaxf(v.v[0], v.v[1]), fmaxf(v.v[2], v.v[3])), max);
-    if (larger > max) sum *= us_expf(max - larger), max = larger;
+    if (larger > max) sum *= exponential(max - larger), max = larger;
 #pragma unroll
-    for (int j = 0; j < 4; j++) sum += us_expf(v.v[j] - max);
+    for (int j = 0; j < 4; j++) sum += exponential(v.v[j] - max);
   }
   struct softmax s;
   s.max = block_max<STREAM_THREADS>(max, maxima);
-  s.sum = us_block_sum<STREAM_THREADS>((double)(max > -INFINITY ? sum * us_expf(max - s.max) : 0.0f), sums);
+  s.sum =
+      us_block_sum<STREAM_THREADS>((double)(max > -INFINITY ? sum * exponential(max - s.max) : 0.0f), sums);
   return s;
 }
 
@@ -240,7 +249,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS)
   struct softmax s = stream_softmax(row.student, N, maxima, sums), u = {};
   if (KL) u = stream_softmax(row.teacher, N, maxima, sums);
   float inverse = (float)(1.0 / s.sum), u_inverse = KL ? (float)(1.0 / u.sum) : 0.0f;
-  double shift = KL ? ((double)s.max + log(s.sum)) - ((double)u.max + log(u.sum)) : 0.0, kl = 0.0;
+  double kl = 0.0;
   bool beaten = false;
   for (uint32_t first = 0; first < N; first += STREAM_THREADS * 4) {
     uint32_t k = first + threadIdx.x * 4;
@@ -248,8 +257,11 @@ static __global__ void __launch_bounds__(STREAM_THREADS)
     if (k < N) x = us_load_four(row.student + k);
     if (KL && k < N) {
       struct us_four t = us_load_four(row.teacher + k);
+      struct us_four a, b;
+#pragma unroll
+      for (int j = 0; j < 4; j++) a.v[j] = x.v[j] - s.max, b.v[j] = t.v[j] - u.max;
       target = probabilities(t, u.max, u_inverse);
-      kl += kl_terms(target, t, x, shift);
+      kl += (double)cross_four(a, b);
     }
     __syncthreads();
     if (k >= N) continue;
@@ -257,7 +269,7 @@ static __global__ void __launch_bounds__(STREAM_THREADS)
     if (row.dlogits)
       us_store_four(row.dlogits + k, gradient(row, k, probabilities(x, s.max, inverse), target));
   }
-  if (KL) kl = us_block_sum<STREAM_THREADS>(kl, sums);
+  if (KL) kl = us_block_sum<STREAM_THREADS>(kl, sums) / u.sum + (log(s.sum) - log(u.sum));
   bool hit = !__syncthreads_or(beaten) && row.label >= 0 && row.label_logit == s.max;
   if (threadIdx.x == 0) report_row(l, blockIdx.x, row, s, kl, hit);
 }

@@ -38,13 +38,13 @@ struct batch_args {
   double *partial; /* (batch, SLICES) sums of squares */
   uint16_t *x;     /* (batch, rows, cols) */
   uint32_t a_row;  /* pieces of 4 values a row */
-  size_t pieces;   /* of a matrix */
+  uint32_t pieces; /* of a matrix */
 };
 
 /* Arena index of the matrix's piece i. */
 static __device__ __forceinline__ uint64_t piece_place(const struct batch_args &b,
-                                                       const struct us_muon_matrix &m, size_t i) {
-  uint32_t row = (uint32_t)(i / b.a_row), column = (uint32_t)(i % b.a_row) * 4;
+                                                       const struct us_muon_matrix &m, uint32_t i) {
+  uint32_t row = i / b.a_row, column = i % b.a_row * 4;
   uint64_t in_tensor = (uint64_t)(row / m.run) * m.step + m.first + row % m.run;
   return m.offset + in_tensor * b.m.cols + column;
 }
@@ -61,7 +61,7 @@ static __global__ void __launch_bounds__(THREADS) add_momentum(const __grid_cons
   struct us_muon_matrix matrix = b.m.matrices[blockIdx.y];
   float mu = (float)b.m.momentum, factor = b.m.opt_factor ? *b.m.opt_factor : 1.0f;
   double sum = 0.0;
-  for (size_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
     uint64_t at = piece_place(b, matrix, i);
     struct us_four g = us_load_four(b.m.grad + at), moment = us_load_four(b.m.moment + at);
 #pragma unroll
@@ -85,12 +85,12 @@ static __global__ void __launch_bounds__(THREADS) normalise(const __grid_constan
   double divisor = b.m.newton == US_MUON_POLAR_EXPRESS ? 1.02 * norm + 1e-6 : norm + 1e-7;
   float inverse = (float)(1.0 / divisor), factor = b.m.opt_factor ? *b.m.opt_factor : 1.0f;
   uint16_t *x = b.x + blockIdx.y * b.m.rows * b.m.cols;
-  for (size_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
     uint64_t at = piece_place(b, matrix, i);
     struct us_four g = us_load_four(b.m.grad + at), moment = us_load_four(b.m.moment + at);
 #pragma unroll
     for (int j = 0; j < 4; j++) g.v[j] = muon_step(b, g.v[j] * factor, moment.v[j]) * inverse;
-    us_store_four(x + i * 4, g);
+    us_store_four(x + (size_t)i * 4, g);
   }
 }
 
@@ -101,9 +101,9 @@ static __global__ void __launch_bounds__(THREADS) update_values(const __grid_con
   double rate = b.m.rate * (double)matrix.rate_scale, wide = (double)max(b.m.rows, b.m.cols);
   float keep = (float)(1.0 - rate * b.m.decay), scale = (float)(rate * 0.2 * sqrt(wide));
   const uint16_t *x = b.x + blockIdx.y * b.m.rows * b.m.cols;
-  for (size_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
+  for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < b.pieces; i += SLICES * THREADS) {
     uint64_t at = piece_place(b, matrix, i);
-    struct us_four value = us_load_four(b.m.value + at), step = us_load_four(x + i * 4);
+    struct us_four value = us_load_four(b.m.value + at), step = us_load_four(x + (size_t)i * 4);
 #pragma unroll
     for (int j = 0; j < 4; j++) value.v[j] = value.v[j] * keep - scale * step.v[j];
     us_store_four(b.m.value + at, value);
@@ -259,7 +259,8 @@ static struct buffers cut_scratch(const struct us_muon_train *muon, double **ret
 /* Matrices [first, first + count). */
 static bool run_batch(const struct us_muon_train *muon, cublasLtHandle_t handle,
                       const struct products &products, size_t first, size_t count, cudaStream_t stream) {
-  struct batch_args b = {*muon, NULL, NULL, (uint32_t)(muon->cols / 4), muon->rows * (muon->cols / 4)};
+  struct batch_args b = {*muon, NULL, NULL, (uint32_t)(muon->cols / 4),
+                         (uint32_t)(muon->rows * (muon->cols / 4))};
   struct buffers buffers = cut_scratch(muon, &b.partial);
   b.m.matrices += first;
   b.x = buffers.x;
@@ -274,8 +275,8 @@ static bool run_batch(const struct us_muon_train *muon, cublasLtHandle_t handle,
 
 int us_muon_train(const struct us_muon_train *muon, cudaStream_t stream) {
   size_t rows = muon->rows, cols = muon->cols, batch = muon->batch;
-  bool wrong = !rows || !cols || cols % 8 || narrow(rows, cols) % 8 || !batch || batch > 65535 ||
-               muon->scratch_bytes < us_muon_train_scratch(rows, cols, batch) ||
+  bool wrong = !rows || !cols || rows >= (1u << 30) / cols || cols % 8 || narrow(rows, cols) % 8 || !batch ||
+               batch > 65535 || muon->scratch_bytes < us_muon_train_scratch(rows, cols, batch) ||
                (uintptr_t)muon->scratch % 256;
   if (wrong) return cudaErrorInvalidValue;
   cublasLtHandle_t handle =

@@ -86,19 +86,25 @@ int us_clip_factor_train(const double *sum, double limit, float *factor, cudaStr
   return cudaGetLastError();
 }
 
+static __device__ __forceinline__ bool finite(float x) {
+  return (us_f32_bits(x) & 0x7fffffffu) < 0x7f800000u;
+}
+
+static __device__ __forceinline__ void note_index(uint64_t *index, size_t i) {
+  atomicMin((unsigned long long *)index, (unsigned long long)i);
+}
+
 static __global__ void __launch_bounds__(THREADS) find_nonfinite(size_t n, const float *x, uint64_t *index) {
   size_t step = (size_t)gridDim.x * THREADS * 4, i = ((size_t)blockIdx.x * THREADS + threadIdx.x) * 4;
-  for (; i < n; i += step) {
-    struct us_four v = {};
-    if (i + 4 <= n)
-      v = us_load_four(x + i);
-    else
-      for (int j = 0; i + j < n; j++) v.v[j] = x[i + j];
-#pragma unroll
+#pragma unroll 4
+  for (; i + 4 <= n; i += step) {
+    struct us_four v = us_load_four(x + i);
+    if (finite(v.v[0]) & finite(v.v[1]) & finite(v.v[2]) & finite(v.v[3])) continue;
     for (int j = 0; j < 4; j++)
-      if ((us_f32_bits(v.v[j]) & 0x7fffffffu) >= 0x7f800000u)
-        atomicMin((unsigned long long *)index, (unsigned long long)(i + j));
+      if (!finite(v.v[j])) note_index(index, i + j);
   }
+  for (; i < n; i++)
+    if (!finite(x[i])) note_index(index, i);
 }
 
 int us_nonfinite_train(size_t n, const float *x, uint64_t *index, cudaStream_t stream) {

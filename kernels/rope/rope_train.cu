@@ -61,8 +61,7 @@ template <int W>
 static __global__ void __launch_bounds__(THREADS)
     rope_rows(const __grid_constant__ struct us_rope_train t, uint32_t pieces, float sign) {
   uint32_t a_head = t.rotary / 2 / W, rotated = a_head * t.rotated_heads;
-  size_t index = (size_t)blockIdx.x * THREADS + threadIdx.x;
-  uint32_t row = (uint32_t)(index / pieces), piece = (uint32_t)(index % pieces);
+  uint32_t index = blockIdx.x * THREADS + threadIdx.x, row = index / pieces, piece = index % pieces;
   if (row >= t.R) return;
   if (piece < rotated) {
     rotate<W>(t, row, piece / a_head, piece % a_head * W, sign);
@@ -80,13 +79,13 @@ static int run(const struct us_rope_train *rope, float sign, cudaStream_t stream
   struct us_rope_train t = *rope;
   if (t.scale == 1.0f) t.scaled_heads = 0;
   if (!t.scaled_heads) t.scaled_dim = 0;
-  if (t.rotary % 2 || t.R >= 1u << 31) return cudaErrorInvalidValue;
+  if (t.rotary % 2) return cudaErrorInvalidValue;
   bool wide = t.rotary / 2 % 8 == 0 && t.scaled_dim % 8 == 0 && t.stride % 8 == 0 && (uintptr_t)t.x % 16 == 0;
   uint32_t width = wide ? 8 : 1;
   uint32_t pieces = t.rotary / 2 / width * t.rotated_heads + t.scaled_dim / width * t.scaled_heads;
   size_t blocks = (t.R * pieces + THREADS - 1) / THREADS;
   if (!blocks) return cudaSuccess;
-  if (blocks >= 1u << 31) return cudaErrorInvalidValue;
+  if (blocks >= (1u << 31) / THREADS) return cudaErrorInvalidValue; /* pieces are counted in 32 bits */
   if (wide)
     rope_rows<8><<<(unsigned)blocks, THREADS, 0, stream>>>(t, pieces, sign);
   else

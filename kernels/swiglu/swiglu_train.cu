@@ -25,23 +25,26 @@ static __device__ __forceinline__ void store_eight(uint16_t *p, const struct eig
 }
 
 static __global__ void __launch_bounds__(THREADS)
-    swiglu_rows(size_t pieces, uint32_t a_row, const uint16_t *gate_up, uint16_t *a) {
-  size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, row = i / a_row, F = (size_t)a_row * 8;
+    swiglu_rows(uint32_t pieces, uint32_t a_row, const uint16_t *gate_up, uint16_t *a) {
+  uint32_t i = blockIdx.x * THREADS + threadIdx.x, row = i / a_row;
+  size_t F = (size_t)a_row * 8;
   if (i >= pieces) return;
-  const uint16_t *p = gate_up + row * 2 * F + i % a_row * 8;
+  const uint16_t *p = gate_up + (size_t)row * 2 * F + i % a_row * 8;
   struct eight g = load_eight(p), u = load_eight(p + F);
 #pragma unroll
   for (int k = 0; k < 8; k++) g.v[k] = g.v[k] / (1.0f + us_expf(-g.v[k])) * u.v[k];
-  store_eight(a + i * 8, g);
+  store_eight(a + (size_t)i * 8, g);
 }
 
 static __global__ void __launch_bounds__(THREADS)
-    grad_rows(size_t pieces, uint32_t a_row, const uint16_t *gate_up, const uint16_t *da, uint16_t *d_gate_up,
-              uint16_t *opt_a) {
-  size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, row = i / a_row, F = (size_t)a_row * 8;
+    grad_rows(uint32_t pieces, uint32_t a_row, const uint16_t *gate_up, const uint16_t *da,
+              uint16_t *d_gate_up, uint16_t *opt_a) {
+  uint32_t i = blockIdx.x * THREADS + threadIdx.x, row = i / a_row;
+  size_t F = (size_t)a_row * 8;
   if (i >= pieces) return;
-  size_t at = row * 2 * F + i % a_row * 8;
-  struct eight g = load_eight(gate_up + at), u = load_eight(gate_up + at + F), d = load_eight(da + i * 8), a;
+  size_t at = (size_t)row * 2 * F + i % a_row * 8;
+  struct eight g = load_eight(gate_up + at), u = load_eight(gate_up + at + F),
+               d = load_eight(da + (size_t)i * 8), a;
 #pragma unroll
   for (int k = 0; k < 8; k++) {
     float gate = g.v[k], up = u.v[k], plus = 1.0f + us_expf(-gate), s = 1.0f / plus;
@@ -51,22 +54,23 @@ static __global__ void __launch_bounds__(THREADS)
   }
   store_eight(d_gate_up + at, g);
   store_eight(d_gate_up + at + F, u);
-  if (opt_a) store_eight(opt_a + i * 8, a);
+  if (opt_a) store_eight(opt_a + (size_t)i * 8, a);
 }
 
 int us_swiglu_train(size_t R, size_t F, const uint16_t *gate_up, uint16_t *a, cudaStream_t stream) {
   size_t pieces = R * (F / 8), blocks = (pieces + THREADS - 1) / THREADS;
-  if (F % 8 || blocks >= 1u << 31) return cudaErrorInvalidValue;
-  if (blocks) swiglu_rows<<<(unsigned)blocks, THREADS, 0, stream>>>(pieces, (uint32_t)(F / 8), gate_up, a);
+  if (F % 8 || blocks >= (1u << 31) / THREADS) return cudaErrorInvalidValue; /* 32-bit divisions */
+  if (blocks)
+    swiglu_rows<<<(unsigned)blocks, THREADS, 0, stream>>>((uint32_t)pieces, (uint32_t)(F / 8), gate_up, a);
   return cudaGetLastError();
 }
 
 int us_swiglu_train_grad(size_t R, size_t F, const uint16_t *gate_up, const uint16_t *da, uint16_t *d_gate_up,
                          uint16_t *opt_a, cudaStream_t stream) {
   size_t pieces = R * (F / 8), blocks = (pieces + THREADS - 1) / THREADS;
-  if (F % 8 || blocks >= 1u << 31) return cudaErrorInvalidValue;
+  if (F % 8 || blocks >= (1u << 31) / THREADS) return cudaErrorInvalidValue; /* 32-bit divisions */
   if (blocks)
-    grad_rows<<<(unsigned)blocks, THREADS, 0, stream>>>(pieces, (uint32_t)(F / 8), gate_up, da, d_gate_up,
-                                                        opt_a);
+    grad_rows<<<(unsigned)blocks, THREADS, 0, stream>>>((uint32_t)pieces, (uint32_t)(F / 8), gate_up, da,
+                                                        d_gate_up, opt_a);
   return cudaGetLastError();
 }

@@ -27,16 +27,18 @@ library() {
     device -c "$source" -o "$build/$(basename "$source").o" &
   done
   for source in base/err base/pool formats/bf16 formats/fp8 formats/matrix formats/mxfp4 ../kernels/cpu/isa \
-    ../kernels/experts/experts_grad ../kernels/gemm/gemm ../kernels/gemm/gemm_avx2 ../kernels/gemm/gemm_avx512 \
-    ../kernels/linear/linear_grad ../kernels/linear/linear_ref ../kernels/pages/pages ../kernels/rope/rope_ref \
-    ../kernels/router/router_grad ../kernels/router/router_ref ../kernels/seq/seq ../kernels/swiglu/swiglu_grad; do
+    ../kernels/embed/embed_grad ../kernels/experts/experts_grad ../kernels/gemm/gemm ../kernels/gemm/gemm_avx2 \
+    ../kernels/gemm/gemm_avx512 ../kernels/head_loss/head_loss ../kernels/linear/linear_grad ../kernels/linear/linear_ref \
+    ../kernels/pages/pages ../kernels/rmsnorm/rmsnorm_grad ../kernels/rope/rope_grad ../kernels/rope/rope_ref \
+    ../kernels/router/router_grad ../kernels/router/router_ref ../kernels/seq/seq ../kernels/swiglu/swiglu_grad \
+    ../training/muon ../training/optim; do
     case $source in
     *_avx2) isa='-mavx2 -mfma -mf16c' ;;
     *_avx512) isa='-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c' ;;
     *) isa= ;;
     esac
     # shellcheck disable=SC2086 # a list of options
-    ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -D_GNU_SOURCE $isa -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
+    ${CC:-cc} -std=gnu17 -O2 -ffp-contract=off -ffunction-sections -D_GNU_SOURCE $isa -I"$root/libcore" -I"$root" -c "$root/libcore/$source.c" \
       -o "$build/$(basename "$source").c.o" >&2
   done
   wait
@@ -53,8 +55,9 @@ compile() { # compile NAME SOURCE-OR-LINK-OPTION...
     *) sources="$sources $word" ;;
     esac
   done
+  # Functions that a program does not call go, and with them what only they call (the optimizers know all parameters).
   # shellcheck disable=SC2086 # a list of files and options
-  device $sources "$build/kernels.a" -o "$build/$name"
+  device -Xlinker=--gc-sections $sources "$build/kernels.a" -o "$build/$name"
 }
 
 record() { printf '{"program": "%s", "status": %s, "seconds": %s}\n' "$1" "$2" "$3"; }
