@@ -5,8 +5,9 @@
 # Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
 # of the tools: $pretrain_options $qat_options $draft_options; seconds: $answer_seconds $most_seconds (a stage's limit).
 
-# The rules of what is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are.
-RECIPE_PRECISION=all=fp8,experts=mxfp4
+# What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
+# is bf16, which then holds the same values.
+RECIPE_PRECISION='--precision all=fp8,experts=mxfp4 --fp8-scale ue8m0'
 
 # stage NAME FILE COMMAND...: run COMMAND unless FILE exists; a program, unlike a function, within the time limit.
 stage() {
@@ -56,7 +57,7 @@ recipe_pretrain() {
 
 recipe_qat() {
   # shellcheck disable=SC2046,SC2086
-  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data text.h5 -o q.h5 --precision "$RECIPE_PRECISION" \
+  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data text.h5 -o q.h5 $RECIPE_PRECISION \
     --metrics quality.tsv --report tensors.tsv --log qat.tsv --run qat.h5 --plot qat.png $qat_options $(on_device)
 }
 
@@ -110,7 +111,9 @@ recipe_tables() {
 # The pieces of a model that is bundled: quantized model in shards of at most 16 MiB, drafter, and what the original thinks of 8 K
 # held-out tokens.
 recipe_pack() {
-  stage "bundle" bundle/model qat-quant q.h5 --precision "$RECIPE_PRECISION" --shard 16M -o bundle/model
+  mkdir -p bundle
+  # shellcheck disable=SC2086
+  stage "bundle" bundle/model qat-quant q.h5 $RECIPE_PRECISION --shard 16M -o bundle/model
   # shellcheck disable=SC2046
   stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data text.h5 --windows 16 --length 513 \
     --write-top bundle/top64.h5 $(on_device)

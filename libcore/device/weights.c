@@ -11,6 +11,7 @@
 #include "device/device.h"
 #include "device/weights_fill.h"
 #include "device/weights_layout.h"
+#include "formats/bf16.h"
 #include "kernels/pages/pages_gpu.h"
 #include "model/random.h"
 
@@ -164,6 +165,41 @@ static enum us_status copy_rows(struct loader *l, uint8_t *to, const uint8_t *fr
   return status;
 }
 
+/* Rows of an FP8 embedding as bf16, which holds every one of them when the scales are powers of two. */
+static enum us_status widen(const struct us_matrix *w, size_t first, size_t rows, float *values, uint16_t *to,
+                            struct us_err *err) {
+  for (size_t r = 0; r < rows; r++, to += w->cols) {
+    us_matrix_decode_row(w, first + r, values);
+    for (size_t c = 0; c < w->cols; c++) {
+      to[c] = us_bf16_from_f32(values[c]);
+      if (us_bf16_to_f32(to[c]) != values[c])
+        return us_err_set(
+            err, US_ERR_USAGE,
+            "the embedding is fp8 with scales that are no powers of two: on the GPU it is bf16, which "
+            "does not hold it; convert it (qat-quant --fp8-scale ue8m0, or embed=bf16)");
+    }
+  }
+  return US_OK;
+}
+
+static enum us_status copy_fp8_rows(struct loader *l, uint8_t *to) {
+  const struct us_weights_plan *p = l->plan;
+  size_t row = p->embed->cols * sizeof(uint16_t), most = p->piece_bytes / row;
+  float *values = malloc(p->embed->cols * sizeof *values);
+  enum us_status status =
+      values ? US_OK : us_err_memory(l->err, "a row of the embedding", p->embed->cols * sizeof *values);
+  for (size_t at = 0; status == US_OK && at < p->embed_rows; at += most) {
+    size_t rows = p->embed_rows - at < most ? p->embed_rows - at : most;
+    uint8_t *host;
+    status = next_half(l, &host);
+    if (status == US_OK)
+      status = widen(p->embed, p->embed_first + at, rows, values, (uint16_t *)(void *)host, l->err);
+    if (status == US_OK) status = send(l, to + at * row, rows * row);
+  }
+  free(values);
+  return status;
+}
+
 static enum us_status make_embedding(struct loader *l, uint8_t *to) {
   const struct us_weights_plan *p = l->plan;
   uint8_t *host;
@@ -190,10 +226,15 @@ static enum us_status load_embedding(struct loader *l) {
   uint64_t row = p->embed->cols * sizeof(uint16_t), bytes = p->embed_rows * row,
            all = p->weights->embed_rows * row;
   uint8_t *to = l->arena + p->embed_offset;
+  bool fp8 = p->embed->format == US_FORMAT_FP8;
+  if (fp8 && l->synthetic)
+    return us_err_set(l->err, US_ERR_USAGE,
+                      "a random embedding is made in bf16 on the GPU, not in fp8 (embed=bf16)");
   p->weights->embed = (uint16_t *)(void *)to;
   enum us_status status = cuda(l, cudaMemsetAsync(to + bytes, 0, all - bytes, l->stream), "embedding");
   if (status == US_OK)
     status = l->synthetic ? make_embedding(l, to)
+             : fp8        ? copy_fp8_rows(l, to)
                           : copy_rows(l, to, (const uint8_t *)p->embed->data + p->embed_first * row, bytes);
   report(l, us_weights_align(all));
   return status;

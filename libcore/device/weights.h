@@ -11,8 +11,9 @@
  * down); columns of o_proj that belong to the rank's heads; rows of the head, of the embedding and of the drafter's fc. Router,
  * norms and biases are whole on every rank. Rows that do not fill a tile are padded with zeros. Of the vocabulary a rank has ids
  * [rank * embed_rows, + head.rows): ceil(N / ranks), the last rank what is left. Formats are the checkpoint's, tensor by tensor:
- * nothing is converted here. On the GPU the embedding is bf16, and experts and MLPs are not f32; the parts of one projection, and
- * gate and up, have one format. The geometry alone, without a GPU: device/weights_layout.h.
+ * nothing is converted here, but for an embedding in FP8, which becomes bf16 on the GPU: the same values when its scales are powers
+ * of two, and refused when they are not. Experts and MLPs are not f32; the parts of one projection, and gate and up, have one
+ * format. The geometry alone, without a GPU: device/weights_layout.h.
  */
 #ifndef US_DEVICE_WEIGHTS_H
 #define US_DEVICE_WEIGHTS_H

@@ -311,8 +311,8 @@ static void add_vocabulary(struct builder *b, const struct us_model *model) {
     return;
   }
   struct us_share rows = {(uint32_t)first, N - first < most ? N : (uint32_t)first + most};
-  if (model->embed.format != US_FORMAT_BF16)
-    fail(b, "the embedding is %s: on the GPU it is bf16; convert it", us_format_name(model->embed.format));
+  if (model->embed.format != US_FORMAT_BF16 && model->embed.format != US_FORMAT_FP8)
+    fail(b, "the embedding is %s: on the GPU it is bf16, from bf16 or fp8; convert it", us_format_name(model->embed.format));
   to->embed_rows = most;
   b->plan->embed = &model->embed, b->plan->embed_first = rows.begin,
   b->plan->embed_rows = rows.end - rows.begin;
