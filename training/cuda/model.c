@@ -249,8 +249,8 @@ static enum us_status build(struct us_cuda_model *model, struct us_err *err) {
   size_t bytes = us_cuda_model_bytes(&model->shape, model->capacity, model->memory);
   model->state = calloc(1, sizeof *model->state);
   if (!model->state) return us_err_memory(err, "training state", sizeof *model->state);
-  enum us_status status = take_host(model, err);
-  if (status == US_OK) status = us_cuda_take(model->cuda, bytes, "activations", &model->state->memory, err);
+  enum us_status status = us_cuda_take(model->cuda, bytes, "activations", &model->state->memory, err);
+  if (status == US_OK) status = take_host(model, err);
   if (status != US_OK) return status;
   struct us_arena t = {.base = model->state->memory};
   take_all(&t, model, model->state);
