@@ -125,15 +125,6 @@ static void split(struct speed *s) {
   print_trace(&trace, 2.0);
 }
 
-static void chunks(struct speed *s) {
-  size_t most = s->loss->chunk;
-  for (size_t chunk = most; chunk >= 512; chunk /= 2) {
-    s->loss->chunk = chunk;
-    printf("  chunk of the loss %zu rows: %.3f ms a step\n", chunk, time_steps(s, 6));
-  }
-  s->loss->chunk = most;
-}
-
 static void optimizer(struct speed *s) {
   struct us_err err = {0};
   double sum;
@@ -294,7 +285,6 @@ int lab_speed(int count, char **arguments) {
   us_cuda_model_free(s.model);
   report(&s, US_TRAIN_SAVE, "save");
   split(&s);
-  chunks(&s);
   optimizer(&s);
   us_cuda_model_free(s.model);
   draft_speed(&s);

