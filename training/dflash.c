@@ -307,7 +307,7 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);
-  if (status == US_OK) status = us_learner_fetch(s->set, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, false, err);
   if (status == US_OK) us_learner_part(s->learner);
   close_session(s);
   run->trainer.set = NULL;

@@ -56,8 +56,8 @@ enum us_status us_learner_send(struct us_learner_set *set, struct us_err *err) {
   return set->learner->ops->send(set, err);
 }
 
-enum us_status us_learner_fetch(struct us_learner_set *set, struct us_err *err) {
-  return set->learner->ops->fetch(set, err);
+enum us_status us_learner_fetch(struct us_learner_set *set, bool moments, struct us_err *err) {
+  return set->learner->ops->fetch(set, moments, err);
 }
 
 enum us_status us_learner_refresh(struct us_learner_set *set, struct us_err *err) {

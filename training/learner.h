@@ -10,7 +10,7 @@
  *     us_learner_total(model, &total, &counted, &err);                // of all lanes and processes
  *     us_learner_clip(set, 1.0, &norm, &err);
  *     us_learner_update(set, &optim, rate, &err);
- *     us_learner_fetch(set, &err);                                    // params.value and its moments are up to date
+ *     us_learner_fetch(set, true, &err);                              // params.value and its moments are up to date
  *     us_learner_model_free(model); us_learner_remove(set); us_learner_free(learner);
  *
  * A lane is a GPU of this process with its own copy of every model; the CPU is one lane. A rank is a lane of some process: rank
@@ -90,9 +90,10 @@ US_CHECKED enum us_status us_learner_place(struct us_learner *learner, struct us
 void us_learner_remove(
     struct us_learner_set *set); /* NULL is allowed; params stay, without what was not fetched */
 
-/* Host values and moments to the lanes, after the host's were read from a file; and from the lanes to the host. */
+/* Host values and moments to the lanes, after the host's were read from a file; and values, with `moments` those too, from the lanes to
+ * the host. */
 US_CHECKED enum us_status us_learner_send(struct us_learner_set *set, struct us_err *err);
-US_CHECKED enum us_status us_learner_fetch(struct us_learner_set *set, struct us_err *err);
+US_CHECKED enum us_status us_learner_fetch(struct us_learner_set *set, bool moments, struct us_err *err);
 
 /* As us_params_refresh with US_SEQ_ROUND_BF16, us_params_zero_grad and us_params_scale_grad. */
 US_CHECKED enum us_status us_learner_refresh(struct us_learner_set *set, struct us_err *err);

@@ -61,7 +61,11 @@ static void cpu_remove(struct us_learner_set *set) {
 }
 
 /* The host's arenas are those that train. */
-static enum us_status cpu_stay(struct us_learner_set *set, struct us_err *err) {
+static enum us_status cpu_send(struct us_learner_set *set, struct us_err *err) {
+  return US_OK;
+}
+
+static enum us_status cpu_fetch(struct us_learner_set *set, bool moments, struct us_err *err) {
   return US_OK;
 }
 
@@ -256,8 +260,8 @@ static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .each = cpu_each,
                                               .place = cpu_place,
                                               .remove = cpu_remove,
-                                              .send = cpu_stay,
-                                              .fetch = cpu_stay,
+                                              .send = cpu_send,
+                                              .fetch = cpu_fetch,
                                               .refresh = cpu_refresh,
                                               .zero_grad = cpu_zero_grad,
                                               .scale_grad = cpu_scale_grad,

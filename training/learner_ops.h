@@ -14,7 +14,7 @@ struct us_learner_ops {
                           struct us_learner_set **ret_set, struct us_err *err);
   void (*remove)(struct us_learner_set *set);
   enum us_status (*send)(struct us_learner_set *set, struct us_err *err);
-  enum us_status (*fetch)(struct us_learner_set *set, struct us_err *err);
+  enum us_status (*fetch)(struct us_learner_set *set, bool moments, struct us_err *err);
   enum us_status (*refresh)(struct us_learner_set *set, struct us_err *err);
   void (*zero_grad)(struct us_learner_set *set);
   void (*scale_grad)(struct us_learner_set *set, float factor);

@@ -78,7 +78,7 @@ enum us_status us_trainer_open_step(struct us_trainer *t, struct us_err *err) {
 }
 
 static enum us_status save(struct us_trainer *t, struct us_err *err) {
-  enum us_status status = us_learner_fetch(t->set, err);
+  enum us_status status = us_learner_fetch(t->set, true, err);
   if (status != US_OK || !us_learner_leads(t->set->learner)) {
     t->saved = t->step;
     return status;

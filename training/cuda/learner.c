@@ -140,12 +140,13 @@ static enum us_status gather_moments(struct cuda_set *set, int which, struct us_
   return us_cuda_sync(learner->cuda[0], err);
 }
 
-static enum us_status cuda_fetch(struct us_learner_set *base, struct us_err *err) {
+static enum us_status cuda_fetch(struct us_learner_set *base, bool moments, struct us_err *err) {
   struct cuda_set *set = (struct cuda_set *)base;
   enum us_status status = us_cuda_learner_wait(us_cuda_learner_of(base), err);
   if (status == US_OK) status = us_cuda_params_download(set->lane[0], err);
+  if (!moments || status != US_OK) return status;
   if (base->learner->processes == 1) {
-    for (uint32_t i = 1; i < base->learner->lanes && status == US_OK; i++)
+    for (uint32_t i = 0; i < base->learner->lanes && status == US_OK; i++)
       status = us_cuda_params_download_moments(set->lane[i], err);
     return status;
   }

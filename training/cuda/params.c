@@ -83,7 +83,7 @@ enum us_status us_cuda_params_download(struct us_cuda_params *set, struct us_err
   if (is_frozen(set->host)) return US_OK;
   us_cuda_use(set->cuda);
   copy(set, set->host->value, set->value, set->floats * sizeof(float), cudaMemcpyDeviceToHost);
-  return us_cuda_params_download_moments(set, err);
+  return us_cuda_sync(set->cuda, err);
 }
 
 enum us_status us_cuda_params_download_moments(struct us_cuda_params *set, struct us_err *err) {

@@ -6,7 +6,7 @@
  *     ... forward and backward read us_cuda_param_compute(set, p), add to us_cuda_param_grad(set, p) ...
  *     us_cuda_params_square(set, &sum, &err);                             // of the owned gradients; waits
  *     us_cuda_params_update(set, &optim, rate, factor, &err);             // the owned tensors, gradients times factor
- *     us_cuda_params_download(set, &err);                                 // host values and moments; waits
+ *     us_cuda_params_download(set, &err);                                 // host values; waits
  *     us_cuda_params_free(set);
  *
  * A tensor lies at the offset of its us_param in every arena, as on the host. A frozen set (us_params_init_model with
@@ -59,7 +59,7 @@ US_CHECKED enum us_status us_cuda_params_create(struct us_cuda *cuda, struct us_
                                                 struct us_err *err);
 void us_cuda_params_free(struct us_cuda_params *set); /* NULL is allowed */
 
-/* Masters and the owned moments, from and to the host's arenas. Both wait. */
+/* Masters and the owned moments to the host's arenas or from them: download takes masters alone. All wait. */
 US_CHECKED enum us_status us_cuda_params_upload(struct us_cuda_params *set, struct us_err *err);
 US_CHECKED enum us_status us_cuda_params_download(struct us_cuda_params *set, struct us_err *err);
 US_CHECKED enum us_status us_cuda_params_download_moments(struct us_cuda_params *set, struct us_err *err);
