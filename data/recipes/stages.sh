@@ -31,10 +31,13 @@ stage() {
   printf '%s\t%s\n' "$stage_name" $(($(date +%s) - stage_start)) >>stages.tsv
 }
 
-# Options that say where to compute.
-on_device() {
+# Options that say where to compute: on one GPU, on all.
+on_one() {
   printf -- '--threads %s' "$threads"
   [ "$device" = cpu ] || printf -- ' --device %s' "$device"
+}
+on_device() {
+  on_one
   [ "$gpus" = 1 ] || printf -- ' --gpus %s' "$gpus"
 }
 
@@ -116,6 +119,6 @@ recipe_pack() {
   stage "bundle" bundle/model qat-quant q.h5 $RECIPE_PRECISION --shard 16M -o bundle/model
   # shellcheck disable=SC2046
   stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data text.h5 --windows 16 --length 513 \
-    --write-top bundle/top64.h5 $(on_device)
+    --write-top bundle/top64.h5 $(on_one)
   cp draft.h5 pretrain.tsv pretrain.png qat.png draft.png acceptance.png quality.tsv plain.tsv speculative.tsv sampled.tsv stages.tsv bundle/
 }
