@@ -226,10 +226,10 @@ def table_drafter(lab):
         add_draft(lab, rows, "window", served, served, *own, "--window", window, window=window)
     for loss, weights in (("ce", "dpace"), ("ce", "exp"), ("ce", "uniform"), ("kl", "dpace")):
         add_draft(lab, rows, "loss", served, served, *own, "--loss", loss, "--weights", weights, loss=loss, weights=weights)
-    add_draft(lab, rows, "text", served, served, text="original text", *own[4:])
+    add_draft(lab, rows, "text", served, served, *own[4:], text="original text")
     add_draft(lab, rows, "text", served, served, *own, text="the target's answers")
-    add_draft(lab, rows, "target", a.model, served, *own, target="the original")
-    add_draft(lab, rows, "target", served, served, *own, target="the quantized model")
+    add_draft(lab, rows, "target", a.model, served, *own, trained_on="the original")
+    add_draft(lab, rows, "target", served, served, *own, trained_on="the quantized model")
     write(a.out / "drafter.tsv", rows)
     positions(lab, rows)
     lab("us-plot", *logs.values(), "-x", "tokens", "-y", "loss", "-o", "@p.png", "--title", "drafter: training loss by optimizer and rate")

@@ -67,7 +67,7 @@ recipe_qat() {
 # What the quantized model answers to prompts like those of the scenarios, as many as the time allows.
 write_answers() {
   # shellcheck disable=SC2046,SC2086
-  timeout --signal=INT -k 5 "$answer_seconds" us-serve --model q.h5 --plain-turns --cut-loops --max-tokens 256 --temperature 0.2 \
+  timeout --signal=INT -k 5 "$answer_seconds" us-serve --model q.h5 --plain-turns --cut-loops --ignore-end --max-tokens 256 --temperature 0.2 \
     --batch 8 --seed 1 $(on_device) answer-prompts.jsonl >answers.part || [ $? = 124 ] || [ $? = 130 ] || return 1
   grep '}$' answers.part >answers.jsonl # a line that was being written when the time was over is not whole
   rm answers.part
