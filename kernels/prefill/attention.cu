@@ -3,7 +3,9 @@
  * A block takes 128 consecutive (row, query head) pairs of one KV head, so that with 16 query heads a KV head 8 rows share every
  * key they read; a warp 16 of them. Key tiles of 64 at absolute positions, in ascending order, double-buffered; scores, weights
  * and sums as in kernels/attention/attention.h, but the running maximum is applied tile by tile (Dao 2023). Queries and weights
- * enter as two bf16 terms, which keeps 16 of their 24 bits. A tile in which a row sees no key changes nothing of the row.
+ * enter as two bf16 terms, which keeps 16 of their 24 bits. A tile in which a row sees no key changes nothing of the row. A weight of
+ * 0 times a value that is not finite is not 0: a tile with such values, some of which not every row sees, is multiplied position by
+ * position, with zeros for what is not seen. Finite values give the same bits either way.
  *
  * Bound: mma.sync, 2 multiplies a product: 4 Q + 4 V flops a score.
  */
@@ -154,6 +156,11 @@ static __device__ __forceinline__ float fast_exp(float x) {
   return y;
 }
 
+static __device__ __forceinline__ bool sees(const struct us_prefill_attention *a, int position, int key) {
+  int behind = position - key;
+  return behind >= 0 && (a->window == 0 || behind < (int)a->window);
+}
+
 /* Scores of keys that a row must not see become -Inf. */
 template <int VT>
 static __device__ __forceinline__ void mask_keys(const struct us_prefill_attention *a,
@@ -165,9 +172,8 @@ static __device__ __forceinline__ void mask_keys(const struct us_prefill_attenti
     for (int n = 0; n < 8; n++)
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        int key = (int)(tile * KEYS) + n * 8 + lane % 4 * 2 + c, behind = x->position[i] - key;
-        bool seen = behind >= 0 && (a->window == 0 || behind < (int)a->window);
-        if (!seen) s[n][2 * i + c] = -INFINITY;
+        int key = (int)(tile * KEYS) + n * 8 + lane % 4 * 2 + c;
+        if (!sees(a, x->position[i], key)) s[n][2 * i + c] = -INFINITY;
       }
 }
 
@@ -224,6 +230,81 @@ static __device__ __forceinline__ void add_values(struct state<VT> *x, const flo
       us_mma_bf16(x->out[2 * j], low, b[0], b[1], x->out[2 * j]);
       us_mma_bf16(x->out[2 * j + 1], low, b[2], b[3], x->out[2 * j + 1]);
     }
+  }
+}
+
+/* ---- values that are not finite ---------------------------------------------------------------------------------- */
+
+/* Whether the thread copied one; after its copies have arrived. */
+static __device__ __forceinline__ bool copied_odd_values(const struct us_prefill_attention *a,
+                                                         uint32_t values) {
+  bool odd = false;
+  for (uint32_t i = threadIdx.x; i < a->cache.V * (KEYS / 8); i += THREADS) {
+    uint32_t w[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(values + i / (KEYS / 8) * V_STRIDE * 2 + i % (KEYS / 8) * 16));
+#pragma unroll
+    for (int k = 0; k < 4; k++) odd |= (w[k] & 0x7f80u) == 0x7f80u || (w[k] & 0x7f800000u) == 0x7f800000u;
+  }
+  return odd;
+}
+
+/* Two values of a column operand, of keys `key` and key + 1; 0 for what the position does not see. */
+static __device__ __forceinline__ uint32_t seen_values(const struct us_prefill_attention *a, int position,
+                                                       int key, uint32_t pair) {
+  if (!sees(a, position, key)) pair &= 0xffff0000u;
+  if (!sees(a, position, key + 1)) pair &= 0x0000ffffu;
+  return pair;
+}
+
+/* As add_values, for every position from `first` to `last` with what it sees; each keeps its own rows. */
+template <int VT>
+static __device__ __forceinline__ void add_seen_values(const struct us_prefill_attention *a,
+                                                       struct state<VT> *x, const float factor[2],
+                                                       const float s[8][4], uint32_t values, uint32_t tile,
+                                                       int first, int last, int lane) {
+#pragma unroll
+  for (int j = 0; j < VT / 2; j++) {
+    float from[2][4], to[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) from[h][c] = to[h][c] = x->out[2 * j + h][c] * factor[c / 2];
+#pragma unroll 1
+    for (int position = first; position <= last; position++) {
+      float sum[2][4];
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) sum[h][c] = from[h][c];
+#pragma unroll
+      for (int k = 0; k < KEYS / 16; k++) {
+        uint32_t high[4], low[4], b[4];
+        int key = (int)(tile * KEYS) + k * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const float *p = &s[2 * k + r / 2][r % 2 * 2];
+          split(p[0], p[1], &high[r], &low[r]);
+        }
+        us_load_matrices(values + (j * 16 * V_STRIDE + k * 16) * 2, b);
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = seen_values(a, position, key + i % 2 * 8, b[i]);
+        us_mma_bf16(sum[0], high, b[0], b[1], sum[0]);
+        us_mma_bf16(sum[1], high, b[2], b[3], sum[1]);
+        us_mma_bf16(sum[0], low, b[0], b[1], sum[0]);
+        us_mma_bf16(sum[1], low, b[2], b[3], sum[1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+          if (x->position[c / 2] == position) to[h][c] = sum[h][c];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) x->out[2 * j + h][c] = to[h][c];
   }
 }
 
@@ -288,21 +369,27 @@ static __global__ void __launch_bounds__(THREADS, 1)
       end == q0 + QUERIES ? first + 1 : 0; /* keys before this, unless a window hides them */
   uint32_t high = row_address(base + warp * 16 * l.stride * 2, l.stride, lane),
            steps = us_engine_k_stride(a.cache.Q) / 16;
+  uint32_t own = q0 + warp * 16 < count ? q0 + warp * 16 : count - 1, /* the warp's first and last query */
+      own_end = own + 15 < count ? own + 15 : count - 1;
   for (; tile < tiles; tile++) {
     if (tile + 1 < tiles) load_tile(&a, &l, base, VT * 8, tile + 1, g);
     if (tile + 1 < tiles)
       asm volatile("cp.async.wait_group 1;" ::: "memory");
     else
       asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __syncthreads();
     uint32_t b = tile % 2, keys = base + l.keys + b * KEYS * l.stride * 2,
              values = base + l.values + b * VT * 8 * V_STRIDE * 2;
+    bool all = (tile + 1) * KEYS <= seen_by_all && (a.window == 0 || tile * KEYS + a.window > last);
+    bool odd = __syncthreads_or(!all && copied_odd_values(&a, values));
     float s[8][4], factor[2];
     dot_keys(high, high + l.low, column_address(keys, l.stride, lane), l.stride, steps, a.scale, s);
-    bool all = (tile + 1) * KEYS <= seen_by_all && (a.window == 0 || tile * KEYS + a.window > last);
     if (!all) mask_keys<VT>(&a, &x, tile, lane, s);
     weigh<VT>(&x, s, factor);
-    add_values<VT>(&x, factor, s, column_address(values, V_STRIDE, lane));
+    if (odd)
+      add_seen_values<VT>(&a, &x, factor, s, column_address(values, V_STRIDE, lane), tile,
+                          (int)(a.position + own / heads), (int)(a.position + own_end / heads), lane);
+    else
+      add_values<VT>(&x, factor, s, column_address(values, V_STRIDE, lane));
     __syncthreads();
   }
   store_out<VT>(&a, &x, q0 + warp * 16, g, lane);

@@ -2,6 +2,8 @@
  * and speed: full and windowed layers of MiMo-V2.5-Pro, one of four ranks, and small shapes. */
 #include "formats/bf16.h"
 #include "prefill_lab.h"
+
+#include <cstring>
 extern "C" {
 #include "kernels/rope/rope.h"
 }
@@ -274,6 +276,31 @@ static void check_pieces(const struct problem *p) {
   lab_same_bits(check, whole.data(), pieces.data(), words);
 }
 
+/* A row whose value is not a number: rows before it, and those whose window has left it behind, keep their bits. */
+static void check_spoilt(struct problem *p) {
+  const struct shape *s = p->of;
+  size_t width = (size_t)s->H * s->V;
+  uint32_t at = s->rows / 2 + 5, bad = 0, first_bad = 0;
+  std::vector<uint16_t> right = lab_download(p->out, s->rows * width);
+  float odd[3] = {INFINITY, NAN, -INFINITY};
+  float *value = p->device_qkv + (size_t)(s->position + at) * p->stride + s->H * s->Q + s->G * s->Q;
+  for (uint32_t d = 0; d < s->G * s->V; d++)
+    US_CUDA(cudaMemcpy(value + d, &odd[d % 3], sizeof(float), cudaMemcpyHostToDevice));
+  run_prefix(p);
+  run_chunk(p, s->position, s->rows);
+  std::vector<uint16_t> spoilt = lab_download(p->out, s->rows * width);
+  for (uint32_t row = 0; row < s->rows; row++) {
+    bool same = !memcmp(&right[row * width], &spoilt[row * width], width * 2);
+    bool sees = row >= at && (!s->window || row - at < s->window);
+    if (same == sees && bad++ == 0) first_bad = row;
+  }
+  US_CUDA(cudaMemcpy(p->device_qkv, p->qkv.data(), p->qkv.size() * sizeof(float), cudaMemcpyHostToDevice));
+  char check[112];
+  snprintf(check, sizeof check, "attention, %s: values that are not finite reach only rows that see them",
+           s->name);
+  us_gpu_report(check, s->rows, bad, first_bad);
+}
+
 static void time_attention(const struct problem *p) {
   const struct shape *s = p->of;
   struct us_prefill_cache cache = cache_of(p);
@@ -301,6 +328,7 @@ void lab_prefill_attention(uint64_t seed) {
     check_pages(&p);
     check_attention(&p, seed);
     check_pieces(&p);
+    check_spoilt(&p);
     if (s.timed) time_attention(&p);
     release(&p);
   }
