@@ -24,7 +24,7 @@ static __device__ __noinline__ void decide(struct us_engine_block *b, const stru
   if (op->kind == US_ENGINE_SELECT)
     us_engine_select<FILTERS>(b, op);
   else
-    us_engine_accept(b, op);
+    us_engine_accept<FILTERS>(b, op);
 }
 
 template <bool FILTERS>

@@ -25,6 +25,7 @@
 
 #include "base/hd.h"
 #include "base/sample.h"
+#include "base/speculate.h"
 #include "formats/matrix.h"
 #include <stdbool.h>
 #include <stdint.h>
@@ -255,12 +256,19 @@ struct us_engine_select {
   const float *logits;           /* (8, stride): this rank's share of the vocabulary */
   uint32_t stride, count, first; /* ids [first, first + count) */
   uint32_t vocab;
-  bool draft; /* proposals: argmax; else the target's draw of each row with its sequence's sampling */
+  uint32_t
+      tiles; /* row tiles of the pass: the last one's SELECT of the drafter decides how many proposals are verified */
+  bool
+      draft; /* proposals: argmax, or draws for rules REJECT and BLOCK; else the target's draw of each row with its sequence's
+               * sampling */
 };
 
-/* Waits for the target's last SELECT. */
+/* Waits for the target's last SELECT. What REJECT, BLOCK and log-probabilities need to know of the rows' laws is found here. */
 struct us_engine_accept {
-  uint32_t vocab;
+  uint32_t vocab, tiles;
+  const float *logits,
+      *opt_draft_logits; /* (tiles * 8, stride): this rank's share; a draft row's slot is one above its target's */
+  uint32_t stride, count, first; /* as in us_engine_select */
 };
 
 struct us_engine_op {
@@ -340,7 +348,15 @@ struct us_engine_sequence {
   const int32_t *replay; /* device: recorded tokens proposed instead of the drafter's; NULL: drafter */
   uint32_t replay_first, replay_count; /* position of replay[0]; past the record's end token 0 is proposed */
   float accept[16]; /* replay: rate at which slot i (from 0: the first draft) proposes the recorded token */
+  uint32_t rule;    /* enum us_verify_rule; what it says at temperature 0 does not matter */
+  bool logprobs;    /* events have log-probabilities */
   struct us_engine_kv kv, draft_kv;
+};
+
+/* The law of a row of logits, but for its sampling: the largest logit, and the cut that filters make (struct us_cut). */
+struct us_engine_law {
+  float max;
+  uint32_t key, last;
 };
 
 /* Everything that changes from round to round on one rank. Row i of a pass is slot i % block of sequence i / block, in all three
@@ -358,6 +374,11 @@ struct us_engine_state {
   uint32_t park,
       cancel;    /* the host's wish as rank 0 saw it in this round's last SELECT: the same on every rank */
   uint32_t stop; /* of the last ACCEPT: no further round, because a sequence ended, none is live, or park */
+  /* Of rows that are drawn in the kernel with filters: the target's, the drafter's; the drafter's largest probability. */
+  struct us_engine_law law[US_ENGINE_MAX_ROWS], draft_law[US_ENGINE_MAX_ROWS];
+  float confidence[US_ENGINE_MAX_ROWS];
+  uint32_t adaptive; /* verify only as many proposals as pay, by `cost` */
+  struct us_verify_cost cost;
   uint64_t experts; /* active experts summed over MoE layers and row tiles */
   uint64_t expert_layers;
 };
@@ -377,11 +398,13 @@ struct us_engine_event {
       drafts; /* proposals that survived (a stop among them may leave fewer tokens), and that were verified */
   uint64_t time; /* globaltimer, ns */
   int32_t token[16];
+  bool has_logprobs;
+  float logprob[16];
 };
 
 /* The same on its way: every word carries the event's number + 1 in its upper half, so rank 0 stores them without a fence and
  * the host takes an event when all words have arrived. */
-#define US_ENGINE_EVENT_WORDS 24
+#define US_ENGINE_EVENT_WORDS 40
 #define US_ENGINE_EVENTS      4096 /* of the ring; event n is at n % US_ENGINE_EVENTS */
 struct us_engine_event_words {
   uint64_t word[US_ENGINE_EVENT_WORDS];
@@ -464,9 +487,9 @@ struct us_engine_rank {
   struct us_engine_stuck *stuck;     /* mapped: (blocks of the launch, US_ENGINE_ROLES) */
 };
 
-/* A rank's buffer for SELECT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups, slots, parts,
- * words); then for every SELECT of a round the candidates of all blocks of all ranks (128 bytes each, and 128 for what the host
- * wants). `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
+/* A rank's buffer for SELECT and ACCEPT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups,
+ * slots, parts, words); then for every SELECT of a round the candidates of all blocks of all ranks (128 bytes each, and 128 for what
+ * the host wants); then for every row tile the sums of all blocks of all ranks. `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
 #define US_ENGINE_HOP_WORDS 256 /* counts of a radix pass */
 #define US_ENGINE_HOP_SLOTS 3
 #define US_ENGINE_HOP_PARTS 16 /* blocks that filter a row together, at most */
@@ -475,8 +498,18 @@ struct us_engine_rank {
 static US_HD uint64_t us_engine_candidate_bytes(uint32_t ranks, uint32_t blocks) { /* of one SELECT */
   return ((uint64_t)ranks * blocks + 1) * US_ENGINE_ROWS * 16;
 }
+/* What blocks tell of a row tile's laws (sums.cuh), words a row: masses and the token's weights; what a residual draws; the mass of a
+ * drafter's row. */
+#define US_ENGINE_MASSES   6
+#define US_ENGINE_EMISSION 3
+#define US_ENGINE_SURE     1
+static US_HD uint64_t us_engine_sums_bytes(uint32_t ranks, uint32_t blocks) { /* of a row tile */
+  return (uint64_t)ranks * blocks * US_ENGINE_ROWS *
+         (US_ENGINE_MASSES + US_ENGINE_EMISSION + US_ENGINE_SURE) * 16;
+}
 static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t row_tiles) {
-  return US_ENGINE_HOP_BYTES + 2 * row_tiles * us_engine_candidate_bytes(ranks, blocks);
+  return US_ENGINE_HOP_BYTES +
+         row_tiles * (2 * us_engine_candidate_bytes(ranks, blocks) + us_engine_sums_bytes(ranks, blocks));
 }
 
 struct us_engine_launch {
@@ -486,8 +519,7 @@ struct us_engine_launch {
   uint32_t
       exchanges; /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
   uint32_t exchanges_a_round; /* of the whole list */
-  bool
-      unfiltered; /* no sequence samples with top-k, top-p or min-p: a kernel whose streaming loops have more registers */
+  bool unfiltered; /* us_engine_is_simple (round.h): a kernel whose streaming loops have more registers */
   uint32_t jitter; /* test: random delays of up to so many ns before every hand-off; 0: none */
   bool
       resident; /* measuring: rounds after the first multiply what already lies in the ring, copying no weights */

@@ -54,6 +54,14 @@ static __device__ __forceinline__ uint32_t us_engine_filter_draw(const struct us
   return best.score > -INFINITY ? best.id : max_id;
 }
 
+/* What a row is drawn with: proposals with noise of their round. */
+static __device__ __forceinline__ struct us_noise us_engine_noise_of(const struct us_engine_sequence *s,
+                                                                     const struct us_engine_row *row,
+                                                                     bool draft) {
+  if (!draft) return us_noise_target(s->seed, row->position + 1, s->sample);
+  return us_noise_round(s->seed, row->position - row->slot, row->slot - 1, s->sample, US_STREAM_DRAFT);
+}
+
 /* shared->filter: row r of the tile. One thread. */
 static __device__ __forceinline__ void us_engine_filter_begin(const struct us_engine_block *b,
                                                               const struct us_engine_op *op,
@@ -79,6 +87,21 @@ static __device__ __forceinline__ void us_engine_filter_begin(const struct us_en
   f->inv_temperature = 1.0 / (double)sampling->temperature;
 }
 
+/* The cut as all tokens of the row see it: its last token lies in one part's own piece, or nowhere. One hop. */
+static __device__ __forceinline__ uint32_t us_engine_cut_whole(const struct us_engine_filter *f, uint32_t hop,
+                                                               struct us_cut cut) {
+  struct us_engine_select_shared *shared = us_engine_select_shared();
+  const uint32_t quads = (f->vocab + 3) / 4, part = threadIdx.x;
+  if (threadIdx.x == 0) us_engine_hop_put(f, hop, 0, cut.last, 0), shared->last = UINT32_MAX;
+  us_engine_meet();
+  uint64_t last = us_engine_hop_words(f, hop);
+  bool own = part < f->parts && last / 4 >= (uint64_t)quads * part / f->parts &&
+             last / 4 < (uint64_t)quads * (part + 1) / f->parts;
+  if (own) shared->last = (uint32_t)last;
+  us_engine_meet();
+  return shared->last;
+}
+
 /* The filtered rows (bits) that this block shares in, after us_engine_gather. */
 static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine_block *b,
                                                           const struct us_engine_op *op, uint32_t rows,
@@ -91,10 +114,12 @@ static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine
   for (uint32_t r = b->index / us_engine_filter_parts(b->blocks); r < US_ENGINE_ROWS; r += groups) {
     if (!(rows >> r & 1) || !us_engine_finite(shared->gathered[0][r].max)) continue;
     struct us_engine_state *state = b->rank->state;
-    const struct us_engine_row *row = &state->target[op->row_tile * US_ENGINE_ROWS + r];
+    const uint32_t at = op->row_tile * US_ENGINE_ROWS + r;
+    const struct us_engine_row *row = &(op->select.draft ? state->draft : state->target)[at];
     const struct us_engine_sequence *s = &state->sequence[row->sequence];
     const struct us_sampling sampling = s->sampling;
-    const struct us_noise noise = us_noise_target(s->seed, row->position + 1, s->sample);
+    const struct us_noise noise = us_engine_noise_of(s, row, op->select.draft);
+    const bool published = s->rule != US_VERIFY_MATCH;
     struct us_cut cut = us_cut_everything();
     uint32_t hop = 0;
     us_engine_meet();
@@ -107,8 +132,15 @@ static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine
         cut = us_engine_cut_reach(f, &hop, cut, mass ? sampling.top_p : 0.0f, mass ? 0 : sampling.top_k);
     }
     if (sampling.min_p > 0.0f) cut = us_engine_cut_min_p(f, &hop, cut, sampling.min_p);
+    uint32_t last = published ? us_engine_cut_whole(f, hop++, cut) : 0;
     uint32_t token = us_engine_filter_draw(f, cut, noise, shared->gathered[0][r].id);
-    if (f->part == 0 && threadIdx.x == 0) state->drawn[op->row_tile * US_ENGINE_ROWS + r] = (int32_t)token;
+    if (f->part || threadIdx.x) continue;
+    struct us_engine_law *law = &(op->select.draft ? state->draft_law : state->law)[at];
+    law->key = cut.key, law->last = last;
+    if (op->select.draft)
+      state->proposal[at] = state->target[at].token = (int32_t)token;
+    else
+      state->drawn[at] = (int32_t)token;
   }
 }
 

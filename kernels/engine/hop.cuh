@@ -45,6 +45,7 @@ struct us_engine_select_shared {
   uint32_t digit, inside;            /* US_ENGINE_NONE: nothing reaches the target; tokens with that digit */
   uint32_t key, last;                /* a cut */
   uint32_t counts[US_ENGINE_COMPUTE_WARPS];
+  uint64_t sums[US_ENGINE_ROWS]; /* of this block: the drafter's masses */
 };
 static_assert(sizeof(struct us_engine_select_shared) <= US_ENGINE_VECTOR_BYTES, "scratch of SELECT");
 

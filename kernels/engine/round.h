@@ -18,6 +18,20 @@ static US_HD bool us_engine_filters(const struct us_sampling *s, uint32_t vocab)
   return s->temperature > 0.0f && any;
 }
 
+/* Whether a sequence's draws need the best score of each row and no more. */
+static US_HD bool us_engine_is_simple(const struct us_engine_sequence *s, uint32_t vocab) {
+  bool law = s->rule != US_VERIFY_MATCH && s->sampling.temperature > 0.0f;
+  return !law && !s->logprobs && !us_engine_filters(&s->sampling, vocab);
+}
+
+/* Whether all draws of a state are so: us_engine_launch.unfiltered. */
+static inline bool us_engine_all_simple(const struct us_engine_state *state, uint32_t vocab) {
+  bool simple = !state->adaptive;
+  for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++)
+    simple &= !state->sequence[i].active || us_engine_is_simple(&state->sequence[i], vocab);
+  return simple;
+}
+
 /* How a sequence ends when `token` is committed at `position`: US_ENGINE_GOES_ON, STOP or LENGTH. */
 static US_HD uint32_t us_engine_end_of(const struct us_engine_sequence *s, int32_t token, uint32_t position) {
   for (uint32_t i = 0; i < s->stop_count; i++)
@@ -25,10 +39,22 @@ static US_HD uint32_t us_engine_end_of(const struct us_engine_sequence *s, int32
   return position >= s->limit ? US_ENGINE_LENGTH : US_ENGINE_GOES_ON;
 }
 
-/* Proposals of the round that starts at s->position. A round of n proposals commits up to n + 1 tokens. */
-static US_HD uint32_t us_engine_drafts(const struct us_engine_sequence *s) {
-  uint32_t left = s->limit - s->position;
-  return s->most_drafts < left - 1 ? s->most_drafts : left - 1;
+/* Proposals of the round that starts at s->position. A round of n proposals commits up to n + 1 tokens. How many of a drafter's pay
+ * is known when it has made them (us_engine_cut_drafts), of a replay's before. */
+static US_HD uint32_t us_engine_drafts(const struct us_engine_state *state,
+                                       const struct us_engine_sequence *s) {
+  uint32_t left = s->limit - s->position, n = s->most_drafts < left - 1 ? s->most_drafts : left - 1;
+  return state->adaptive && s->replay ? us_adaptive_length(&state->cost, s->accept, n) : n;
+}
+
+/* The drafter has made sequence i's proposals, and state->confidence says how sure it is: leave out the rows that do not pay. */
+static US_HD void us_engine_cut_drafts(struct us_engine_state *state, uint32_t i) {
+  struct us_engine_sequence *s = &state->sequence[i];
+  const uint32_t first = i * state->block, before = s->drafts;
+  if (!s->active || s->replay || !before) return;
+  s->drafts = us_adaptive_length(&state->cost, state->confidence + first + 1, before);
+  for (uint32_t slot = s->drafts + 1; slot <= before; slot++)
+    state->target[first + slot].sequence = US_ENGINE_NONE;
 }
 
 /* What a replay proposes in a slot (1, 2, ...) of the round at s->position. */
@@ -65,7 +91,7 @@ static US_HD void us_engine_set_rows(struct us_engine_state *state, uint32_t i, 
 static inline void us_engine_begin_round(struct us_engine_state *state, uint32_t i, uint32_t vocab) {
   struct us_engine_sequence *s = &state->sequence[i];
   s->committed = 0;
-  s->drafts = us_engine_drafts(s);
+  s->drafts = us_engine_drafts(state, s);
   for (uint32_t slot = 0; slot < state->block; slot++) us_engine_set_rows(state, i, slot, vocab);
 }
 
@@ -73,6 +99,8 @@ static inline void us_engine_begin_round(struct us_engine_state *state, uint32_t
 
 /* Words before the tokens: id, round, facts, time. */
 #define US_ENGINE_EVENT_HEAD 5
+
+#define US_ENGINE_EVENT_LOGPROBS 0x8000u /* of the facts: as many log-probabilities follow the tokens */
 
 static US_HD uint32_t us_engine_event_facts(uint32_t count, uint32_t finish, uint32_t accepted,
                                             uint32_t drafts) {
@@ -88,14 +116,18 @@ static inline bool us_engine_event_take(const struct us_engine_mailbox *mailbox,
     uint64_t w = word[i];
     if ((uint32_t)(w >> 32) != number + 1) return false;
     value[i] = (uint32_t)w;
-    if (i == 2) words += value[i] & 255;
+    if (i == 2) words += (value[i] & US_ENGINE_EVENT_LOGPROBS ? 2 : 1) * (value[i] & 255);
   }
   struct us_engine_event *e = ret_event;
   e->id = value[0], e->round = value[1];
-  e->count = value[2] & 255, e->finish = value[2] >> 8 & 255;
+  e->count = value[2] & 255, e->finish = value[2] >> 8 & 127;
+  e->has_logprobs = value[2] & US_ENGINE_EVENT_LOGPROBS;
   e->accepted = value[2] >> 16 & 255, e->drafts = value[2] >> 24;
   e->time = value[3] | (uint64_t)value[4] << 32;
-  for (uint32_t i = 0; i < e->count; i++) e->token[i] = (int32_t)value[US_ENGINE_EVENT_HEAD + i];
+  for (uint32_t i = 0; i < e->count; i++) {
+    e->token[i] = (int32_t)value[US_ENGINE_EVENT_HEAD + i];
+    if (e->has_logprobs) e->logprob[i] = us_float_from_bits(value[US_ENGINE_EVENT_HEAD + e->count + i]);
+  }
   return true;
 }
 

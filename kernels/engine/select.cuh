@@ -12,10 +12,12 @@
 #define US_KERNELS_ENGINE_SELECT_CUH
 
 #include "kernels/engine/filter.cuh"
+#include "kernels/engine/sums.cuh"
 
 /* What one row of the tile wants. */
 struct us_engine_draw {
   bool wanted, noisy, filtered; /* noisy: the score is logit / temperature + Gumbel noise; else the logit */
+  bool simple;                  /* us_engine_is_simple */
   float inv_temperature;
   struct us_noise noise;
 };
@@ -29,15 +31,15 @@ static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine
   const bool there = row.sequence != US_ENGINE_NONE;
   const struct us_engine_sequence *s = &state->sequence[there ? row.sequence : 0];
   const struct us_sampling sampling = s->sampling;
-  const uint64_t seed = s->seed;
-  const uint32_t sample = s->sample;
-  const bool replayed = s->replay != NULL, warm = there && !op->select.draft && sampling.temperature > 0.0f;
+  const bool replayed = s->replay != NULL, sampled = s->rule != US_VERIFY_MATCH && !replayed && row.slot;
+  const bool warm = there && (!op->select.draft || sampled) && sampling.temperature > 0.0f;
   struct us_engine_draw draw;
+  draw.simple = us_engine_is_simple(s, op->select.vocab);
   draw.wanted = there && (!op->select.draft || (row.slot && !replayed));
   draw.filtered = warm && us_engine_filters(&sampling, op->select.vocab);
   draw.noisy = warm && !draw.filtered;
   draw.inv_temperature = 1.0f / sampling.temperature;
-  draw.noise = us_noise_target(seed, row.position + 1, sample);
+  draw.noise = us_engine_noise_of(s, &row, op->select.draft);
   return draw;
 }
 
@@ -192,7 +194,13 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
   struct us_engine_draw draw = us_engine_draw_of(b, op, r);
   uint32_t at = op->row_tile * US_ENGINE_ROWS + r;
   if (!draw.wanted) return;
+  if (!draw.simple) {
+    struct us_engine_law *law = &(op->select.draft ? state->draft_law : state->law)[at];
+    law->max = best->max;
+    if (!draw.filtered) law->key = 0, law->last = UINT32_MAX;
+  }
   if (op->select.draft) {
+    if (draw.filtered && us_engine_finite(best->max)) return;
     int32_t token = best->max > -INFINITY ? (int32_t)best->id : 0;
     state->proposal[at] = token;
     state->target[at].token = token;
@@ -203,8 +211,47 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
   }
 }
 
-/* FILTERS: rows may sample with top-k, top-p or min-p. A kernel without them spares its streaming loops the registers that a long
- * chain of calls takes; us_engine_launch.unfiltered asks for it. */
+/* The drafter's SELECT: how sure it is of each row, and after the last row tile how many proposals pay. All blocks. */
+static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_block *b,
+                                                      const struct us_engine_op *op) {
+  struct us_engine_select_shared *shared = us_engine_select_shared();
+  struct us_engine_state *state = b->rank->state;
+  const struct us_engine_select *s = &op->select;
+  const struct us_engine_sums place = {s->tiles, op->row_tile, US_ENGINE_MASSES + US_ENGINE_EMISSION,
+                                       US_ENGINE_SURE};
+  const uint32_t r = threadIdx.x / 64, at = op->row_tile * US_ENGINE_ROWS + r;
+  struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
+  const struct us_engine_draw draw = us_engine_draw_of(b, op, r);
+  const uint32_t sequence = state->draft[at].sequence;
+  const float temperature = draw.wanted ? state->sequence[sequence].sampling.temperature : 0.0f;
+  const double inv = temperature > 0.0f ? 1.0 / (double)temperature : 1.0;
+  uint64_t mass = 0;
+  if (threadIdx.x < US_ENGINE_ROWS) shared->sums[threadIdx.x] = 0;
+  us_engine_meet();
+  const float max = shared->gathered[0][r].max;
+  const bool looks = draw.wanted && us_engine_finite(max);
+  for (uint32_t q = piece.begin + threadIdx.x % 64; looks && q < piece.end; q += 64) {
+    float x[4];
+    us_engine_quad(&piece, q, x);
+    for (uint32_t j = 0; j < 4; j++) mass += us_sample_weight(x[j], max, inv);
+  }
+  for (int lanes = 16; lanes; lanes /= 2) mass += __shfl_xor_sync(0xffffffffu, mass, lanes);
+  if (threadIdx.x % 32 == 0) atomicAdd((unsigned long long *)&shared->sums[r], (unsigned long long)mass);
+  us_engine_meet();
+  us_engine_sums_put(b, &place, shared->sums, NULL);
+  if (b->index) return;
+  if (threadIdx.x / 32 < US_ENGINE_ROWS) {
+    mass = us_engine_sums_total(b, &place, threadIdx.x / 32);
+    if (threadIdx.x % 32 == 0)
+      state->confidence[op->row_tile * US_ENGINE_ROWS + threadIdx.x / 32] = us_sample_confidence(mass);
+  }
+  us_engine_meet();
+  if (op->row_tile + 1 == s->tiles && threadIdx.x < US_ENGINE_SEQUENCES)
+    us_engine_cut_drafts(state, threadIdx.x);
+}
+
+/* FILTERS: rows may need more than their best score (us_engine_is_simple). A kernel without them spares its streaming loops the
+ * registers that a long chain of calls takes; us_engine_launch.unfiltered asks for it. */
 template <bool FILTERS>
 static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_select *s = &op->select;
@@ -214,6 +261,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   us_engine_drain(b);
   struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
+  const bool sure = FILTERS && s->draft && b->rank->state->adaptive;
   if (!FILTERS && filtered) __trap(); /* the host asked for the wrong kernel */
   const bool spread = FILTERS && filtered && b->rank->ranks > 1;
   if (spread) us_engine_spread(b, op, filtered);
@@ -224,7 +272,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   us_engine_meet();
   if (threadIdx.x < 32) us_engine_send(b, op, shared->best, spread);
   if (mailman) us_engine_send_wishes(b, op, mail);
-  if (b->index == 0 || us_engine_filters_here(b, filtered)) {
+  if (b->index == 0 || us_engine_filters_here(b, filtered) || sure) {
     us_engine_gather(b, op, shared);
     if (b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1) us_engine_take_wishes(b, op);
     if (b->index == 0 && threadIdx.x < US_ENGINE_ROWS)
@@ -232,6 +280,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   }
   if (FILTERS && us_engine_filters_here(b, filtered))
     us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op));
+  if (sure) us_engine_be_sure(b, op);
   us_engine_finish(b);
 }
 

@@ -116,6 +116,16 @@ static US_HD uint64_t us_sample_weight(float logit, float max, double inv_temper
   return (uint64_t)(us_exp_negative(((double)logit - (double)max) * inv_temperature) * 0x1p40 + 0.5);
 }
 
+/* log p of a logit under the softmax of its row: `max` is the row's largest logit, `mass` the sum of all weights at temperature 1. */
+static US_HD float us_sample_logprob_of(float logit, float max, uint64_t mass) {
+  return (float)((double)logit - (double)max - (double)us_logf((float)((double)mass * 0x1p-40)));
+}
+
+/* Largest probability of a row whose weights have this sum. */
+static US_HD float us_sample_confidence(uint64_t mass) {
+  return (float)(0x1p40 / (double)mass);
+}
+
 /* The filtered set: tokens whose key is above `key`, and tokens with that key up to id `last`. */
 struct us_cut {
   uint32_t key;

@@ -1,4 +1,4 @@
-/* adaptive.c: verify length from the drafter's confidence and marginal bytes. */
+/* adaptive.c: the bytes that a round streams. */
 #include "decode/adaptive.h"
 
 static double matrix_bytes(const struct us_matrix *w) {
@@ -30,22 +30,4 @@ struct us_verify_cost us_verify_cost_of(const struct us_model *model, const stru
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) cost.fixed += matrix_bytes(fixed[i]);
   }
   return cost;
-}
-
-double us_verify_cost_bytes(const struct us_verify_cost *cost, uint32_t rows) {
-  double idle = 1.0;
-  for (uint32_t r = 0; r < rows; r++) idle *= cost->idle;
-  return cost->fixed + cost->experts * (1.0 - idle);
-}
-
-uint32_t us_adaptive_length(const struct us_verify_cost *cost, const float *confidence, uint32_t drafts) {
-  double tokens = 1.0, survive = 1.0, best_tokens = 1.0, best_bytes = us_verify_cost_bytes(cost, 1);
-  uint32_t best = 0;
-  for (uint32_t n = 1; n <= drafts; n++) {
-    survive *= (double)confidence[n - 1];
-    tokens += survive;
-    double bytes = us_verify_cost_bytes(cost, n + 1);
-    if (tokens * best_bytes >= best_tokens * bytes) best = n, best_tokens = tokens, best_bytes = bytes;
-  }
-  return best;
 }

@@ -11,21 +11,10 @@
 #ifndef US_DECODE_ADAPTIVE_H
 #define US_DECODE_ADAPTIVE_H
 
+#include "base/speculate.h"
 #include "model/model.h"
-
-struct us_verify_cost {
-  double fixed; /* bytes a round streams whatever its rows: attention, dense layers, routers, head, drafter */
-  double experts; /* bytes of all experts of all layers */
-  double idle;    /* probability that one row leaves a given expert alone: 1 - K/E */
-};
 
 /* Sum the bytes of a model's and a drafter's matrices; opt_draft may be NULL. */
 struct us_verify_cost us_verify_cost_of(const struct us_model *model, const struct us_draft *opt_draft);
-
-/* Bytes of a round with this many target rows. */
-double us_verify_cost_bytes(const struct us_verify_cost *cost, uint32_t rows);
-
-/* The number of drafts in [0, drafts] with the most expected tokens a byte; the larger of equals. confidence (drafts). */
-uint32_t us_adaptive_length(const struct us_verify_cost *cost, const float *confidence, uint32_t drafts);
 
 #endif

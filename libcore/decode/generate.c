@@ -286,10 +286,15 @@ static enum us_status take_caches(struct decoder *d, struct us_sequence *s, bool
   return status;
 }
 
-static enum us_status commit(struct decoder *d, struct us_sequence *s, int32_t token, const float *logits) {
-  float logprob = s->request->logprobs ? us_sample_logprob(logits, d->N, token) : 0.0f;
+static enum us_status commit(struct decoder *d, struct us_sequence *s, int32_t token, float logprob) {
   d->stats.generated_tokens++;
   return us_sequence_commit(s, d->options->tokenizer, token, logprob, d->err);
+}
+
+/* 0 where nobody asked for it. */
+static float logprob_of(const struct decoder *d, const struct us_sequence *s, int32_t token,
+                        const float *logits) {
+  return s->request->logprobs ? us_sample_logprob(logits, d->N, token) : 0.0f;
 }
 
 static void choose_best(struct us_result *result) {
@@ -327,7 +332,7 @@ static enum us_status start_sequence(struct decoder *d) {
   enum us_status status = take_caches(d, s, d->next_sample == 0);
   if (status == US_OK)
     status = us_round_draw(r, s->sample, s->position, d->prompt.logits, d->N, &s->anchor, d->err);
-  if (status == US_OK) status = commit(d, s, s->anchor, d->prompt.logits);
+  if (status == US_OK) status = commit(d, s, s->anchor, logprob_of(d, s, s->anchor, d->prompt.logits));
   if (status != US_OK) return status;
   s->first_token = now();
   s->output->stats.first_token_seconds = s->first_token - d->started;
@@ -407,13 +412,13 @@ static void count_round(struct us_decode_stats *stats, const struct us_round *ro
   for (uint32_t i = 0; i < round->accepted; i++) stats->accepted[i]++;
 }
 
-/* Commit tokens (count) of a round until the sequence ends. logits (count, N) is for log-probabilities and may be NULL. */
+/* Commit tokens (count) of a round until the sequence ends. opt_logprobs (count). */
 static enum us_status commit_round(struct decoder *d, struct us_sequence *s, const struct us_round *round,
-                                   const int32_t *tokens, uint32_t count, const float *logits) {
+                                   const int32_t *tokens, uint32_t count, const float *opt_logprobs) {
   enum us_status status = US_OK;
   uint32_t committed = 0;
   while (status == US_OK && committed < count && s->output->finish == US_FINISH_NONE) {
-    status = commit(d, s, tokens[committed], logits ? logits + committed * d->N : NULL);
+    status = commit(d, s, tokens[committed], opt_logprobs ? opt_logprobs[committed] : 0.0f);
     committed++;
   }
   if (status != US_OK) return status;
@@ -428,8 +433,11 @@ static enum us_status finish_round(struct decoder *d, uint32_t slot, size_t firs
   struct us_sequence *s = &d->sequences[slot];
   struct us_round *round = &d->rounds[slot];
   const float *logits = d->logits + first_row * d->N;
+  float logprobs[US_MAX_BLOCK] = {0};
   enum us_status status = us_round_verify(&d->rules, s, logits, &d->scratch, round, d->err);
-  if (status == US_OK) status = commit_round(d, s, round, round->committed, round->accepted + 1, logits);
+  for (uint32_t i = 0; status == US_OK && i <= round->accepted; i++)
+    logprobs[i] = logprob_of(d, s, round->committed[i], logits + i * d->N);
+  if (status == US_OK) status = commit_round(d, s, round, round->committed, round->accepted + 1, logprobs);
   if (status != US_OK || s->output->finish != US_FINISH_NONE) return status;
   if (d->drafting) {
     status =
@@ -467,14 +475,6 @@ static enum us_status step(struct decoder *d) {
 
 /* Resident rounds */
 
-/* Rounds on the device follow rule match, hand out no logits and verify what fits. */
-static bool can_be_resident(const struct decoder *d) {
-  bool can = d->ex->ops->rounds && !d->options->adaptive;
-  for (size_t i = 0; i < d->n; i++)
-    can &= us_round_rule(&d->rules, &d->requests[i]) == US_VERIFY_MATCH && !d->requests[i].logprobs;
-  return can;
-}
-
 static struct us_rounds_sequence resident_sequence(const struct decoder *d, const struct us_sequence *s) {
   const struct us_request *r = s->request;
   const struct us_replay *replay = r->replay ? &r->replay[s->sample] : NULL;
@@ -490,7 +490,9 @@ static struct us_rounds_sequence resident_sequence(const struct decoder *d, cons
                                         .stop_ids = r->stop_ids,
                                         .stop_id_count = r->stop_id_count,
                                         .accept = d->options->accept,
-                                        .accept_count = d->options->accept_count};
+                                        .accept_count = d->options->accept_count,
+                                        .rule = us_round_rule(&d->rules, r),
+                                        .logprobs = r->logprobs};
   if (!replay) return sequence;
   sequence.replay = replay->ids, sequence.replay_count = replay->count;
   sequence.replay_first = (uint32_t)r->prompt_count;
@@ -515,7 +517,7 @@ static bool take_report(void *arg, const struct us_rounds_report *r) {
   if (r->broken)
     run->status = us_round_broken(s->position + 1 + r->count, d->err);
   else
-    run->status = commit_round(d, s, &round, r->tokens, r->count, NULL);
+    run->status = commit_round(d, s, &round, r->tokens, r->count, r->logprobs);
   if (run->status != US_OK || s->output->finish != US_FINISH_NONE) return false;
   s->position += r->count;
   s->anchor = r->tokens[r->count - 1];
@@ -532,6 +534,7 @@ static enum us_status step_resident(struct decoder *d) {
                              .batch = d->batch,
                              .block = d->block,
                              .drafting = d->drafting,
+                             .adaptive = d->rules.adaptive,
                              .on_round = take_report,
                              .interrupted = d->options->interrupted,
                              .arg = &run};
@@ -563,7 +566,7 @@ static enum us_status prepare(struct decoder *d) {
                                      .adaptive = d->options->adaptive ? &d->cost : NULL,
                                      .accept = d->options->accept,
                                      .accept_count = d->options->accept_count};
-  d->resident = can_be_resident(d);
+  d->resident = d->ex->ops->rounds != NULL;
   status = take(d, &d->samples_left, d->n, sizeof *d->samples_left, "requests");
   if (status != US_OK) return status;
   for (size_t i = 0; i < d->n; i++) {

@@ -22,10 +22,9 @@ static int32_t replayed_token(const struct us_round_rules *rules, const struct u
 
 /* Largest probability of the drafter at the temperature of the request (1 if greedy): how sure it is of its argmax. */
 static float draft_confidence(const float *logits, size_t N, float temperature) {
-  double inv = temperature > 0.0f ? 1.0 / (double)temperature : 1.0, sum = 0.0;
+  double inv = temperature > 0.0f ? 1.0 / (double)temperature : 1.0;
   float max = logits[us_sample_argmax(logits, N)];
-  for (size_t i = 0; i < N; i++) sum += us_exp_negative(((double)logits[i] - (double)max) * inv);
-  return (float)(1.0 / sum);
+  return us_sample_confidence(us_cut_mass(logits, N, max, inv, us_cut_everything()));
 }
 
 void us_round_propose(const struct us_round_rules *rules, const struct us_sequence *s,

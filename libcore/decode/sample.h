@@ -12,8 +12,8 @@
 
 #include "base/sample.h"
 
-/* The distribution that us_sample_token draws from: probs (N), summing to 1, zero outside the filtered set. At
- * temperature 0 it is the point mass on the argmax. */
+/* The distribution that us_sample_token draws from: probs (N), summing to 1, zero outside the filtered set and for what weighs less
+ * than 2^-41 of the likeliest. At temperature 0 it is the point mass on the argmax. */
 static US_HD void us_sample_probs(const float *logits, size_t N, const struct us_sampling *s, double *probs) {
   int32_t top = us_sample_argmax(logits, N);
   if (!(s->temperature > 0.0f)) {
@@ -21,13 +21,11 @@ static US_HD void us_sample_probs(const float *logits, size_t N, const struct us
     return;
   }
   struct us_cut cut = us_sample_cut(logits, N, s, logits[top]);
-  double inv = 1.0 / (double)s->temperature, sum = 0.0;
+  double inv = 1.0 / (double)s->temperature, sum = (double)us_cut_mass(logits, N, logits[top], inv, cut);
   for (size_t i = 0; i < N; i++) {
     bool kept = us_cut_keeps(cut, logits[i], (uint32_t)i);
-    probs[i] = kept ? us_exp_negative(((double)logits[i] - (double)logits[top]) * inv) : 0.0;
-    sum += probs[i];
+    probs[i] = kept ? (double)us_sample_weight(logits[i], logits[top], inv) / sum : 0.0;
   }
-  for (size_t i = 0; i < N; i++) probs[i] /= sum;
 }
 
 /* Draw from weights (N) >= 0 that need not sum to 1: argmax of log(weight) + Gumbel noise. */
@@ -48,9 +46,8 @@ static US_HD int32_t us_sample_weights(const double *weights, size_t N, struct u
 /* log p(token) under softmax(logits): the model's own distribution, before temperature and filters. */
 static US_HD float us_sample_logprob(const float *logits, size_t N, int32_t token) {
   float max = logits[us_sample_argmax(logits, N)];
-  double sum = 0.0;
-  for (size_t i = 0; i < N; i++) sum += us_exp_negative((double)logits[i] - (double)max);
-  return (float)((double)logits[token] - (double)max - (double)us_logf((float)sum));
+  uint64_t mass = us_cut_mass(logits, N, max, 1.0, us_cut_everything());
+  return us_sample_logprob_of(logits[token], max, mass);
 }
 
 #endif

@@ -27,15 +27,12 @@ static double q_of(const struct us_verify *v, uint32_t slot, size_t token) {
   return v->q[slot * v->N + token];
 }
 
-/* sum over tokens of (pi p_slot - q_slot)+. */
+/* sum over tokens of (pi p_slot - q_slot)+, in any order. */
 static double residual_mass(const struct us_verify *v, uint32_t slot, double pi) {
   const double *p = v->p + slot * v->N;
-  double sum = 0.0;
-  for (size_t i = 0; i < v->N; i++) {
-    double r = pi * p[i] - q_of(v, slot, i);
-    if (r > 0.0) sum += r;
-  }
-  return sum;
+  uint64_t sum = 0;
+  for (size_t i = 0; i < v->N; i++) sum += us_verify_residual_units(pi * p[i] - q_of(v, slot, i));
+  return (double)sum * 0x1p-62;
 }
 
 void us_verify_thresholds(enum us_verify_rule rule, const struct us_verify *v, double *h) {
@@ -47,17 +44,6 @@ void us_verify_thresholds(enum us_verify_rule rule, const struct us_verify *v, d
     /* Stopping after slot i emits from (pi p_{i+1} - q_{i+1})+; after the last slot everything is kept with pi. */
     if (rule == US_VERIFY_BLOCK && i + 1 < v->drafts) h[i] = us_verify_h(pi, residual_mass(v, i + 1, pi));
   }
-}
-
-uint32_t us_verify_accepted(enum us_verify_rule rule, const double *h, const double *u, uint32_t drafts) {
-  uint32_t accepted = 0;
-  for (uint32_t i = 0; i < drafts; i++) {
-    if (u[i] < h[i])
-      accepted = i + 1;
-    else if (rule != US_VERIFY_BLOCK)
-      break;
-  }
-  return accepted;
 }
 
 void us_verify_emission(enum us_verify_rule rule, const struct us_verify *v, uint32_t accepted,

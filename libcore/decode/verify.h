@@ -22,12 +22,10 @@
 #define US_DECODE_VERIFY_H
 
 #include "base/err.h"
-#include "base/hd.h"
+#include "base/speculate.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-enum us_verify_rule { US_VERIFY_MATCH, US_VERIFY_REJECT, US_VERIFY_BLOCK };
 
 struct us_verify {
   size_t N;              /* vocabulary */
@@ -48,22 +46,8 @@ static US_HD uint32_t us_verify_match(const int32_t *tokens, const int32_t *targ
   return n;
 }
 
-/* The scalar parts, compiled for host and device: probability that the block rule keeps the prefix up to a slot
- * (pi_i = min(1, pi_{i-1} p / q)), and the threshold of stopping there, given the residual mass R_i. */
-static US_HD double us_verify_pi(double pi, double p, double q) {
-  double ratio = q > 0.0 ? pi * p / q : 0.0;
-  return ratio < 1.0 ? ratio : 1.0;
-}
-static US_HD double us_verify_h(double pi, double residual) {
-  return pi >= 1.0 ? 1.0 : residual / (residual + 1.0 - pi);
-}
-
 /* h (drafts): slot i's uniform must be below h[i]. reject: min(1, p / q). block: h_i of 2403.10444. Not for match. */
 void us_verify_thresholds(enum us_verify_rule rule, const struct us_verify *v, double *h);
-
-/* Number of accepted proposals: reject stops at the first u[i] >= h[i]; block keeps the longest prefix that ends in a
- * slot with u[i] < h[i]. */
-uint32_t us_verify_accepted(enum us_verify_rule rule, const double *h, const double *u, uint32_t drafts);
 
 /* weights (N), not normalised: the law of the token emitted after `accepted` proposals: p_drafts if all survived, else
  * the residual (p - q)+ for reject, (pi p - q)+ for block. */

@@ -10,6 +10,7 @@
 
 enum us_status us_cuda_status(int code, const char *what, struct us_err *err) {
   if (code == cudaSuccess) return US_OK;
+  (void)cudaGetLastError(); /* told here: the next kernel that asks for an error must not find this one */
   enum us_status status = code == cudaErrorMemoryAllocation ? US_ERR_MEMORY : US_ERR_DEVICE;
   return us_err_set(err, status, "%s: %s", what, cudaGetErrorString((cudaError_t)code));
 }

@@ -1,6 +1,8 @@
 /* group.c: the ranks' schedules, their state, and their launches. */
 #include "device/group.h"
 
+#include "kernels/engine/round.h"
+
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,15 +37,9 @@ static uint32_t cycle_of(const struct us_device_group *group) {
   return 4 * group->schedule[0]->rank.slots;
 }
 
-/* Whether a sequence may be drawn with top-k, top-p or min-p. */
+/* Whether draws may need more than the best score of a row. */
 static bool filters(const struct us_device_group *group) {
-  for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++) {
-    const struct us_sampling *s = &group->state.sequence[i].sampling;
-    if (group->state.sequence[i].active && s->temperature > 0.0f &&
-        (s->top_k || (s->top_p > 0.0f && s->top_p < 1.0f) || s->min_p > 0.0f))
-      return true;
-  }
-  return false;
+  return !us_engine_all_simple(&group->state, group->schedule[0]->weights->shape.vocab);
 }
 
 static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t first, uint32_t last,

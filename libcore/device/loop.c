@@ -42,6 +42,8 @@ static enum us_status check_sequence(const struct us_device_loop *loop, const st
 
 static enum us_status check_rounds(const struct us_device_loop *loop, const struct us_rounds *rounds,
                                    struct us_err *err) {
+  if (rounds->adaptive && !loop->options.adaptive)
+    return us_err_set(err, US_ERR_USAGE, "the loop was not made for adaptive lengths");
   if (!rounds->n || rounds->n > loop->options.batch || rounds->block > loop->options.block)
     return us_err_set(err, US_ERR_USAGE,
                       "%u sequences in blocks of %u; the loop was made for %u in blocks of %u", rounds->n,
@@ -93,6 +95,8 @@ static void admit(struct us_device_loop *loop, const struct us_rounds_sequence *
                                    .seed = from->seed,
                                    .sampling = from->sampling,
                                    .most_drafts = from->drafts,
+                                   .rule = from->rule,
+                                   .logprobs = from->logprobs,
                                    .replay = from->replay,
                                    .replay_first = from->replay_first,
                                    .replay_count = (uint32_t)from->replay_count};
@@ -117,6 +121,8 @@ static enum us_status admit_all(struct us_device_loop *loop, const struct us_rou
                                 struct us_err *err) {
   enum us_status status = upload_replays(loop, rounds, err);
   clear_rows(&loop->group->state);
+  loop->group->state.adaptive = rounds->adaptive != NULL;
+  if (rounds->adaptive) loop->group->state.cost = *rounds->adaptive;
   for (uint32_t i = 0; status == US_OK && i < rounds->n; i++) admit(loop, &rounds->sequences[i], i);
   loop->mailbox->park = loop->mailbox->cancel = 0;
   return status;
@@ -152,6 +158,7 @@ static bool take_events(struct us_device_loop *loop, struct us_rounds *rounds) {
     struct us_rounds_report report = {.sequence = e.id,
                                       .round = e.round,
                                       .tokens = e.token,
+                                      .logprobs = e.has_logprobs ? e.logprob : NULL,
                                       .count = e.count,
                                       .drafts = e.drafts,
                                       .accepted = e.accepted,
@@ -205,15 +212,6 @@ static uint32_t list_end(const struct us_device_loop *loop) {
   return loop->group->schedule[0]->end[US_ENGINE_PASS_TARGET];
 }
 
-static bool any_filters(const struct us_device_loop *loop) {
-  const struct us_engine_state *state = &loop->group->state;
-  bool any = false;
-  for (uint32_t i = 0; i < US_ENGINE_SEQUENCES; i++)
-    any |= state->sequence[i].active &&
-           us_engine_filters(&state->sequence[i].sampling, loop->parts.weights[0]->shape.vocab);
-  return any;
-}
-
 /* One kernel a GPU for up to `count` rounds. */
 static enum us_status launch(struct us_device_loop *loop, uint32_t count, struct us_err *err) {
   enum us_status status = US_OK;
@@ -221,7 +219,6 @@ static enum us_status launch(struct us_device_loop *loop, uint32_t count, struct
     struct us_engine_launch one;
     us_device_group_fill(loop->group, gpu, list_begin(loop), list_end(loop), &one);
     one.rounds = count;
-    one.unfiltered = !any_filters(loop);
     us_devices_use(loop->parts.devices, gpu);
     status =
         us_cuda_status(us_engine_run(&one, loop->parts.devices->stream[gpu]), "launching the engine", err);
@@ -294,12 +291,15 @@ enum us_status us_device_loop_run(struct us_device_loop *loop, struct us_rounds 
 
 enum us_status us_device_rounds(const struct us_executor *executor, struct us_device_loop **loop,
                                 struct us_rounds *rounds, struct us_err *err) {
-  struct us_device_loop_options o = {
-      .batch = rounds->batch, .block = rounds->block, .drafting = rounds->drafting};
+  struct us_device_loop_options o = {.batch = rounds->batch,
+                                     .block = rounds->block,
+                                     .drafting = rounds->drafting,
+                                     .adaptive = rounds->adaptive != NULL};
   struct us_executor_cuda_parts parts;
   if (*loop) {
     const struct us_device_loop_options *have = &(*loop)->options;
-    if (have->batch == o.batch && have->block == o.block && have->drafting == o.drafting)
+    if (have->batch == o.batch && have->block == o.block && have->drafting == o.drafting &&
+        have->adaptive == o.adaptive)
       return us_device_loop_run(*loop, rounds, err);
     us_device_loop_free(*loop);
     *loop = NULL;
@@ -328,6 +328,7 @@ enum us_status us_device_loop_create(const struct us_executor_cuda_parts *parts,
                                                 .block = options->block,
                                                 .max_positions = parts->positions,
                                                 .drafter = options->drafting,
+                                                .adaptive = options->adaptive,
                                                 .uniform = parts->uniform,
                                                 .uniform_seed = parts->uniform_seed};
   enum us_status status =

@@ -26,6 +26,7 @@ struct us_device_loop;
 struct us_device_loop_options {
   uint32_t batch, block; /* most sequences together; rows a sequence: 1 + most proposals */
   bool drafting;         /* the drafter runs */
+  bool adaptive;         /* rounds may ask for adaptive lengths */
 };
 
 /* Makes a group of schedules from the executor's parts (borrowed). What us_device_group_create returns; US_ERR_USAGE: a batch or
@@ -35,7 +36,7 @@ US_CHECKED enum us_status us_device_loop_create(const struct us_executor_cuda_pa
                                                 struct us_device_loop **ret_loop, struct us_err *err);
 void us_device_loop_free(struct us_device_loop *loop); /* NULL is allowed */
 
-/* Run rounds until one in which a sequence ended (model/executor.h). Verification is by match; up to 16 stop ids of a sequence
+/* Run rounds until one in which a sequence ended (model/executor.h). Any rule; up to 16 stop ids of a sequence
  * end it on the GPU, further ones are left to on_round, which costs up to two rounds. US_ERR_USAGE: what the loop was not made
  * for; US_INTERRUPTED; US_ERR_DEVICE: CUDA, or the watchdog, which says who waits for what. */
 US_CHECKED enum us_status us_device_loop_run(struct us_device_loop *loop, struct us_rounds *rounds,

@@ -29,6 +29,8 @@ struct us_device_schedule_options {
   bool uniform;           /* route uniformly from Philox; the router still runs */
   uint64_t uniform_seed;
   bool observe; /* keep routed ids */
+  bool
+      adaptive; /* the drafter's last SELECT may take rows out of the target's pass, so that pass waits for it */
 };
 
 /* Blocks of a rank, at most: what SELECT's buffer has room for. */

@@ -318,6 +318,19 @@ static enum us_status check_select(const struct fields *f) {
            c->vocab == w->shape.vocab && c->first + c->count <= c->vocab,
        "ids [%u, + %u) of %u are not this rank's", c->first, c->count, c->vocab);
   WANT(c->draft == (op->program == US_ENGINE_PASS_DRAFT), "it chooses for another pass");
+  WANT(c->tiles == f->s->row_tiles, "it takes another row tile for the last");
+  return US_OK;
+}
+
+static enum us_status check_accept(const struct fields *f) {
+  const struct us_engine_accept *a = &op_of(f)->accept;
+  const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
+  const struct us_device_weights *w = f->s->weights;
+  WANT(a->vocab == w->shape.vocab, "it accepts from another vocabulary");
+  WANT(a->tiles == f->s->row_tiles && a->logits == b->logits && a->opt_draft_logits == b->draft_logits,
+       "it looks at other rows than the passes made");
+  WANT(a->stride == f->s->logits_stride && a->count == w->head.rows && a->first == w->rank * w->embed_rows,
+       "ids [%u, + %u) are not this rank's", a->first, a->count);
   return US_OK;
 }
 
@@ -353,7 +366,7 @@ static enum us_status check_op(struct fields *f) {
     status = check_select(f);
     break;
   case US_ENGINE_ACCEPT:
-    WANT(op->accept.vocab == f->s->weights->shape.vocab, "it accepts from another vocabulary");
+    status = check_accept(f);
     break;
   default:
     WANT(false, "there is no such kind");

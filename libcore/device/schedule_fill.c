@@ -235,7 +235,18 @@ static void fill_select(const struct fill *f) {
       .count = f->s->logits_count,
       .first = f->s->logits_first,
       .vocab = f->w->shape.vocab,
+      .tiles = f->s->row_tiles,
       .draft = draft};
+}
+
+static void fill_accept(const struct fill *f) {
+  f->op->accept = (struct us_engine_accept){.vocab = f->w->shape.vocab,
+                                            .tiles = f->s->row_tiles,
+                                            .logits = f->b->logits,
+                                            .opt_draft_logits = f->b->draft_logits,
+                                            .stride = f->s->logits_stride,
+                                            .count = f->s->logits_count,
+                                            .first = f->s->logits_first};
 }
 
 /* ---- all --------------------------------------------------------------------------------------------------------- */
@@ -265,7 +276,7 @@ enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_en
     fill_select(&f);
     break;
   default: /* ACCEPT */
-    op->accept.vocab = s->weights->shape.vocab;
+    fill_accept(&f);
   }
   return US_OK;
 }

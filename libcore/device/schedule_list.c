@@ -122,7 +122,9 @@ static void wait_for_tokens(struct list *list, struct us_engine_op *op) {
   const struct us_device_schedule *s = list->s;
   uint32_t selects = s->selects[US_ENGINE_PASS_DRAFT];
   bool drafted = list->pass == US_ENGINE_PASS_TARGET && selects;
-  wait_for(list, op, drafted ? (int64_t)s->end[US_ENGINE_PASS_DRAFT] - selects + op->row_tile : AFTER_ROUND);
+  uint32_t tile =
+      s->options.adaptive ? selects - 1 : op->row_tile; /* the last one decides which rows there are */
+  wait_for(list, op, drafted ? (int64_t)s->end[US_ENGINE_PASS_DRAFT] - selects + tile : AFTER_ROUND);
 }
 
 /* ---- reductions -------------------------------------------------------------------------------------------------- */

@@ -255,13 +255,31 @@ static enum us_status touch_select(struct us_schedule_order *o, int64_t x) {
   enum us_status status = touch_input(o, x);
   if (status == US_OK) status = read_state(o, x, &o->start[x], PLACES + op->program, row, US_ENGINE_ROWS);
   if (status != US_OK) return status;
-  return write_state(o, x, op->select.draft ? TOKENS + US_ENGINE_PASS_TARGET : DRAWN, row, US_ENGINE_ROWS);
+  status = write_state(o, x, op->select.draft ? TOKENS + US_ENGINE_PASS_TARGET : DRAWN, row, US_ENGINE_ROWS);
+  bool cuts = op->select.draft && o->s->options.adaptive && op->row_tile + 1 == o->s->row_tiles;
+  for (row = 0; cuts && status == US_OK && row < o->s->row_tiles * US_ENGINE_ROWS; row += US_ENGINE_ROWS)
+    status = write_state(o, x, PLACES + US_ENGINE_PASS_TARGET, row, US_ENGINE_ROWS);
+  return status;
+}
+
+/* Logits of all rows of a pass. */
+static enum us_status read_logits(struct us_schedule_order *o, int64_t x, const float *logits) {
+  uint64_t tile = us_schedule_row_bytes(o->s->logits_stride);
+  enum us_status status = US_OK;
+  for (uint32_t t = 0; logits && status == US_OK && t < o->s->row_tiles; t++) {
+    struct access a = {
+        .x = x, .view = &o->start[x], .range = us_schedule_range((const uint8_t *)logits + t * tile, tile)};
+    status = us_schedule_read(o, &a, false, NULL);
+  }
+  return status;
 }
 
 static enum us_status touch_accept(struct us_schedule_order *o, int64_t x) {
   uint32_t rows = o->s->row_tiles * US_ENGINE_ROWS;
   enum us_status status = read_state(o, x, &o->start[x], DRAWN, 0, rows);
   if (status == US_OK) status = read_state(o, x, &o->start[x], TOKENS + US_ENGINE_PASS_TARGET, 0, rows);
+  if (status == US_OK) status = read_logits(o, x, us_schedule_op(o, x)->accept.logits);
+  if (status == US_OK) status = read_logits(o, x, us_schedule_op(o, x)->accept.opt_draft_logits);
   for (int what = TOKENS; what < DRAWN; what++)
     for (uint32_t row = 0; status == US_OK && row < rows; row += US_ENGINE_ROWS)
       status = write_state(o, x, (enum state)what, row, US_ENGINE_ROWS);

@@ -204,11 +204,21 @@ struct mlps {
   uint32_t count, inner, hidden;
 };
 
+/* Kernels multiply 32 columns at a time, so a share is a multiple of them; who asks for too many ranks hears how many there can be. */
+static void check_inner(struct builder *b, uint32_t inner, const char *name) {
+  uint32_t most = 8;
+  if (inner % (32 * b->ranks) == 0) return;
+  while (most > 1 && inner % (32 * most)) most /= 2;
+  fail(b,
+       "%s: an inner size of %u does not make %u shares of a multiple of 32 columns; it runs on %s%u rank%s",
+       name, inner, b->ranks, most > 1 ? "up to " : "", most, most > 1 ? "s" : "");
+}
+
 static void add_mlps(struct builder *b, struct us_device_layer *to, uint64_t *kind, const struct mlps *m,
                      const char *name) {
-  struct us_share inner = share(b, name, m->inner);
+  check_inner(b, m->inner, name);
+  struct us_share inner = us_share_of(m->inner, b->rank, b->ranks);
   uint32_t F = inner.end - inner.begin;
-  if (F % 32) fail(b, "%s: inner size %u of one of %u ranks is not a multiple of 32", name, F, b->ranks);
   struct us_weights_item *up = new_item(b, &to->up, m->count, 2, 1, "%s", name);
   for (uint32_t e = 0; up && e < m->count; e++) {
     up->gather[2 * e] =
@@ -312,7 +322,8 @@ static void add_vocabulary(struct builder *b, const struct us_model *model) {
   }
   struct us_share rows = {(uint32_t)first, N - first < most ? N : (uint32_t)first + most};
   if (model->embed.format != US_FORMAT_BF16 && model->embed.format != US_FORMAT_FP8)
-    fail(b, "the embedding is %s: on the GPU it is bf16, from bf16 or fp8; convert it", us_format_name(model->embed.format));
+    fail(b, "the embedding is %s: on the GPU it is bf16, from bf16 or fp8; convert it",
+         us_format_name(model->embed.format));
   to->embed_rows = most;
   b->plan->embed = &model->embed, b->plan->embed_first = rows.begin,
   b->plan->embed_rows = rows.end - rows.begin;

@@ -14,6 +14,7 @@
 
 #include "base/pool.h"
 #include "base/sample.h"
+#include "base/speculate.h"
 #include "model/kv.h"
 #include "model/model.h"
 
@@ -89,6 +90,8 @@ struct us_rounds_sequence {
   const float *
       accept; /* (accept_count) rate at which slot i keeps the recorded token; the last one repeats; 0: always */
   size_t accept_count;
+  enum us_verify_rule rule; /* MATCH at temperature 0 */
+  bool logprobs;            /* reports have log-probabilities */
 };
 
 /* What one round did to one sequence. */
@@ -96,19 +99,21 @@ struct us_rounds_report {
   uint32_t sequence;
   uint32_t round;        /* the same for all sequences that ran together; ascends */
   const int32_t *tokens; /* (count) committed */
+  const float *logprobs; /* (count) of the model's own law; NULL: not asked for */
   uint32_t count, drafts, accepted;
   bool broken;   /* the logits of the token after these are not finite: nothing more will come */
   uint64_t time; /* ns on a clock of the device: when the round was over */
 };
 
-/* Rounds of several sequences without the caller: draft (argmax), verify (match), commit, again and again; as
- * decode/generate.c does round by round. */
+/* Rounds of several sequences without the caller: draft, verify, commit, again and again; as decode/generate.c does round by
+ * round. */
 struct us_rounds {
   const struct us_rounds_sequence *sequences; /* (n) */
   uint32_t n;
   uint32_t batch,
       block;     /* most sequences, and most rows of one, that this and later calls will run together */
   bool drafting; /* the drafter runs */
+  const struct us_verify_cost *adaptive; /* verify only as many proposals as pay; NULL: all */
   /* In the order of rounds, then of sequences. false: this sequence has ended for the caller; rounds of it that are under way
    * are still reported. */
   bool (*on_round)(void *arg, const struct us_rounds_report *report);

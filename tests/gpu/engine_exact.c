@@ -1,15 +1,17 @@
 /* engine_exact.c: what the CUDA executor promises about whole generations, beyond engine_parity's: every accept length, every block
  * and batch, long contexts, shared prompts, very many rounds under delays, and the graph executor with as many layers as are.
  *
- *   Requests | Accept lengths | Blocks and batches | Long contexts | Samples | Many rounds | Graphs | Cases
+ *   Requests | Accept lengths | Blocks and batches | Rules | Long contexts | Samples | Many rounds | Graphs | Ends | Cases
  *
- * Usage: engine_exact [CASE...], of accepts, blocks, long, samples, rounds, graphs; small, a few rounds for a slow checker, only where
- * it is named. US_EXACT_SECONDS (10): how long `rounds` goes on.
- * Exit 0, 1, 5, 77.
+ * Usage: engine_exact [CASE...], of accepts, blocks, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
+ * and small, a few rounds for a slow checker, only where they are named. US_EXACT_SECONDS (10): how long `rounds` goes on. Exit 0, 1,
+ * 5, 77.
  *
  * Independent truth: plain decoding of the same executor, one sequence at a time, whose logits engine_parity holds against the CPU's.
  */
 #include "decode/generate.h"
+#include "device/bench.h"
+#include "device/loop.h"
 #include "parity_models.h"
 
 #include <cuda_runtime_api.h>
@@ -27,10 +29,19 @@ struct plan {
   float temperature;
   uint64_t seed;
   uint32_t samples;                  /* of every request; 0: 1 */
+  uint32_t requests;                 /* 0: REQUESTS */
   const struct us_result *opt_plain; /* replayed at `accept` */
   const float *accept;
   size_t accept_count;
+  enum us_verify_rule rule;
+  bool adaptive, varied; /* varied: filters and log-probabilities differ from request to request */
+  bool (*interrupted)(void);
+  enum us_status expected;
 };
+
+static const struct us_sampling samplings[] = {{1.0f, 0, 1.0f, 0.0f},  {0.0f, 0, 1.0f, 0.0f},
+                                               {0.7f, 40, 0.9f, 0.0f}, {1.3f, 0, 1.0f, 0.05f},
+                                               {0.5f, 0, 0.8f, 0.0f},  {0.9f, 12, 1.0f, 0.0f}};
 
 static double now(void) {
   struct timespec t;
@@ -42,7 +53,8 @@ static void generate(struct us_executor *ex, const struct plan *p, struct us_res
                      struct us_generate_stats *opt_stats) {
   struct us_request requests[REQUESTS];
   struct us_replay replays[REQUESTS][MOST_SAMPLES];
-  uint32_t longest = p->first + (REQUESTS - 1) * p->step, samples = p->samples ? p->samples : 1;
+  uint32_t longest = p->first + (REQUESTS - 1) * p->step, samples = p->samples ? p->samples : 1,
+           count = p->requests ? p->requests : REQUESTS;
   int32_t *prompts = take(REQUESTS * (size_t)longest, sizeof *prompts);
   struct us_err err = {0};
   for (uint32_t i = 0; i < REQUESTS; i++) {
@@ -55,7 +67,8 @@ static void generate(struct us_executor *ex, const struct plan *p, struct us_res
                                       .seed = p->seed + i,
                                       .samples = samples,
                                       .max_tokens = p->tokens};
-    if (!p->opt_plain) continue;
+    if (p->varied) requests[i].sampling = samplings[i % 6], requests[i].logprobs = i % 3 == 1 || i == 2;
+    if (!p->opt_plain || (p->varied && i % 2)) continue;
     for (uint32_t k = 0; k < samples; k++)
       replays[i][k] =
           (struct us_replay){p->opt_plain[i].outputs[k].ids.ids, p->opt_plain[i].outputs[k].ids.count};
@@ -63,7 +76,10 @@ static void generate(struct us_executor *ex, const struct plan *p, struct us_res
   }
   struct us_generate_options options = {
       .block = p->block, .batch = p->batch, .accept = p->accept, .accept_count = p->accept_count};
-  need(us_generate(ex, requests, REQUESTS, &options, results, opt_stats, &err), &err, "generate");
+  options.rule = p->rule, options.adaptive = p->adaptive, options.interrupted = p->interrupted;
+  memset(results, 0, REQUESTS * sizeof *results);
+  enum us_status status = us_generate(ex, requests, count, &options, results, opt_stats, &err);
+  if (!p->expected || status != p->expected) need(status, &err, "generate");
   free(prompts);
 }
 
@@ -141,6 +157,64 @@ static void check_blocks(const struct models *m, struct us_executor *ex) {
     release(plain);
   }
   record(m->name, "blocks 1 to the drafter's, batches 1 to 8: tokens equal plain", runs * REQUESTS, bad, "");
+}
+
+/* Rules */
+
+/* The same executor asked pass by pass: decode/generate.c decides on the host, on the same logits. */
+static void by_passes(struct us_executor *ex, const struct plan *p, struct us_result *results,
+                      struct us_generate_stats *stats) {
+  const struct us_executor_ops *ops = ex->ops;
+  struct us_executor_ops passes = *ops;
+  passes.rounds = NULL;
+  ex->ops = &passes;
+  generate(ex, p, results, stats);
+  ex->ops = ops;
+}
+
+static uint64_t differing_logprobs(const struct us_result *a, const struct us_result *b) {
+  uint64_t bad = 0;
+  for (uint32_t i = 0; i < REQUESTS; i++)
+    for (uint32_t s = 0; s < a[i].samples; s++) {
+      const struct us_output *x = &a[i].outputs[s], *y = &b[i].outputs[s];
+      if (!x->logprobs != !y->logprobs)
+        bad++;
+      else if (x->logprobs && x->ids.count == y->ids.count)
+        bad += memcmp(x->logprobs, y->logprobs, x->ids.count * sizeof *x->logprobs) != 0;
+    }
+  return bad;
+}
+
+static void check_rules(const struct models *m, uint32_t ranks) {
+  static const float rates[] = {0.7f};
+  struct us_executor *ex = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks});
+  char name[64], note[160];
+  uint64_t bad = 0, bad_logprobs = 0, bad_rows = 0, runs = 0, accepted = 0, rounds = 0;
+  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  for (uint32_t t = 0; t < 9; t++, runs++) {
+    struct us_result plain[REQUESTS], own[REQUESTS], resident[REQUESTS];
+    struct us_generate_stats a, b;
+    struct plan p = {
+        .block = 1, .batch = 8, .tokens = 28, .first = 7, .step = 13, .seed = 60 + t, .varied = true};
+    generate(ex, &p, plain, NULL);
+    p.block = 2 + t * 5 % (m->draft->shape.block - 1), p.batch = 1 + t * 3 % 8;
+    p.rule = (enum us_verify_rule)((t + 1) % 3), p.adaptive = t / 3 % 2;
+    if (t % 2) p.opt_plain = plain, p.accept = rates, p.accept_count = 1;
+    by_passes(ex, &p, own, &a);
+    generate(ex, &p, resident, &b);
+    bad += differing(own, resident), bad_logprobs += differing_logprobs(own, resident);
+    bad_rows += a.rows != b.rows || a.decode.rounds != b.decode.rounds ||
+                memcmp(a.decode.histogram, b.decode.histogram, sizeof a.decode.histogram);
+    accepted += b.decode.committed - b.decode.rounds, rounds += b.decode.rounds;
+    release(plain), release(own), release(resident);
+  }
+  snprintf(note, sizeof note, "%llu rounds, %llu proposals accepted", (unsigned long long)rounds,
+           (unsigned long long)accepted);
+  record(name, "rules, filters, adaptive lengths: resident rounds equal the host's", runs * REQUESTS, bad,
+         note);
+  record(name, "log-probabilities of resident rounds equal the host's", runs * REQUESTS, bad_logprobs, "");
+  record(name, "rows and accept lengths of resident rounds equal the host's", runs, bad_rows, "");
+  ex->ops->free(ex);
 }
 
 /* Long contexts */
@@ -248,11 +322,17 @@ static void check_rounds(const struct models *m, uint32_t ranks) {
 
 /* Graphs */
 
+static double free_mib(void) {
+  size_t left = 0, total;
+  (void)cudaMemGetInfo(&left, &total);
+  return (double)left / (1 << 20);
+}
+
 static void check_graphs(const struct models *m, uint32_t ranks) {
   static const float rates[] = {0.8f};
   struct us_executor_cuda_options options = {.ranks = ranks};
   struct us_result plain[REQUESTS], engine[REQUESTS], graph[REQUESTS];
-  char name[64];
+  char name[64], note[64];
   snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
   struct plan p = {.block = 1, .batch = 8, .tokens = 24, .first = 5, .step = 3, .seed = 3};
   struct us_executor *ex = open_cuda(m, &options);
@@ -262,7 +342,9 @@ static void check_graphs(const struct models *m, uint32_t ranks) {
   ex->ops->free(ex);
   options.mode = US_DEVICE_GRAPH;
   ex = open_cuda(m, &options);
+  double before = free_mib();
   generate(ex, &p, graph, NULL);
+  snprintf(note, sizeof note, "graphs and the loop took %.0f MiB", before - free_mib());
   uint64_t bad = differing(plain, engine) + differing(engine, graph);
   release(graph);
   p.opt_plain = plain, p.accept = rates, p.accept_count = 1, p.batch = 2, p.temperature = 0;
@@ -270,7 +352,7 @@ static void check_graphs(const struct models *m, uint32_t ranks) {
   bad += differing(plain, graph);
   ex->ops->free(ex);
   release(plain), release(engine), release(graph);
-  record(name, "rounds as graphs equal the engine's", 3 * REQUESTS, bad, "");
+  record(name, "rounds as graphs equal the engine's", 3 * REQUESTS, bad, note);
 }
 
 /* Memory that a graph would take is gone: the call says so, or finds room; nothing breaks, and it works when there is room again. */
@@ -302,6 +384,84 @@ static void check_full(const struct models *m) {
   ex->ops->free(ex);
 }
 
+/* Ends */
+
+static int looks;
+static bool interrupt(void) {
+  return --looks == 0;
+}
+
+/* An interrupt in the midst of a launch: the call says so, and the executor goes on afterwards as if nothing had been. */
+static void check_interrupt(const struct models *m, struct us_executor *ex) {
+  struct us_result before[REQUESTS], cut[REQUESTS], after[REQUESTS];
+  struct plan p = {.block = 8, .batch = 4, .tokens = 200, .first = 5, .step = 3, .temperature = 1, .seed = 8};
+  generate(ex, &p, before, NULL);
+  uint64_t bad = 0;
+  for (int at = 10; at <= 1000; at *= 10) {
+    struct plan interrupted = p;
+    interrupted.interrupted = interrupt, interrupted.expected = US_INTERRUPTED, looks = at;
+    generate(ex, &interrupted, cut, NULL);
+    bad += looks > 0;
+    if (looks > 0) release(cut);
+    generate(ex, &p, after, NULL);
+    bad += differing(before, after);
+    release(after);
+  }
+  release(before);
+  record(m->name, "an interrupt ends a launch, and nothing is left of it", 3 * REQUESTS, bad, "");
+}
+
+static bool take_none(void *arg, const struct us_rounds_report *report) {
+  return true;
+}
+
+/* Lines that the watchdog says, and those that name what was planted. */
+static uint32_t lines, planted;
+static void count_line(void *arg, const char *line) {
+  lines++, planted += strstr(line, "waits for a rank's partial sums") != NULL;
+}
+
+/* Rank 1's partial sums go where nobody looks: the watchdog ends the launch and says who waits for what. The context is gone then, so
+ * this is a program of its own. */
+static void check_hang(void) {
+  struct models m = open_random("wide", widen);
+  struct us_executor_cuda_options options = {
+      .gpus = 1, .ranks = 2, .sequences = 2, .timeout_ns = 300000000, .say = count_line};
+  struct us_executor_cuda_parts parts;
+  struct us_device_loop *loop;
+  struct us_executor *ex;
+  struct us_bench_place place;
+  struct us_err err = {0};
+  void *nowhere;
+  need(us_executor_create_cuda(m.model, m.draft, &options, &ex, &err), &err, "wide");
+  bool ours = us_executor_cuda_parts(ex, &parts);
+  struct us_device_loop_options shape = {.batch = 1, .block = 1};
+  need(us_device_loop_create(&parts, &shape, &loop, &err), &err, "loop");
+  struct us_device_group *group = us_device_loop_group(loop);
+  const struct us_engine_rank *rank = &group->schedule[1]->rank;
+  size_t bytes = (size_t)rank->slots * rank->addends * US_ENGINE_ROWS * rank->D * sizeof(float);
+  need(us_cuda_status(cudaMalloc(&nowhere, bytes), "memory", &err), &err, "nowhere");
+  group->schedule[1]->rank.exchange[0] = nowhere;
+  need(us_bench_place(ex, 1, 4, 64, false, 1, &place, &err), &err, "place");
+  place.sequence[0].limit = 40;
+  struct us_rounds rounds = {
+      .sequences = place.sequence, .n = 1, .batch = 1, .block = 1, .on_round = take_none};
+  lines = planted = 0;
+  double begun = now();
+  enum us_status status = us_device_loop_run(loop, &rounds, &err);
+  double took = now() - begun;
+  bool named = strstr(err.message, "the engine hangs") && strstr(err.message, "GPU 0 SM") &&
+               strstr(err.message, "layer 0");
+  char note[330];
+  snprintf(note, sizeof note, "%.1f s, %u lines, %.250s", took, lines, err.message);
+  record("wide, 2 ranks", "a planted hang is reported with role, operation, layer and counts", 1,
+         !(ours && status == US_ERR_DEVICE && named && planted && took < 5), note);
+  us_bench_unplace(&place);
+  us_device_loop_free(loop);
+  ex->ops->free(ex);
+  close_models(&m);
+}
+
 /* Cases */
 
 static bool asked(int argc, char **argv, const char *name) {
@@ -310,22 +470,23 @@ static bool asked(int argc, char **argv, const char *name) {
   return argc == 1;
 }
 
-/* Four layers, one rank: prompts, a few rounds of 8 rows with a drafter, greedy and with every filter. */
+/* Four layers, one rank: two prompts, and some rounds of 8 rows with a drafter, greedy, then with every filter, rule and adaptive
+ * lengths. */
 static void run_small(void) {
   struct models m = open_random("tiny-pro", NULL);
   struct us_executor *ex = open_cuda(&m, NULL);
   struct us_result plain[REQUESTS], other[REQUESTS];
-  uint64_t bad = 0;
-  for (int t = 0; t < 2; t++) {
-    struct plan p = {
-        .block = 1, .batch = 8, .tokens = 5, .first = 3, .step = 2, .temperature = (float)t, .seed = 2};
-    generate(ex, &p, plain, NULL);
-    p.block = 8, p.batch = 2;
-    generate(ex, &p, other, NULL);
-    bad += differing(plain, other);
-    release(plain), release(other);
-  }
-  record(m.name, "a few rounds equal plain ones", 2 * REQUESTS, bad, "");
+  struct plan p = {.block = 1, .batch = 2, .tokens = 4, .first = 3, .step = 6, .seed = 2, .requests = 2};
+  generate(ex, &p, plain, NULL);
+  p.block = 8;
+  generate(ex, &p, other, NULL);
+  record(m.name, "a few rounds equal plain ones", p.requests, differing(plain, other), "");
+  release(plain), release(other);
+  p.rule = US_VERIFY_BLOCK, p.varied = p.adaptive = true, p.requests = 3;
+  generate(ex, &p, plain, NULL);
+  by_passes(ex, &p, other, &(struct us_generate_stats){0});
+  record(m.name, "a few rounds by law equal the host's", p.requests, differing(plain, other), "");
+  release(plain), release(other);
   ex->ops->free(ex);
   close_models(&m);
 }
@@ -335,7 +496,11 @@ static void run_model(int argc, char **argv, const struct models *m) {
   for (int t = 0; asked(argc, argv, "accepts") && t < 2; t++) check_accepts(m, ex, (float)t);
   if (asked(argc, argv, "blocks")) check_blocks(m, ex);
   if (asked(argc, argv, "samples")) check_samples(m, ex);
+  if (asked(argc, argv, "ends")) check_interrupt(m, ex);
   ex->ops->free(ex);
+  for (uint32_t ranks = 1; asked(argc, argv, "rules") && ranks <= (m->model->shape.hidden >= 256 ? 4 : 1);
+       ranks *= 2)
+    check_rules(m, ranks);
 }
 
 int main(int argc, char **argv) {
@@ -343,6 +508,10 @@ int main(int argc, char **argv) {
   alarm(watchdog_seconds(140));
   if (argc > 1 && asked(argc, argv, "small")) {
     run_small();
+    return any_failed ? 1 : 0;
+  }
+  if (argc > 1 && asked(argc, argv, "hang")) {
+    check_hang();
     return any_failed ? 1 : 0;
   }
   struct models wide = open_random("wide", widen), pico;

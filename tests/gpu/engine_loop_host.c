@@ -29,10 +29,13 @@ static uint32_t word(uint32_t a, uint32_t b) {
 
 /* ---- logits -------------------------------------------------------------------------------------------------------- */
 
-/* Of a slot. The drafter's slot i proposes what the target's slot i - 1 draws, but for some slots. */
+/* Of a slot. The drafter's slot i proposes what the target's slot i - 1 draws, but for some slots. Some rows have few levels, so that
+ * filters cut among equals; in one all are equal. */
 static void slot_logits(bool draft, uint32_t slot, float *logits) {
-  uint32_t source = draft ? slot + BLOCK - 1 : slot + BLOCK;
-  for (uint32_t i = 0; i < N; i++) logits[i] = (float)(word(source, i) >> 8) * 0x1p-24f * 4.0f;
+  uint32_t source = draft ? slot + BLOCK - 1 : slot + BLOCK, levels = source % 4 == 1 ? 29 : 8;
+  for (uint32_t i = 0; i < N; i++)
+    logits[i] = (float)(word(source, i) >> levels << levels) * 0x1p-32f * 4.0f * (source % 8 != 3);
+  if (source % 8 == 3) return;
   logits[word(source, 1000) % N] = 9.0f;
   if (draft && slot % 5 == 4) logits[7] = 20.0f;
 }
@@ -72,6 +75,7 @@ static void push_selects(struct us_device_schedule *s, enum us_engine_program pr
     op->select.stride = s->logits_stride, op->select.first = s->logits_first,
     op->select.count = s->logits_count;
     op->select.vocab = N, op->select.draft = program == US_ENGINE_PASS_DRAFT;
+    op->select.tiles = s->row_tiles;
     s->op_count++;
   }
   s->end[program] = s->op_count;
@@ -98,7 +102,13 @@ enum us_status us_device_schedule_create(const struct us_device_weights *weights
                                               .layer = UINT32_MAX,
                                               .task_op = UINT32_MAX,
                                               .wait = s->op_count - 1,
-                                              .accept.vocab = N};
+                                              .accept = {.vocab = N,
+                                                         .tiles = s->row_tiles,
+                                                         .logits = s->logits,
+                                                         .opt_draft_logits = s->draft_logits,
+                                                         .stride = s->logits_stride,
+                                                         .count = s->logits_count,
+                                                         .first = s->logits_first}};
   s->end[US_ENGINE_PASS_TARGET] = ++s->op_count;
   struct us_engine_op *ops = zeros(MAX_OPS * sizeof *ops);
   (void)cudaMemcpy(ops, s->ops, s->op_count * sizeof *ops, cudaMemcpyHostToDevice);
@@ -135,6 +145,8 @@ void us_device_schedule_free(struct us_device_schedule *s) {
 
 /* ---- executor ------------------------------------------------------------------------------------------------------ */
 
+enum { EXPERTS = 8 };
+
 struct slots { /* an executor whose logits depend on the slot alone */
   struct us_executor base;
   struct us_model model;
@@ -143,6 +155,9 @@ struct slots { /* an executor whose logits depend on the slot alone */
   struct us_device_weights weights[US_ENGINE_MAX_RANKS], *weight[US_ENGINE_MAX_RANKS];
   struct us_device_loop *loop;
   uint32_t jitter;
+  struct us_layer layers[2]; /* for the bytes of a round: adaptive lengths */
+  struct us_expert experts[EXPERTS];
+  struct us_draft_layer draft_layers[1];
 };
 
 bool us_executor_cuda_parts(const struct us_executor *executor, struct us_executor_cuda_parts *ret_parts) {
@@ -158,6 +173,7 @@ static enum us_status forward(struct us_executor *ex, const struct us_pass *pass
       slot_logits(false, slot, pass->logits + r * N);
   }
   if (pass->taps) memset(pass->taps, 0, pass->R * 4 * sizeof(float));
+  if (pass->routed) memset(pass->routed, 0, 2 * pass->R * sizeof *pass->routed);
   return US_OK;
 }
 
@@ -194,6 +210,11 @@ static void open_slots(struct slots *s, uint32_t ranks, enum us_device_mode mode
       .base = {.name = "slots", .model = &s->model, .draft = &s->draft, .rounding = US_ROUND_BF16}};
   s->model.shape = (struct us_shape){
       .layers = 2, .hidden = 4, .vocab = N, .full = attention, .swa = attention, .swa_layer = {0, 1}};
+  s->model.shape.experts = EXPERTS, s->model.shape.top_k = 1, s->model.shape.moe_layer[1] = 1;
+  s->model.layers = s->layers, s->layers[1].experts = s->experts;
+  s->model.head = (struct us_matrix){.format = US_FORMAT_BF16, .rows = N, .cols = 32};
+  for (int e = 0; e < EXPERTS; e++)
+    s->experts[e].gate = (struct us_matrix){.format = US_FORMAT_BF16, .rows = 160, .cols = 32};
   s->model.shape.swa.window = 128, s->model.shape.max_positions = POSITIONS - BLOCK;
   s->draft.shape = (struct us_draft_shape){.layers = 1,
                                            .hidden = 4,
@@ -202,6 +223,7 @@ static void open_slots(struct slots *s, uint32_t ranks, enum us_device_mode mode
                                            .block = BLOCK,
                                            .taps = 1,
                                            .target_layers = 2};
+  s->draft.layers = s->draft_layers;
   CHECK(us_devices_open(0, 1, ranks, &s->parts.devices, &err));
   for (uint32_t r = 0; r < ranks; r++) {
     s->weights[r] = (struct us_device_weights){.rank = r, .ranks = ranks, .shape = s->model.shape};
@@ -222,6 +244,7 @@ static void close_slots(struct slots *s) {
 
 /* ---- requests ------------------------------------------------------------------------------------------------------ */
 
+/* `t` numbers the trial; in every other one log-probabilities are asked for. */
 static void make_requests(uint32_t t, struct us_request *requests) {
   static int32_t prompt[64];
   static const int32_t stop_ids[] = {3,  17, 31, 40, 41, 42, 43, 44, 45, 46, 47,
@@ -241,7 +264,8 @@ static void make_requests(uint32_t t, struct us_request *requests) {
                                       .stop_id_count = w / 11 % 4 ? w / 11 % 4
                                                        : t % 3    ? 0
                                                                   : 22,
-                                      .cut_loops = w / 13 % 2};
+                                      .cut_loops = w / 13 % 2,
+                                      .logprobs = t % 2 && w / 17 % 2};
   }
 }
 
@@ -252,6 +276,8 @@ static uint32_t differences(const struct us_output *a, const struct us_output *b
   uint32_t bad =
       a->ids.count != b->ids.count || memcmp(a->ids.ids, b->ids.ids, a->ids.count * sizeof(int32_t));
   bad += a->finish != b->finish;
+  bad += !a->logprobs != !b->logprobs ||
+         (a->logprobs && memcmp(a->logprobs, b->logprobs, a->ids.count * sizeof *a->logprobs));
   bad += x->rounds != y->rounds || x->committed != y->committed ||
          memcmp(x->offered, y->offered, sizeof x->offered) ||
          memcmp(x->accepted, y->accepted, sizeof x->accepted) ||
@@ -260,7 +286,7 @@ static uint32_t differences(const struct us_output *a, const struct us_output *b
 }
 
 struct tally {
-  uint64_t outputs, bad, tokens, rounds;
+  uint64_t outputs, bad, tokens, rounds, by_law, adaptive, logprobs, offered;
   uint64_t finishes[US_FINISH_CANCELLED + 1];
 };
 
@@ -270,6 +296,8 @@ static void compare(const struct us_result *a, const struct us_result *b, struct
       const struct us_output *out = &a[i].outputs[s];
       tally->outputs++, tally->tokens += out->ids.count, tally->rounds += out->stats.rounds;
       tally->finishes[out->finish]++;
+      tally->logprobs += out->logprobs != NULL;
+      for (uint32_t j = 0; j < US_MAX_BLOCK; j++) tally->offered += out->stats.offered[j];
       tally->bad += differences(out, &b[i].outputs[s]) != 0;
     }
 }
@@ -286,7 +314,7 @@ static void generate(struct slots *s, bool loop, const struct us_request *reques
   CHECK(us_generate(&s->base, requests, REQUESTS, options, results, NULL, &err));
 }
 
-/* Drafted, plain, and every third time replayed from the plain run at rates. */
+/* Drafted, plain, and every third time replayed from the plain run at rates; by every rule, with and without adaptive lengths. */
 static void trial(struct slots *s, uint32_t t, struct tally *tally) {
   static const float rates[] = {0.9f, 0.95f, 0.7f};
   static const uint32_t blocks[] = {8, 1, 16, 5, 3, 8};
@@ -304,6 +332,8 @@ static void trial(struct slots *s, uint32_t t, struct tally *tally) {
   s->jitter = t % 2 ? 3000 : 0;
   options = (struct us_generate_options){
       .block = blocks[t % 6], .batch = 1 + t % 8, .accept = rates, .accept_count = t % 3 ? 0 : 3};
+  options.rule = (enum us_verify_rule)(t / 2 % 3), options.adaptive = t / 3 % 2;
+  tally->by_law += options.rule != US_VERIFY_MATCH, tally->adaptive += options.adaptive;
   generate(s, false, requests, &options, own);
   generate(s, true, requests, &options, loop);
   compare(own, loop, tally);
@@ -325,16 +355,20 @@ int engine_loop_host(void) {
     struct tally tally = {0};
     struct slots *s = calloc(1, sizeof *s);
     open_slots(s, cases[c].ranks, cases[c].mode);
-    for (uint32_t t = 0; t < (cases[c].mode == US_DEVICE_ENGINE ? 24u : 6u); t++) trial(s, t, &tally);
+    for (uint32_t t = 0; t < (cases[c].mode == US_DEVICE_ENGINE ? 48u : 18u); t++) trial(s, t, &tally);
     close_slots(s);
     free(s);
     bool ok = tally.outputs && !tally.bad;
     failed |= !ok;
     printf("{\"check\": \"loop: %s, %u ranks\", \"ok\": %s, \"checked\": %llu, \"mismatches\": %llu, "
            "\"tokens\": %llu, "
-           "\"rounds\": %llu, \"stop\": %llu, \"length\": %llu, \"loop\": %llu}\n",
+           "\"rounds\": %llu, \"trials by law\": %llu, \"adaptive\": %llu, \"outputs with "
+           "log-probabilities\": %llu, "
+           "\"proposals\": %llu, \"stop\": %llu, \"length\": %llu, \"loop\": %llu}\n",
            cases[c].name, cases[c].ranks, ok ? "true" : "false", (unsigned long long)tally.outputs,
            (unsigned long long)tally.bad, (unsigned long long)tally.tokens, (unsigned long long)tally.rounds,
+           (unsigned long long)tally.by_law, (unsigned long long)tally.adaptive,
+           (unsigned long long)tally.logprobs, (unsigned long long)tally.offered,
            (unsigned long long)tally.finishes[US_FINISH_STOP],
            (unsigned long long)tally.finishes[US_FINISH_LENGTH],
            (unsigned long long)tally.finishes[US_FINISH_LOOP]);

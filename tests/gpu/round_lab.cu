@@ -39,7 +39,8 @@ static __global__ void __launch_bounds__(US_ENGINE_COMPUTE, 1)
       if (threadIdx.x == 0) us_engine_jitter(b);
       if (op->kind == US_ENGINE_SELECT && launch.unfiltered) us_engine_select<false>(b, op);
       if (op->kind == US_ENGINE_SELECT && !launch.unfiltered) us_engine_select<true>(b, op);
-      if (op->kind == US_ENGINE_ACCEPT) us_engine_accept(b, op);
+      if (op->kind == US_ENGINE_ACCEPT && launch.unfiltered) us_engine_accept<false>(b, op);
+      if (op->kind == US_ENGINE_ACCEPT && !launch.unfiltered) us_engine_accept<true>(b, op);
     }
     if (launch.ranks > 1) meet_all(b, gate);
     if (!keep_on && *(volatile uint32_t *)&shared->stop) return;
@@ -117,6 +118,7 @@ uint32_t lab_selects(const struct round_lab *lab, bool draft, uint32_t wait, str
     ops[t].kind = US_ENGINE_SELECT, ops[t].row_tile = t, ops[t].wait = wait;
     ops[t].program = draft ? US_ENGINE_PASS_DRAFT : US_ENGINE_PASS_TARGET;
     ops[t].select.stride = lab->share, ops[t].select.vocab = lab->N, ops[t].select.draft = draft;
+    ops[t].select.tiles = lab->tiles;
   }
   return lab->tiles;
 }
@@ -124,7 +126,7 @@ uint32_t lab_selects(const struct round_lab *lab, bool draft, uint32_t wait, str
 struct us_engine_op lab_accept(const struct round_lab *lab, uint32_t wait) {
   struct us_engine_op op = {};
   op.kind = US_ENGINE_ACCEPT, op.program = US_ENGINE_PASS_TARGET, op.wait = wait;
-  op.accept.vocab = lab->N;
+  op.accept.vocab = lab->N, op.accept.tiles = lab->tiles;
   return op;
 }
 

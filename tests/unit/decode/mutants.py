@@ -25,7 +25,7 @@ MUTANTS = [
     ("bonus from the row before", "verify.c", "v->p + accepted * v->N", "v->p + (accepted ? accepted - 1 : 0) * v->N",
      "t_verify"),
     ("block forgets the prefix", "verify.c", "rule == US_VERIFY_BLOCK ? pi : 1.0", "1.0", "t_verify"),
-    ("block stops at the first rejection", "verify.c", "else if (rule != US_VERIFY_BLOCK)", "else", "t_verify"),
+    ("block stops at the first rejection", "base/speculate.h", "else if (rule != US_VERIFY_BLOCK)", "else", "t_verify"),
     ("q without temperature", "round.c",
      "us_sample_probs(round->draft_logits + i * N, N, &request->sampling, scratch->q + i * N)",
      "us_sample_probs(round->draft_logits + i * N, N, &(struct us_sampling){.temperature = 1.0f}, scratch->q + i * N)",

@@ -17,7 +17,8 @@ struct resident_run {
   struct fake *fake;
   struct us_rounds *rounds;
   struct us_engine_state state;
-  float *logits;                                  /* (rows, N) */
+  float *logits;                                  /* (rows, N) of the last target pass */
+  float *draft_logits;                            /* (rows, N), a slot's by its row */
   float taps[US_ENGINE_MAX_ROWS * RESIDENT_TAPS]; /* of the last target pass */
   uint32_t cancel;                                /* bits: takes effect a round later, as it may on a GPU */
 };
@@ -53,15 +54,26 @@ static inline enum us_status resident_draft(struct resident_run *run, uint32_t i
   uint32_t N = run->fake->model.shape.vocab, count = 0;
   while (count < state->block && first[count].sequence != US_ENGINE_NONE) count++;
   if (!run->rounds->drafting || !count) return US_OK;
+  const struct us_engine_sequence *s = &state->sequence[i];
+  float *logits = run->draft_logits + (i * state->block + 1) * N;
   struct us_draft_pass pass = {.kv = run->rounds->sequences[i].draft_kv,
                                .anchor = first->token,
                                .position = first->position,
                                .block = count,
-                               .logits = run->logits};
+                               .logits = logits};
   enum us_status status = us_kv_reserve(pass.kv, pass.position, count, err);
   if (status == US_OK) status = fake_draft(&run->fake->ex, &pass, err);
-  for (uint32_t j = 1; status == US_OK && j < count && !state->sequence[i].replay; j++)
-    state->target[i * state->block + j].token = us_sample_argmax(run->logits + (j - 1) * N, N);
+  bool law = s->rule != US_VERIFY_MATCH && s->sampling.temperature > 0.0f;
+  double inv = s->sampling.temperature > 0.0f ? 1.0 / (double)s->sampling.temperature : 1.0;
+  for (uint32_t j = 1; status == US_OK && j < count && !s->replay; j++) {
+    const float *x = logits + (j - 1) * N;
+    int32_t top = us_sample_argmax(x, N);
+    struct us_noise noise = us_noise_round(s->seed, s->position, j - 1, s->sample, US_STREAM_DRAFT);
+    state->target[i * state->block + j].token = law ? us_sample_token(x, N, &s->sampling, noise) : top;
+    state->confidence[i * state->block + j] =
+        us_sample_confidence(us_cut_mass(x, N, x[top], inv, us_cut_everything()));
+  }
+  if (status == US_OK && state->adaptive) us_engine_cut_drafts(state, i);
   return status;
 }
 
@@ -103,17 +115,51 @@ static inline enum us_status resident_target(struct resident_run *run, struct us
   return status;
 }
 
-/* What ACCEPT does to one sequence; returns whether it ended. */
-static inline bool resident_accept(struct resident_run *run, uint32_t i, uint32_t cancel) {
+/* Rules REJECT and BLOCK: `tokens` become the survivors and what is emitted behind them. Returns how many survive. */
+static inline uint32_t resident_by_law(const struct resident_run *run, uint32_t i, const float *logits,
+                                       const int32_t *proposals, int32_t *tokens) {
+  const struct us_engine_state *state = &run->state;
+  const struct us_engine_sequence *s = &state->sequence[i];
+  size_t N = run->fake->model.shape.vocab, n = s->drafts;
+  double *p = calloc((2 * n + 2) * N, sizeof *p), *q = p + (n + 1) * N, *weights = p + (2 * n + 1) * N;
+  double h[US_MAX_BLOCK], u[US_MAX_BLOCK];
+  for (uint32_t j = 0; j <= n; j++) us_sample_probs(logits + j * N, N, &s->sampling, p + j * N);
+  for (uint32_t j = 0; j < n; j++) {
+    us_sample_probs(run->draft_logits + (i * state->block + 1 + j) * N, N, &s->sampling, q + j * N);
+    u[j] = us_noise_uniform(us_noise_round(s->seed, s->position, j, s->sample, US_STREAM_ACCEPT));
+  }
+  struct us_verify v = {
+      .N = N, .drafts = (uint32_t)n, .tokens = proposals, .p = p, .q = s->replay ? NULL : q};
+  us_verify_thresholds((enum us_verify_rule)s->rule, &v, h);
+  uint32_t accepted = us_verify_accepted((enum us_verify_rule)s->rule, h, u, s->drafts);
+  us_verify_emission((enum us_verify_rule)s->rule, &v, accepted, weights);
+  memcpy(tokens, proposals, accepted * sizeof *tokens);
+  tokens[accepted] = us_sample_weights(
+      weights, N, us_noise_round(s->seed, s->position, accepted, s->sample, US_STREAM_RESIDUAL));
+  free(p);
+  return accepted;
+}
+
+/* What ACCEPT does to one sequence, whose logits are given; returns whether it ended. */
+static inline bool resident_accept(struct resident_run *run, uint32_t i, const float *logits,
+                                   uint32_t cancel) {
   struct us_engine_state *state = &run->state;
   struct us_engine_sequence *s = &state->sequence[i];
-  const int32_t *drawn = state->drawn + i * state->block;
+  int32_t *drawn = state->drawn + i * state->block;
   int32_t proposals[US_MAX_BLOCK];
+  float logprobs[US_MAX_BLOCK];
+  size_t N = run->fake->model.shape.vocab;
   for (uint32_t j = 0; j < s->drafts; j++) proposals[j] = state->target[i * state->block + 1 + j].token;
   struct us_rounds_report report = {
       .sequence = i, .round = state->round, .tokens = drawn, .drafts = s->drafts};
-  report.accepted = report.count = us_verify_match(proposals, drawn, s->drafts);
+  bool law = s->rule != US_VERIFY_MATCH && s->sampling.temperature > 0.0f && s->drafts;
+  report.accepted = us_verify_match(proposals, drawn, s->drafts);
+  if (law) report.accepted = resident_by_law(run, i, logits, proposals, drawn);
+  report.count = report.accepted;
   report.broken = drawn[report.accepted] < 0;
+  for (uint32_t j = 0; s->logprobs && !report.broken && j <= report.accepted; j++)
+    logprobs[j] = us_sample_logprob(logits + j * N, N, drawn[j]);
+  if (s->logprobs) report.logprobs = logprobs;
   uint32_t end = cancel >> i & 1;
   if (report.broken)
     end = 1;
@@ -127,7 +173,7 @@ static inline bool resident_accept(struct resident_run *run, uint32_t i, uint32_
     s->committed = report.accepted + 1;
     s->position += s->committed;
     s->anchor = drawn[report.accepted];
-    s->drafts = us_engine_drafts(s);
+    s->drafts = us_engine_drafts(state, s);
   }
   for (uint32_t slot = 0; slot < state->block; slot++)
     us_engine_set_rows(state, i, slot, run->fake->model.shape.vocab);
@@ -145,6 +191,8 @@ static inline void resident_admit(struct resident_run *run, uint32_t i) {
                                    .seed = from->seed,
                                    .sampling = from->sampling,
                                    .most_drafts = from->drafts,
+                                   .rule = from->rule,
+                                   .logprobs = from->logprobs,
                                    .replay = from->replay,
                                    .replay_first = from->replay_first,
                                    .replay_count = (uint32_t)from->replay_count};
@@ -162,9 +210,13 @@ static inline enum us_status resident_round(struct resident_run *run, bool *ret_
   enum us_status status = resident_context(run, err);
   for (uint32_t i = 0; status == US_OK && i < run->rounds->n; i++) status = resident_draft(run, i, err);
   if (status == US_OK) status = resident_target(run, err);
-  uint32_t cancel = run->cancel;
-  for (uint32_t i = 0; status == US_OK && i < run->rounds->n; i++)
-    *ret_ended |= resident_accept(run, i, cancel);
+  uint32_t cancel = run->cancel, N = run->fake->model.shape.vocab;
+  const float *logits = run->logits; /* rows that exist lie side by side */
+  for (uint32_t i = 0; status == US_OK && i < run->rounds->n; i++) {
+    uint32_t rows = run->state.sequence[i].drafts + 1;
+    *ret_ended |= resident_accept(run, i, logits, cancel);
+    logits += rows * N;
+  }
   run->state.round++;
   return status;
 }
@@ -176,6 +228,9 @@ static inline enum us_status resident_rounds(struct us_executor *ex, struct us_r
   run->rounds = rounds;
   run->fake->resident_calls++;
   run->logits = malloc(US_ENGINE_MAX_ROWS * run->fake->model.shape.vocab * sizeof(float));
+  run->draft_logits = calloc(US_ENGINE_MAX_ROWS * run->fake->model.shape.vocab, sizeof(float));
+  run->state.adaptive = rounds->adaptive != NULL;
+  if (rounds->adaptive) run->state.cost = *rounds->adaptive;
   run->state.block = rounds->block;
   for (uint32_t r = 0; r < US_ENGINE_MAX_ROWS; r++)
     run->state.target[r] = run->state.draft[r] = run->state.context[r] = us_engine_no_row();
@@ -183,7 +238,7 @@ static inline enum us_status resident_rounds(struct us_executor *ex, struct us_r
   enum us_status status = US_OK;
   for (bool ended = false; status == US_OK && !ended;) status = resident_round(run, &ended, err);
   if (status == US_OK) status = resident_context(run, err);
-  free(run->logits);
+  free(run->logits), free(run->draft_logits);
   free(run);
   return status;
 }

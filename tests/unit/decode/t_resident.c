@@ -184,26 +184,42 @@ START_TEST(an_interrupt_ends_resident_rounds) {
 }
 END_TEST
 
-START_TEST(what_needs_logits_runs_round_by_round) {
-  struct us_err err = {0};
-  struct us_result result;
-  for (int i = 0; i < 3; i++) {
-    struct fake f;
-    resident_init(&f, VOCAB, 8);
-    asked = 0;
-    struct us_request request = {.prompt = prompt,
-                                 .prompt_count = 5,
-                                 .max_tokens = 50,
-                                 .sampling = {.temperature = 1.0f},
-                                 .logprobs = i == 0};
-    struct us_generate_options options = {
-        .block = 8, .adaptive = i == 1, .rule = i == 2 ? US_VERIFY_REJECT : US_VERIFY_MATCH};
-    ck_assert_int_eq(us_generate(&f.ex, &request, 1, &options, &result, NULL, &err), US_OK);
-    ck_assert_uint_eq(result.outputs[0].ids.count, 50);
-    ck_assert_uint_eq(f.resident_calls, 0);
-    if (i == 0) ck_assert_double_ne(result.outputs[0].mean_logprob, 0.0);
-    us_result_release(&result);
+START_TEST(every_rule_and_adaptive_lengths_and_logprobs_run_resident) {
+  static const float rates[] = {0.9f, 0.5f};
+  struct us_request requests[REQUESTS];
+  struct us_result plain[REQUESTS], own[REQUESTS], resident[REQUESTS];
+  struct us_generate_stats a, b;
+  uint64_t logprobs = 0, accepted = 0;
+  for (uint32_t t = 0; t < 24; t++) {
+    struct us_replay replays[REQUESTS][3];
+    make_requests(t, requests);
+    for (uint32_t i = 0; i < REQUESTS; i++) requests[i].logprobs = i % 2;
+    struct us_generate_options options = {.block = 1, .batch = 3};
+    run(false, 8, requests, &options, plain, NULL);
+    for (uint32_t i = 0; t % 4 == 3 && i < REQUESTS; i += 2) {
+      for (uint32_t s = 0; s < requests[i].samples; s++)
+        replays[i][s] = (struct us_replay){plain[i].outputs[s].ids.ids, plain[i].outputs[s].ids.count};
+      requests[i].replay = replays[i];
+    }
+    options = (struct us_generate_options){.block = 2 + t % 7,
+                                           .batch = 1 + t % 8,
+                                           .rule = (enum us_verify_rule)(t % 3),
+                                           .adaptive = t / 3 % 2,
+                                           .accept = rates,
+                                           .accept_count = 2};
+    run(false, 8, requests, &options, own, &a);
+    run(true, 8, requests, &options, resident, &b);
+    assert_same(own, resident);
+    ck_assert_uint_eq(a.rows, b.rows);
+    for (uint32_t i = 1; i < REQUESTS; i += 2)
+      for (uint32_t s = 0; s < own[i].samples; s++, logprobs++)
+        ck_assert_mem_eq(own[i].outputs[s].logprobs, resident[i].outputs[s].logprobs,
+                         own[i].outputs[s].ids.count * sizeof(float));
+    accepted += a.decode.accepted[0];
+    release(plain), release(own), release(resident);
   }
+  ck_assert_uint_gt(logprobs, 0);
+  ck_assert_uint_gt(accepted, 0);
 }
 END_TEST
 
@@ -215,7 +231,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, what_the_caller_ends_has_ended);
   tcase_add_test(c, logits_that_are_not_finite_are_an_error);
   tcase_add_test(c, an_interrupt_ends_resident_rounds);
-  tcase_add_test(c, what_needs_logits_runs_round_by_round);
+  tcase_add_test(c, every_rule_and_adaptive_lengths_and_logprobs_run_resident);
   return us_suite("resident", c);
 }
 

@@ -215,7 +215,9 @@ START_TEST(probabilities_and_logprobs_are_the_softmax) {
       plain += exp((double)logits[i] - max);
     }
     for (int i = 0; i < N; i++) {
-      ck_assert_double_eq_tol(probs[i], exp(((double)logits[i] - max) / (double)0.9f) / sum, 1e-13);
+      /* weights are rounded to 2^-40 of the largest: half a unit each, in the token's and in all of the sum */
+      double p = exp(((double)logits[i] - max) / (double)0.9f) / sum;
+      ck_assert_double_eq_tol(probs[i], p, 0x1p-41 * (1.0 + N * p) / sum + 1e-14);
       ck_assert_float_eq_tol(us_sample_logprob(logits, N, i), (float)((double)logits[i] - max - log(plain)),
                              2e-5f);
     }

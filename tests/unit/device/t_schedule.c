@@ -31,7 +31,8 @@ static void prove_shape(struct fixture *f, uint32_t ranks) {
     }
     us_device_layout_free(f->weights);
     make(f, rank, ranks,
-         (struct us_device_schedule_options){.batch = passes[i].batch, .block = passes[i].block});
+         (struct us_device_schedule_options){
+             .batch = passes[i].batch, .block = passes[i].block, .adaptive = i % 2});
     expect_proved(f, what);
     release(f);
   }

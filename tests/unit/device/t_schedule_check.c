@@ -86,10 +86,13 @@ static const struct field of_context[] = {
     FIELD(context.layers, 1),     FIELD(context.G, 1),          FIELD(context.Q, 2),
     FIELD(context.V, 2),          FIELD(context.rotary, 2),     FIELD(context.eps, 1),
     FIELD(context.page_count, 1), FIELD(context.value_scale, 1)};
-static const struct field of_select[] = {FIELD(select.logits, 64), FIELD(select.stride, 1),
-                                         FIELD(select.count, 1),   FIELD(select.first, 1),
-                                         FIELD(select.vocab, 1),   FIELD(select.draft, 1)};
-static const struct field of_accept[] = {FIELD(accept.vocab, 1)};
+static const struct field of_select[] = {
+    FIELD(select.logits, 64), FIELD(select.stride, 1), FIELD(select.count, 1), FIELD(select.first, 1),
+    FIELD(select.vocab, 1),   FIELD(select.draft, 1),  FIELD(select.tiles, 1)};
+static const struct field of_accept[] = {FIELD(accept.vocab, 1),   FIELD(accept.tiles, 1),
+                                         FIELD(accept.logits, 64), FIELD(accept.opt_draft_logits, 64),
+                                         FIELD(accept.stride, 1),  FIELD(accept.count, 1),
+                                         FIELD(accept.first, 1)};
 
 #define COUNT(array) (sizeof array / sizeof *array)
 static const struct {
@@ -134,14 +137,19 @@ static void break_fields(struct fixture *f, uint32_t index, const struct field *
 }
 
 /* Lists small enough to be broken in every place: one row tile, and two whose blocks do or do not share sequences. */
-static const struct { uint32_t batch, block; } broken[] = {{1, 8}, {2, 8}, {1, 16}};
+static const struct {
+  uint32_t batch, block;
+  bool adaptive;
+} broken[] = {{1, 8, false}, {2, 8, false}, {1, 16, false}, {1, 16, true}};
 
 static struct fixture to_break(int i) {
   struct fixture f = tiny();
   f.shape.layers = 3, f.draft.layers = 1, f.draft.target_layers = 3, f.draft.tap_layer[1] = 2;
   make(&f, 1, 2,
-       (struct us_device_schedule_options){
-           .batch = broken[i].batch, .block = broken[i].block, .observe = true});
+       (struct us_device_schedule_options){.batch = broken[i].batch,
+                                           .block = broken[i].block,
+                                           .observe = true,
+                                           .adaptive = broken[i].adaptive});
   expect_proved(&f, "unbroken");
   return f;
 }
@@ -175,6 +183,25 @@ START_TEST(a_list_without_any_one_of_its_waits_is_refused) {
     op->wait = wait, waits++;
   }
   ck_assert_uint_gt(waits, f.schedule->op_count / 2);
+  release(&f);
+}
+END_TEST
+
+/* Which rows there are is known when the last row tile's proposals are. */
+START_TEST(adaptive_rows_that_are_embedded_before_the_last_proposals_are_refused) {
+  struct fixture f = to_break(3);
+  const struct us_device_schedule *s = f.schedule;
+  uint32_t embeds = 0;
+  for (uint32_t i = s->begin[US_ENGINE_PASS_TARGET]; i < s->op_count; i++) {
+    struct us_engine_op *op = &f.schedule->ops[i];
+    if (op->kind != US_ENGINE_EMBED || op->wait == US_ENGINE_NONE) continue;
+    uint32_t wait = op->wait;
+    ck_assert_uint_eq(wait, s->end[US_ENGINE_PASS_DRAFT] - 1);
+    op->wait = wait - 1;
+    expect_refused(&f, i, "the wait for the last row tile");
+    op->wait = wait, embeds++;
+  }
+  ck_assert_uint_gt(embeds, 0);
   release(&f);
 }
 END_TEST
@@ -253,8 +280,9 @@ END_TEST
 
 static Suite *make_suite(void) {
   TCase *c = tcase_create("schedule_check");
-  tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, 3);
-  tcase_add_loop_test(c, a_list_without_any_one_of_its_waits_is_refused, 0, 3);
+  tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, 4);
+  tcase_add_loop_test(c, a_list_without_any_one_of_its_waits_is_refused, 0, 4);
+  tcase_add_test(c, adaptive_rows_that_are_embedded_before_the_last_proposals_are_refused);
   tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, 3);
   tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, 3);
   tcase_add_test(c, with_one_row_tile_no_two_neighbours_can_change_places);

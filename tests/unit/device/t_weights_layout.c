@@ -198,7 +198,10 @@ END_TEST
 
 START_TEST(shapes_that_cannot_be_cut_say_which_size) {
   struct us_shape shape = load_shape("pico");
-  expect_refused(&shape, 2, "layers.1.experts: inner size 48 of one of 2 ranks");
+  expect_refused(
+      &shape, 2,
+      "layers.1.experts: an inner size of 96 does not make 2 shares of a multiple of 32 columns; it "
+      "runs on 1 rank");
   expect_refused(&shape, 4, "KV heads: 2 cannot be shared by 4 ranks");
   expect_refused(&shape, 3, "rank 0 of 3");
   shape.precision.experts = US_FORMAT_F32;
