@@ -16,6 +16,8 @@ static const struct us_opt opts[] = {
     US_OPT_STR("x", 'x', "COLUMN", "what lies along the picture", .required = true),
     US_OPT_STR("y", 'y', "COLUMN", "what is drawn; may be repeated", .required = true, .repeat = true),
     US_OPT_STR("group", 'g', "COLUMN", "a series for each text in this column"),
+    US_OPT_STR("name", 'n', "TEXT", "what a table is called, in their order; default: its file",
+               .repeat = true),
     US_OPT_FLAG("points", 0, "points instead of lines"),
     US_OPT_GROUP("Axes"),
     US_OPT_STR("title", 0, "TEXT", "above the picture"),
@@ -35,7 +37,7 @@ struct line {
 };
 
 struct table {
-  const char *path;
+  const char *path, *name;
   struct us_buffer text;
   struct line *line; /* the first is the header */
   size_t n;
@@ -45,6 +47,7 @@ struct picture {
   struct us_tool_run *run;
   struct table *tables;
   size_t table_count;
+  size_t room; /* numbers of all tables and columns: what one series may have to hold */
   struct us_plot_series series[US_PLOT_MAX_SERIES];
   char *names[US_PLOT_MAX_SERIES];
   size_t count;
@@ -104,8 +107,8 @@ static enum us_status number(const struct table *table, size_t row, size_t colum
 /* --- series --- */
 
 /* The series of this name, made if it is new. */
-static enum us_status series_of(struct picture *p, const char *name, size_t room,
-                                struct us_plot_series **ret_series, struct us_err *err) {
+static enum us_status series_of(struct picture *p, const char *name, struct us_plot_series **ret_series,
+                                struct us_err *err) {
   for (size_t i = 0; i < p->count; i++)
     if (strcmp(p->names[i], name) == 0) return *ret_series = &p->series[i], US_OK;
   if (p->count == US_PLOT_MAX_SERIES)
@@ -113,11 +116,11 @@ static enum us_status series_of(struct picture *p, const char *name, size_t room
   struct us_plot_series *s = &p->series[p->count];
   p->names[p->count] = strdup(name);
   *s = (struct us_plot_series){.name = p->names[p->count],
-                               .x = calloc(room, sizeof *s->x),
-                               .y = calloc(room, sizeof *s->y),
+                               .x = calloc(p->room, sizeof *s->x),
+                               .y = calloc(p->room, sizeof *s->y),
                                .style = us_opt_flag(p->run->opts, "points") ? US_PLOT_POINTS : US_PLOT_LINE};
   p->count++;
-  if (!s->name || !s->x || !s->y) return us_err_memory(err, "series", 2 * room * sizeof *s->x);
+  if (!s->name || !s->x || !s->y) return us_err_memory(err, "series", 2 * p->room * sizeof *s->x);
   *ret_series = s;
   return US_OK;
 }
@@ -126,10 +129,8 @@ static enum us_status series_of(struct picture *p, const char *name, size_t room
 static void name_of(const struct picture *p, const struct table *table, const char *y, const char *group,
                     char *name, size_t size) {
   bool files = p->table_count > 1, columns = us_opt_count(p->run->opts, "y") > 1;
-  const char *slash = strrchr(table->path, '/');
-  snprintf(name, size, "%s%s%s%s%s", files ? (slash ? slash + 1 : table->path) : "",
-           files && (columns || group) ? " " : "", columns || (!files && !group) ? y : "",
-           columns && group ? " " : "", group ? group : "");
+  snprintf(name, size, "%s%s%s%s%s", files ? table->name : "", files && (columns || group) ? " " : "",
+           columns || (!files && !group) ? y : "", columns && group ? " " : "", group ? group : "");
 }
 
 static enum us_status add_column(struct picture *p, const struct table *table, const char *y_name,
@@ -150,7 +151,7 @@ static enum us_status add_column(struct picture *p, const struct table *table, c
     if (status == US_OK) status = number(table, row, y_column, &y, err);
     if (status != US_OK || isnan(x) || isnan(y)) continue;
     name_of(p, table, y_name, group, name, sizeof name);
-    status = series_of(p, name, table->n, &s, err);
+    status = series_of(p, name, &s, err);
     if (status != US_OK) break;
     ((double *)s->x)[s->n] = x;
     ((double *)s->y)[s->n++] = y;
@@ -200,8 +201,12 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   enum us_status status = US_OK;
   p.tables = calloc(p.table_count, sizeof *p.tables);
   if (!p.tables) status = us_err_memory(err, "tables", p.table_count * sizeof *p.tables);
-  for (size_t i = 0; i < p.table_count && status == US_OK; i++)
-    status = read_table(&p.tables[i], us_opt_nth(o, "tables", i), err);
+  for (size_t i = 0; i < p.table_count && status == US_OK; i++) {
+    const char *path = us_opt_nth(o, "tables", i), *slash = strrchr(path, '/');
+    p.tables[i].name = i < us_opt_count(o, "name") ? us_opt_nth(o, "name", i) : slash ? slash + 1 : path;
+    status = read_table(&p.tables[i], path, err);
+    p.room += p.tables[i].n * us_opt_count(o, "y");
+  }
   for (size_t i = 0; i < p.table_count && status == US_OK; i++)
     for (size_t k = 0; k < us_opt_count(o, "y") && status == US_OK; k++)
       status = add_column(&p, &p.tables[i], us_opt_nth(o, "y", k), err);

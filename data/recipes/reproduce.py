@@ -232,7 +232,8 @@ def table_drafter(lab):
     add_draft(lab, rows, "target", served, served, *own, trained_on="the quantized model")
     write(a.out / "drafter.tsv", rows)
     positions(lab, rows)
-    lab("us-plot", *logs.values(), "-x", "tokens", "-y", "loss", "-o", "@p.png", "--title", "drafter: training loss by optimizer and rate")
+    names = [word for name in logs for word in ("--name", name)]
+    lab("us-plot", *logs.values(), *names, "-x", "tokens", "-y", "loss", "-o", "@p.png", "--title", "drafter: training loss by optimizer and rate")
 
 
 def positions(lab, rows):
