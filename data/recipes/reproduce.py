@@ -318,7 +318,9 @@ def main():
     parser.add_argument("--hardware", default="")
     args = parser.parse_args()
     small = args.small
-    args.command = "data/recipes/reproduce.sh " + " ".join(sys.argv[1:])
+    words = [word for word in sys.argv[1:] if not word.startswith("/")]  # the machine's own paths are nobody's concern
+    args.command = "data/recipes/reproduce.sh " + " ".join(w for i, w in enumerate(words) if not w.startswith("--") or w == "--small" or
+                                                           (i + 1 < len(words) and not words[i + 1].startswith("--")))
     args.steps, args.windows, args.draft_steps = (8, 8, 6) if small else (400, 200, 800)
     args.tokens, args.length = (48, 256) if small else (256, 512)
     args.rates, args.muon_rates, args.adamw_rates = ["1e-4", "3e-4", "1e-3"], ["2e-3", "4e-3", "1e-2"], ["3e-4", "6e-4", "2e-3"]
