@@ -23,6 +23,7 @@ static const struct shape shapes[] = {
     {"Pro, draft", DRAFT, 300, 128, 4, 4, 192, 128, false, 30},
     {"Pro, any ranges", RANDOM, 200, 0, 8, 2, 192, 128, false, 0},
     {"three heads a KV head", FULL, 300, 0, 6, 2, 80, 64, true, 0},
+    {"mini, chains of units", WINDOW, 4000, 64, 16, 8, 128, 128, true, 0},
     {"32 heads on one", WINDOW, 150, 64, 32, 1, 64, 64, true, 0},
 };
 

@@ -1,12 +1,12 @@
 /* train_attention_oracle.cu: attention and its gradients in double precision, one query or key at a time, and what may be off.
  *
- * Error terms: u = 2^-9, the rounding to bf16; the tensor cores truncate each multiply of 16 columns to t = 2^-22 of the sum of its
+ * Error terms: u = 2^-8, the rounding to bf16; the tensor cores truncate each multiply of 16 columns to t = 2^-22 of the sum of its
  * magnitudes. Roundings of p and ds are independent, so a sum of n of them is off by at most 8 standard deviations (u / sqrt 3
  * each), and never by more than u each. Scores are off by t Q / 16 of their magnitudes, exponentials by 4 t (1 + |score| + |lse|).
  */
 #include "train_attention.h"
 
-static const double U = 0x1p-9, T = 0x1p-22;
+static const double U = 0x1p-8, T = 0x1p-22;
 
 /* A sum of products whose first factor is rounded to bf16. */
 struct rounded_sum {
