@@ -117,14 +117,6 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* --- SwiGLU --- */
 
-/* 1 / (1 + e^-x) within 4 units of the last of 24 bits: the special-function unit, since the accurate one would be as slow as memory. */
-static __device__ __forceinline__ float sigmoid(float x) {
-  float power, result;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
-  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
-  return result;
-}
-
 static __global__ void __launch_bounds__(THREADS)
     swiglu_rows(uint32_t S, uint32_t F, const uint16_t *gate_up, uint16_t *a) {
   struct place p;

@@ -1,4 +1,4 @@
-/* experts_vector.cuh: eight bf16 values, 16 bytes, as floats and back. */
+/* experts_vector.cuh: eight bf16 values, 16 bytes, as floats and back, and their sigmoid. */
 #ifndef US_KERNELS_EXPERTS_VECTOR_CUH
 #define US_KERNELS_EXPERTS_VECTOR_CUH
 
@@ -21,6 +21,14 @@ static __device__ __forceinline__ void unpack_8(uint4 four, float v[8]) {
 
 static __device__ __forceinline__ uint4 pack_8(const float v[8]) {
   return make_uint4(pack_2(v), pack_2(v + 2), pack_2(v + 4), pack_2(v + 6));
+}
+
+/* 1 / (1 + e^-x) within 4 units of the last of 24 bits: the special-function unit, since the accurate one would be as slow as memory. */
+static __device__ __forceinline__ float sigmoid(float x) {
+  float power, result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+  return result;
 }
 
 #endif

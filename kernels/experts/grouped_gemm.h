@@ -47,7 +47,12 @@ struct us_grouped {
 int us_grouped_forward(const struct us_grouped *grouped, const uint16_t *x, const uint16_t *w,
                        uint64_t w_stride, uint16_t *y, cudaStream_t stream);
 
-/* The same with y in FP32. */
+/* The same, with W_e gates above ups (N = 2 F), and in the same pass a (rows, F) bf16 = silu(gate) * up from the rounded gates and
+ * ups: the bits of us_experts_train_swiglu. opt_y NULL: a alone is kept. */
+int us_grouped_forward_swiglu(const struct us_grouped *grouped, const uint16_t *x, const uint16_t *w,
+                              uint64_t w_stride, uint16_t *opt_y, uint16_t *a, cudaStream_t stream);
+
+/* The same as us_grouped_forward with y in FP32. */
 int us_grouped_forward_f32(const struct us_grouped *grouped, const uint16_t *x, const uint16_t *w,
                            uint64_t w_stride, float *y, cudaStream_t stream);
 

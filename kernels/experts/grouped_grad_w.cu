@@ -5,7 +5,8 @@ int us_grouped_grad_w(const struct us_grouped *g, const uint16_t *dy, const uint
                       uint64_t dw_stride, cudaStream_t stream) {
   if (!valid(g, dw_stride)) return cudaErrorInvalidValue;
   if (!g->rows) return cudaSuccess;
-  struct grouped_operand left = {dy, g->rows, g->N, 1, 0, 0}, right = {x, g->rows, g->K, 1, 0, 0};
+  struct grouped_operand left = {dy, g->rows, g->N, 1, 0, 0, false},
+                         right = {x, g->rows, g->K, 1, 0, 0, false};
   struct grouped_args a = arguments(g, g->K, 0, dw);
   a.output_rows = g->N, a.out_stride = dw_stride;
   return choose<GROUPED_GRAD_W>(g, &a, &left, &right, stream);

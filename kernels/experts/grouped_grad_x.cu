@@ -5,7 +5,8 @@ int us_grouped_grad_x(const struct us_grouped *g, const uint16_t *dy, const uint
                       uint16_t *dx, cudaStream_t stream) {
   if (!valid(g, w_stride)) return cudaErrorInvalidValue;
   if (!g->rows) return cudaSuccess;
-  struct grouped_operand left = {dy, g->rows, g->N, 1, 0, 0}, right = {w, g->N, g->K, g->groups, w_stride, 0};
+  struct grouped_operand left = {dy, g->rows, g->N, 1, 0, 0, false},
+                         right = {w, g->N, g->K, g->groups, w_stride, 0, false};
   struct grouped_args a = arguments(g, g->K, g->N, dx);
   return choose<GROUPED_GRAD_X>(g, &a, &left, &right, stream);
 }

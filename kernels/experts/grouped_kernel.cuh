@@ -1,9 +1,9 @@
 /* grouped_kernel.cuh: the grouped product: one warp keeps a ring of operands ahead, two warpgroups multiply 64 rows each.
  *
- * Blocks are persistent. The second warpgroup starts LEAD stages after the first and stays behind: while one stores its sums the
- * other has the tensor cores for itself, and neither waits for the other but through the ring.
+ * Blocks are persistent, and the ring runs on from tile to tile. Rounded outputs
+ * go to memory from registers: by the copy engine, a row at a time, they cost 5 to 30 % more (it has to bring the operands).
  *
- * Bound: a stage of 128 x 256 is 128 KFMA x 16 at 2048 a cycle: 1024 cycles, for 48 KB from L2 (47 bytes a cycle and processor, more
+ * Bound: a stage of 128 x 256 x 64 is 1024 cycles of multiplies, for 48 KB from L2 (47 bytes a cycle and processor, more
  * than L2 gives to all at once); two blocks that share the column operand want 32 KB.
  */
 #ifndef US_KERNELS_GROUPED_KERNEL_CUH
@@ -13,7 +13,11 @@
 
 #define CONSUMERS 2 /* warpgroups */
 #define THREADS   ((CONSUMERS + 1) * 128)
-#define LEAD      2 /* stages */
+
+/* Operands, and what GRAD_W adds to. */
+struct grouped_maps {
+  CUtensorMap left, right, sums, stores;
+};
 
 struct grouped_place {
   uint32_t stage, phase;
@@ -26,15 +30,16 @@ template <class Shape> static __device__ __forceinline__ void step(struct groupe
 /* ---- loading ----------------------------------------------------------------------------------------------------- */
 
 template <class Shape>
-static __device__ __forceinline__ void load_stage(const CUtensorMap *map_a, const CUtensorMap *map_b,
+static __device__ __forceinline__ void load_stage(const struct grouped_args *a,
+                                                  const struct grouped_maps *maps,
                                                   const struct grouped_tile *tile, uint32_t depth,
                                                   uint32_t rank, uint32_t to, uint32_t full) {
   us_barrier_expect(full, Shape::STAGE_BYTES);
   if (Shape::ACROSS_A) {
-    us_load_box(to, map_a, tile->row, tile->begin + depth, 0, full);
-    us_load_box(to + DEPTH * 128, map_a, tile->row + 64, tile->begin + depth, 0, full);
+    us_load_box(to, &maps->left, tile->row, tile->begin + depth, 0, full);
+    us_load_box(to + DEPTH * 128, &maps->left, tile->row + 64, tile->begin + depth, 0, full);
   } else {
-    us_load_box(to, map_a, depth, tile->row, 0, full);
+    us_load_box(to, &maps->left, depth, tile->row, 0, full);
   }
   to += Shape::A_BYTES;
 #pragma unroll
@@ -42,30 +47,44 @@ static __device__ __forceinline__ void load_stage(const CUtensorMap *map_a, cons
     if (b % Shape::BLOCKS != rank) continue;
     uint32_t column = Shape::ACROSS_B ? tile->column + b * 64 : depth,
              row = Shape::KIND == GROUPED_FORWARD  ? tile->column + b * (Shape::COLUMNS / Shape::BLOCKS)
+                   : Shape::KIND == GROUPED_SWIGLU ? tile->column / 2 + b * (a->columns / 2)
                    : Shape::KIND == GROUPED_GRAD_X ? depth
                                                    : tile->begin + depth,
              matrix = Shape::KIND == GROUPED_GRAD_W ? 0 : tile->group;
     if (Shape::BLOCKS == 1)
-      us_load_box(to, map_b, column, row, matrix, full);
+      us_load_box(to, &maps->right, column, row, matrix, full);
     else
-      us_load_box_shared(to, map_b, column, row, matrix, full, (1 << Shape::BLOCKS) - 1);
+      us_load_box_shared(to, &maps->right, column, row, matrix, full, (1 << Shape::BLOCKS) - 1);
   }
+}
+
+/* Columns [64 i, 64 i + 64) of what a tile of GRAD_W is added to. */
+template <class Shape>
+static __device__ __forceinline__ void load_sums(const CUtensorMap *map, const struct grouped_tile *tile,
+                                                 int i, uint32_t to, uint32_t full) {
+  const int boxes = Shape::COLUMNS - i * 64 < 64 ? 1 : 2;
+  us_barrier_expect(full, boxes * Shape::SUM_BOX_BYTES);
+  for (int b = 0; b < boxes; b++)
+    us_load_box(to + b * Shape::SUM_BOX_BYTES, map, tile->column + i * 64 + b * 32, tile->row, tile->group,
+                full);
 }
 
 /* One thread. */
 template <class Shape>
-static __device__ void produce(const struct grouped_args *a, const CUtensorMap *map_a,
-                               const CUtensorMap *map_b, struct grouped_shared *s, uint32_t ring,
-                               uint32_t rank) {
+static __device__ void produce(const struct grouped_args *a, const struct grouped_maps *maps,
+                               struct grouped_shared *s, uint32_t ring, uint32_t rank) {
   struct grouped_place p = {0, 1};
   struct grouped_walk walk = {0, 0, 0};
   struct grouped_tile tile;
   for (uint32_t item = blockIdx.x / Shape::BLOCKS; find_tile<Shape>(a, s->start, &walk, item, rank, &tile);
        item += gridDim.x / Shape::BLOCKS)
-    for (uint32_t i = 0; i < tile.stages; i++) {
+    for (uint32_t i = 0; i < tile.stages + Shape::SUM_STAGES; i++) {
+      uint32_t to = ring + p.stage * Shape::STAGE_BYTES, full = us_shared_address(&s->full[p.stage]);
       us_barrier_wait(us_shared_address(&s->empty[p.stage]), p.phase);
-      load_stage<Shape>(map_a, map_b, &tile, i * DEPTH, rank, ring + p.stage * Shape::STAGE_BYTES,
-                        us_shared_address(&s->full[p.stage]));
+      if (i < tile.stages)
+        load_stage<Shape>(a, maps, &tile, i * DEPTH, rank, to, full);
+      else
+        load_sums<Shape>(&maps->sums, &tile, i - tile.stages, to, full);
       step<Shape>(&p);
     }
 }
@@ -82,7 +101,7 @@ static __device__ void clear_tail(uint8_t *stage, uint32_t first, int group, int
              at = box == 0 ? group * DEPTH * 128 : Shape::A_BYTES + (box - 1) * Shape::BOX_BYTES;
     *(uint4 *)(stage + at + first * 128 + i % chunks * 16) = make_uint4(0, 0, 0, 0);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  us_async_fence();
   asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
 }
 
@@ -105,6 +124,7 @@ static __device__ __forceinline__ void multiply_stage(uint32_t stage, int group,
 template <class Shape>
 static __device__ __forceinline__ void release_stage(struct grouped_shared *s, uint32_t stage, int lane) {
   uint32_t empty = us_shared_address(&s->empty[stage]);
+  __syncwarp();
   if (Shape::BLOCKS == 1) {
     if (lane == 0) us_barrier_arrive(empty);
   } else {
@@ -112,26 +132,61 @@ static __device__ __forceinline__ void release_stage(struct grouped_shared *s, u
   }
 }
 
-template <class Shape, bool WIDE>
-static __device__ __forceinline__ void store(const struct grouped_args *a, const struct grouped_tile *tile,
-                                             int group, int lane, const float d[Shape::TILES][4]) {
-  uint32_t row = tile->row + group * 64 + threadIdx.x % 128 / 32 * 16;
-  if constexpr (Shape::KIND == GROUPED_GRAD_W)
-    store_sums<Shape, true>(a, tile, (float *)a->out + tile->group * a->out_stride, row, a->output_rows, lane,
-                            d);
-  else if constexpr (WIDE)
-    store_sums<Shape, false>(a, tile, (float *)a->out, row, tile->end, lane, d);
-  else
-    store_rounded<Shape>(a, tile, row, lane, d);
+/* GRAD_W: add to what was there, 64 columns at a time, in the ring, and copy it back from there. `row`: the warp's first. */
+template <class Shape>
+static __device__ __forceinline__ void add_to_matrix(const struct grouped_maps *maps,
+                                                     const struct grouped_tile *tile,
+                                                     struct grouped_shared *s, uint8_t *ring,
+                                                     struct grouped_place *p, uint32_t row, int lane,
+                                                     const float d[Shape::TILES][4]) {
+  uint32_t before = 0;
+#pragma unroll
+  for (int i = 0; i < Shape::SUM_STAGES; i++) {
+    uint8_t *stage = ring + p->stage * Shape::STAGE_BYTES;
+    us_barrier_wait(us_shared_address(&s->full[p->stage]), p->phase);
+    add_sums<Shape>(stage, row, i * 8, lane, d);
+    us_async_fence();
+    __syncwarp();
+    if (lane == 0) {
+      for (int b = 0; b < 2 && i * 64 + b * 32 < Shape::COLUMNS; b++)
+        us_store_box(&maps->stores, tile->column + i * 64 + b * 32, tile->row + row, tile->group,
+                     us_shared_address(stage) + b * Shape::SUM_BOX_BYTES + row * 128);
+      us_bulk_commit();
+      us_bulk_wait_read<1>();
+    }
+    if (i > 0) release_stage<Shape>(s, before, lane);
+    before = p->stage;
+    step<Shape>(p);
+  }
+  if (lane == 0) us_bulk_wait_read<0>();
+  release_stage<Shape>(s, before, lane);
 }
 
-template <class Shape, bool WIDE>
-static __device__ __forceinline__ void consume(const struct grouped_args *a, struct grouped_shared *s,
-                                               uint8_t *ring, uint32_t rank, int group, int lane) {
+/* Sums of a tile to where they belong; the warp's 16 rows. */
+template <class Shape>
+static __device__ __forceinline__ void store(const struct grouped_args *a, const struct grouped_maps *maps,
+                                             const struct grouped_tile *tile, struct grouped_shared *s,
+                                             uint8_t *ring, struct grouped_place *p, int lane,
+                                             const float d[Shape::TILES][4]) {
+  const uint32_t warp = threadIdx.x / 32, row = warp * 16;
+  if constexpr (Shape::KIND == GROUPED_GRAD_W) {
+    add_to_matrix<Shape>(maps, tile, s, ring, p, row, lane, d);
+  } else if constexpr (Shape::WIDE) {
+    store_wide<Shape>(a, tile, tile->row + row, lane, d);
+  } else if constexpr (Shape::KIND == GROUPED_SWIGLU) {
+    store_gated<Shape>(a, tile, tile->row + row, lane, d);
+  } else {
+    store_rounded<Shape>(a, tile, tile->row + row, lane, d);
+  }
+}
+
+template <class Shape>
+static __device__ __forceinline__ void consume(const struct grouped_args *a, const struct grouped_maps *maps,
+                                               struct grouped_shared *s, uint8_t *ring, uint32_t rank,
+                                               int group, int lane) {
   struct grouped_place p = {0, 0};
   struct grouped_walk walk = {0, 0, 0};
   struct grouped_tile tile;
-  bool ahead = group == 0;
   for (uint32_t item = blockIdx.x / Shape::BLOCKS; find_tile<Shape>(a, s->start, &walk, item, rank, &tile);
        item += gridDim.x / Shape::BLOCKS) {
     float d[Shape::TILES][4];
@@ -147,26 +202,22 @@ static __device__ __forceinline__ void consume(const struct grouped_args *a, str
       if (i > 0) release_stage<Shape>(s, before, lane);
       before = p.stage;
       step<Shape>(&p);
-      if (ahead && (i == LEAD || i + 1 == tile.stages)) {
-        asm volatile("bar.arrive 1, 256;" ::: "memory");
-        ahead = false;
-      }
     }
     us_wgmma_wait_for<0>();
     us_wgmma_hold<Shape::TILES>(d);
     release_stage<Shape>(s, before, lane);
-    store<Shape, WIDE>(a, &tile, group, lane, d);
+    store<Shape>(a, maps, &tile, s, ring, &p, lane, d);
   }
-  if (ahead) asm volatile("bar.arrive 1, 256;" ::: "memory"); /* no tile came */
+  if (Shape::KIND == GROUPED_GRAD_W) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
 /* Registers: 2 x 232 + 40. Swizzled boxes want 1024-byte alignment. */
-template <class Shape, bool WIDE>
+template <class Shape>
 static __global__ void __cluster_dims__(Shape::BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)
-    grouped_product(const __grid_constant__ struct grouped_args a, const __grid_constant__ CUtensorMap map_a,
-                    const __grid_constant__ CUtensorMap map_b) {
+    grouped_product(const __grid_constant__ struct grouped_args a,
+                    const __grid_constant__ struct grouped_maps maps) {
   extern __shared__ __align__(1024) uint8_t ring[];
   __shared__ struct grouped_shared s;
   int group = threadIdx.x / 128, lane = threadIdx.x % 32;
@@ -182,11 +233,10 @@ static __global__ void __cluster_dims__(Shape::BLOCKS, 1, 1) __launch_bounds__(T
   if (Shape::BLOCKS > 1) us_cluster_sync();
   if (group == CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == CONSUMERS * 128) produce<Shape>(&a, &map_a, &map_b, &s, us_shared_address(ring), rank);
+    if (threadIdx.x == CONSUMERS * 128) produce<Shape>(&a, &maps, &s, us_shared_address(ring), rank);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    if (group == 1) asm volatile("bar.sync 1, 256;" ::: "memory");
-    consume<Shape, WIDE>(&a, &s, ring, rank, group, lane);
+    consume<Shape>(&a, &maps, &s, ring, rank, group, lane);
   }
   if (Shape::BLOCKS > 1) us_cluster_sync(); /* a block's barriers outlive the others' arrivals */
 }

@@ -5,12 +5,13 @@
 
 #include "kernels/experts/grouped_kernel.cuh"
 
-/* Matrices (rows, columns) bf16, `stride` values apart; what lies outside reads as zeros. */
+/* Matrices (rows, columns) of bf16 (or FP32, if wide), `stride` values apart; what lies outside reads as zeros. */
 struct grouped_operand {
-  const uint16_t *at;
+  const void *at;
   uint32_t rows, columns, matrices;
   uint64_t stride;
-  uint32_t box_rows; /* of a copy, 64 columns wide */
+  uint32_t box_rows; /* of a copy, 128 bytes wide */
+  bool wide;
 };
 
 typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
@@ -25,14 +26,14 @@ static inline cudaError_t describe(const struct grouped_operand *o, CUtensorMap 
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
   if (status != cudaSuccess) return status;
   if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  cuuint64_t matrix = (cuuint64_t)o->rows * o->columns * 2;
-  cuuint64_t size[3] = {o->columns, o->rows, o->matrices},
-             stride[2] = {(cuuint64_t)o->columns * 2, o->matrices > 1 ? (cuuint64_t)o->stride * 2 : matrix};
-  cuuint32_t box[3] = {DEPTH, o->box_rows, 1}, step[3] = {1, 1, 1};
-  CUresult result =
-      ((encode_function)entry)(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)o->at, size, stride, box,
-                               step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  cuuint64_t bytes = o->wide ? 4 : 2, row = o->columns * bytes,
+             matrix = o->matrices > 1 ? (cuuint64_t)o->stride * bytes : o->rows * row;
+  cuuint64_t size[3] = {o->columns, o->rows, o->matrices}, stride[2] = {row, matrix};
+  cuuint32_t box[3] = {(cuuint32_t)(128 / bytes), o->box_rows, 1}, step[3] = {1, 1, 1};
+  CUresult result = ((encode_function)entry)(
+      map, o->wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)o->at,
+      size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -44,33 +45,40 @@ static inline cudaError_t count_processors(uint32_t *ret_count) {
   return status;
 }
 
-template <class Shape, bool WIDE>
+template <class Shape>
 static cudaError_t launch(const struct grouped_args *a, struct grouped_operand *left,
                           struct grouped_operand *right, cudaStream_t stream) {
-  auto kernel = grouped_product<Shape, WIDE>;
+  auto kernel = grouped_product<Shape>;
   constexpr uint32_t bytes = Shape::STAGES * Shape::STAGE_BYTES;
-  CUtensorMap map_a, map_b;
+  struct grouped_maps maps = {};
   uint32_t processors;
   left->box_rows = Shape::ACROSS_A ? DEPTH : TILE_ROWS;
-  right->box_rows = Shape::ACROSS_B ? DEPTH : Shape::COLUMNS / Shape::BLOCKS;
+  right->box_rows = Shape::ACROSS_B ? DEPTH : Shape::COLUMNS / Shape::PARTS;
   cudaError_t status = count_processors(&processors);
-  if (status == cudaSuccess) status = describe(left, &map_a);
-  if (status == cudaSuccess) status = describe(right, &map_b);
+  if (status == cudaSuccess) status = describe(left, &maps.left);
+  if (status == cudaSuccess) status = describe(right, &maps.right);
+  if (Shape::SUM_STAGES) {
+    struct grouped_operand sums = {a->out,        a->output_rows, a->columns, a->groups,
+                                   a->out_stride, TILE_ROWS,      true};
+    if (status == cudaSuccess) status = describe(&sums, &maps.sums);
+    sums.box_rows = 16; /* a warp's */
+    if (status == cudaSuccess) status = describe(&sums, &maps.stores);
+  }
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<processors / Shape::BLOCKS * Shape::BLOCKS, THREADS, bytes, stream>>>(*a, map_a, map_b);
+  kernel<<<processors / Shape::BLOCKS * Shape::BLOCKS, THREADS, bytes, stream>>>(*a, maps);
   return cudaGetLastError();
 }
 
-/* Cycles of a stage: multiplies, or bytes from L2 at 30 a cycle; with them the columns that do not exist. */
-static inline uint32_t choose_columns(uint32_t columns, uint32_t blocks) {
-  static const uint32_t sizes[] = {256, 192, 160, 128};
+/* Cycles of a stage: multiplies, or bytes at the 40 a cycle that L2 was measured to give each processor; with them the columns that
+ * do not exist. */
+template <int KIND> static inline uint32_t choose_columns(uint32_t columns) {
   uint32_t best = 0, least = UINT32_MAX;
-  for (uint32_t size : sizes) {
-    uint32_t bytes = (TILE_ROWS + size / blocks) * DEPTH * 2,
-             cycles = 4 * size > bytes / 30 ? 4 * size : bytes / 30;
-    uint32_t cost = (columns + size - 1) / size * cycles;
+  for (uint32_t size : {128u, 160u, 192u, 256u}) {
+    uint32_t loaded = KIND == GROUPED_GRAD_X || KIND == GROUPED_GRAD_W ? (size + 63) / 64 * 64 : size,
+             bytes = (TILE_ROWS + loaded) * DEPTH * 2, cycles = 4 * size > bytes / 40 ? 4 * size : bytes / 40,
+             cost = (columns + size - 1) / size * cycles;
     if (cost < least) least = cost, best = size;
   }
   return best;
@@ -79,25 +87,31 @@ static inline uint32_t choose_columns(uint32_t columns, uint32_t blocks) {
 template <int KIND, int BLOCKS>
 static cudaError_t choose_tile(uint32_t tile, const struct grouped_args *a, struct grouped_operand *left,
                                struct grouped_operand *right, cudaStream_t stream) {
-  switch (tile ? tile : choose_columns(a->columns, BLOCKS)) {
+  switch (tile) {
   case 128:
-    return launch<grouped_shape<KIND, 128, BLOCKS>, false>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 128, BLOCKS>>(a, left, right, stream);
   case 160:
-    return launch<grouped_shape<KIND, 160, BLOCKS>, false>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 160, BLOCKS>>(a, left, right, stream);
   case 192:
-    return launch<grouped_shape<KIND, 192, BLOCKS>, false>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 192, BLOCKS>>(a, left, right, stream);
   case 256:
-    return launch<grouped_shape<KIND, 256, BLOCKS>, false>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 256, BLOCKS>>(a, left, right, stream);
   }
   return cudaErrorInvalidValue;
 }
 
+/* Two blocks that share the column operand gain where it is loaded in vain (160 columns are three boxes of 64), nowhere else: rows
+ * are then cut in 256. */
 template <int KIND>
 static cudaError_t choose(const struct us_grouped *g, const struct grouped_args *a,
                           struct grouped_operand *left, struct grouped_operand *right, cudaStream_t stream) {
-  if (g->blocks > 2) return cudaErrorInvalidValue;
-  return g->blocks == 1 ? choose_tile<KIND, 1>(g->tile, a, left, right, stream)
-                        : choose_tile<KIND, 2>(g->tile, a, left, right, stream);
+  uint32_t tile = g->tile ? g->tile : choose_columns<KIND>(a->columns),
+           blocks = g->blocks                               ? g->blocks
+                    : KIND == GROUPED_GRAD_X && tile == 160 ? 2
+                                                            : 1;
+  if (blocks > 2) return cudaErrorInvalidValue;
+  return blocks == 1 ? choose_tile<KIND, 1>(tile, a, left, right, stream)
+                     : choose_tile<KIND, 2>(tile, a, left, right, stream);
 }
 
 static inline bool valid(const struct us_grouped *g, uint64_t stride) {

@@ -110,6 +110,29 @@ static __device__ __forceinline__ void us_load_box_shared(uint32_t to, const CUt
                : "memory");
 }
 
+/* What threads wrote to shared memory is seen by the copy engine and the tensor cores. */
+static __device__ __forceinline__ void us_async_fence(void) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* From shared memory, what lies in the tensor; then us_bulk_commit. */
+static __device__ __forceinline__ void us_store_box(const CUtensorMap *map, uint32_t column, uint32_t row,
+                                                    uint32_t matrix, uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map),
+      "r"(column), "r"(row), "r"(matrix), "r"(from)
+      : "memory");
+}
+
+static __device__ __forceinline__ void us_bulk_commit(void) {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* The thread's stores but the last LEFT groups have read shared memory. */
+template <int LEFT> static __device__ __forceinline__ void us_bulk_wait_read(void) {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
 /* ---- clusters ---------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ uint32_t us_cluster_rank(void) {
@@ -122,10 +145,11 @@ static __device__ __forceinline__ void us_cluster_sync(void) {
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-/* Arrive at the barrier that lies at the same place in another block of the cluster. */
+/* Arrive at the barrier that lies at the same place in another block of the cluster. What a warp has read is in its registers by then,
+ * so it publishes nothing: a release for the whole cluster would wait for its stores to memory, a microsecond a stage. */
 static __device__ __forceinline__ void us_barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
                "r"(rank)
                : "memory");
 }

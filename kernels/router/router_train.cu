@@ -44,44 +44,62 @@ size_t us_router_train_scratch(uint32_t R, uint32_t D, uint32_t E) {
 
 /* --- choice --- */
 
-/* Ids of the K largest choices, ascending: an expert is beaten by those strictly better and by equal ones with a lower id. NaN is
- * beaten by none, so K are found in any case. */
-static __device__ __forceinline__ void choose(const float *choice, uint32_t E, uint32_t K, int lane,
+/* Unsigned order of choices; NaN above all others, so that K are found in any case. */
+static __device__ __forceinline__ uint32_t order_of(float choice) {
+  uint32_t bits = __float_as_uint(choice);
+  if (choice != choice) return UINT32_MAX;
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The lane's best of experts lane, lane + 32, ..: the lowest among equals. Chosen ones are 0, below any choice. */
+static __device__ __forceinline__ uint32_t best_of_lane(const uint32_t *order, uint32_t E, int lane,
+                                                        uint32_t *id) {
+  uint32_t best = 0;
+  for (uint32_t e = lane; e < E; e += 32)
+    if (order[e] > best) best = order[e], *id = e;
+  return best;
+}
+
+/* Ids of the K largest, ascending; ties to the lowest id. order (E) in shared memory. */
+static __device__ __forceinline__ void choose(uint32_t *order, uint32_t E, uint32_t K, int lane,
                                               uint32_t *id) {
-  uint32_t chosen = 0;
-  for (uint32_t first = 0; first < E && chosen < K; first += 32) {
-    uint32_t e = first + lane, better = 0;
-    float own = e < E ? choice[e] : 0.0f;
-    for (uint32_t j = 0; j < E; j++) {
-      float other = choice[j];
-      better += other > own || (other == own && j < e);
+  uint32_t own_id = 0, own = best_of_lane(order, E, lane, &own_id), chosen = 0;
+  for (uint32_t k = 0; k < K; k++) {
+    uint32_t best = __reduce_max_sync(~0u, own),
+             winner = __reduce_min_sync(~0u, own == best ? own_id : UINT32_MAX);
+    if (own == best && own_id == winner) {
+      order[winner] = 0;
+      own = best_of_lane(order, E, lane, &own_id);
     }
-    uint32_t mask = __ballot_sync(~0u, e < E && better < K),
-             place = chosen + __popc(mask & ((1u << lane) - 1));
-    if (mask >> lane & 1 && place < K) id[place] = e;
+  }
+  __syncwarp();
+  for (uint32_t first = 0; first < E && chosen < K; first += 32) {
+    uint32_t e = first + lane, mask = __ballot_sync(~0u, e < E && order[e] == 0);
+    if (mask >> lane & 1) id[chosen + __popc(mask & ((1u << lane) - 1))] = e;
     chosen += __popc(mask);
   }
   __syncwarp();
 }
 
-/* A warp a row. Shared memory: (WARPS, 2, E) scores and choices. */
+/* A warp a row. Shared memory: (WARPS, 2, E) scores, and choices as integers. */
 static __global__ void __launch_bounds__(WARPS * 32)
     choose_rows(const struct us_router_train router, const float *logits) {
   extern __shared__ float shared[];
   __shared__ uint32_t ids[WARPS][MOST_CHOSEN];
   const uint32_t E = router.E, K = router.K, warp = threadIdx.x / 32, lane = threadIdx.x % 32,
                  r = blockIdx.x * WARPS + warp, third = padded(E);
-  float *score = shared + warp * 2 * E, *choice = score + E;
+  float *score = shared + warp * 2 * E;
+  uint32_t *order = (uint32_t *)score + E;
   if (r >= router.R) return;
   const float *row = logits + (uint64_t)r * 3 * third;
   for (uint32_t e = lane; e < E; e += 32) {
     float logit = row[2 * third + e] + row[third + e] + row[e];
     score[e] = 1.0f / (1.0f + us_expf(-logit));
-    choice[e] = score[e] + (router.opt_bias ? router.opt_bias[e] : 0.0f);
+    order[e] = order_of(score[e] + (router.opt_bias ? router.opt_bias[e] : 0.0f));
     router.scores[(uint64_t)r * E + e] = score[e];
   }
   __syncwarp();
-  choose(choice, E, K, lane, ids[warp]);
+  choose(order, E, K, lane, ids[warp]);
   float sum = 0.0f;
   for (uint32_t k = 0; k < K; k++) sum += score[ids[warp][k]];
   if (lane >= K) return;

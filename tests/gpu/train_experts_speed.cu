@@ -26,6 +26,15 @@ static void fill(device_array<uint16_t> &v, uint32_t seed) {
   fill_halves<<<(uint32_t)((v.count + 255) / 256), 256>>>(v.at, v.count, seed);
 }
 
+static __global__ void fill_floats(float *v, uint64_t n) {
+  uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
+  if (i < n) v[i] = (float)(i * 2654435761u % 1000) * 0.01f;
+}
+
+static void fill(device_array<float> &v) {
+  fill_floats<<<(uint32_t)((v.count + 255) / 256), 256>>>(v.at, v.count);
+}
+
 /* Values further apart than two roundings and the sums' own errors. */
 template <class T>
 static __global__ void count_apart(const T *a, const T *b, uint64_t n, double relative, double absolute,
@@ -41,12 +50,11 @@ static __global__ void count_apart(const T *a, const T *b, uint64_t n, double re
 }
 
 template <class T>
-static void compare(const std::string &name, const device_array<T> &a, const device_array<T> &b,
-                    double relative, double absolute) {
+static uint64_t apart(const device_array<T> &a, const device_array<T> &b, double relative, double absolute) {
   device_array<unsigned long long> count(1);
   US_CUDA(cudaMemset(count.at, 0, 8));
   count_apart<<<(uint32_t)((a.count + 255) / 256), 256>>>(a.at, b.at, a.count, relative, absolute, count.at);
-  us_gpu_report(name.c_str(), a.count, count.get()[0], 0);
+  return count.get()[0];
 }
 
 /* Median of RUNS, microseconds; the first run is not counted. */
@@ -79,25 +87,25 @@ struct speed_data {
   struct speed_case c;
   std::vector<uint32_t> start;
   device_array<uint32_t> d_start;
-  device_array<uint16_t> x, dy, w, y, y_blas, dx, dx_blas;
+  device_array<uint16_t> x, dy, w, y, y_blas, dx, dx_blas, gated;
   device_array<float> dw, dw_blas;
   speed_data(const struct speed_case &c, const std::vector<uint32_t> &start)
       : c(c), start(start), d_start(start), x((size_t)c.S * c.K), dy((size_t)c.S * c.N),
-        w((size_t)c.E * c.N * c.K), y(dy.count), y_blas(dy.count), dx(x.count), dx_blas(x.count), dw(w.count),
-        dw_blas(w.count) {
+        w((size_t)c.E * c.N * c.K), y(dy.count), y_blas(dy.count), dx(x.count), dx_blas(x.count),
+        gated(dy.count / 2), dw(w.count), dw_blas(w.count) {
     fill(x, 1), fill(dy, 2), fill(w, 3);
-    US_CUDA(cudaMemset(dw.at, 0, dw.count * 4));
-    US_CUDA(cudaMemset(dw_blas.at, 0, dw.count * 4));
+    fill(dw), fill(dw_blas);
   }
 };
 
-enum kind { FORWARD, GRAD_X, GRAD_W };
-static const char *const kind_names[] = {"forward", "grad_x", "grad_w"};
+enum kind { FORWARD, GRAD_X, GRAD_W, SWIGLU };
+static const char *const kind_names[] = {"forward", "grad_x", "grad_w", "forward_swiglu"};
 
 static void ours(struct speed_data &d, enum kind kind, uint32_t tile, uint32_t blocks) {
   struct us_grouped a = {d.d_start.at, d.c.E, d.c.S, d.c.N, d.c.K, tile, blocks};
   uint64_t stride = (uint64_t)d.c.N * d.c.K;
   int status = kind == FORWARD  ? us_grouped_forward(&a, d.x.at, d.w.at, stride, d.y.at, 0)
+               : kind == SWIGLU ? us_grouped_forward_swiglu(&a, d.x.at, d.w.at, stride, d.y.at, d.gated.at, 0)
                : kind == GRAD_X ? us_grouped_grad_x(&a, d.dy.at, d.w.at, stride, d.dx.at, 0)
                                 : us_grouped_grad_w(&a, d.dy.at, d.x.at, d.dw.at, stride, 0);
   US_CUDA((cudaError_t)status);
@@ -112,7 +120,7 @@ static void theirs(struct speed_data &d, enum kind kind, cublasHandle_t handle) 
     int rows = d.start[e + 1] - first;
     const uint16_t *x = d.x.at + first * K, *dy = d.dy.at + first * N, *w = d.w.at + (size_t)e * N * K;
     if (!rows) continue;
-    if (kind == FORWARD)
+    if (kind == FORWARD || kind == SWIGLU)
       blas(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, N, rows, K, &one, w, CUDA_R_16BF, K, x, CUDA_R_16BF,
                         K, &zero, d.y_blas.at + first * N, CUDA_R_16BF, N, CUBLAS_COMPUTE_32F,
                         CUBLAS_GEMM_DEFAULT));
@@ -127,21 +135,57 @@ static void theirs(struct speed_data &d, enum kind kind, cublasHandle_t handle) 
   }
 }
 
-/* Magnitudes of a sum of n products of values in [-1, 1): n / 4 on average, never over n. */
-static void time_kind(struct speed_data &d, enum kind kind, cublasHandle_t handle) {
-  double flops = 2.0 * d.c.S * d.c.N * d.c.K, depth = kind == FORWARD ? d.c.K : kind == GRAD_X ? d.c.N : 0;
+/* Of all values of the kind's output: those unlike the other array's. */
+static uint64_t outputs_apart(const struct speed_data &d, enum kind kind, double bf16, double f32,
+                              double absolute) {
+  return kind == GRAD_X   ? apart(d.dx, d.dx_blas, bf16, absolute)
+         : kind == GRAD_W ? apart(d.dw, d.dw_blas, f32, absolute)
+                          : apart(d.y, d.y_blas, bf16, absolute);
+}
+
+static uint64_t output_count(const struct speed_data &d, enum kind kind) {
+  return kind == GRAD_X ? d.dx.count : kind == GRAD_W ? d.dw.count : d.y.count;
+}
+
+static void keep_output(struct speed_data &d, enum kind kind) {
+  if (kind == GRAD_X)
+    US_CUDA(cudaMemcpy(d.dx_blas.at, d.dx.at, d.dx.count * 2, cudaMemcpyDeviceToDevice));
+  else if (kind == GRAD_W)
+    US_CUDA(cudaMemcpy(d.dw_blas.at, d.dw.at, d.dw.count * 4, cudaMemcpyDeviceToDevice));
+  else
+    US_CUDA(cudaMemcpy(d.y_blas.at, d.y.at, d.y.count * 2, cudaMemcpyDeviceToDevice));
+}
+
+/* Sums of n products of values in [-1, 1): their magnitudes add up to n / 4 on average, never beyond n. */
+static void check_kind(struct speed_data &d, enum kind kind, cublasHandle_t handle, const std::string &name) {
+  double depth = kind == GRAD_X ? d.c.N : kind == GRAD_W ? 0 : d.c.K;
   for (uint32_t e = 0; e < d.c.E && kind == GRAD_W; e++) depth = fmax(depth, d.start[e + 1] - d.start[e]);
   double absolute = 2 * (depth / 16 + 1) * ROUND_TENSOR * depth;
+  fill(d.dw), fill(d.dw_blas);
+  ours(d, kind, 128, 1), theirs(d, kind, handle);
+  us_gpu_report((name + " = cublas").c_str(), output_count(d, kind),
+                outputs_apart(d, kind, 2 * ROUND_BF16, 2 * ROUND_F32, absolute), 0);
+  keep_output(d, kind);
+  uint64_t unlike = 0, checked = 0;
+  for (uint32_t blocks = 1; blocks <= 2; blocks++)
+    for (uint32_t tile : {128u, 160u, 192u, 256u})
+      for (int again = 0; again < 2; again++) {
+        fill(d.dw);
+        ours(d, kind, tile, blocks);
+        unlike += outputs_apart(d, kind, 0, 0, 0), checked += output_count(d, kind);
+      }
+  us_gpu_report((name + ", every tile twice the same bits").c_str(), checked, unlike, 0);
+}
+
+static void time_kind(struct speed_data &d, enum kind kind, cublasHandle_t handle) {
+  double flops = 2.0 * d.c.S * d.c.N * d.c.K;
   std::string name = std::string(d.c.name) + " " + kind_names[kind];
-  ours(d, kind, 0, 0), theirs(d, kind, handle);
-  if (kind == FORWARD) compare(name + " = cublas", d.y, d.y_blas, 2 * ROUND_BF16, absolute);
-  if (kind == GRAD_X) compare(name + " = cublas", d.dx, d.dx_blas, 2 * ROUND_BF16, absolute);
-  if (kind == GRAD_W) compare(name + " = cublas", d.dw, d.dw_blas, 2 * ROUND_F32, absolute);
+  check_kind(d, kind, handle, name);
   double blas_us = time_us([&] { theirs(d, kind, handle); });
   printf("{\"time\": \"%s\", \"cublas\": %.0f, \"unit\": \"TFLOP/s\", \"tiles\": {", name.c_str(),
          flops / blas_us * 1e-6);
   for (uint32_t blocks = 1; blocks <= 2; blocks++)
-    for (uint32_t tile : {128u, 160u, 192u, 256u, 0u}) {
+    for (uint32_t tile : {128u, 160u, 192u, 256u}) {
       double us = time_us([&] { ours(d, kind, tile, blocks); });
       printf("%s\"%u/%u\": %.0f", blocks == 1 && tile == 128 ? "" : ", ", tile, blocks, flops / us * 1e-6);
     }
@@ -202,6 +246,11 @@ static void time_layer_rows(const char *shape, uint32_t R, uint32_t D, uint32_t 
                4 * rows + 2 * slots);
   report_bytes("swiglu", shape, time_us([&] { us_experts_train_swiglu(S, F, h.at, a.at, 0); }), 6 * inner);
   report_bytes("swiglu_grad", shape, time_us([&] { us_experts_train_swiglu_grad(&g, 0); }), 12 * inner);
+  device_array<float> wide_logits((size_t)R * 192);
+  struct us_grouped product = {NULL, 1, R, 192, D, 0, 0};
+  report_bytes("router's product alone", shape,
+               time_us([&] { us_grouped_forward_f32(&product, x.at, x_slot.at, 0, wide_logits.at, 0); }),
+               2 * rows + 4.0 * R * 192);
   report_bytes("router", shape, time_us([&] { us_router_train(&router, 0); }), 2 * rows + 4.0 * R * E);
   report_bytes("router grad", shape, time_us([&] { us_router_train_grad(&rg, 0); }), 2 * rows + 4.0 * R * E);
   report_bytes("gather_grad with router", shape,
@@ -230,7 +279,7 @@ void time_grouped(void) {
   }
   for (const struct speed_case &c : cases) {
     struct speed_data d(c, uneven_start(c.E, c.S));
-    for (enum kind kind : {FORWARD, GRAD_X, GRAD_W}) time_kind(d, kind, handle);
+    for (enum kind kind : {FORWARD, SWIGLU, GRAD_X, GRAD_W}) time_kind(d, kind, handle);
   }
   cublasDestroy(handle);
 }

@@ -1,6 +1,7 @@
 /* train_grouped.cu: grouped products against a double reference: every kind, tile and cluster, odd sizes, empty groups; what
  * NaN reaches; the same bits twice. */
 #include "train_experts.h"
+#include "kernels/experts/experts_train.h"
 #include "kernels/experts/grouped_gemm.h"
 
 struct grouped_case {
@@ -126,6 +127,21 @@ static struct grouped_results run(const struct grouped_data &d, struct grouped_d
   return {g.y.get(), g.dx.get(), g.dw.get()};
 }
 
+/* The fused product against the product and SwiGLU one after the other. */
+static void test_fused(const struct grouped_data &d, struct grouped_device &g, uint32_t tile, uint32_t blocks,
+                       const std::vector<uint16_t> &y, const std::string &name) {
+  struct us_grouped grouped = {g.start.at, d.E, d.S, d.N, d.K, tile, blocks};
+  device_array<uint16_t> a((size_t)d.S * d.N / 2), fused((size_t)d.S * d.N / 2);
+  US_CUDA((cudaError_t)us_experts_train_swiglu(d.S, d.N / 2, device_array<uint16_t>(y).at, a.at, 0));
+  US_CUDA(cudaMemset(g.y.at, 0xff, g.y.count * 2));
+  US_CUDA((cudaError_t)us_grouped_forward_swiglu(&grouped, g.x.at, g.w.at, d.stride, g.y.at, fused.at, 0));
+  report_same("grouped forward_swiglu, gates and ups " + name, y, g.y.get());
+  report_same("grouped forward_swiglu, a " + name, a.get(), fused.get());
+  US_CUDA(cudaMemset(fused.at, 0xff, fused.count * 2));
+  US_CUDA((cudaError_t)us_grouped_forward_swiglu(&grouped, g.x.at, g.w.at, d.stride, NULL, fused.at, 0));
+  report_same("grouped forward_swiglu, a alone " + name, a.get(), fused.get());
+}
+
 /* One shape: all variants give the bits of the first, whose values are compared with the reference. */
 static void test_case(const struct grouped_case &c, bool mutations) {
   struct grouped_data d = make_data(c);
@@ -145,6 +161,7 @@ static void test_case(const struct grouped_case &c, bool mutations) {
       report_same("grouped forward, same bits " + name, first.y, other.y);
       report_same("grouped grad_x, same bits " + name, first.dx, other.dx);
       report_same("grouped grad_w, same bits " + name, first.dw, other.dw);
+      if (d.N % 32 == 0) test_fused(d, g, tile, blocks, first.y, name);
     }
   struct us_grouped a = {g.start.at, d.E, d.S, d.N, d.K, 0, 0};
   US_CUDA((cudaError_t)us_grouped_forward_f32(&a, g.x.at, g.w.at, d.stride, g.wide.at, 0));
@@ -202,7 +219,7 @@ static void test_refusals(void) {
 }
 
 void test_grouped(void) {
-  test_case({{37, 0, 200, 64, 0, 129, 1}, 272, 208, 64}, true);
+  test_case({{37, 0, 200, 64, 0, 129, 1}, 288, 208, 64}, true);
   test_case({{5, 255}, 16, 16, 0}, false);
   test_case({{300}, 640, 320, 0}, false);
   test_containment(128, 1);
