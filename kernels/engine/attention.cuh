@@ -11,77 +11,67 @@
  * Order of the sums: attention_fold.cuh; precision: attention_tile.cuh. The rope table has one row a position, `rotary` floats:
  * us_rope_table's cosines, then its sines.
  *
- * Bound: latency. For 8 rows of one sequence in a window of 128 a rank of four reads 2 x 3 pages of 40 KB; 16 jobs run on 16
- * blocks, each two thirds tensor and shared-memory time of its 3 leaves. What does not depend on this layer's projection is
- * fetched before it is done: rows, page offsets, the first keys (registers), values and rope rows (L2). Long contexts: a row
- * reads its keys by itself, so L2 moves 8 times what HBM does.
+ * Bound: latency and instructions. For 8 rows of one sequence in a window of 128 a rank of four reads 2 x 3 pages of 40 KB; 16
+ * jobs run on 16 blocks, four warps a scheduler. What does not depend on this layer's projection is fetched before it is done:
+ * rows, page offsets, half of the first keys (registers), the rest, values and rope rows (L2). Long contexts: a row reads its keys
+ * by itself, so L2 moves 8 times what HBM does.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_CUH
 #define US_KERNELS_ENGINE_ATTENTION_CUH
 
 #include "kernels/engine/attention_stage.cuh"
 
-/* ---- results ------------------------------------------------------------------------------------------------------- */
+/* ---- results --------------------------------------------------------------------------------------------------------- */
 
-/* Dims [dim, dim + 4) of a head of the chunk into the operand. */
-static __device__ __forceinline__ void us_attention_put(const struct us_attention_shared *sh, uint32_t head,
-                                                        uint32_t dim, const float out[4]) {
-#pragma unroll
-  for (uint32_t i = 0; i < 4; i += 2) {
-    uint32_t low = us_bf16_from_f32(us_bf16_round(out[i]) * US_ENGINE_OPERAND_UNIT);
-    uint32_t high = us_bf16_from_f32(us_bf16_round(out[i + 1]) * US_ENGINE_OPERAND_UNIT);
-    uint32_t at = us_engine_operand_offset(sh->job.row, (sh->job.first_head + head) * sh->a.V + dim + i);
-    *(uint32_t *)((uint8_t *)sh->a.operand + at) = low | high << 16;
-  }
+/* Dims [dim, dim + 4) of a head of the rank into the operand. */
+static __device__ __forceinline__ void us_attention_put(const struct us_attention_shared *sh, uint32_t row,
+                                                        uint32_t column, float4 x) {
+  const float unit = US_ENGINE_OPERAND_UNIT; /* a power of two: before or after rounding is the same */
+  uint8_t *to = (uint8_t *)sh->a.operand + us_engine_operand_offset(row, column);
+  ((uint32_t *)to)[0] = us_head_round(x.x * unit, x.y * unit);
+  ((uint32_t *)to)[4] = us_head_round(x.z * unit, x.w * unit);
 }
 
-/* The sink, one division a value, the operand. */
-static __device__ __forceinline__ void us_attention_close(const struct us_attention_shared *sh, uint32_t head,
-                                                          uint32_t dim, const struct us_attention_sum *x) {
+/* The sink, the division, the operand. */
+static __device__ __forceinline__ void us_attention_close(const struct us_attention_shared *sh, uint32_t V,
+                                                          uint32_t head, uint32_t dim,
+                                                          const struct us_attention_sum *x) {
   if (head >= sh->job.heads) return;
   struct us_attention_weights w = us_attention_weigh(x->m, sh->sink[sh->job.first_head + head]);
   float factor = __fdividef(w.a, fmaf(x->s, w.a, w.b));
-  const float out[4] = {x->o.x * factor, x->o.y * factor, x->o.z * factor, x->o.w * factor};
-  us_attention_put(sh, head, dim, out);
-}
-
-/* A row that does not exist: zeros. */
-static __device__ __forceinline__ void us_attention_close_absent(const struct us_attention_shared *sh) {
-  const float zero[4] = {0, 0, 0, 0};
-  uint32_t quads = sh->a.V / 4, head = threadIdx.x / quads;
-  if (head < sh->job.heads) us_attention_put(sh, head, threadIdx.x % quads * 4, zero);
+  us_attention_put(sh, sh->job.row, (sh->job.first_head + head) * V + dim,
+                   make_float4(x->o.x * factor, x->o.y * factor, x->o.z * factor, x->o.w * factor));
 }
 
 /* The units' results of four dims of a head, folded. */
 static __device__ __forceinline__ struct us_attention_sum us_attention_fold_units(
-    const struct us_attention_shared *sh, uint32_t head, uint32_t dim) {
-  uint32_t V = sh->a.V;
+    const struct us_attention_shared *sh, uint32_t V, uint32_t head, uint32_t dim) {
   struct us_attention_tree tree = us_attention_tree_begin();
 #pragma unroll 1
   for (uint32_t u = 0; u < US_ATTENTION_UNITS; u++) {
-    struct us_attention_leaves l = sh->job.leaves[u];
-    if (l.begin == l.end) continue;
+    uint32_t id = sh->leaf[u].id;
+    if (id == US_ENGINE_NONE) continue;
     const float *sums = sh->sums[u];
     struct us_attention_sum item = {sums[16 * V + head], sums[16 * V + 16 + head],
                                     *(const float4 *)(sums + us_attention_sum_index(V, head, dim))};
-    us_attention_tree_add(&tree, l.begin, &item);
+    us_attention_tree_add(&tree, id, &item);
   }
   return us_attention_tree_end(&tree);
 }
 
 /* Where a piece of the job's row and chunk lies. */
 static __device__ __forceinline__ float *us_attention_partial(const struct us_attention_shared *sh,
-                                                              uint32_t piece) {
-  uint32_t job = sh->row[sh->job.row].first_job + piece * sh->chunks + sh->job.chunk;
-  return sh->a.partial + (size_t)job * us_engine_attention_piece(sh->a.V);
+                                                              uint32_t V, uint32_t piece) {
+  uint32_t j = sh->row[sh->job.row].first_job + piece * sh->chunks + sh->job.chunk;
+  return sh->a.partial + (size_t)j * us_engine_attention_piece(V);
 }
 
-/* The item-th four dims of the chunk in a piece. */
+/* The item-th four dims of the chunk in a piece; nothing past the last. */
 static __device__ __forceinline__ struct us_attention_sum us_attention_load_piece(
-    const struct us_attention_shared *sh, uint32_t piece, uint32_t head, uint32_t item) {
+    const struct us_attention_shared *sh, uint32_t V, uint32_t piece, uint32_t head, uint32_t item) {
   if (piece >= sh->row[sh->job.row].pieces) return us_attention_nothing();
-  const float *from = us_attention_partial(sh, piece);
-  struct us_attention_sum x = {__ldcg(from + 16 * sh->a.V + head), __ldcg(from + 16 * sh->a.V + 16 + head),
+  const float *from = us_attention_partial(sh, V, piece);
+  struct us_attention_sum x = {__ldcg(from + 16 * V + head), __ldcg(from + 16 * V + 16 + head),
                                __ldcg((const float4 *)from + item)};
   return x;
 }
@@ -90,18 +80,17 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_load_piec
 
 /* All pieces of the row and chunk, folded. */
 static __device__ __forceinline__ struct us_attention_sum us_attention_fold_pieces(
-    const struct us_attention_shared *sh, uint32_t head, uint32_t item) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
+    const struct us_attention_shared *sh, uint32_t V, uint32_t head, uint32_t item) {
   struct us_attention_tree tree = us_attention_tree_begin();
   struct us_attention_sum x[US_ATTENTION_AHEAD];
 #pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_AHEAD; i++) x[i] = us_attention_load_piece(sh, i, head, item);
+  for (uint32_t i = 0; i < US_ATTENTION_AHEAD; i++) x[i] = us_attention_load_piece(sh, V, i, head, item);
 #pragma unroll 1
-  for (uint32_t k = 0; k < row->pieces; k++) {
-    us_attention_tree_add(&tree, us_attention_piece_leaf(row, k), &x[0]);
+  for (uint32_t k = 0; k < sh->row[sh->job.row].pieces; k++) {
+    us_attention_tree_add(&tree, us_attention_piece_leaf(sh, sh->row + sh->job.row, k), &x[0]);
 #pragma unroll
     for (uint32_t i = 0; i + 1 < US_ATTENTION_AHEAD; i++) x[i] = x[i + 1];
-    x[US_ATTENTION_AHEAD - 1] = us_attention_load_piece(sh, k + US_ATTENTION_AHEAD, head, item);
+    x[US_ATTENTION_AHEAD - 1] = us_attention_load_piece(sh, V, k + US_ATTENTION_AHEAD, head, item);
   }
   return us_attention_tree_end(&tree);
 }
@@ -115,52 +104,39 @@ static __device__ __forceinline__ bool us_attention_arrive(const struct us_atten
   return true;
 }
 
-/* Fold the units; close the row and chunk, or leave the piece and, as the last to do so, close. */
+/* The job's sum of four dims of a head: close the row and chunk, or leave the piece and, as the last to do so, close. */
+template <int VS>
 static __device__ __forceinline__ void us_attention_result(const struct us_engine_block *b,
-                                                           struct us_attention_shared *sh) {
-  uint32_t V = sh->a.V, item = threadIdx.x, head = item / (V / 4), dim = item % (V / 4) * 4;
-  bool mine = head < 16, whole = sh->row[sh->job.row].pieces == 1;
-  if (mine) {
-    struct us_attention_sum x = us_attention_fold_units(sh, head, dim);
-    if (whole) {
-      us_attention_close(sh, head, dim, &x);
-    } else {
-      float *to = us_attention_partial(sh, sh->job.piece);
+                                                           struct us_attention_shared *sh,
+                                                           struct us_attention_sum x) {
+  uint32_t V = us_attention_V<VS>(sh), item = threadIdx.x, head = item / (V / 4), dim = item % (V / 4) * 4;
+  if (sh->row[sh->job.row].pieces > 1) {
+    if (head < 16) {
+      float *to = us_attention_partial(sh, V, sh->job.piece);
       __stcg((float4 *)to + item, x.o);
       if (dim == 0) to[16 * V + head] = x.m, to[16 * V + 16 + head] = x.s;
     }
+    us_engine_meet();
+    if (threadIdx.x == 0) {
+      us_engine_jitter(b);
+      sh->last = us_attention_arrive(sh);
+    }
+    us_engine_meet();
+    if (!sh->last) return;
+    if (head < 16) x = us_attention_fold_pieces(sh, V, head, item);
   }
-  if (whole) return;
-  us_engine_meet();
-  if (threadIdx.x == 0) {
-    us_engine_jitter(b);
-    sh->last = us_attention_arrive(sh);
-  }
-  us_engine_meet();
-  if (!sh->last || !mine) return;
-  struct us_attention_sum x = us_attention_fold_pieces(sh, head, item);
-  us_attention_close(sh, head, dim, &x);
+  us_attention_close(sh, V, head, dim, &x);
+}
+
+/* A row that does not exist: zeros. */
+template <int VS>
+static __device__ __forceinline__ void us_attention_close_absent(const struct us_attention_shared *sh) {
+  uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
+  if (head < sh->job.heads)
+    us_attention_put(sh, sh->job.row, (sh->job.first_head + head) * V + dim, make_float4(0, 0, 0, 0));
 }
 
 /* ---- jobs ------------------------------------------------------------------------------------------------------------ */
-
-/* A unit's leaves, one after the other; `leaf` and `keys` are the first's. */
-template <int KG, int VT>
-static __device__ __forceinline__ void us_attention_unit_sums(struct us_attention_shared *sh,
-                                                              struct us_attention_leaves l,
-                                                              struct us_attention_leaf leaf,
-                                                              uint4 keys[2][KG],
-                                                              struct us_attention_part<VT> *part) {
-  us_attention_leaf_sums<KG, VT>(sh, &leaf, keys, part);
-#pragma unroll 1
-  for (uint32_t i = l.begin + 1; i < l.end; i++) {
-    struct us_attention_part<VT> next;
-    leaf = us_attention_leaf_of(sh->row + sh->job.row, &sh->job.pages, i);
-    us_attention_load_keys<KG, 0, KG>(&sh->job.pages, leaf.page, keys);
-    us_attention_leaf_sums<KG, VT>(sh, &leaf, keys, &next);
-    us_attention_fold_part<VT>(part, &next);
-  }
-}
 
 #define US_ATTENTION_TRIES 2048 /* about a millisecond */
 
@@ -180,40 +156,63 @@ static __device__ __forceinline__ bool us_attention_wait(const struct us_engine_
   return sh->ready;
 }
 
-/* The job in shared memory. The first keys are on their way before the operation's input is awaited, if it is. */
-template <int KG, int VT>
-static __device__ __forceinline__ void us_attention_run_job(const struct us_engine_block *b,
-                                                            const struct us_engine_op *op,
-                                                            struct us_attention_shared *sh, bool wait) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
-  bool exists = row->sequence != US_ENGINE_NONE;
-  struct us_attention_leaves l = sh->job.leaves[us_attention_unit()];
-  struct us_attention_leaf leaf = {};
-  struct us_attention_part<VT> part;
-  bool busy = exists && l.begin < l.end;
-  uint4 keys[2][KG];
-  if (busy) {
-    leaf = us_attention_leaf_of(row, &sh->job.pages, l.begin);
-    us_attention_fetch_early(sh, leaf.page);
+/* The step in shared memory: `sum`: the job's so far, of this thread's four dims of a head. The keys are on their way before the
+ * operation's input is awaited, if it is: half of them to registers, the rest to L2. */
+template <int QS, int VS>
+static __device__ __forceinline__ void us_attention_step(const struct us_engine_block *b,
+                                                         const struct us_engine_op *op,
+                                                         struct us_attention_shared *sh, bool first,
+                                                         bool wait, struct us_attention_sum *sum) {
+  const int groups = us_attention_size<QS, 0>::groups, half = groups / 2;
+  const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
+  uint4 keys[2][groups];
+  us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
+  if (first) {
+    if (leaf->page) us_attention_fetch_page<QS, VS>(sh, leaf->page);
+    us_attention_fetch_rows(sh);
   }
-  us_attention_load_keys<KG, 0, KG / 2>(&sh->job.pages, leaf.page, keys);
   if (wait && !us_attention_wait(b, op, sh)) {
     us_engine_wait_done(b, op->wait);
-    us_attention_load_keys<KG, 0, KG / 2>(&sh->job.pages, leaf.page, keys);
+    us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
   }
-  if (!exists) {
-    us_attention_close_absent(sh);
+  if (first || sh->job.new_keys) us_attention_stage<QS, VS>(sh);
+  us_attention_load_keys<QS, half, groups>(sh, leaf->page, keys);
+  us_engine_meet();
+  struct us_attention_part<VS> part;
+  if (leaf->id != US_ENGINE_NONE) {
+    if (leaf->id == sh->job.own) us_attention_append<QS, VS>(sh, leaf->page);
+    us_attention_leaf_sums<QS, VS>(sh, keys, &part);
+  }
+  us_engine_meet();
+  if (leaf->id != US_ENGINE_NONE) us_attention_keep_part<VS>(sh, &part);
+  if (leaf->next) us_attention_fetch_page<QS, VS>(sh, leaf->next);
+  us_engine_meet();
+  uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
+  if (head >= 16) return;
+  struct us_attention_sum x = us_attention_fold_units(sh, V, head, dim);
+  us_attention_fold(sum, &x);
+}
+
+/* The job in shared memory, step after step. */
+template <int QS, int VS>
+static __device__ __forceinline__ void us_attention_run(const struct us_engine_block *b,
+                                                        const struct us_engine_op *op,
+                                                        struct us_attention_shared *sh, bool wait) {
+  struct us_attention_sum sum = us_attention_nothing();
+  if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
+    if (wait) us_engine_wait_done(b, op->wait);
+    us_attention_close_absent<VS>(sh);
     return;
   }
-  us_attention_stage(sh, op->row_tile * US_ENGINE_ROWS);
-  us_attention_load_keys<KG, KG / 2, KG>(&sh->job.pages, leaf.page, keys);
-  us_engine_meet();
-  if (sh->job.appends) us_attention_append(sh);
-  if (busy) us_attention_unit_sums<KG, VT>(sh, l, leaf, keys, &part);
-  us_engine_meet();
-  if (busy) us_attention_keep_part<VT>(sh, &part);
-  us_engine_meet();
-  us_attention_result(b, sh);
+#pragma unroll 1
+  for (bool first = true;; first = false) {
+    us_attention_step<QS, VS>(b, op, sh, first, wait && first, &sum);
+    if (sh->job.step + 1 == sh->job.steps) break;
+    us_engine_meet();
+    if (threadIdx.x < 32) us_attention_set_step(b, sh, sh->job.step + 1);
+    us_engine_meet();
+  }
+  us_attention_result<VS>(b, sh, sum);
 }
 
 /* This block's first job. */
@@ -222,18 +221,20 @@ static __device__ __forceinline__ uint32_t us_attention_first(const struct us_en
   return (b->index + b->blocks - op->shift % b->blocks) % b->blocks;
 }
 
-/* This block's jobs. early: op->wait was not awaited yet. */
-template <int KG, int VT>
+/* This block's jobs, the first of them set. early: op->wait was not awaited yet. */
+template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_block *b,
                                                          const struct us_engine_op *op,
-                                                         struct us_attention_shared *sh, bool early) {
-  uint32_t first = us_attention_first(b, op);
+                                                         struct us_attention_shared *sh, uint32_t first,
+                                                         bool early) {
 #pragma unroll 1
   for (uint32_t j = first; j < sh->jobs; j += b->blocks) {
-    us_engine_meet(); /* shared memory of the job before */
-    if (threadIdx.x == 0) us_attention_set_job(b, sh, j);
-    us_engine_meet();
-    us_attention_run_job<KG, VT>(b, op, sh, early && j == first);
+    if (j != first) {
+      us_engine_meet(); /* shared memory of the job before */
+      if (threadIdx.x < 32) us_attention_set_job(b, sh, j);
+      us_engine_meet();
+    }
+    us_attention_run<QS, VS>(b, op, sh, early && j == first);
   }
 }
 
@@ -241,18 +242,18 @@ static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_
 static __device__ __noinline__ void us_engine_attention(struct us_engine_block *b,
                                                         const struct us_engine_op *op) {
   struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
+  uint32_t first = us_attention_first(b, op);
   bool early = op->attention.ready != US_ENGINE_NONE;
   us_engine_wait_done(b, early ? op->attention.ready : op->wait);
   us_engine_drain(b);
-  us_attention_plan(b, op, sh);
-  uint32_t groups = us_engine_k_stride(sh->a.Q) / 32;
-  if (groups <= 2 && sh->a.V <= 32)
-    us_attention_jobs<2, 1>(b, op, sh, early);
-  else if (groups <= 4)
-    us_attention_jobs<4, 4>(b, op, sh, early);
+  us_attention_plan(b, op, sh, first);
+  if (sh->a.Q == 192 && sh->a.V == 128)
+    us_attention_jobs<192, 128>(b, op, sh, first, early);
+  else if (sh->a.Q == 128 && sh->a.V == 128)
+    us_attention_jobs<128, 128>(b, op, sh, first, early);
   else
-    us_attention_jobs<6, 4>(b, op, sh, early);
-  if (early && us_attention_first(b, op) >= sh->jobs) us_engine_wait_done(b, op->wait);
+    us_attention_jobs<0, 0>(b, op, sh, first, early);
+  if (early && first >= sh->jobs) us_engine_wait_done(b, op->wait);
   us_engine_finish(b);
 }
 

@@ -1,11 +1,12 @@
 /* attention_head.cuh: one head of a row, as 16 lanes hold it: per-head norm, rotation, and its place in the cache.
  *
  *     struct us_head h = {.values = kv + g * Q, .norm = k_norm, .rope = rope + position * rotary, ...};
- *     us_head_load(&h, lane, x);                    // two heads a warp, 16 lanes each; x[i] is value lane + 16 i
- *     us_head_finish(&h, lane, x);                  // normed and rotated, FP32
+ *     us_head_load<0>(&h, lane, x);                 // two heads a warp, 16 lanes each; x[i]: dims 32 i + 2 lane and the next
+ *     us_head_finish<0>(&h, lane, x);               // normed and rotated, FP32
  *
- * The operations of kernels/rmsnorm and kernels/rope on the CPU in their order, so the same bits: the sum of squares has 16 lanes,
- * lane k % 16 taking fmaf(x, x, lane) in ascending k, then a tree.
+ * Rotation: the operations of kernels/rope on the CPU, the same bits. Norm: as kernels/rmsnorm, but the sum of squares has each
+ * lane take its dims in ascending order and then a tree over lanes 8, 4, 2, 1 apart.
+ * The template argument is Q where it is known when compiled (a multiple of 32), or 0.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_HEAD_CUH
 #define US_KERNELS_ENGINE_ATTENTION_HEAD_CUH
@@ -14,7 +15,7 @@
 #include "kernels/engine/block.cuh"
 #include <cuda_bf16.h>
 
-#define US_HEAD_VALUES 12 /* of a lane: Q <= 192 */
+#define US_HEAD_PAIRS 6 /* of a lane: Q <= 192 */
 
 struct us_head {
   const float *values; /* (Q) as the projection stored them */
@@ -24,12 +25,22 @@ struct us_head {
   float eps;
 };
 
+template <int QS> struct us_head_count { static const uint32_t pairs = QS ? QS / 32 : US_HEAD_PAIRS; };
+
+/* Whether the lane's i-th pair exists. */
+template <int QS>
+static __device__ __forceinline__ bool us_head_has(const struct us_head *h, uint32_t lane, uint32_t i) {
+  return QS || 32 * i + 2 * lane < h->Q;
+}
+
 /* All loads at once; 0 beyond Q. */
+template <int QS>
 static __device__ __forceinline__ void us_head_load(const struct us_head *h, uint32_t lane,
-                                                    float x[US_HEAD_VALUES]) {
+                                                    float2 x[US_HEAD_PAIRS]) {
+  const float2 *from = (const float2 *)h->values + lane;
 #pragma unroll
-  for (uint32_t i = 0; i < US_HEAD_VALUES; i++)
-    x[i] = lane + 16 * i < h->Q ? __ldcg(h->values + lane + 16 * i) : 0.0f;
+  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++)
+    x[i] = us_head_has<QS>(h, lane, i) ? __ldcg(from + 16 * i) : make_float2(0, 0);
 }
 
 /* Quotient and 1 / sqrt, correctly rounded for normal numbers: an approximation, and one step with the exact remainder (Markstein
@@ -47,91 +58,86 @@ static __device__ __forceinline__ float us_head_inverse_root(float x) {
   return us_head_divide(1.0f, root);
 }
 
-/* 1 / rms, the same in the 16 lanes. */
-static __device__ __forceinline__ float us_head_scale(const struct us_head *h,
-                                                      const float x[US_HEAD_VALUES]) {
+/* x / rms * norm; returns 1 / rms, the same in the 16 lanes. */
+template <int QS>
+static __device__ __forceinline__ float us_head_norm(const struct us_head *h, uint32_t lane,
+                                                     float2 x[US_HEAD_PAIRS]) {
+  const float2 *norm = (const float2 *)h->norm + lane;
   float sum = 0;
 #pragma unroll
-  for (uint32_t i = 0; i < US_HEAD_VALUES; i++) sum = fmaf(x[i], x[i], sum);
+  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++)
+    sum = fmaf(x[i].y, x[i].y, fmaf(x[i].x, x[i].x, sum));
 #pragma unroll
   for (uint32_t step = 8; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  return us_head_inverse_root(us_head_divide(sum, (float)h->Q) + h->eps);
+  float scale = us_head_inverse_root(us_head_divide(sum, (float)h->Q) + h->eps);
+#pragma unroll
+  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) {
+    if (!us_head_has<QS>(h, lane, i)) continue;
+    float2 w = norm[16 * i];
+    x[i].x = x[i].x * scale * w.x, x[i].y = x[i].y * scale * w.y;
+  }
+  return scale;
 }
 
-/* Partners in the same lane: rotary sizes of 32 PAIRS. */
-template <int PAIRS>
+/* Partners in the same lane: rotary sizes of 64 N. */
+template <int N>
 static __device__ __forceinline__ void us_head_rotate(const struct us_head *h, uint32_t lane,
-                                                      float x[US_HEAD_VALUES]) {
+                                                      float2 x[US_HEAD_PAIRS]) {
+  const float2 *table = (const float2 *)h->rope + lane;
 #pragma unroll
-  for (int i = 0; i < PAIRS; i++) {
-    float c = h->rope[lane + 16 * i], s = h->rope[16 * PAIRS + lane + 16 * i], a = x[i], b = x[i + PAIRS];
-    x[i] = a * c - b * s, x[i + PAIRS] = b * c + a * s;
+  for (int i = 0; i < N; i++) {
+    float2 c = table[16 * i], s = table[16 * (N + i)], a = x[i], b = x[i + N];
+    x[i] = make_float2(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y);
+    x[i + N] = make_float2(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y);
   }
 }
 
-/* Any rotary size up to 64: the partner is read again. */
-static __device__ __forceinline__ void us_head_rotate_any(const struct us_head *h, uint32_t lane, float scale,
-                                                          float x[US_HEAD_VALUES]) {
-  uint32_t half = h->rotary / 2;
-#pragma unroll
-  for (uint32_t i = 0; i < 4; i++) {
-    uint32_t d = lane + 16 * i;
-    if (d >= h->rotary) continue;
-    uint32_t pair = d < half ? d : d - half, other = d < half ? d + half : d - half;
-    float y = __ldcg(h->values + other), c = h->rope[pair], s = h->rope[half + pair];
-    if (h->norm) y = y * scale * h->norm[other];
-    x[i] = d < half ? x[i] * c - y * s : x[i] * c + y * s;
-  }
+/* Dim d of value x, for any rotary size: the partner is read again. */
+static __device__ __forceinline__ float us_head_rotate_any(const struct us_head *h, uint32_t d, float x,
+                                                           float scale) {
+  uint32_t half = h->rotary / 2, pair = d < half ? d : d - half, other = d < half ? d + half : d - half;
+  if (d >= h->rotary) return x;
+  float y = __ldcg(h->values + other), c = h->rope[pair], s = h->rope[half + pair];
+  if (h->norm) y = y * scale * h->norm[other];
+  return d < half ? x * c - y * s : x * c + y * s;
 }
 
 /* Norm and rotation; whole warps. Rotary sizes: all up to 64 (that of all published models), and 128. */
+template <int QS>
 static __device__ __forceinline__ void us_head_finish(const struct us_head *h, uint32_t lane,
-                                                      float x[US_HEAD_VALUES]) {
+                                                      float2 x[US_HEAD_PAIRS]) {
   float scale = 1;
-  if (h->norm) {
-    scale = us_head_scale(h, x);
-#pragma unroll
-    for (uint32_t i = 0; i < US_HEAD_VALUES; i++)
-      if (lane + 16 * i < h->Q) x[i] = x[i] * scale * h->norm[lane + 16 * i];
-  }
-  if (h->rotary == 64)
+  if (h->norm) scale = us_head_norm<QS>(h, lane, x);
+  if (h->rotary == 64) {
+    us_head_rotate<1>(h, lane, x);
+  } else if (h->rotary == 128) {
     us_head_rotate<2>(h, lane, x);
-  else if (h->rotary == 128)
-    us_head_rotate<4>(h, lane, x);
-  else
-    us_head_rotate_any(h, lane, scale, x);
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+      x[i].x = us_head_rotate_any(h, 32 * i + 2 * lane, x[i].x, scale);
+      x[i].y = us_head_rotate_any(h, 32 * i + 2 * lane + 1, x[i].y, scale);
+    }
+  }
 }
 
-/* The device's own rounding: the same as us_bf16_from_f32 but for the payload of a NaN. */
-static __device__ __forceinline__ uint16_t us_head_bf16(float x) {
-  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+/* Two values rounded to bf16, the first in the low half. */
+static __device__ __forceinline__ uint32_t us_head_round(float x, float y) {
+  __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+  uint32_t bits;
+  memcpy(&bits, &h, 4);
+  return bits;
 }
 
-/* ---- the cache ------------------------------------------------------------------------------------------------------ */
+/* ---- the cache -------------------------------------------------------------------------------------------------------- */
 
-/* A layer's pages as one KV head sees them. */
-struct us_head_pages {
-  const uint64_t *table; /* offsets of the layer's pages */
-  const uint8_t *pool;
-  uint32_t page_count;
-  uint32_t k_stride;           /* bytes of a K row */
-  uint32_t k_offset, v_offset; /* of this KV head in a page, bytes */
-};
-
-static __device__ __forceinline__ struct us_head_pages us_head_pages(const uint8_t *pool,
-                                                                     const uint64_t *table,
-                                                                     uint32_t page_count, uint32_t G,
-                                                                     uint32_t Q, uint32_t V, uint32_t g) {
-  struct us_head_pages p;
-  p.table = table, p.pool = pool, p.page_count = page_count;
-  p.k_stride = us_engine_k_stride(Q) * 2;
-  p.k_offset = g * 64 * p.k_stride, p.v_offset = us_engine_v_offset(G, Q) + g * V * 128;
-  return p;
+/* A page of 64 positions as one KV head sees it: offsets in bytes. */
+static __device__ __forceinline__ uint32_t us_head_key_offset(uint32_t Q, uint32_t g, uint32_t slot) {
+  return (g * 64 + slot) * us_engine_k_stride(Q) * 2;
 }
-
-/* The page of the 64 positions [64 leaf, 64 leaf + 64). */
-static __device__ __forceinline__ const uint8_t *us_head_page(const struct us_head_pages *p, uint32_t leaf) {
-  return p->pool + p->table[leaf % p->page_count];
+static __device__ __forceinline__ uint32_t us_head_value_offset(uint32_t G, uint32_t Q, uint32_t V,
+                                                                uint32_t g, uint32_t dim) {
+  return us_engine_v_offset(G, Q) + (g * V + dim) * 128;
 }
 
 #endif

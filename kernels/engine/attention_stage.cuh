@@ -1,132 +1,157 @@
 /* attention_stage.cuh: what a job needs in shared memory before its units begin: queries, new keys and values; and the cache.
  *
- *     us_attention_fetch_early(shared, page);        // before the projection is done
- *     us_attention_stage(shared, tile);              // after it; then a barrier
- *     if (shared->job.appends) us_attention_append(shared);
+ *     us_attention_fetch_page<192, 128>(shared, page);     // before the projection is done: a unit's first page; and
+ *     us_attention_fetch_rows(shared);                     // what else will be read
+ *     us_attention_stage<192, 128>(shared);                // after it; then a barrier
+ *     us_attention_append<192, 128>(shared, page);         // one unit: the row's own key and value
  *
- * All compute threads. Bound: one latency of L2: every load is under way before the first is used.
+ * Bound: one latency of L2, every load under way before the first is used, and instructions: half a warp has a query head or a new
+ * key, a thread a value dim of every fourth new row.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_STAGE_CUH
 #define US_KERNELS_ENGINE_ATTENTION_STAGE_CUH
 
-#include "kernels/engine/attention_plan.cuh"
+#include "kernels/engine/attention_tile.cuh"
 
 static __device__ __forceinline__ void us_attention_fetch(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-/* Ask for what will be needed: keys and values of the unit's first leaf, rope rows of the new positions, norms. */
-static __device__ __forceinline__ void us_attention_fetch_early(const struct us_attention_shared *sh,
-                                                                const uint8_t *page) {
-  const struct us_engine_attention *a = &sh->a;
+/* A unit: ask for a page's keys and values of one KV head. */
+template <int QS, int VS>
+static __device__ __forceinline__ void us_attention_fetch_page(const struct us_attention_shared *sh,
+                                                               const uint8_t *page) {
+  uint32_t i = threadIdx.x % US_ATTENTION_THREADS, Q = us_attention_Q<QS>(sh), V = us_attention_V<VS>(sh);
+  uint32_t lines = us_engine_k_stride(Q); /* 64 rows of 2 * stride bytes, in 128 bytes */
+  const uint8_t *keys = page + us_head_key_offset(Q, sh->job.g, 0);
+#pragma unroll
+  for (uint32_t line = 0; line < (QS ? QS : 192); line += US_ATTENTION_THREADS)
+    if (line + i < lines) us_attention_fetch(keys + (line + i) * 128);
+  if (i < V) us_attention_fetch(page + us_head_value_offset(sh->a.G, Q, V, sh->job.g, i));
+}
+
+/* All compute threads: rope rows of the new positions, norms. */
+static __device__ __forceinline__ void us_attention_fetch_rows(const struct us_attention_shared *sh) {
   const struct us_attention_row *row = sh->row + sh->job.row;
-  uint32_t i = threadIdx.x, of_unit = i % US_ATTENTION_THREADS, lines = row->fresh_count * a->rotary / 32 + 1;
-  for (uint32_t line = of_unit; page && line < sh->job.pages.k_stride / 2; line += US_ATTENTION_THREADS)
-    us_attention_fetch(page + sh->job.pages.k_offset + line * 128);
-  if (page && of_unit < a->V) us_attention_fetch(page + sh->job.pages.v_offset + of_unit * 128);
-  if (i < lines) us_attention_fetch(a->rope + (size_t)row->fresh * a->rotary + i * 32);
+  const struct us_engine_attention *a = &sh->a;
+  uint32_t i = threadIdx.x;
+  if (i <= row->count * a->rotary / 32) us_attention_fetch(a->rope + (size_t)row->fresh * a->rotary + i * 32);
   if (a->q_norm && i * 32 < a->Q) us_attention_fetch(a->q_norm + i * 32);
   if (a->k_norm && i * 32 < a->Q) us_attention_fetch(a->k_norm + i * 32);
 }
 
-/* Half-warp `index`: query head `index` of the chunk, or behind the 16 heads new key index - 16. `tile`: the row tile's first
- * row in the pass. */
+/* ---- queries and keys ------------------------------------------------------------------------------------------------ */
+
+/* Half-warp `index`: query head `index` of the chunk, or behind the 16 heads new key index - 16. */
+template <int QS>
 static __device__ __forceinline__ struct us_head us_attention_head(const struct us_attention_shared *sh,
-                                                                   uint32_t tile, uint32_t index) {
+                                                                   uint32_t index) {
   const struct us_engine_attention *a = &sh->a;
   const struct us_attention_row *row = sh->row + sh->job.row;
   bool query = index < 16;
-  uint32_t position = query ? row->position : row->fresh + index - 16;
-  uint32_t at = query ? (sh->job.first_head + index) * a->Q : (a->H + sh->job.g) * a->Q;
-  int of_tile = query ? (int)sh->job.row : (int)(row->fresh_row + index - 16 - tile);
+  uint32_t Q = us_attention_Q<QS>(sh), in = index - 16, position = query ? row->position : row->fresh + in;
+  uint32_t at = (query ? sh->job.first_head + index : a->H + sh->job.g) * Q;
+  int32_t of_tile = query ? (int32_t)sh->job.row : row->fresh_row + (int32_t)in;
   struct us_head h;
-  h.values = a->qkv + (ptrdiff_t)of_tile * (ptrdiff_t)a->qkv_rows + at;
+  h.values = a->qkv + of_tile * (int32_t)a->qkv_rows + at;
   h.norm = query ? a->q_norm : a->k_norm;
   h.rope = a->rope + (size_t)position * a->rotary;
-  h.Q = a->Q, h.rotary = a->rotary, h.eps = a->eps;
+  h.Q = Q, h.rotary = a->rotary, h.eps = a->eps;
   return h;
 }
 
 /* A finished head into shared memory: a query split in two terms, a key rounded; dims up to a multiple of 32. */
+template <int QS>
 static __device__ __forceinline__ void us_attention_keep_head(struct us_attention_shared *sh, uint32_t index,
-                                                              uint32_t stride,
-                                                              const float x[US_HEAD_VALUES]) {
-  uint32_t lane = threadIdx.x % 16,
-           in = lane % 4 / 2 * 4 + index / 8 * 2 + lane % 2; /* place in a lane's 16 bytes */
-  uint16_t *query = (uint16_t *)sh->q + in, *key = sh->key + (index - 16) * stride + lane;
+                                                              const float2 x[US_HEAD_PAIRS]) {
+  uint32_t lane = threadIdx.x % 16, Q = us_attention_Q<QS>(sh), n = index % 8;
+  if (index >= 16) {
+    uint32_t *to = (uint32_t *)sh->key + (index - 16) * (us_engine_k_stride(Q) / 2) + lane;
 #pragma unroll
-  for (uint32_t i = 0; i < US_HEAD_VALUES; i++) {
-    if (lane + 16 * i >= stride) continue;
-    uint16_t hi = us_head_bf16(x[i]);
-    if (index >= 16) {
-      key[16 * i] = hi;
-      continue;
-    }
-    uint32_t at = us_attention_operand_index(i / 2, 0, lane % 8 / 4, index % 8, i % 2 * 2 + lane / 8) * 8;
-    query[at] = hi, query[at + 2 * 32 * 8] = us_head_bf16(x[i] - us_bf16_to_f32(hi));
+    for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++)
+      if (QS || 32 * i < Q) to[16 * i] = us_head_round(x[i].x, x[i].y);
+    return;
+  }
+  uint32_t *to = (uint32_t *)(sh->q + us_attention_operand_index(0, 0, lane % 4 / 2, n, lane / 4)) +
+                 lane % 2 * 2 + index / 8;
+#pragma unroll
+  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) {
+    uint32_t hi, lo;
+    us_attention_split(x[i].x, x[i].y, &hi, &lo);
+    to[i * 512] = hi, to[i * 512 + 256] = lo;
   }
 }
+
+/* ---- values ---------------------------------------------------------------------------------------------------------- */
 
 #define US_ATTENTION_STAGE_VALUES                                                                            \
   (US_ATTENTION_FRESH_PIECES * 8 / 4) /* a thread: a dim, every fourth position */
 
-/* New values of this thread, 0 where there is none. */
+/* New values of this thread that the row sees, 0 where there is none. */
+template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_load_new(const struct us_attention_shared *sh,
-                                                             uint32_t tile,
                                                              float v[US_ATTENTION_STAGE_VALUES]) {
   const struct us_engine_attention *a = &sh->a;
   const struct us_attention_row *row = sh->row + sh->job.row;
-  uint32_t dim = threadIdx.x % 128, before = row->fresh - us_attention_origin(row);
-  const float *from = a->qkv + (int)(row->fresh_row - tile) * (ptrdiff_t)a->qkv_rows + (a->H + a->G) * a->Q +
-                      sh->job.g * a->V + dim;
+  uint32_t dim = threadIdx.x % 128, at = us_attention_origin(sh, row) + threadIdx.x / 128,
+           V = us_attention_V<VS>(sh);
+  uint32_t hidden = row->begin > row->fresh ? row->begin - row->fresh : 0;
+  const float *from = a->qkv + row->fresh_row * (int32_t)a->qkv_rows +
+                      (a->H + a->G) * us_attention_Q<QS>(sh) + sh->job.g * V + dim;
 #pragma unroll
   for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) {
-    uint32_t index = threadIdx.x / 128 + 4 * i - before; /* wraps below the first */
-    v[i] = index < sh->job.new_keys && dim < a->V ? __ldcg(from + index * (ptrdiff_t)a->qkv_rows) : 0.0f;
+    uint32_t index = at + 4 * i - row->fresh; /* large before the first */
+    v[i] = index < row->count && index >= hidden && (VS == 128 || dim < V)
+               ? __ldcg(from + index * a->qkv_rows)
+               : 0.0f;
   }
 }
 
 static __device__ __forceinline__ void us_attention_keep_new(struct us_attention_shared *sh,
                                                              const float v[US_ATTENTION_STAGE_VALUES]) {
-  uint32_t dim = threadIdx.x % 128;
-  uint16_t *to = (uint16_t *)(sh->value + dim * US_ATTENTION_FRESH_PIECES) + threadIdx.x / 128;
+  uint16_t *to = (uint16_t *)(sh->value + threadIdx.x % 128 * US_ATTENTION_FRESH_PIECES) + threadIdx.x / 128;
 #pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) to[4 * i] = us_head_bf16(v[i] * sh->a.value_scale);
+  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++)
+    to[4 * i] = (uint16_t)us_head_round(v[i] * sh->a.value_scale, 0);
 }
 
-/* The chunk's queries and, if the piece holds any, new keys and values into shared memory. `tile`: the row tile's first row. */
-static __device__ __forceinline__ void us_attention_stage(struct us_attention_shared *sh, uint32_t tile) {
-  uint32_t count = 16 + sh->job.new_keys, stride = us_engine_k_stride(sh->a.Q);
+/* ---- a job ----------------------------------------------------------------------------------------------------------- */
+
+/* The chunk's queries and `new_keys` new keys and values into shared memory. */
+template <int QS, int VS>
+static __device__ __forceinline__ void us_attention_stage(struct us_attention_shared *sh) {
+  uint32_t index = threadIdx.x / 16, lane = threadIdx.x % 16, new_keys = sh->job.new_keys,
+           count = 16 + new_keys;
   float v[US_ATTENTION_STAGE_VALUES];
-  us_attention_load_new(sh, tile, v);
-#pragma unroll 1
-  for (uint32_t pair = threadIdx.x / 32 * 2; pair < count; pair += US_ENGINE_COMPUTE / 16) {
-    uint32_t index = pair + threadIdx.x / 16 % 2;
+  if (new_keys) us_attention_load_new<QS, VS>(sh, v);
+  if (index / 2 * 2 < count) {
     bool exists = index < count && (index >= 16 || index < sh->job.heads);
-    float x[US_HEAD_VALUES];
-    struct us_head h = us_attention_head(sh, tile, exists ? index : 0);
-    us_head_load(&h, threadIdx.x % 16, x);
-    us_head_finish(&h, threadIdx.x % 16, x);
+    struct us_head h = us_attention_head<QS>(sh, exists ? index : 0);
+    float2 x[US_HEAD_PAIRS];
+    us_head_load<QS>(&h, lane, x);
+    us_head_finish<QS>(&h, lane, x);
+    if (!exists)
 #pragma unroll
-    for (uint32_t i = 0; i < US_HEAD_VALUES; i++) x[i] = exists ? x[i] : 0.0f;
-    if (index < count) us_attention_keep_head(sh, index, stride, x);
+      for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
+    if (index < count) us_attention_keep_head<QS>(sh, index, x);
   }
-  if (count > 16) us_attention_keep_new(sh, v);
+  if (new_keys) us_attention_keep_new(sh, v);
 }
 
-/* The row's own key and value into its page. */
-static __device__ __forceinline__ void us_attention_append(const struct us_attention_shared *sh) {
+/* One unit: the row's own key and value into its page. */
+template <int QS, int VS>
+static __device__ __forceinline__ void us_attention_append(const struct us_attention_shared *sh,
+                                                           const uint8_t *page) {
   const struct us_attention_row *row = sh->row + sh->job.row;
-  const struct us_head_pages *pages = &sh->job.pages;
-  uint32_t slot = row->position % 64, pieces = pages->k_stride / 16, i = threadIdx.x,
-           dim = i - 256; /* halves of the block */
-  uint8_t *page = (uint8_t *)pages->pool + row->own;
-  const uint16_t *value = (const uint16_t *)sh->value + row->position - us_attention_origin(row);
+  uint32_t i = threadIdx.x % US_ATTENTION_THREADS, slot = row->position % 64, Q = us_attention_Q<QS>(sh);
+  uint32_t V = us_attention_V<VS>(sh), pieces = us_engine_k_stride(Q) / 8;
+  const uint16_t *value = (const uint16_t *)(sh->value + i * US_ATTENTION_FRESH_PIECES) + row->position;
   if (i < pieces)
-    ((uint4 *)(page + pages->k_offset + slot * pages->k_stride))[i] =
-        ((const uint4 *)sh->key)[(row->position - row->fresh) * pieces + i];
-  if (dim < sh->a.V)
-    ((uint16_t *)(page + pages->v_offset))[dim * 64 + slot] = value[dim * (US_ATTENTION_FRESH_PIECES * 8)];
+    ((uint4 *)(page + us_head_key_offset(Q, sh->job.g, slot)))[i] =
+        sh->key[(row->position - row->fresh) * pieces + i];
+  if (i < V)
+    ((uint16_t *)(page + us_head_value_offset(sh->a.G, Q, V, sh->job.g, i)))[slot] =
+        *(value - us_attention_origin(sh, row));
 }
 
 #endif

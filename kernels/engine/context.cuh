@@ -2,9 +2,9 @@
  *
  *     case US_ENGINE_CONTEXT: us_engine_context_append(b, op);      // all compute threads of all blocks of the rank
  *
- * A row whose slot is below its sequence's `committed` is appended; others leave no trace. Per head: norm and rotation in FP32 as
- * on the CPU (attention_head.cuh: same bits), values scaled, both rounded to bf16. Bound: latency; half a warp an item (row, layer,
- * KV head), 80 items for the published drafter's share.
+ * A row whose slot is below its sequence's `committed` is appended; others leave no trace. Per head: norm and rotation in FP32
+ * (attention_head.cuh, as the drafter's own keys), values scaled, both rounded to bf16. Bound: latency; half a warp an item (row,
+ * layer, KV head), 80 items for the published drafter's share.
  */
 #ifndef US_KERNELS_ENGINE_CONTEXT_CUH
 #define US_KERNELS_ENGINE_CONTEXT_CUH
@@ -24,20 +24,19 @@ static __device__ __forceinline__ void us_context_append(const struct us_engine_
                       c->Q,
                       c->rotary,
                       c->eps};
-  float x[US_HEAD_VALUES];
-  us_head_load(&h, lane, x);
-  us_head_finish(&h, lane, x);
+  float2 x[US_HEAD_PAIRS];
+  us_head_load<0>(&h, lane, x);
+  us_head_finish<0>(&h, lane, x);
   if (!exists) return;
   const uint64_t *table = b->rank->state->sequence[row->sequence].draft_kv.tables[layer];
-  struct us_head_pages pages = us_head_pages(b->rank->draft_pool, table, c->page_count, c->G, c->Q, c->V, g);
-  uint8_t *page = (uint8_t *)us_head_page(&pages, position / 64);
-  uint16_t *key = (uint16_t *)(page + pages.k_offset + slot * pages.k_stride),
-           *value = (uint16_t *)(page + pages.v_offset);
+  uint8_t *page = (uint8_t *)b->rank->draft_pool + table[position / 64 % c->page_count];
+  uint32_t *key = (uint32_t *)(page + us_head_key_offset(c->Q, g, slot)) + lane;
 #pragma unroll
-  for (uint32_t i = 0; i < US_HEAD_VALUES; i++)
-    if (lane + 16 * i < us_engine_k_stride(c->Q)) key[lane + 16 * i] = us_head_bf16(x[i]);
+  for (uint32_t i = 0; i < US_HEAD_PAIRS; i++)
+    if (32 * i < c->Q) key[16 * i] = us_head_round(x[i].x, x[i].y);
   for (uint32_t d = lane; d < c->V; d += 16)
-    value[d * 64 + slot] = us_head_bf16(__ldcg(from + c->G * c->Q + g * c->V + d) * c->value_scale);
+    ((uint16_t *)(page + us_head_value_offset(c->G, c->Q, c->V, g, d)))[slot] =
+        us_bf16_from_f32(__ldcg(from + c->G * c->Q + g * c->V + d) * c->value_scale);
 }
 
 static __device__ __noinline__ void us_engine_context_append(struct us_engine_block *b,

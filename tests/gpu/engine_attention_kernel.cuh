@@ -21,25 +21,34 @@ static __device__ void fake_projection(struct us_engine_block *b, const struct u
   us_engine_finish(b);
 }
 
-static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
-    attention_kernel(const __grid_constant__ struct us_engine_launch launch, uint64_t delay_ns) {
-  extern __shared__ __align__(128) uint8_t raw[];
-  struct us_engine_shared *shared = (struct us_engine_shared *)raw;
+/* A warp's view of the block, in shared memory as in the engine: a local one would be read from L2 after every wait. */
+static __device__ struct us_engine_block *make_view(const struct us_engine_launch *launch) {
+  struct us_engine_shared *shared = us_engine_shared_of(NULL);
+  struct us_engine_block *b = &shared->warp[threadIdx.x / 32];
   if (threadIdx.x == 0)
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);
+  if (threadIdx.x % 32 == 0) {
+    struct us_engine_block view = {};
+    view.shared = shared, view.launch = launch, view.rank = launch->rank;
+    view.index = blockIdx.x, view.blocks = gridDim.x, view.grid_block = blockIdx.x;
+    *b = view;
+  }
   __syncthreads();
+  return b;
+}
+
+static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
+    attention_kernel(const __grid_constant__ struct us_engine_launch launch, uint64_t delay_ns) {
+  struct us_engine_block *b = make_view(&launch);
   if (threadIdx.x >= US_ENGINE_COMPUTE) return;
-  struct us_engine_block b = {};
-  b.shared = shared, b.launch = &launch, b.rank = launch.rank;
-  b.index = blockIdx.x, b.blocks = gridDim.x, b.grid_block = blockIdx.x;
   for (uint32_t round = 0; round < launch.rounds; round++)
     for (uint32_t i = launch.first; i < launch.last; i++) {
-      const struct us_engine_op *op = b.rank->ops + i;
-      b.round = round;
-      b.op_index = i;
-      if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(&b, op);
-      if (op->kind == US_ENGINE_CONTEXT) us_engine_context_append(&b, op);
-      if (op->kind == US_ENGINE_ROUTE) fake_projection(&b, op, delay_ns);
+      const struct us_engine_op *op = launch.rank[0].ops + i;
+      __syncwarp();
+      b->round = round, b->op_index = i;
+      if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(b, op);
+      if (op->kind == US_ENGINE_CONTEXT) us_engine_context_append(b, op);
+      if (op->kind == US_ENGINE_ROUTE) fake_projection(b, op, delay_ns);
     }
 }
 

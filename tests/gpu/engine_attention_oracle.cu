@@ -235,7 +235,7 @@ bool world_outputs(struct world *w) {
 
 /* ---- the definition -------------------------------------------------------------------------------------------------------- */
 
-/* A head of a row in FP32: norm in the order of kernels/rmsnorm, rotation as kernels/rope. */
+/* A head of a row in FP32: norm in the order of attention_head.cuh, rotation as kernels/rope. */
 static std::vector<float> head_of(const struct world *w, size_t r, size_t column,
                                   const std::vector<float> *norm, double theta) {
   const struct attention_shape *s = &w->s;
@@ -243,7 +243,7 @@ static std::vector<float> head_of(const struct world *w, size_t r, size_t column
   std::vector<float> x(from, from + s->Q), table(s->rotary);
   if (norm) {
     float lane[16] = {};
-    for (uint32_t d = 0; d < s->Q; d++) lane[d % 16] = fmaf(x[d], x[d], lane[d % 16]);
+    for (uint32_t d = 0; d < s->Q; d++) lane[d / 2 % 16] = fmaf(x[d], x[d], lane[d / 2 % 16]);
     for (int step = 8; step; step /= 2)
       for (int l = 0; l < step; l++) lane[l] = lane[l] + lane[l + step];
     float scale = 1.0f / sqrtf(lane[0] / (float)s->Q + w->eps);
