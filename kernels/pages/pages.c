@@ -127,11 +127,14 @@ static uint32_t take(const struct us_pages *p, const uint8_t *page, const struct
   if (words == 8) sub = at->reg * 2 + at->half;
   memcpy(&value, page + us_pages_word_offset(at->lane, at->fragment * words + sub), sizeof value);
   if (words == 8) return value;
-  value = value >> 16 * at->half & 0xffffu;
+  bool crossed = words == 1 && at->reg == 3; /* its bits lie in the other half */
+  value = value >> 16 * (crossed ? 1 - at->half : at->half) & 0xffffu;
   if (words == 4) return value;
   if (words == 2) return value >> (at->reg % 2 ? 0 : 8) & 0xffu;
-  static const uint8_t sign[4] = {15, 12, 14, 13}, magnitude[4] = {6, 3, 0, 9};
-  return (value >> magnitude[at->reg] & 7u) | (value >> sign[at->reg] & 1u) << 3;
+  static const uint8_t bit[4][4] = {{6, 7, 8, 15}, {3, 4, 5, 12}, {0, 1, 2, 9}, {14, 10, 11, 13}};
+  uint32_t code = 0;
+  for (uint32_t i = 0; i < 4; i++) code |= (value >> bit[at->reg][i] & 1u) << i;
+  return code;
 }
 
 static void put(enum us_format format, void *data, size_t at, uint32_t code) {

@@ -15,9 +15,9 @@
  * chunk for all 32 lanes: conflict-free 16-byte loads. Bits are moved so that decoding to bf16 is masks and shifts
  * (kernels/gpu/mma.cuh), and scales so that with activations times 2^64 (kernels/engine/engine.h) every product and every
  * scale is a normal FP32 number and sum x scale is the sum itself:
- *   MXFP4  one word a fragment: sign and magnitude of register 0..3 at bits 15, 8..6 | 12, 5..3 | 14, 2..0 | 13, 11..9
- *          of the half word: e2m1 at the place of bf16's, times 2^-126; scale byte + 62 (a byte above 192, weights
- *          beyond 2^65, is refused)
+ *   MXFP4  one word a fragment: sign and magnitude of register 0..3 at bits 15, 8..6 | 12, 5..3 | 9, 2..0 of the half
+ *          word | 13, and 11, 10, 14 of the other half: e2m1 at the place of bf16's, times 2^-126, after as few
+ *          instructions as found; scale byte + 62 (a byte above 192, weights beyond 2^65, is refused)
  *   FP8    two words: registers 0, 1 | 2, 3: the even register's code at bits 15..8, the odd one's at 7..0: e4m3 at the place
  *          of bf16's, times 2^-120; scale times 2^56 (one that overflows is refused)
  *   BF16   four words, one a register: sums carry the activations' 2^64
@@ -151,13 +151,12 @@ static US_HD uint32_t us_pages_scale_offset(const struct us_pages *p, uint32_t r
   return base + (lane_group * quads + quad) * 8 * halves + row / 8 * 4 + col / 32 % 4;
 }
 
-/* Bits of an MXFP4 or FP8 code in its half word, by register. */
-static US_HD uint32_t us_pages_place_code(enum us_format format, uint32_t code, uint32_t reg) {
-  if (format == US_FORMAT_MXFP4) {
-    uint32_t sign = reg == 0 ? 15 : reg == 1 ? 12 : reg == 2 ? 14 : 13, magnitude = reg < 3 ? 6 - 3 * reg : 9;
-    return (code & 7u) << magnitude | (code >> 3) << sign;
-  }
-  return reg & 1u ? code : code << 8;
+/* Bits of an MXFP4 or FP8 code in its word, by register and half of that register. */
+static US_HD uint32_t us_pages_place_code(enum us_format format, uint32_t code, uint32_t reg, uint32_t half) {
+  if (format == US_FORMAT_FP8) return (reg & 1u ? code : code << 8) << 16 * half;
+  uint32_t magnitude = code & 7u, sign = code >> 3;
+  if (reg < 3) return (magnitude << (6 - 3 * reg) | sign << (15 - 3 * reg)) << 16 * half;
+  return ((magnitude & 1u) << 14 | sign << 13 | magnitude >> 1 << 10) << 16 * (half ^ 1u);
 }
 
 /* The matrix that packed row n < rows comes from, and its row there. */
@@ -222,7 +221,7 @@ static US_HD uint32_t us_pages_gather(const struct us_pages *p, const struct us_
   for (uint32_t reg = first; reg < first + regs; reg++)
     for (uint32_t half = 0; half < 2; half++) {
       uint32_t code = us_pages_padded_code(p, s, row + reg % 2 * 8, col + reg / 2 * 8 + half);
-      value |= (words == 4 ? code : us_pages_place_code(p->format, code, reg)) << 16 * half;
+      value |= words == 4 ? code << 16 * half : us_pages_place_code(p->format, code, reg, half);
     }
   return value;
 }

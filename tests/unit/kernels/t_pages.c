@@ -67,25 +67,33 @@ START_TEST(places_do_not_overlap_and_fill_the_page) {
 }
 END_TEST
 
-/* What mma.cuh does, a half word at a time, beside another register's bits. */
-static uint32_t decode_mxfp4(uint32_t half, uint32_t reg) {
-  uint32_t sign = half << (reg == 0 ? 0 : reg == 1 ? 3 : reg == 2 ? 1 : 2) & 0x8000u;
-  uint32_t magnitude = (reg == 3 ? half >> 3 : half << 3 * reg) & 0x01c0u;
-  return sign | magnitude;
+/* What mma.cuh does, register `reg` of a word. */
+static uint32_t decode_mxfp4(uint32_t word, uint32_t reg) {
+  uint32_t turned = word << 6 | word >> 26;
+  uint32_t moved = reg == 0   ? word
+                   : reg == 1 ? word * 8u
+                   : reg == 2 ? turned
+                              : (turned & 0x001b001bu) * 0x1084u;
+  return moved & 0x81c081c0u;
 }
 
 static float bf16_value(uint32_t half) {
   return us_f32_from_bits(half << 16);
 }
 
-START_TEST(an_mxfp4_word_decodes_to_bf16_by_masks_and_shifts) {
+START_TEST(an_mxfp4_word_decodes_to_bf16_by_masks_shifts_and_a_product) {
   for (uint32_t code = 0; code < 16; code++)
-    for (uint32_t reg = 0; reg < 4; reg++) {
-      uint32_t bits = us_pages_place_code(US_FORMAT_MXFP4, code, reg);
-      for (uint32_t other = 0; other < 4; other++)
-        if (other != reg) bits |= us_pages_place_code(US_FORMAT_MXFP4, 15, other);
+    for (uint32_t place = 0; place < 8; place++) { /* register and half */
       float expected = us_e2m1_to_f32((uint8_t)code) * US_PAGES_MXFP4_UNIT;
-      ck_assert_uint_eq(us_f32_bits(bf16_value(decode_mxfp4(bits, reg))), us_f32_bits(expected));
+      for (uint32_t others = 0; others < 16; others++) { /* whatever the other codes of the word are */
+        uint32_t word = us_pages_place_code(US_FORMAT_MXFP4, code, place / 2, place % 2);
+        for (uint32_t other = 0; other < 8; other++)
+          if (other != place)
+            word |=
+                us_pages_place_code(US_FORMAT_MXFP4, (others * other + others) & 15u, other / 2, other % 2);
+        uint32_t half = decode_mxfp4(word, place / 2) >> 16 * (place % 2) & 0xffffu;
+        ck_assert_uint_eq(us_f32_bits(bf16_value(half)), us_f32_bits(expected));
+      }
     }
 }
 END_TEST
@@ -93,8 +101,10 @@ END_TEST
 START_TEST(an_fp8_word_decodes_to_bf16_by_masks_and_shifts) {
   for (uint32_t code = 0; code < 256; code++) {
     if ((code & 127u) == 127u) continue; /* NaN */
-    uint32_t even = us_pages_place_code(US_FORMAT_FP8, code, 2) | us_pages_place_code(US_FORMAT_FP8, 0xa5, 3);
-    uint32_t odd = us_pages_place_code(US_FORMAT_FP8, 0xa5, 0) | us_pages_place_code(US_FORMAT_FP8, code, 1);
+    uint32_t even =
+        us_pages_place_code(US_FORMAT_FP8, code, 2, 0) | us_pages_place_code(US_FORMAT_FP8, 0xa5, 3, 0);
+    uint32_t odd =
+        us_pages_place_code(US_FORMAT_FP8, 0xa5, 0, 0) | us_pages_place_code(US_FORMAT_FP8, code, 1, 0);
     uint32_t expected = us_f32_bits(us_fp8_to_f32((uint8_t)code) * US_PAGES_FP8_UNIT);
     ck_assert_uint_eq(us_f32_bits(bf16_value((even & 0x8000u) | (even >> 4 & 0x07f0u))), expected);
     ck_assert_uint_eq(us_f32_bits(bf16_value((odd << 8 & 0x8000u) | (odd << 4 & 0x07f0u))), expected);
@@ -220,7 +230,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("pages");
   tcase_add_test(c, unpacking_gives_every_bit_back);
   tcase_add_test(c, places_do_not_overlap_and_fill_the_page);
-  tcase_add_test(c, an_mxfp4_word_decodes_to_bf16_by_masks_and_shifts);
+  tcase_add_test(c, an_mxfp4_word_decodes_to_bf16_by_masks_shifts_and_a_product);
   tcase_add_test(c, an_fp8_word_decodes_to_bf16_by_masks_and_shifts);
   tcase_add_test(c, rows_past_the_matrix_are_zeros);
   tcase_add_test(c, gate_and_up_share_a_tile_of_32_rows);
