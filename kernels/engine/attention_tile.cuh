@@ -126,7 +126,9 @@ static __device__ __forceinline__ void us_attention_scores(
 #pragma unroll
   for (int j = 0; j < 2; j++) score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0;
 #pragma unroll
-  for (int i = 0; i < us_attention_size<QS, 0>::groups; i++)
+  for (int i = 0; i < us_attention_size<QS, 0>::groups; i++) {
+    if (!QS && 32 * i >= us_attention_Q<QS>(sh))
+      continue; /* never staged: zero keys times whatever lies there is not zero */
 #pragma unroll
     for (int low = 1; low >= 0; low--) {
       uint32_t a[4], b[4];
@@ -136,6 +138,7 @@ static __device__ __forceinline__ void us_attention_scores(
 #pragma unroll
       for (int j = 0; j < 2; j++) us_mma_bf16(score[j], b, keys[j][i].z, keys[j][i].w, score[j]);
     }
+  }
 }
 
 /* ---- weights --------------------------------------------------------------------------------------------------------- */

@@ -16,8 +16,13 @@
 #include <stddef.h>
 
 #define US_ENGINE_STAGES  5
-#define US_ENGINE_THREADS 640 /* 20 warps, of which 2 idle: registers are moved between groups of 4 */
+#define US_ENGINE_THREADS 640 /* 20 warps, of which one idles: registers are shared out to groups of 4 */
 #define US_ENGINE_COMPUTE (US_ENGINE_COMPUTE_WARPS * 32)
+/* Behind the streaming warp: the first thread of two epilogue warps. */
+#define US_ENGINE_EPILOGUE  (US_ENGINE_COMPUTE + 32)
+#define US_ENGINE_EPILOGUES 2
+#define US_ENGINE_FILLERS                                                                                    \
+  2 /* threads that a stage of the ring waits for before its bytes count as complete */
 /* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
 #define US_ENGINE_PARTIAL 272
 #define US_ENGINE_SCRATCH 14336
@@ -27,11 +32,15 @@ struct us_engine_active {
   alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
   int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
   uint16_t expert[US_ENGINE_ACTIVE];
-  uint8_t rows[US_ENGINE_ACTIVE]; /* bit mask of the rows that use it */
+  uint32_t brief[US_ENGINE_ACTIVE]; /* us_engine_brief: what streaming needs of it, in one load */
   uint32_t count;
 };
+static __device__ __forceinline__ uint32_t us_engine_brief(uint32_t expert, uint32_t first, uint32_t pairs) {
+  return expert | first << 16 | pairs << 24; /* its first pair, and how many it has */
+}
 
-/* DOWN: what a stage of the ring holds: one or two steps, the slots of their experts (16 bits each), where their rows lie. */
+/* DOWN: what a stage of the ring holds: one or two steps (down.cuh: US_DOWN_...), the slots of their experts (16 bits each), where
+ * their rows lie. */
 struct us_engine_down_stage {
   alignas(16) uint32_t slots;
   uint32_t count, rows[2];
@@ -194,7 +203,7 @@ static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_
 
 /* The thread that speaks for its role. */
 static __device__ __forceinline__ bool us_engine_leads(const struct us_engine_block *b) {
-  return b->role == 0 ? threadIdx.x == 0 : threadIdx.x % 32 == 0;
+  return threadIdx.x == 0 || threadIdx.x == US_ENGINE_COMPUTE || threadIdx.x == US_ENGINE_EPILOGUE;
 }
 
 static __device__ __noinline__ void us_engine_span_write(const struct us_engine_block *b, uint32_t what,
@@ -266,6 +275,11 @@ static __device__ __forceinline__ void us_engine_count(uint32_t *counter) {
 /* All compute threads. */
 static __device__ __forceinline__ void us_engine_meet(void) {
   asm volatile("bar.sync 1, %0;" ::"n"(US_ENGINE_COMPUTE) : "memory");
+}
+
+/* The epilogue warps. */
+static __device__ __forceinline__ void us_engine_epilogues_meet(void) {
+  asm volatile("bar.sync 2, %0;" ::"n"(US_ENGINE_EPILOGUES * 32) : "memory");
 }
 
 /* Test: a random delay, so that every order of arrivals occurs. */

@@ -4,177 +4,13 @@
  * sums in registers: 6144 / 48 = 128 blocks. A step is what the warps multiply at once: step_slices pages of each tile; a
  * warp takes a page of a tile (MXFP4, four groups) or one group of 32 inner columns of all three tiles. Never a share of the experts: the
  * order of a row's sum would then depend on what other rows chose. A stage of the ring holds one or two steps and behind them the
- * activations of the rows that use their experts, which are copied there too: weights as soon as the stage is free, activations
- * once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
+ * activations of the rows that use their experts, which are copied there too: weights by the streaming thread as soon as the stage is free,
+ * activations by one of the epilogue's once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_CUH
 #define US_KERNELS_ENGINE_DOWN_CUH
 
-#include "kernels/engine/gemm.cuh"
-
-#define US_DOWN_TILES 3
-#define US_DOWN_PAD   64   /* bytes between pairs in a stage: neighbours start in different banks */
-#define US_DOWN_LAST  4    /* added to the count of the last stage */
-#define US_DOWN_ZEROS 1024 /* bytes of zeros, as much as a pair's activations of a step at most */
-
-/* Blocks' shares: groups of three tiles. */
-static __device__ __forceinline__ uint32_t us_engine_down_groups(const struct us_engine_down *d) {
-  return (d->w.tiles + US_DOWN_TILES - 1) / US_DOWN_TILES;
-}
-static __device__ __forceinline__ uint32_t us_engine_down_tiles(const struct us_engine_down *d,
-                                                                uint32_t group) {
-  uint32_t left = d->w.tiles - group * US_DOWN_TILES;
-  return left < US_DOWN_TILES ? left : US_DOWN_TILES;
-}
-
-/* Sizes in a stage. Steps are numbered expert by expert. */
-struct us_down_plan {
-  uint32_t steps, stage_steps; /* an expert; a stage at most */
-  uint32_t run, step_bytes;    /* a tile's pages of a step; all three tiles' */
-  uint32_t rows_bytes;         /* a pair's activations of a step */
-  uint32_t active;
-};
-static __device__ __forceinline__ struct us_down_plan us_down_plan(const struct us_engine_down *d,
-                                                                   uint32_t active) {
-  struct us_down_plan p;
-  p.steps = d->steps, p.stage_steps = d->stage_steps;
-  p.run = d->step_slices * d->w.page_bytes, p.step_bytes = US_DOWN_TILES * p.run;
-  p.rows_bytes = d->step_slices * d->w.groups * 64;
-  p.active = active;
-  return p;
-}
-
-/* A step, and the number of its expert's first pair. */
-struct us_down_at {
-  uint32_t slot, step, pair;
-};
-static __device__ __forceinline__ uint32_t us_down_pairs(const struct us_engine_shared *s, uint32_t slot) {
-  return __popc(s->active.rows[slot]);
-}
-static __device__ __forceinline__ void us_down_next(const struct us_engine_shared *s,
-                                                    const struct us_down_plan *p, struct us_down_at *at) {
-  if (++at->step < p->steps) return;
-  at->pair += us_down_pairs(s, at->slot);
-  at->step = 0, at->slot++;
-}
-
-/* Steps in the stage that begins there: as many as fit with their activations, one always does. */
-static __device__ __forceinline__ uint32_t us_down_stage(const struct us_engine_shared *s,
-                                                         const struct us_down_plan *p, struct us_down_at at) {
-  uint32_t next = at.slot + (at.step + 1 == p->steps);
-  if (p->stage_steps < 2 || next >= p->active) return 1;
-  uint32_t pairs = us_down_pairs(s, at.slot) + us_down_pairs(s, next);
-  return 2 * p->step_bytes + pairs * (p->rows_bytes + US_DOWN_PAD) <= US_ENGINE_STAGE_BYTES ? 2 : 1;
-}
-
-/* ---- streaming ------------------------------------------------------------------------------------------------------ */
-
-/* Copy one step's weights: contiguous if a step is a whole tile row of pages, else tile by tile. */
-static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d,
-                                                           const struct us_down_plan *p, const uint8_t *from,
-                                                           uint32_t tiles, uint32_t to, uint32_t full) {
-  if (p->steps == 1) {
-    us_bulk_load(to, from, tiles * p->run, full);
-    return;
-  }
-  for (uint32_t t = 0; t < tiles; t++)
-    us_bulk_load(to + t * p->run, from + (size_t)t * d->w.slices * d->w.page_bytes, p->run, full);
-}
-
-/* What the compute warps need to know of a stage. A pair's activations of step k lie rows[k] + number * (rows_bytes + padding) bytes
- * into the ring, modulo 2^32. */
-static __device__ __forceinline__ void us_down_tell(struct us_engine_shared *s, const struct us_down_plan *p,
-                                                    struct us_down_at at, uint32_t count, uint32_t stage) {
-  uint32_t stride = p->rows_bytes + US_DOWN_PAD, rows = stage * US_ENGINE_STAGE_BYTES + count * p->step_bytes,
-           slot = at.slot;
-  struct us_engine_down_stage tell = {slot, count, {rows - at.pair * stride, 0}};
-  uint32_t behind = us_down_pairs(s, slot);
-  us_down_next(s, p, &at);
-  tell.slots |= at.slot << 16, tell.rows[1] = rows + (behind - at.pair) * stride;
-  if (count == 2) us_down_next(s, p, &at);
-  if (at.slot == p->active) tell.count |= US_DOWN_LAST;
-  s->down[stage] = tell;
-}
-
-/* The activations of a stage's steps, behind their weights; the stage's last arrival. One copy if pairs are copied whole. */
-static __device__ __forceinline__ void us_engine_down_rows(const struct us_engine_shared *s,
-                                                           const struct us_engine_down *d,
-                                                           const struct us_down_plan *p, struct us_down_at at,
-                                                           uint32_t count, uint32_t stage) {
-  uint32_t full = us_shared_address(&s->full[stage]),
-           to = us_shared_address(s->ring[stage]) + count * p->step_bytes;
-  uint32_t pair_bytes = us_engine_pair_bytes(d->F), pairs = us_down_pairs(s, at.slot);
-  if (count == 2) pairs += us_down_pairs(s, at.slot + (at.step + 1 == p->steps));
-  if (p->steps == 1) {
-    us_barrier_expect(full, pairs * pair_bytes);
-    us_bulk_load(to, (const uint8_t *)d->pairs + at.pair * pair_bytes, pairs * pair_bytes, full);
-    return;
-  }
-  us_barrier_expect(full, pairs * p->rows_bytes);
-  for (uint32_t k = 0; k < count; k++, us_down_next(s, p, &at))
-    for (uint32_t i = 0; i < us_down_pairs(s, at.slot); i++, to += p->rows_bytes + US_DOWN_PAD)
-      us_bulk_load(to, (const uint8_t *)d->pairs + (at.pair + i) * pair_bytes + at.step * p->rows_bytes,
-                   p->rows_bytes, full);
-}
-static_assert(US_DOWN_PAD == US_ENGINE_PAIR_PAD, "a pair copied whole brings its padding along");
-
-/* The pairs stand in memory on all blocks: give the first `behind` stages, which went ahead, theirs. */
-static __device__ __forceinline__ void us_engine_down_ready(const struct us_engine_block *b,
-                                                            const struct us_engine_shared *s,
-                                                            const struct us_engine_down *d,
-                                                            const struct us_down_plan *p, uint32_t wait,
-                                                            uint32_t behind, uint32_t stage) {
-  us_engine_poll_done(b, wait);
-  asm volatile("fence.proxy.async;" ::: "memory");
-  struct us_down_at at = {0, 0, 0};
-  for (; behind; behind--) {
-    uint32_t count = us_down_stage(s, p, at);
-    us_engine_down_rows(s, d, p, at, count, stage);
-    for (uint32_t k = 0; k < count; k++) us_down_next(s, p, &at);
-    if (++stage == US_ENGINE_STAGES) stage = 0;
-  }
-}
-
-/* One thread. Weights run ahead of activations by up to a ring; once the gate and up projection is done on all blocks, a
- * stage gets both. */
-static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b,
-                                                             const struct us_engine_op *op) {
-  const struct us_engine_down local = op->down, *d = &local;
-  struct us_engine_shared *s = us_engine_shared_of(b);
-  struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t groups = us_engine_down_groups(d), wait = op->wait, behind = 0,
-           held = c.stage; /* stages that lack activations */
-  us_engine_wait_routed(b);
-  struct us_down_plan p = us_down_plan(d, s->active.count);
-  bool ready = wait == US_ENGINE_NONE, copies = us_engine_copies(b);
-  for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
-    uint32_t tiles = us_engine_down_tiles(d, group);
-    const uint8_t *mine = d->w.pages + (size_t)group * US_DOWN_TILES * d->w.slices * d->w.page_bytes;
-    for (struct us_down_at at = {0, 0, 0}; at.slot < p.active;) {
-      struct us_down_at next = at;
-      uint32_t count = us_down_stage(s, &p, at);
-      if (!ready && behind == US_ENGINE_STAGES)
-        us_engine_down_ready(b, s, d, &p, wait, behind, held), ready = true;
-      us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
-      us_down_tell(s, &p, at, count, c.stage);
-      uint32_t full = us_shared_address(&s->full[c.stage]);
-      if (copies) us_barrier_more(full, count * tiles * p.run);
-      for (uint32_t k = 0; k < count; k++, us_down_next(s, &p, &next))
-        if (copies)
-          us_engine_down_copy(
-              d, &p, mine + s->active.expert[next.slot] * d->w.matrix_bytes + (size_t)next.step * p.run,
-              tiles, us_shared_address(s->ring[c.stage]) + k * p.step_bytes, full);
-      if (ready)
-        us_engine_down_rows(s, d, &p, at, count, c.stage);
-      else
-        behind++;
-      us_engine_advance(&c);
-      at = next;
-      if (!ready && at.slot == p.active) us_engine_down_ready(b, s, d, &p, wait, behind, held), ready = true;
-    }
-  }
-  b->stage = c.stage, b->phase = c.phase;
-}
+#include "kernels/engine/down_stream.cuh"
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
@@ -261,36 +97,38 @@ static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint
   p->weight = us_down_weight(weight);
 }
 
-/* y += routing weight * the page's columns. */
+/* y += routing weight * the page's columns. A group's sums are scaled while the next one's are multiplied. */
 static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
   const float zero[4] = {0, 0, 0, 0};
-  float acc[4] = {};
+  float acc[4] = {}, before[4];
 #pragma unroll
   for (int q = 0; q < 4; q++) {
     uint4 w = p->code[q / 2], rows = p->rows[q];
     uint32_t a[4];
-    float d[4], low = us_scale_at(p->scales.x, q), high = us_scale_at(p->scales.y, q);
+    float d[4];
     us_mxfp4_fragment(q % 2 ? w.z : w.x, a), us_mma_bf16(d, a, rows.x, rows.y, zero);
     us_mxfp4_fragment(q % 2 ? w.w : w.y, a), us_mma_bf16(d, a, rows.z, rows.w, d);
-    acc[0] = __fmaf_rn(low, d[0], acc[0]), acc[1] = __fmaf_rn(low, d[1], acc[1]);
-    acc[2] = __fmaf_rn(high, d[2], acc[2]), acc[3] = __fmaf_rn(high, d[3], acc[3]);
+    if (q) us_page_scale(before, p->scales.x, p->scales.y, q - 1, acc);
+#pragma unroll
+    for (int i = 0; i < 4; i++) before[i] = d[i];
   }
+  us_page_scale(before, p->scales.x, p->scales.y, 3, acc);
   y[0] = __fmaf_rn(p->weight.x, acc[0], y[0]), y[1] = __fmaf_rn(p->weight.y, acc[1], y[1]);
   y[2] = __fmaf_rn(p->weight.x, acc[2], y[2]), y[3] = __fmaf_rn(p->weight.y, acc[3], y[3]);
 }
 
 /* All active experts' share of three tiles, if pages are MXFP4 of four groups: warp tile * step_slices + slice, of `working` warps,
  * has that page of every step. The others sleep: instructions are what this loop is short of. */
-static __device__ __forceinline__ void us_engine_down_whole(struct us_engine_block *b,
-                                                            const struct us_engine_op *op, uint32_t working,
-                                                            float *y) {
+static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_block *b,
+                                                           const struct us_engine_op *op, uint32_t working) {
   const struct us_engine_down *d = &op->down;
+  float y[4] = {};
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = us_engine_shared_base(b),
            slices = d->step_slices;
   uint32_t page = base + warp * d->w.page_bytes, inner = base + warp % slices * 256 + lane % 4 * 16;
-  uint32_t step_bytes = US_DOWN_TILES * slices * d->w.page_bytes, stride = slices * 256 + US_DOWN_PAD;
+  uint32_t run = slices * d->w.page_bytes, apart = warp / slices * run;
   uint32_t arrivals = warp ? 1 : 1 + US_ENGINE_COMPUTE_WARPS - working, count;
   struct us_down_lane at = us_down_lane(base, lane);
 #pragma unroll 1
@@ -299,12 +137,15 @@ static __device__ __forceinline__ void us_engine_down_whole(struct us_engine_blo
     uint4 tell = us_shared_load16(base + (uint32_t)offsetof(struct us_engine_shared, down) + c.stage * 16);
     uint32_t slot = tell.x & 0xffffu, next = tell.x >> 16, from = page + c.stage * US_ENGINE_STAGE_BYTES;
     count = tell.y;
+    bool joined = count & US_DOWN_JOINED;
+    uint32_t stride = slices * (joined ? 512 : 256) + US_DOWN_PAD;
+    if (joined) from += apart;
     uint32_t rows = inner + us_down_lane_rows(at.pair + slot * 16, tell.z, stride);
     struct us_down_page first, second;
     if (count & 2) {
       uint32_t rows2 = inner + us_down_lane_rows(at.pair + next * 16, tell.w, stride);
       us_down_load(&first, from, rows, at.weight + slot * 32, lane);
-      us_down_load(&second, from + step_bytes, rows2, at.weight + next * 32, lane);
+      us_down_load(&second, from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
       us_down_multiply(&first, y), us_down_multiply(&second, y);
     } else {
       us_down_load(&first, from, rows, at.weight + slot * 32, lane);
@@ -315,6 +156,7 @@ static __device__ __forceinline__ void us_engine_down_whole(struct us_engine_blo
     us_engine_advance(&c);
   } while (!(count & US_DOWN_LAST));
   b->stage = c.stage, b->phase = c.phase;
+  return make_float4(y[0], y[1], y[2], y[3]);
 }
 
 /* All active experts' share of three tiles, pages of any kind: warp w has group w % groups of slice w / groups of every step. */
@@ -328,7 +170,7 @@ static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_b
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = us_engine_shared_base(b),
            groups = d->w.groups;
-  uint32_t run = d->step_slices * d->w.page_bytes, stride = d->step_slices * groups * 64 + US_DOWN_PAD, count;
+  uint32_t run = d->step_slices * d->w.page_bytes, rows_bytes = d->step_slices * groups * 64, count;
   uint32_t q = warp % groups, offset = warp / groups * d->w.page_bytes, inner = warp * 64 + lane % 4 * 16;
   bool working = warp < d->step_slices * groups;
   struct us_down_lane at = us_down_lane(base, lane);
@@ -337,14 +179,17 @@ static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_b
     us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
     uint4 tell = us_shared_load16(base + (uint32_t)offsetof(struct us_engine_shared, down) + c.stage * 16);
     count = tell.y;
+    bool joined = count & US_DOWN_JOINED;
+    uint32_t stride = (joined ? 2 : 1) * rows_bytes + US_DOWN_PAD;
 #pragma unroll 1
     for (uint32_t k = 0; working && k < (count & 3); k++) {
       uint32_t slot = k ? tell.x >> 16 : tell.x & 0xffffu;
       float2 weight = us_down_weight(at.weight + slot * 32);
       uint4 rows = us_shared_load16(base + inner +
                                     us_down_lane_rows(at.pair + slot * 16, k ? tell.w : tell.z, stride));
-      const uint8_t *page = ring + c.stage * US_ENGINE_STAGE_BYTES + k * US_DOWN_TILES * run + offset;
-      us_engine_down_step<FORMAT>(page, run, groups, q, lane, tiles, weight, rows, y);
+      const uint8_t *page =
+          ring + c.stage * US_ENGINE_STAGE_BYTES + k * (joined ? run : US_DOWN_TILES * run) + offset;
+      us_engine_down_step<FORMAT>(page, joined ? 2 * run : run, groups, q, lane, tiles, weight, rows, y);
     }
     us_engine_release(s, c, lane);
     us_engine_advance(&c);
@@ -394,9 +239,10 @@ static __device__ __noinline__ void us_engine_down_compute(struct us_engine_bloc
     float y[4 * US_DOWN_TILES] = {};
     uint32_t working = tiles * d->step_slices, warp = threadIdx.x / 32;
     if (us_engine_shared_of(b)->active.count && !(whole && warp >= working)) {
-      if (whole)
-        us_engine_down_whole(b, op, working, y);
-      else if (d->w.format == US_FORMAT_MXFP4)
+      if (whole) {
+        float4 sums = us_engine_down_whole(b, op, working);
+        y[0] = sums.x, y[1] = sums.y, y[2] = sums.z, y[3] = sums.w;
+      } else if (d->w.format == US_FORMAT_MXFP4)
         us_engine_down_experts<US_FORMAT_MXFP4>(b, op, tiles, y);
       else if (d->w.format == US_FORMAT_FP8)
         us_engine_down_experts<US_FORMAT_FP8>(b, op, tiles, y);

@@ -65,6 +65,7 @@ static __device__ void stream(struct us_engine_block *b, const struct us_engine_
 
 static __device__ void epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
+  if (op->kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) us_engine_down_pairs(b, op);
 }
 
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without
@@ -167,7 +168,7 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
 
 static __device__ void init_barriers(struct us_engine_shared *s) {
   for (int i = 0; i < US_ENGINE_STAGES; i++) {
-    us_barrier_init(us_shared_address(&s->full[i]), 1);
+    us_barrier_init(us_shared_address(&s->full[i]), US_ENGINE_FILLERS);
     us_barrier_init(us_shared_address(&s->empty[i]), US_ENGINE_COMPUTE_WARPS);
   }
   for (int i = 0; i < 2; i++) {
@@ -175,7 +176,7 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
     us_barrier_init(us_shared_address(&s->sums_empty[i]), 1);
   }
   us_barrier_init(us_shared_address(&s->routed), 1);
-  us_barrier_init(us_shared_address(&s->listed), 2);
+  us_barrier_init(us_shared_address(&s->listed), 1 + US_ENGINE_EPILOGUES);
   us_barrier_init(us_shared_address(&s->ended), 1);
   s->stop = 0;
 }
@@ -185,7 +186,7 @@ static __device__ bool begins_behind_route(const struct us_engine_block *b) {
   return uses_experts(b->rank->ops + b->launch->first);
 }
 static __device__ void skip_route(struct us_engine_block *b) {
-  if (!begins_behind_route(b) || threadIdx.x / 32 > US_ENGINE_COMPUTE_WARPS + 1) return;
+  if (!begins_behind_route(b) || threadIdx.x / 32 > US_ENGINE_COMPUTE_WARPS + US_ENGINE_EPILOGUES) return;
   pass_route<ROLE_STREAM>(b);
 }
 static __device__ void restore_route(struct us_engine_block *b) {
@@ -213,7 +214,8 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   } else {
     skip_route(b);
     if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM, FILTERS>(b);
-    if (threadIdx.x / 32 == US_ENGINE_COMPUTE_WARPS + 1) run_rounds<ROLE_EPILOGUE, FILTERS>(b);
+    if (threadIdx.x >= US_ENGINE_EPILOGUE && threadIdx.x < US_ENGINE_EPILOGUE + 32 * US_ENGINE_EPILOGUES)
+      run_rounds<ROLE_EPILOGUE, FILTERS>(b);
   }
 }
 

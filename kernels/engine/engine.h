@@ -8,8 +8,9 @@
  * Both give the same bits: they run the same device functions, and no sum depends on the number of blocks. The list is made
  * from a tile program (plan/program.h) by libcore/device/schedule.h. Plain data, the same on host and device.
  *
- * Roles of a block (18 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
- * operations and layers; warp 17 adds the compute warps' partial sums, applies the epilogue and hands over.
+ * Roles of a block (19 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
+ * operations and layers; warps 17 and 18 add the compute warps' partial sums, apply the epilogue and hand over, and 17 streams the
+ * activations of the experts' down projection.
  *
  * Row tiles: every operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations).
  *

@@ -2,7 +2,7 @@
  *
  * Bound: bytes of weights from HBM. K is split over the compute warps, each keeps its slices of the activations in registers for
  * the whole operation; all shared memory is ring. A stage is what 16 warps multiply at once: their pages side by side, one bulk
- * copy, one barrier. The warps' partial sums go through two buffers to the epilogue warp, which adds them in warp order while
+ * copy, one barrier. The warps' partial sums go through two buffers to the epilogue warps, one each, which add them in warp order while
  * the compute warps are at the next tile: they never wait for an epilogue.
  */
 #ifndef US_KERNELS_ENGINE_GEMM_CUH
@@ -10,8 +10,7 @@
 
 #include "formats/bf16.h"
 #include "kernels/cpu/exp.h"
-#include "kernels/engine/block.cuh"
-#include "kernels/gpu/mma.cuh"
+#include "kernels/engine/page.cuh"
 
 /* ---- which tiles a block has -------------------------------------------------------------------------------------- */
 
@@ -36,18 +35,30 @@ static __device__ __forceinline__ void us_engine_advance(struct us_engine_cursor
   if (++c->stage == US_ENGINE_STAGES) c->stage = 0, c->phase ^= 1;
 }
 
+/* The epilogue's place in the ring, which it helps to fill in DOWN: `stages` on. */
+static __device__ __forceinline__ void us_engine_skip(struct us_engine_block *b, uint32_t stages) {
+  __syncwarp(); /* the lanes share `b` */
+  if (threadIdx.x % 32 == 0) {
+    uint32_t at = b->stage + stages;
+    b->stage = at % US_ENGINE_STAGES, b->phase ^= at / US_ENGINE_STAGES & 1;
+  }
+  __syncwarp();
+}
+
 /* Whether this round's weights are copied: see us_engine_launch.resident. */
 static __device__ __forceinline__ bool us_engine_copies(const struct us_engine_block *b) {
   return b->round == 0 || !b->launch->resident;
 }
 
-/* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier. */
+/* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier, which wants two arrivals: DOWN has two
+ * threads that fill a stage. */
 static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b,
                                                           struct us_engine_shared *s,
                                                           struct us_engine_cursor c, uint32_t bytes) {
   us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
   uint32_t full = us_shared_address(&s->full[c.stage]);
-  us_barrier_expect(full, bytes);
+  us_barrier_more(full, bytes);
+  us_barrier_arrive_many(full, US_ENGINE_FILLERS);
   return full;
 }
 
@@ -63,165 +74,35 @@ static __device__ __forceinline__ void us_engine_wait_routed(const struct us_eng
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
 }
 
+/* The streamed bytes of an item: one part of a tile, or a tile of an active expert. */
+static __device__ __forceinline__ const uint8_t *us_engine_gemm_item(const struct us_engine_gemm *g,
+                                                                     const struct us_engine_shared *s,
+                                                                     uint32_t item) {
+  uint32_t outer = item / g->w.tiles, tile = item % g->w.tiles;
+  const uint8_t *from = g->w.pages + (uint64_t)tile * g->w.slices * g->w.page_bytes;
+  return from + (g->experts ? s->active.expert[outer] * g->w.matrix_bytes
+                            : (uint64_t)outer * g->subs * g->warps * g->w.page_bytes);
+}
+
 static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_block *b,
                                                              const struct us_engine_op *op) {
-  const struct us_engine_gemm *g = &op->gemm;
-  const struct us_engine_matrix w = g->w;
+  const struct us_engine_gemm local = op->gemm, *g = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t bytes = g->warps * w.page_bytes, subs = g->subs, blocks = b->blocks;
-  bool experts = g->experts, copies = us_engine_copies(b);
-  if (experts) us_engine_wait_routed(b);
+  uint32_t bytes = g->warps * g->w.page_bytes, subs = g->subs, blocks = b->blocks;
+  bool copies = us_engine_copies(b);
+  uint64_t policy = us_read_once();
+  if (g->experts) us_engine_wait_routed(b);
   uint32_t items = us_engine_gemm_items(b, g);
-  uint64_t tile_bytes = (uint64_t)w.slices * w.page_bytes, part_bytes = (uint64_t)subs * bytes;
   for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += blocks) {
-    uint32_t outer = i / w.tiles, tile = i % w.tiles;
-    const uint8_t *from = w.pages + tile * tile_bytes;
-    from += experts ? s->active.expert[outer] * w.matrix_bytes : outer * part_bytes;
+    const uint8_t *from = us_engine_gemm_item(g, s, i);
     for (uint32_t j = 0; j < subs; j++, from += bytes) {
       uint32_t full = us_engine_take(b, s, c, copies ? bytes : 0);
-      if (copies) us_bulk_load(us_shared_address(s->ring[c.stage]), from, bytes, full);
+      if (copies) us_bulk_load_once(us_shared_address(s->ring[c.stage]), from, bytes, full, policy);
       us_engine_advance(&c);
     }
   }
   b->stage = c.stage, b->phase = c.phase;
-}
-
-/* ---- multiplying one page ------------------------------------------------------------------------------------------- */
-
-/* Groups of 32 columns a page, and stages a tile and part: their product, at most US_ENGINE_GROUPS, is in registers. */
-template <int FORMAT, int HALVES> struct us_engine_page_groups {
-  static constexpr int most = US_ENGINE_PAGE_GROUPS(FORMAT, HALVES),
-                       subs = US_ENGINE_MAX_SUBS(FORMAT, HALVES);
-};
-
-/* Keeps the compiler from loading the codes of later groups early: four warps a scheduler hide the latency, and the registers
- * are needed for the activations. */
-static __device__ __forceinline__ void us_engine_in_order(void) {
-  asm volatile("" ::: "memory");
-}
-
-/* The float of stored scale byte j of `bytes`, j known when compiled. */
-static __device__ __forceinline__ float us_scale_at(uint32_t bytes, int j) {
-  uint32_t shifted = j < 3 ? bytes << (23 - 8 * j) : bytes >> 1;
-  return __uint_as_float(shifted & 0x7f800000u);
-}
-
-/* acc[4 h + c] += page x b: element c of us_mma_bf16's d for half h. `groups` of the page exist. */
-template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_mxfp4(const uint8_t *page, uint32_t groups, int lane,
-                                                              const uint4 *b, float *acc) {
-  const float zero[4] = {0, 0, 0, 0};
-  const uint32_t chunks = (groups * HALVES + 1) / 2;
-  const uint8_t *tail = page + chunks * 512;
-  uint32_t scales[2 * HALVES];
-  if (HALVES == 2)
-    *(uint4 *)scales = ((const uint4 *)tail)[lane / 4];
-  else
-    *(uint2 *)scales = ((const uint2 *)tail)[lane / 4];
-#pragma unroll
-  for (int q = 0; q < 4; q++) {
-    if (q >= groups) continue; /* a break would keep the loop from unrolling, and the rows out of registers */
-    us_engine_in_order();
-    uint32_t word[2 * HALVES], a[4];
-    if (HALVES == 2)
-      *(uint4 *)word = ((const uint4 *)page)[q * 32 + lane];
-    else
-      *(uint2 *)word = ((const uint2 *)page)[(q / 2 * 32 + lane) * 2 + q % 2];
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-      float d[4];
-      us_mxfp4_fragment(word[2 * h], a);
-      us_mma_bf16(d, a, b[q].x, b[q].y, zero);
-      us_mxfp4_fragment(word[2 * h + 1], a);
-      us_mma_bf16(d, a, b[q].z, b[q].w, d);
-      float low = us_scale_at(scales[2 * h], q), high = us_scale_at(scales[2 * h + 1], q);
-      acc[4 * h + 0] = __fmaf_rn(low, d[0], acc[4 * h + 0]);
-      acc[4 * h + 1] = __fmaf_rn(low, d[1], acc[4 * h + 1]);
-      acc[4 * h + 2] = __fmaf_rn(high, d[2], acc[4 * h + 2]);
-      acc[4 * h + 3] = __fmaf_rn(high, d[3], acc[4 * h + 3]);
-    }
-  }
-}
-
-/* The page's columns share a scale a half. */
-template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_fp8(const uint8_t *page, uint32_t groups, int lane,
-                                                            const uint4 *b, float *acc) {
-  const float *tail = (const float *)(page + groups * HALVES * 512);
-#pragma unroll
-  for (int h = 0; h < HALVES; h++) {
-    float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int q = 0; q < 4 / HALVES; q++) {
-      if (q >= groups) continue;
-      us_engine_in_order();
-      uint4 w = ((const uint4 *)page)[(q * HALVES + h) * 32 + lane];
-      uint32_t a[4];
-      us_fp8_fragment(w.x, a), us_fp8_fragment(w.y, a + 2);
-      us_mma_bf16(even, a, b[q].x, b[q].y, even);
-      us_fp8_fragment(w.z, a), us_fp8_fragment(w.w, a + 2);
-      us_mma_bf16(odd, a, b[q].z, b[q].w, odd);
-    }
-#pragma unroll
-    for (int c = 0; c < 4; c++)
-      acc[4 * h + c] = __fmaf_rn(tail[h], __fadd_rn(even[c], odd[c]), acc[4 * h + c]);
-  }
-}
-
-template <int HALVES>
-static __device__ __forceinline__ void us_page_multiply_bf16(const uint8_t *page, uint32_t groups, int lane,
-                                                             const uint4 *b, float *acc) {
-#pragma unroll
-  for (int q = 0; q < 2 / HALVES; q++) {
-    if (q >= groups) continue;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-      us_engine_in_order();
-      const uint4 *chunk = (const uint4 *)page + (q * HALVES + h) * 64 + lane;
-      uint4 w0 = chunk[0], w1 = chunk[32];
-      us_mma_bf16(acc + 4 * h, &w0.x, b[q].x, b[q].y, acc + 4 * h);
-      us_mma_bf16(acc + 4 * h, &w1.x, b[q].z, b[q].w, acc + 4 * h);
-    }
-  }
-}
-
-/* Register i of a 16 x 16 fragment holds two FP32 weights: three bf16 terms each, exactly. */
-static __device__ __forceinline__ void us_split_f32(uint32_t low, uint32_t high, uint32_t *terms) {
-#pragma unroll
-  for (int i = 0; i < 3; i++) {
-    terms[4 * i] = __byte_perm(low, high, 0x7632);
-    low = __float_as_uint(__uint_as_float(low) - __uint_as_float(low & 0xffff0000u));
-    high = __float_as_uint(__uint_as_float(high) - __uint_as_float(high & 0xffff0000u));
-  }
-}
-
-static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b,
-                                                            float *acc) {
-  const uint4 *chunk = (const uint4 *)page + lane;
-#pragma unroll
-  for (int k = 0; k < 2; k++) {
-    uint4 w0 = chunk[2 * k * 32], w1 = chunk[(2 * k + 1) * 32];
-    uint32_t a[12];
-    us_split_f32(w0.x, w0.y, a), us_split_f32(w0.z, w0.w, a + 1);
-    us_split_f32(w1.x, w1.y, a + 2), us_split_f32(w1.z, w1.w, a + 3);
-#pragma unroll
-    for (int i = 2; i >= 0; i--) us_mma_bf16(acc, a + 4 * i, k ? b->z : b->x, k ? b->w : b->y, acc);
-  }
-}
-
-template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_page_multiply(const uint8_t *page, uint32_t groups, int lane,
-                                                        const uint4 *b, float *acc) {
-  if (FORMAT == US_FORMAT_MXFP4) us_page_multiply_mxfp4<HALVES>(page, groups, lane, b, acc);
-  if (FORMAT == US_FORMAT_FP8) us_page_multiply_fp8<HALVES>(page, groups, lane, b, acc);
-  if (FORMAT == US_FORMAT_BF16) us_page_multiply_bf16<HALVES>(page, groups, lane, b, acc);
-  if (FORMAT == US_FORMAT_F32) us_page_multiply_f32(page, lane, b, acc);
-}
-
-/* What undoes the operand's 2^64 where the weights' format has not. */
-static __device__ __forceinline__ float us_engine_undo(uint32_t format) {
-  return format == US_FORMAT_MXFP4 || format == US_FORMAT_FP8 ? 1.0f : 0x1p-64f;
 }
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
@@ -270,7 +151,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
   for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++) {
     if (j >= subs) continue;
     us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
-    if (working)
+    if (WHOLE || working)
       us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane,
                                        rows + j * MOST, acc);
     us_engine_release(s, *c, lane);
@@ -278,8 +159,9 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
   }
 }
 
-/* This block's items, part by part, so that a part's activations are loaded once. WHOLE: pages have as many groups as they can,
- * which spares the inner loop its tests. Every register counts: what the loop needs once a tile stays in memory. */
+/* This block's items, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many
+ * groups as they can, which spares the inner loop its tests. Every register counts: what the loop needs once a tile stays in
+ * memory. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
@@ -308,7 +190,8 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
 template <int FORMAT, int HALVES>
 static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
-  if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most)
+  if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most &&
+      op->gemm.warps == US_ENGINE_COMPUTE_WARPS)
     us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op);
   else
     us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op);
@@ -325,7 +208,7 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
   if (format == US_FORMAT_FP8 && !two) us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op);
   if (format == US_FORMAT_BF16 && two) us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op);
   if (format == US_FORMAT_BF16 && !two) us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op);
-  if (format == US_FORMAT_F32) us_engine_gemm_tiles<US_FORMAT_F32, 1, true>(b, op);
+  if (format == US_FORMAT_F32) us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op);
 }
 
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
@@ -455,19 +338,21 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
                               *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
-  uint32_t tile = b->tile;
+  uint32_t tile = b->tile, mine = threadIdx.x / 32 % 2; /* the buffer of this warp */
   if (g->experts) us_engine_wait_routed(b);
   uint32_t items = us_engine_gemm_items(b, g);
   for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += b->blocks, tile++) {
+    if (tile % 2 != mine) continue;
     struct us_engine_place at = us_engine_place(b, g, i, lane);
-    us_engine_barrier_wait(b, &s->sums_full[tile % 2], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
-    us_engine_gemm_tile_out(b, g, at, tile % 2, lane);
+    us_engine_barrier_wait(b, &s->sums_full[mine], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
+    us_engine_gemm_tile_out(b, g, at, mine, lane);
     __syncwarp();
-    if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[tile % 2]));
+    if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
   }
+  us_engine_skip(b, (tile - b->tile) * g->subs);
   b->tile = tile;
-  __syncwarp();
-  if (lane) return;
+  us_engine_epilogues_meet();
+  if (threadIdx.x != US_ENGINE_EPILOGUE) return;
   us_engine_jitter(b);
   us_add_release(b->rank->done + b->op_index, 1);
 }

@@ -208,7 +208,9 @@ static __device__ __forceinline__ void us_route_number(struct us_engine_active *
            mask = __shfl_sync(0xffffffffu, users[half], slot % 32);
   uint32_t number = through - __popc(mask >> token);
   active->pair[slot][token] = (int16_t)(mask >> token & 1 ? (int)number : -1);
-  if (token == 0) active->rows[slot] = (uint8_t)mask;
+  if (token == 0)
+    active->brief[slot] =
+        us_engine_brief(active->expert[slot], through - __popc(mask), (uint32_t)__popc(mask));
   uint32_t count =
       __popc(__ballot_sync(0xffffffffu, users[0] != 0)) + __popc(__ballot_sync(0xffffffffu, users[1] != 0));
   if (threadIdx.x == 0) active->count = count;

@@ -61,4 +61,20 @@ __device__ __forceinline__ void us_bulk_load(uint32_t destination, const void *s
       : "memory");
 }
 
+/* For what is read once: it makes room in L2 before anything else does. */
+__device__ __forceinline__ uint64_t us_read_once(void) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void us_bulk_load_once(uint32_t destination, const void *source, uint32_t bytes,
+                                                  uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 #endif
