@@ -23,7 +23,12 @@ int us_attention_train(const struct us_attention_train *a, cudaStream_t stream) 
   struct us_attention_job job;
   int status = us_attention_job_of(a, &job);
   if (status != cudaSuccess || !a->queries) return status;
-  if (a->qk_dim <= 64 && a->v_dim <= 64) return us_launch_forward<64, 64, 64, 2, 2>(&job, stream);
-  if (a->qk_dim <= 128) return us_launch_forward<128, 128, 64, 2, 1>(&job, stream);
+  bool window = a->opt_window && a->opt_window <= US_SHORT_WINDOW;
+  if (a->qk_dim <= 64 && a->v_dim <= 64)
+    return window ? us_launch_forward<64, 64, 64, 1, 3>(&job, stream)
+                  : us_launch_forward<64, 64, 64, 2, 2>(&job, stream);
+  if (a->qk_dim <= 128)
+    return window ? us_launch_forward<128, 128, 48, 1, 3>(&job, stream)
+                  : us_launch_forward<128, 128, 64, 3, 1>(&job, stream);
   return us_launch_forward<192, 128, 64, 2, 1>(&job, stream);
 }

@@ -12,8 +12,10 @@
 #include "kernels/attention_seq/attention_train_wgmma.cuh"
 #include "kernels/gpu/async.cuh"
 
-#define US_UNIT_ROWS   64
-#define US_KEY_TILE    64 /* keys of a plan's key tile */
+#define US_UNIT_ROWS 64
+#define US_KEY_TILE  64 /* keys of a plan's key tile */
+#define US_SHORT_WINDOW                                                                                      \
+  256 /* windows whose units have so few tiles that blocks had better be small and many */
 #define US_TRAIN_LOG2E 1.4426950408889634f
 #define US_TRAIN_LN2   0.6931471805599453f
 
