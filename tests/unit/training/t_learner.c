@@ -338,6 +338,17 @@ START_TEST(shares_are_the_whole_in_order) {
 }
 END_TEST
 
+START_TEST(a_pass_holds_what_rows_and_ranks_allow) {
+  struct us_learner cpu = {.ranks = 1}, gpus = {.ranks = 4, .busy = 32768};
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 512, 100), 32);
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 512, 8), 8);     /* the batch */
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 20000, 8), 1);   /* one is more than that */
+  ck_assert_uint_eq(us_learner_micro(&cpu, 5, 16384, 512, 100), 5);   /* as told */
+  ck_assert_uint_eq(us_learner_micro(&gpus, 0, 16384, 512, 400), 64); /* more keeps a GPU busy */
+  ck_assert_uint_eq(us_learner_micro(&gpus, 50, 16384, 512, 10), 3);  /* a rank's share */
+}
+END_TEST
+
 static void open_all(void) {
   open_world(&world);
 }
@@ -350,6 +361,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("learner");
   tcase_add_unchecked_fixture(c, open_all, close_all);
   tcase_add_test(c, shares_are_the_whole_in_order);
+  tcase_add_test(c, a_pass_holds_what_rows_and_ranks_allow);
   tcase_add_test(c, three_processes_pretrain_as_one_does);
   tcase_add_test(c, an_interruption_of_one_stops_all);
   tcase_add_test(c, fewer_sequences_than_ranks_are_refused);
