@@ -43,10 +43,11 @@ static __device__ __forceinline__ void us_store_four(uint16_t *to, const struct 
   *(uint2 *)to = make_uint2(us_pair_bf16(x.v[0], x.v[1]), us_pair_bf16(x.v[2], x.v[3]));
 }
 
-/* Sum over a warp: the same order and bits in every lane. */
-template <typename T> static __device__ __forceinline__ T us_warp_sum(T x) {
+/* Sum over a warp, or over the LANES neighbours of it that a lane belongs to: the same order and bits in every lane. */
+template <int LANES = 32, typename T> static __device__ __forceinline__ T us_warp_sum(T x) {
+  uint32_t lanes = 0xffffffffu >> (32 - LANES) << (threadIdx.x % 32 / LANES * LANES);
 #pragma unroll
-  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  for (int step = LANES / 2; step; step /= 2) x += __shfl_xor_sync(lanes, x, step);
   return x;
 }
 

@@ -1,15 +1,16 @@
 /* rmsnorm_train.cu: RMSNorm over rows and its gradients.
  *
  * Bound: bytes. Forward 6 a value (FP32 in, bf16 out), backward 16 to 18. An item is held in registers: by a warp up to 1024
- * values (8 loads of 16 bytes a lane under way, no barrier), by a block of 256 above. The gain's gradient stays in registers
- * over all items of a warp, is added over the warps of a block, then over the blocks.
+ * values (8 loads of 16 bytes a lane under way, no barrier), by half a warp up to 128, by a block of 256 above 1024. The gain's
+ * gradient stays in registers over all items of a warp, is added over the warps of a block, then over the blocks.
  */
 #include "kernels/gpu/rows.cuh"
 #include "kernels/rmsnorm/rmsnorm_train.h"
 
 #define THREADS     256
 #define WARP_D      1024
-#define GAIN_BLOCKS 528 /* partial sums of the gain at most: 4 blocks on each of 132 SMs */
+#define HALF_D      128
+#define GAIN_BLOCKS 1056 /* partial sums of the gain at most: 8 blocks on each of 132 SMs */
 
 struct norm_args {
   struct us_rmsnorm_train n;
@@ -38,7 +39,8 @@ static __device__ __forceinline__ struct us_four load_either(const float *f32, c
 /* Sum over the T threads of an item. */
 template <int T> static __device__ __forceinline__ float item_sum(float x) {
   __shared__ float warps[THREADS / 32];
-  return T == 32 ? us_warp_sum(x) : us_block_sum<THREADS>(x, warps);
+  constexpr int lanes = T < 32 ? T : 32;
+  return T <= 32 ? us_warp_sum<lanes>(x) : us_block_sum<THREADS>(x, warps);
 }
 
 /* --- forward --- */
@@ -186,8 +188,8 @@ int us_rmsnorm_train(const struct us_rmsnorm_train *norm, cudaStream_t stream) {
   if (!complete(norm, &a) || (norm->opt_tap && (a.heads != 1 || norm->tap_stride % 4)))
     return cudaErrorInvalidValue;
   if (!a.items) return cudaSuccess;
-  if (norm->D <= 128)
-    launch_norm<32, 1>(a, stream);
+  if (norm->D <= HALF_D)
+    launch_norm<16, 2>(a, stream);
   else if (norm->D <= 256)
     launch_norm<32, 2>(a, stream);
   else if (norm->D <= 512)
@@ -202,7 +204,7 @@ int us_rmsnorm_train(const struct us_rmsnorm_train *norm, cudaStream_t stream) {
 }
 
 static uint32_t items_a_block(size_t items, size_t D) {
-  uint32_t least = D <= WARP_D ? THREADS / 32 : 1;
+  uint32_t least = D <= HALF_D ? THREADS / 16 : D <= WARP_D ? THREADS / 32 : 1;
   size_t per_block = (items + GAIN_BLOCKS - 1) / GAIN_BLOCKS;
   per_block = (per_block + least - 1) / least * least;
   return (uint32_t)(per_block ? per_block : least);
@@ -231,8 +233,8 @@ int us_rmsnorm_train_grad(const struct us_rmsnorm_train_grad *grad, cudaStream_t
   g.per_block = items_a_block(g.a.items, D);
   g.blocks = (g.a.items + g.per_block - 1) / g.per_block;
   if (grad->opt_dgain) g.partial = (float *)grad->scratch;
-  if (D <= 128)
-    launch_grad<32, 1>(g, grad->add, stream);
+  if (D <= HALF_D)
+    launch_grad<16, 2>(g, grad->add, stream);
   else if (D <= 256)
     launch_grad<32, 2>(g, grad->add, stream);
   else if (D <= 512)

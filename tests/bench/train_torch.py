@@ -11,6 +11,7 @@ us_model_train_flops counts them, three times forward; --recompute does not rais
 import argparse
 import json
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,7 @@ class Target(nn.Module):
             def visible(b, h, q, k, window=window):
                 return (q >= k) & (q - k < window) & (q // document == k // document)
 
-            mask = create_block_mask(visible, None, None, rows, rows, device="cuda", _compile=True)
+            mask = create_block_mask(visible, None, None, rows, rows, device="cuda")
             self.masks[a.window] = mask, table(a, torch.arange(rows, device="cuda") % document)
 
     def forward(self, token, taps=()):
@@ -285,7 +286,7 @@ class Drafter(nn.Module):
             return torch.where(k < rows, (k >= begin[q // B]) & (k < anchor[q // B]), (k - rows) // B == q // B)
 
         n = options.blocks * B
-        self.visible = create_block_mask(visible, None, None, n, rows + n, device="cuda", _compile=True)
+        self.visible = create_block_mask(visible, None, None, n, rows + n, device="cuda")
         places = torch.cat([torch.arange(rows, device="cuda") % document, (anchor[:, None] + torch.arange(B, device="cuda")).flatten() % document])
         self.places = table(self.a, places)
 
@@ -345,17 +346,13 @@ def target_step(config, options):
     optimizer = optimizer_of(model, options)
     token = torch.randint(config["vocab_size"], (options.rows,), device="cuda")
 
-    def step():
+    def gradients():
         hidden, _ = model(token)
         loss = model.head.loss(hidden, token.roll(-1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        for p in model.parameters():
-            p.grad = None
-        return loss
+        return loss.detach()
 
-    return step, 3.0 * options.rows * model_flops(config, (options.document + 1) / 2), model
+    return gradients, optimizer, 3.0 * options.rows * model_flops(config, (options.document + 1) / 2), model
 
 
 def drafter_step(config, options):
@@ -372,32 +369,35 @@ def drafter_step(config, options):
     taps = [round(i * (L - 1) / max(options.taps - 1, 1)) for i in range(options.taps)]
     labels = token[drafter.anchor[:, None] + torch.arange(1, B, device="cuda")].flatten()
 
-    def step():
+    def gradients():
         with torch.no_grad():
             _, tapped = target(token, taps)
         h = drafter(token, target.embed, tapped, B).view(-1, B, config["hidden_size"])[:, 1:].flatten(0, 1)
         loss = drafter.final.loss(h, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in drafter.parameters() if p.requires_grad], 1.0, foreach=True)
-        optimizer.step()
-        for p in drafter.parameters():
-            p.grad = None
-        return loss
+        return loss.detach()
 
     flops = options.rows * (model_flops(config, (options.document + 1) / 2) - 2.0 * config["hidden_size"] * config["vocab_size"])
-    return step, flops + draft_flops(config, drafter.a, options, options.blocks, options.rows), drafter
+    return gradients, optimizer, flops + draft_flops(config, drafter.a, options, options.blocks, options.rows), drafter
 
 
-def measure(step, options):
-    times, start, stop = [], torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+def measure(gradients, optimizer, module, options):
+    """Median milliseconds of the gradients, of clipping and update; the last loss."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    at, times = [torch.cuda.Event(enable_timing=True) for _ in range(3)], []
     for i in range(options.warmup + options.steps):
-        start.record()
-        loss = step()
-        stop.record()
+        at[0].record()
+        loss = gradients()
+        at[1].record()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        optimizer.step()
+        for p in trained:
+            p.grad = None
+        at[2].record()
         torch.cuda.synchronize()
-        if i >= options.warmup:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times), float(loss)
+        times.append((at[0].elapsed_time(at[1]), at[1].elapsed_time(at[2])))
+        print(f"step {i}: {times[-1][0]:.2f} + {times[-1][1]:.2f} ms, loss {float(loss):.4f}", file=sys.stderr, flush=True)
+    return *(statistics.median(t[k] for t in times[options.warmup :]) for k in range(2)), float(loss)
 
 
 def parse():
@@ -405,6 +405,7 @@ def parse():
     parser.add_argument("shape")
     parser.add_argument("--rows", type=int, default=32768, help="tokens a step")
     parser.add_argument("--document", type=int, default=2048, help="tokens a document")
+    parser.add_argument("--layers", type=int, default=0, help="of the shape, the first; 0: all")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
@@ -422,13 +423,17 @@ def main():
     torch.set_float32_matmul_precision("high")
     with open(options.shape) as file:
         config = json.load(file)
-    step, flops, module = (drafter_step if options.drafter else target_step)(config, options)
-    ms, loss = measure(step, options)
+    for key in ("hybrid_layer_pattern", "moe_layer_freq"):
+        config[key] = config[key][: options.layers or None]
+    config["num_hidden_layers"] = len(config["moe_layer_freq"])
+    gradients, optimizer, flops, module = (drafter_step if options.drafter else target_step)(config, options)
+    compute, update, loss = measure(gradients, optimizer, module, options)
+    ms = compute + update
     print(json.dumps({
         "peer": "torch " + torch.__version__, "shape": config["name"] if "name" in config else options.shape, "what": "drafter" if options.drafter else "target",
-        "rows": options.rows, "document": options.document, "optimizer": options.optimizer, "recompute": options.recompute,
-        "trained": sum(p.numel() for p in module.parameters() if p.requires_grad), "ms": round(ms, 2), "tokens_per_s": round(options.rows / ms * 1e3),
-        "tflops": round(flops / ms * 1e-9, 1), "mfu": round(flops / ms * 1e3 / PEAK, 4), "loss": round(loss, 4),
+        "layers": config["num_hidden_layers"], "rows": options.rows, "document": options.document, "optimizer": options.optimizer, "recompute": options.recompute,
+        "trained": sum(p.numel() for p in module.parameters() if p.requires_grad), "ms": round(ms, 2), "ms_update": round(update, 2), "tokens_per_s": round(options.rows / ms * 1e3),
+        "tflops": round(flops / ms * 1e-9, 1), "mfu": round(flops / ms * 1e3 / PEAK, 4), "mfu_without_update": round(flops / compute * 1e3 / PEAK, 4), "loss": round(loss, 4),
         "gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}))
 
 
