@@ -107,6 +107,7 @@ static enum us_status build(struct us_cuda_draft_loss *loss, struct us_err *err)
   size_t staged = (4 * s->rows + 2 * s->blocks + 1 + s->blocks * s->B) * sizeof(uint32_t) + 8 * 64;
   s->host_weight = calloc(s->rows, sizeof *s->host_weight);
   if (!s->host_weight) return us_err_memory(err, "weights of slots", s->rows * sizeof *s->host_weight);
+  us_cuda_use(loss->cuda);
   enum us_status status = us_cuda_take(loss->cuda, device.used, "drafter's logits", &s->memory, err);
   if (status == US_OK) status = us_cuda_take_pinned(pinned.used, "pinned memory", &s->pinned, err);
   if (status == US_OK) status = us_cuda_staging_create(loss->cuda, staged, &s->staging, err);

@@ -367,6 +367,7 @@ enum us_status us_cuda_model_fetch_load(struct us_cuda_model *model, uint64_t *l
 
 void us_cuda_model_clear_load(struct us_cuda_model *model) {
   size_t bytes = (size_t)model->shape.layers * model->shape.experts * sizeof *model->load;
+  us_cuda_use(model->cuda);
   us_cuda_did(model->cuda, cudaMemsetAsync(model->load, 0, bytes, model->cuda->stream), "clearing loads");
 }
 
