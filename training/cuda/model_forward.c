@@ -169,12 +169,15 @@ static void moe_layer(struct us_cuda_model *model, uint32_t l, bool again) {
   struct us_grouped down = us_cuda_model_grouped(model, l, D, F);
   route(model, l, again);
   us_cuda_did(cuda, us_experts_train_scatter(&rows, saved->norm2, saved->x, cuda->stream), "rows to experts");
-  us_cuda_did(cuda,
-              us_grouped_forward(&gate_up, saved->x, us_cuda_param_compute(model->params, &experts[0]),
-                                 stride, saved->gate_up, cuda->stream),
-              "experts' gate and up");
-  if (again) return;
-  us_cuda_did(cuda, us_experts_train_swiglu(gate_up.rows, F, saved->gate_up, s->a, cuda->stream), "SwiGLU");
+  const uint16_t *w = us_cuda_param_compute(model->params, &experts[0]);
+  if (again) {
+    us_cuda_did(cuda, us_grouped_forward(&gate_up, saved->x, w, stride, saved->gate_up, cuda->stream),
+                "experts' gate and up");
+    return;
+  }
+  uint16_t *opt_kept = model->memory == US_TRAIN_FORWARD ? NULL : saved->gate_up;
+  us_cuda_did(cuda, us_grouped_forward_swiglu(&gate_up, saved->x, w, stride, opt_kept, s->a, cuda->stream),
+              "experts' gate, up and SwiGLU");
   us_cuda_did(cuda,
               us_grouped_forward(&down, s->a, us_cuda_param_compute(model->params, &experts[2]), stride,
                                  s->slot_y, cuda->stream),
