@@ -55,8 +55,8 @@ static const struct us_opt opts[] = {
     US_OPT_NUM("minutes", 0, "M", "stop after so many minutes of training; 0: no limit", .def = "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "4", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 8, .max = 131072),
-    US_OPT_INT("micro", 0, "N", "sequences a pass; 0: as many as 8,192 block rows hold", .def = "0",
-               .max = 65536),
+    US_OPT_INT("micro", 0, "N", "sequences a pass; 0: as many as 8,192 block rows hold, on a GPU 32,768",
+               .def = "0", .max = 65536),
     US_OPT_TRAIN_OPTIMIZER,
     US_OPT_NUM("lr", 0, "X", "peak learning rate; AdamW alone wants a tenth", .def = "0.02",
                .above_min = true),
@@ -173,12 +173,14 @@ static enum us_status take_init(struct job *job, struct us_err *err) {
 
 static void on_log(void *arg, const struct us_dflash_log *log) {
   struct job *job = arg;
+  char mfu[32] = "";
   double length = us_draft_tally_length(&log->train), loss = us_draft_tally_loss(&log->train);
   double heldout = us_draft_tally_loss(&log->heldout), heldout_length = us_draft_tally_length(&log->heldout);
   double row[COLUMNS] = {
       (double)log->step, (double)log->tokens,  log->seconds, loss,    length, log->rate, log->norm, heldout,
       heldout_length,    log->rows_per_second, log->gflops,  log->mfu};
   if (!job->leads) return;
+  if (isfinite(log->mfu)) snprintf(mfu, sizeof mfu, ", MFU %.1f %%", 100.0 * log->mfu);
   for (uint32_t j = 1; j < US_MAX_BLOCK; j++) row[FIXED + j - 1] = us_draft_tally_accuracy(&log->train, j);
   us_run_log_add(&job->log, row);
   us_progress_note(&job->progress, "loss %.3f, length %.2f", loss, length);
@@ -187,9 +189,10 @@ static void on_log(void *arg, const struct us_dflash_log *log) {
     us_log_notice(job->run->log, "step %llu: loss %.4f, length %.3f; held out %.4f, length %.3f",
                   (unsigned long long)log->step, loss, length, heldout, heldout_length);
   else
-    us_log_info(
-        job->run->log, "step %llu: loss %.4f, length %.3f, norm %.3f, rate %.2e, %.0f rows/s, %.1f GFLOP/s",
-        (unsigned long long)log->step, loss, length, log->norm, log->rate, log->rows_per_second, log->gflops);
+    us_log_info(job->run->log,
+                "step %llu: loss %.4f, length %.3f, norm %.3f, rate %.2e, %.0f rows/s, %.1f GFLOP/s%s",
+                (unsigned long long)log->step, loss, length, log->norm, log->rate, log->rows_per_second,
+                log->gflops, mfu);
 }
 
 /* Slot accuracies, first to last, of what is held out. */

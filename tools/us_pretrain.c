@@ -29,8 +29,8 @@ static const struct us_opt opts[] = {
                .def = "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "16", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 2, .max = 131072),
-    US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 16,384 rows hold", .def = "0",
-               .max = 65536),
+    US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 16,384 rows hold, on a GPU 32,768",
+               .def = "0", .max = 65536),
     US_OPT_TRAIN_OPTIMIZER,
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.003", .above_min = true),
     US_OPT_TRAIN_SCHEDULE("0.02", "0.05", "0.1"),
@@ -295,7 +295,10 @@ static const struct us_tool tool = {
         "# 20 minutes on shards made by us-data\n"
         "us-pretrain pico --data text.h5 --tokenizer tokenizer.json -o pico.h5 --steps 0 --minutes 20\n"
         "# a run that can be killed and resumed\n"
-        "us-pretrain pico --data text.h5 -o pico.h5 --steps 4000 --state pico.state --resume",
+        "us-pretrain pico --data text.h5 -o pico.h5 --steps 4000 --state pico.state --resume\n"
+        "# on four GPUs of this machine, or one process a GPU under a scheduler\n"
+        "us-pretrain nano --data text.h5 -o nano.h5 -b 128 -l 2048 --device cuda --gpus 4\n"
+        "srun --ntasks-per-node 4 us-pretrain nano --data text.h5 -o nano.h5 -b 128 -l 2048 --device cuda",
     .opts = opts,
     .run = run_tool,
 };

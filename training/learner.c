@@ -145,14 +145,15 @@ static double imbalance_of(const struct us_shape *shape, const uint64_t *load) {
 static enum us_status move_biases(struct us_learner_model *model, const uint64_t *load, float rate,
                                   struct us_err *err) {
   const struct us_shape *shape = &model->shape;
+  const struct us_learner_ops *ops = model->set->learner->ops;
   enum us_status status = US_OK;
   for (uint32_t l = 0; l < shape->layers && status == US_OK; l++) {
     char name[128];
     snprintf(name, sizeof name, "model.layers.%u.mlp.gate.e_score_correction_bias", l);
     struct us_param *bias = us_params_find(model->set->params, name);
     if (!bias || bias->frozen) continue;
-    us_router_balance(bias->value, load + (size_t)l * shape->experts, shape->experts, rate);
-    status = model->set->learner->ops->send_one(model->set, bias, err);
+    us_router_balance(ops->bias(model->set, bias), load + (size_t)l * shape->experts, shape->experts, rate);
+    status = ops->send_bias(model->set, bias, err);
   }
   return status;
 }

@@ -33,6 +33,8 @@ struct us_learner {
   uint32_t ranks;     /* lanes of all processes */
   uint32_t processes; /* 1: nobody to agree with */
   char name[64];      /* "CPU", or what the GPUs are called */
+  bool
+      apart; /* the host's arenas change in a fetch alone, so that they can be written while training goes on */
   size_t busy; /* rows of a pass that a lane wants, so that it is not idle between operations; 0: no matter */
   double peak; /* bf16 operations a second of all ranks together, for MFU; 0: not known */
 };

@@ -69,7 +69,12 @@ static enum us_status cpu_fetch(struct us_learner_set *set, bool moments, struct
   return US_OK;
 }
 
-static enum us_status cpu_send_one(struct us_learner_set *set, const struct us_param *p, struct us_err *err) {
+static float *cpu_bias(struct us_learner_set *set, const struct us_param *p) {
+  return p->value;
+}
+
+static enum us_status cpu_send_bias(struct us_learner_set *set, const struct us_param *p,
+                                    struct us_err *err) {
   return US_OK;
 }
 
@@ -274,7 +279,8 @@ static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .total = cpu_total,
                                               .load = cpu_load,
                                               .clear_load = cpu_clear_load,
-                                              .send_one = cpu_send_one,
+                                              .bias = cpu_bias,
+                                              .send_bias = cpu_send_bias,
                                               .forward = cpu_forward,
                                               .logits = cpu_logits,
                                               .routed = cpu_routed,

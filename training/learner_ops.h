@@ -35,7 +35,9 @@ struct us_learner_ops {
   /* Loads of this process (L, E), added up over its lanes. */
   enum us_status (*load)(struct us_learner_model *model, uint64_t *load, struct us_err *err);
   void (*clear_load)(struct us_learner_model *model);
-  enum us_status (*send_one)(struct us_learner_set *set, const struct us_param *p, struct us_err *err);
+  /* Where the host moves the values of a router bias, and what takes them to the lanes. */
+  float *(*bias)(struct us_learner_set *set, const struct us_param *p);
+  enum us_status (*send_bias)(struct us_learner_set *set, const struct us_param *p, struct us_err *err);
   enum us_status (*forward)(struct us_learner_model *model, const struct us_batch *batch, struct us_err *err);
   enum us_status (*logits)(struct us_learner_model *model, size_t first, size_t rows, float *logits,
                            struct us_err *err);

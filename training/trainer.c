@@ -1,6 +1,8 @@
 /* trainer.c: what every training loop does around its forward and backward pass. */
 #include "training/trainer.h"
 
+#include <pthread.h>
+#include <stdlib.h>
 #include <time.h>
 
 static double clock_now(void) {
@@ -26,6 +28,7 @@ enum us_status us_trainer_start(struct us_trainer *t, bool resume, struct us_err
     return us_err_set(err, US_ERR_USAGE, "neither steps nor minutes are given");
   t->step = t->tokens = 0;
   t->saved = UINT64_MAX;
+  t->under_way = NULL;
   t->before = 0.0;
   t->slot = 0;
   if (t->state_path && !resume && us_train_state_exists(t->state_path))
@@ -77,24 +80,68 @@ enum us_status us_trainer_open_step(struct us_trainer *t, struct us_err *err) {
   return US_OK;
 }
 
-static enum us_status save(struct us_trainer *t, struct us_err *err) {
-  enum us_status status = us_learner_fetch(t->set, true, err);
-  if (status != US_OK || !us_learner_leads(t->set->learner)) {
-    t->saved = t->step;
-    return status;
+/* --- saving --- */
+
+/* What the writing thread works on; the trainer's clock goes on meanwhile. */
+struct us_trainer_save {
+  pthread_t thread;
+  const char *path;
+  struct us_train_state state;
+  enum us_status status;
+  struct us_err err;
+};
+
+static void *write_state(void *arg) {
+  struct us_trainer_save *s = arg;
+  s->status = us_train_state_write(s->path, &s->state, &s->err);
+  return NULL;
+}
+
+enum us_status us_trainer_settle(struct us_trainer *t, struct us_err *err) {
+  struct us_trainer_save *s = t->under_way;
+  if (!s) return US_OK;
+  pthread_join(s->thread, NULL);
+  t->under_way = NULL;
+  t->slot = s->state.slot;
+  enum us_status status = s->status == US_OK ? US_OK : us_err_set(err, s->status, "%s", s->err.message);
+  free(s);
+  return status;
+}
+
+static enum us_status write_meanwhile(struct us_trainer *t, const struct us_train_state *state,
+                                      struct us_err *err) {
+  struct us_trainer_save *s = calloc(1, sizeof *s);
+  if (!s) return us_err_memory(err, "saving", sizeof *s);
+  s->path = t->state_path;
+  s->state = *state;
+  if (pthread_create(&s->thread, NULL, write_state, s) != 0) {
+    free(s);
+    return us_err_set(err, US_ERR_MEMORY, "cannot start a thread that saves");
   }
+  t->under_way = s;
+  return US_OK;
+}
+
+static enum us_status save(struct us_trainer *t, struct us_err *err) {
+  enum us_status status = us_trainer_settle(t, err);
+  if (status == US_OK) status = us_learner_fetch(t->set, true, err);
+  if (status != US_OK) return status;
+  t->saved = t->step;
+  if (!us_learner_leads(t->set->learner)) return US_OK;
   struct us_train_state state = {.params = t->set->params,
                                  .options = t->options,
                                  .step = t->step,
                                  .tokens = t->tokens,
                                  .seconds = us_trainer_seconds(t),
                                  .slot = t->slot};
+  if (t->set->learner->apart) return write_meanwhile(t, &state, err);
   status = us_train_state_write(t->state_path, &state, err);
   if (status != US_OK) return status;
   t->slot = state.slot;
-  t->saved = t->step;
   return US_OK;
 }
+
+/* --- steps --- */
 
 enum us_status us_trainer_close_step(struct us_trainer *t, double loss, uint64_t tokens, struct us_err *err) {
   const struct us_param *p = NULL;
@@ -121,7 +168,8 @@ enum us_status us_trainer_close_step(struct us_trainer *t, double loss, uint64_t
 }
 
 enum us_status us_trainer_finish(struct us_trainer *t, struct us_err *err) {
-  return t->state_path && t->saved != t->step ? save(t, err) : US_OK;
+  enum us_status status = t->state_path && t->saved != t->step ? save(t, err) : US_OK;
+  return status == US_OK ? us_trainer_settle(t, err) : status;
 }
 
 /* Whether to go on: one interrupted process stops all, and the leading one's clock ends the run. */
@@ -134,7 +182,8 @@ static enum us_status ask(struct us_trainer *t, const struct us_trainer_loop *lo
   return status;
 }
 
-enum us_status us_trainer_run(struct us_trainer *t, const struct us_trainer_loop *loop, struct us_err *err) {
+static enum us_status run_steps(struct us_trainer *t, const struct us_trainer_loop *loop,
+                                struct us_err *err) {
   bool interrupted = false, done = false;
   enum us_status status = ask(t, loop, &interrupted, &done, err);
   while (status == US_OK && !done) {
@@ -152,4 +201,12 @@ enum us_status us_trainer_run(struct us_trainer *t, const struct us_trainer_loop
   }
   if (status == US_OK) status = us_trainer_finish(t, err);
   return status == US_OK ? loop->report(loop->arg, true, err) : status;
+}
+
+enum us_status us_trainer_run(struct us_trainer *t, const struct us_trainer_loop *loop, struct us_err *err) {
+  struct us_err second = {0}; /* the first error is the one to tell */
+  enum us_status status = run_steps(t, loop, err);
+  enum us_status settled = us_trainer_settle(t, &second);
+  if (status != US_OK || settled == US_OK) return status;
+  return us_err_set(err, settled, "%s", second.message);
 }

@@ -39,6 +39,7 @@ struct us_trainer {
   double started;    /* clock at start */
   uint64_t saved;    /* step of the last save; UINT64_MAX: none */
   int slot;
+  struct us_trainer_save *under_way; /* a save that a thread writes; NULL: none */
 };
 
 /* Begin, or continue where the state files say. Without `resume`, existing state is US_ERR_USAGE; with it, missing state
@@ -59,7 +60,12 @@ US_CHECKED enum us_status us_trainer_open_step(struct us_trainer *trainer, struc
 /* US_ERR_CHECK when loss or gradient is not finite, naming the tensor: nothing is updated, the last save stays. */
 US_CHECKED enum us_status us_trainer_close_step(struct us_trainer *trainer, double loss, uint64_t tokens,
                                                 struct us_err *err);
+
+/* A last save, and every save is on disk when it returns. us_trainer_run calls it; after an error us_trainer_settle alone is due,
+ * which waits for a save under way, so that what it reads may be released. Where the host's arenas are apart (learner.h) saves are
+ * written while training goes on, and a failure shows at the next save or here. */
 US_CHECKED enum us_status us_trainer_finish(struct us_trainer *trainer, struct us_err *err);
+US_CHECKED enum us_status us_trainer_settle(struct us_trainer *trainer, struct us_err *err);
 
 /* The loop that the recipes share: step, save, and say how it goes. */
 struct us_trainer_loop {

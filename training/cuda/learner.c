@@ -33,24 +33,6 @@ static void run_lane(void *arg, int worker, int workers) {
   run->errs[worker].status = status;
 }
 
-static enum us_status cuda_each(struct us_learner *base, us_learner_body body, void *arg,
-                                struct us_err *err) {
-  struct cuda_learner *learner = (struct cuda_learner *)base;
-  if (base->lanes == 1) {
-    us_cuda_use(learner->cuda[0]);
-    return body(arg, 0, err);
-  }
-  struct us_err *errs = calloc(base->lanes, sizeof *errs);
-  if (!errs) return us_err_memory(err, "lanes", base->lanes * sizeof *errs);
-  us_pool_run(learner->threads, run_lane,
-              &(struct lane_run){.learner = learner, .body = body, .arg = arg, .errs = errs});
-  enum us_status status = US_OK;
-  for (uint32_t i = 0; i < base->lanes && status == US_OK; i++)
-    if (errs[i].status != US_OK) status = us_err_set(err, errs[i].status, "%s", errs[i].message);
-  free(errs);
-  return status;
-}
-
 static enum us_status cuda_sum(struct us_learner *base, double *values, size_t n, struct us_err *err) {
   return us_cuda_group_sum(((struct cuda_learner *)base)->group, values, n, err);
 }
@@ -72,6 +54,26 @@ enum us_status us_cuda_learner_wait_set(const struct us_learner_set *base, struc
   return status == US_OK ? us_cuda_params_check(set->lane[0], err) : status;
 }
 
+static enum us_status cuda_each(struct us_learner *base, us_learner_body body, void *arg,
+                                struct us_err *err) {
+  struct cuda_learner *learner = (struct cuda_learner *)base;
+  /* A pass may wait for its uploads, which stand behind the last step's transfers: those must not wait for a process that is gone. */
+  enum us_status status = learner->meeting ? us_cuda_learner_wait(learner, err) : US_OK;
+  if (status != US_OK) return status;
+  if (base->lanes == 1) {
+    us_cuda_use(learner->cuda[0]);
+    return body(arg, 0, err);
+  }
+  struct us_err *errs = calloc(base->lanes, sizeof *errs);
+  if (!errs) return us_err_memory(err, "lanes", base->lanes * sizeof *errs);
+  us_pool_run(learner->threads, run_lane,
+              &(struct lane_run){.learner = learner, .body = body, .arg = arg, .errs = errs});
+  for (uint32_t i = 0; i < base->lanes && status == US_OK; i++)
+    if (errs[i].status != US_OK) status = us_err_set(err, errs[i].status, "%s", errs[i].message);
+  free(errs);
+  return status;
+}
+
 /* --- parameters --- */
 
 static void cuda_remove(struct us_learner_set *base) {
@@ -79,7 +81,16 @@ static void cuda_remove(struct us_learner_set *base) {
   for (uint32_t i = 0; set->lane && i < base->learner->lanes; i++) us_cuda_params_free(set->lane[i]);
   free(set->lane);
   free(set->owned);
+  free(set->bias);
   free(set);
+}
+
+static void copy_biases(struct cuda_set *set) {
+  const struct us_params *params = set->base.params;
+  for (size_t i = 0; i < params->count; i++) {
+    const struct us_param *p = &params->items[i];
+    if (p->group == US_PARAM_BIAS) memcpy(set->bias + p->offset, p->value, p->rows * sizeof(float));
+  }
 }
 
 static enum us_status cuda_place(struct us_learner *base, struct us_params *params,
@@ -91,17 +102,21 @@ static enum us_status cuda_place(struct us_learner *base, struct us_params *para
   *set = (struct cuda_set){.base = {.learner = base, .params = params}, .factor = 1.0};
   set->lane = calloc(base->lanes, sizeof *set->lane);
   set->owned = calloc(base->ranks, sizeof *set->owned);
-  enum us_status status =
-      set->lane && set->owned ? US_OK : us_err_memory(err, "parameters", base->ranks * sizeof *set->owned);
+  set->bias = calloc(params->floats, sizeof *set->bias);
+  enum us_status status = set->lane && set->owned && set->bias
+                              ? US_OK
+                              : us_err_memory(err, "parameters", base->ranks * sizeof *set->owned);
   /* Muon's costs: where AdamW does everything the ranks' shares differ more, but then they are short. */
   if (status == US_OK) us_ownership_plan(params, US_OPTIM_MUON, base->ranks, set->owned);
   for (uint32_t i = 0; i < base->lanes && status == US_OK; i++)
     status = us_cuda_params_create(learner->cuda[i], params, set->owned[base->rank + i], &set->lane[i], err);
-  if (status == US_OK)
-    *ret_set = &set->base;
-  else
+  if (status != US_OK) {
     cuda_remove(&set->base);
-  return status;
+    return status;
+  }
+  copy_biases(set);
+  *ret_set = &set->base;
+  return US_OK;
 }
 
 static enum us_status cuda_send(struct us_learner_set *base, struct us_err *err) {
@@ -109,13 +124,25 @@ static enum us_status cuda_send(struct us_learner_set *base, struct us_err *err)
   enum us_status status = US_OK;
   for (uint32_t i = 0; i < base->learner->lanes && status == US_OK; i++)
     status = us_cuda_params_upload(set->lane[i], err);
+  copy_biases(set);
   return status;
 }
 
-static enum us_status cuda_send_one(struct us_learner_set *base, const struct us_param *p,
-                                    struct us_err *err) {
+static float *cuda_bias(struct us_learner_set *base, const struct us_param *p) {
+  return ((struct cuda_set *)base)->bias + p->offset;
+}
+
+static enum us_status cuda_send_bias(struct us_learner_set *base, const struct us_param *p,
+                                     struct us_err *err) {
   struct cuda_set *set = (struct cuda_set *)base;
-  for (uint32_t i = 0; i < base->learner->lanes; i++) us_cuda_params_upload_one(set->lane[i], p);
+  for (uint32_t i = 0; i < base->learner->lanes; i++) {
+    struct us_cuda *cuda = us_cuda_learner_of(base)->cuda[i];
+    us_cuda_use(cuda);
+    us_cuda_did(cuda,
+                cudaMemcpyAsync(set->lane[i]->value + p->offset, set->bias + p->offset,
+                                p->rows * sizeof(float), cudaMemcpyHostToDevice, cuda->stream),
+                "router bias");
+  }
   return US_OK; /* a failure shows at the next wait */
 }
 
@@ -274,7 +301,8 @@ static const struct us_learner_ops cuda_ops = {.free = cuda_free,
                                                .total = us_cuda_learner_total,
                                                .load = us_cuda_learner_load,
                                                .clear_load = us_cuda_learner_clear_load,
-                                               .send_one = cuda_send_one,
+                                               .bias = cuda_bias,
+                                               .send_bias = cuda_send_bias,
                                                .forward = us_cuda_learner_forward,
                                                .logits = us_cuda_learner_logits,
                                                .routed = us_cuda_learner_routed,
@@ -331,6 +359,7 @@ enum us_status us_learner_create_cuda(const struct us_learner_cuda_options *opti
                                       .rank = ranks->process * options->gpus,
                                       .ranks = ranks->processes * options->gpus,
                                       .processes = ranks->processes,
+                                      .apart = true,
                                       .busy = BUSY_ROWS};
   pthread_mutex_init(&learner->mutex, NULL);
   learner->cuda = calloc(options->gpus, sizeof *learner->cuda);

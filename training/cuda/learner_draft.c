@@ -19,6 +19,7 @@ static enum us_status open_lane(struct cuda_draft *draft, uint32_t lane, const s
   struct us_cuda_params *own = ((struct cuda_set *)draft->base.set)->lane[lane];
   const struct cuda_set *target = (const struct cuda_set *)draft->base.target->set;
   const struct us_param *embed = us_params_find(target->base.params, "model.embed_tokens.weight");
+  us_cuda_use(cuda);
   enum us_status status =
       us_cuda_draft_create(cuda, &draft->base.shape, own, us_cuda_param_compute(target->lane[lane], embed),
                            draft->base.target->capacity, blocks, &draft->lane[lane], err);

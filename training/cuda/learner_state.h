@@ -24,7 +24,8 @@ struct cuda_set {
   struct us_learner_set base;
   struct us_cuda_params **lane; /* (lanes) */
   struct us_owned *owned;       /* (ranks) */
-  double factor;                /* that gradients are still to be multiplied by */
+  float *bias;   /* (floats) router biases as of now: the host's arenas may be being written to a file */
+  double factor; /* that gradients are still to be multiplied by */
 };
 
 struct cuda_model {

@@ -7,6 +7,7 @@ enum us_status us_cuda_staging_create(struct us_cuda *cuda, size_t bytes, struct
                                       struct us_err *err) {
   void *memory = NULL;
   *staging = (struct us_cuda_staging){.cuda = cuda, .bytes = bytes};
+  us_cuda_use(cuda); /* events belong to the current GPU, and one thread opens those of several */
   enum us_status status = us_cuda_take_pinned(bytes * US_CUDA_STAGING_SLOTS, "pinned memory", &memory, err);
   staging->memory = memory;
   for (int i = 0; i < US_CUDA_STAGING_SLOTS && status == US_OK; i++)

@@ -190,51 +190,61 @@ static enum us_status list_work(struct us_cuda_params *set, const struct us_opti
 
 /* --- the step --- */
 
-enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us_optim *optim, double rate,
-                                     float factor, struct us_err *err) {
+/* Kernels count from the arena's begin, the moments from the owned range's. */
+static float *from_begin(const struct us_cuda_params *set, float *moments) {
+  return moments - set->owned.begin;
+}
+
+static void update_adamw(struct us_cuda_params *set, const struct us_optim *optim, double rate) {
   struct us_cuda_params_state *s = set->state;
-  struct us_cuda *cuda = set->cuda;
-  us_cuda_use(cuda);
-  enum us_status status = s->listed && s->listed_kind == optim->kind ? US_OK : list_work(set, optim, err);
-  if (status != US_OK) return status;
-  s->host->factor = factor;
-  us_cuda_upload(cuda, &s->device->factor, &s->host->factor, sizeof factor);
-  /* Kernels count from the arena's begin, the moments from the owned range's. */
-  float *moment1 = set->moment1 - set->owned.begin, *moment2 = set->moment2 - set->owned.begin;
   struct us_adamw_train adamw = {.spans = s->spans,
                                  .count = s->span_count,
                                  .value = set->value,
                                  .grad = set->grad,
-                                 .moment1 = moment1,
-                                 .moment2 = moment2,
+                                 .moment1 = from_begin(set, set->moment1),
+                                 .moment2 = from_begin(set, set->moment2),
                                  .step = optim->step,
                                  .rate = rate,
                                  .beta1 = optim->beta1,
                                  .beta2 = optim->beta2,
                                  .epsilon = optim->epsilon,
                                  .opt_factor = &s->device->factor};
-  if (s->span_count) us_cuda_did(cuda, us_adamw_train(&adamw, cuda->stream), "AdamW");
-  for (size_t g = 0; g < s->group_count; g++) {
-    const struct us_cuda_muon_group *group = &s->groups[g];
-    struct us_muon_train muon = {.rows = group->rows,
-                                 .cols = group->cols,
-                                 .matrices = s->matrices + group->first,
-                                 .count = group->count,
-                                 .batch = group->batch,
-                                 .value = set->value,
-                                 .grad = set->grad,
-                                 .moment = moment1,
-                                 .rate = rate * optim->muon_rate,
-                                 .momentum = optim->momentum,
-                                 .decay = group->decay,
-                                 .nesterov = optim->nesterov,
-                                 .newton = optim->newton == US_NEWTON_POLAR_EXPRESS ? US_MUON_POLAR_EXPRESS
-                                                                                    : US_MUON_NEWTON_SCHULZ5,
-                                 .opt_factor = &s->device->factor,
-                                 .scratch = s->scratch,
-                                 .scratch_bytes = s->scratch_bytes,
-                                 .cublas = cuda->blas};
-    us_cuda_did(cuda, us_muon_train(&muon, cuda->stream), "Muon");
-  }
-  return us_cuda_failed(cuda, err);
+  if (s->span_count) us_cuda_did(set->cuda, us_adamw_train(&adamw, set->cuda->stream), "AdamW");
+}
+
+static void update_muon(struct us_cuda_params *set, const struct us_optim *optim, double rate,
+                        const struct us_cuda_muon_group *group) {
+  struct us_cuda_params_state *s = set->state;
+  bool polar = optim->newton == US_NEWTON_POLAR_EXPRESS;
+  struct us_muon_train muon = {.rows = group->rows,
+                               .cols = group->cols,
+                               .matrices = s->matrices + group->first,
+                               .count = group->count,
+                               .batch = group->batch,
+                               .value = set->value,
+                               .grad = set->grad,
+                               .moment = from_begin(set, set->moment1),
+                               .rate = rate * optim->muon_rate,
+                               .momentum = optim->momentum,
+                               .decay = group->decay,
+                               .nesterov = optim->nesterov,
+                               .newton = polar ? US_MUON_POLAR_EXPRESS : US_MUON_NEWTON_SCHULZ5,
+                               .opt_factor = &s->device->factor,
+                               .scratch = s->scratch,
+                               .scratch_bytes = s->scratch_bytes,
+                               .cublas = set->cuda->blas};
+  us_cuda_did(set->cuda, us_muon_train(&muon, set->cuda->stream), "Muon");
+}
+
+enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us_optim *optim, double rate,
+                                     float factor, struct us_err *err) {
+  struct us_cuda_params_state *s = set->state;
+  us_cuda_use(set->cuda);
+  enum us_status status = s->listed && s->listed_kind == optim->kind ? US_OK : list_work(set, optim, err);
+  if (status != US_OK) return status;
+  s->host->factor = factor;
+  us_cuda_upload(set->cuda, &s->device->factor, &s->host->factor, sizeof factor);
+  update_adamw(set, optim, rate);
+  for (size_t g = 0; g < s->group_count; g++) update_muon(set, optim, rate, &s->groups[g]);
+  return us_cuda_failed(set->cuda, err);
 }

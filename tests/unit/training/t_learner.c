@@ -259,6 +259,66 @@ START_TEST(three_processes_distil_as_one_does) {
 }
 END_TEST
 
+/* --- saves that are written meanwhile --- */
+
+/* As of a GPU: training is somewhere else, here nowhere, and the host's arenas stay as they are. */
+static enum us_status stay(struct us_learner_set *set, const struct us_optim *optim, double rate,
+                           struct us_err *err) {
+  return US_OK;
+}
+
+static struct us_learner_ops apart_ops(const struct us_learner_ops *cpu) {
+  struct us_learner_ops ops = *cpu;
+  ops.update = stay;
+  return ops;
+}
+
+static enum us_status save_apart(const char *state, uint64_t steps, struct us_pretrain *run,
+                                 struct us_err *err) {
+  struct us_learner *learner = NULL;
+  ck_assert_int_eq(us_learner_create_cpu(world.pool, &learner, err), US_OK);
+  struct us_learner_ops ops = apart_ops(learner->ops);
+  learner->ops = &ops, learner->apart = true;
+  *run = pretrain();
+  run->learner = learner;
+  run->balance_rate = 0.0f;
+  run->trainer.steps = steps;
+  run->trainer.state_path = state;
+  run->trainer.save_every = 1;
+  enum us_status status = us_pretrain(run, world.pool, err);
+  us_learner_free(learner);
+  return status;
+}
+
+START_TEST(saves_are_whole_when_a_run_ends) {
+  struct us_pretrain run;
+  struct us_params params;
+  struct us_err err = {0};
+  char path[96];
+  bool found = false;
+  snprintf(path, sizeof path, "%s/apart", world.folder);
+  US_OK_OR_FAIL(save_apart(path, 5, &run, &err));
+  US_OK_OR_FAIL(us_params_init_fresh(&params, &world.shape, 99, 0.0f, &err));
+  struct us_train_state state = {.params = &params};
+  US_OK_OR_FAIL(us_train_state_read(path, &state, &found, &err));
+  ck_assert(found);
+  ck_assert_uint_eq(state.step, 5);
+  same_bits(&params, &run.params);
+  us_params_release(&params);
+  us_pretrain_release(&run);
+}
+END_TEST
+
+START_TEST(a_save_that_fails_meanwhile_ends_the_run) {
+  struct us_pretrain run;
+  struct us_err err = {0};
+  ck_assert_int_eq(save_apart("/nonexistent/folder/state", 50, &run, &err), US_ERR_IO);
+  ck_assert_msg(strstr(err.message, "/nonexistent/folder/state") != NULL, "%s", err.message);
+  ck_assert_uint_lt(run.trainer.step, 50);
+  us_pretrain_release(&run);
+}
+END_TEST
+
 /* --- shares --- */
 
 START_TEST(shares_are_the_whole_in_order) {
@@ -278,6 +338,17 @@ START_TEST(shares_are_the_whole_in_order) {
 }
 END_TEST
 
+START_TEST(a_pass_holds_what_rows_and_ranks_allow) {
+  struct us_learner cpu = {.ranks = 1}, gpus = {.ranks = 4, .busy = 32768};
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 512, 100), 32);
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 512, 8), 8);     /* the batch */
+  ck_assert_uint_eq(us_learner_micro(&cpu, 0, 16384, 20000, 8), 1);   /* one is more than that */
+  ck_assert_uint_eq(us_learner_micro(&cpu, 5, 16384, 512, 100), 5);   /* as told */
+  ck_assert_uint_eq(us_learner_micro(&gpus, 0, 16384, 512, 400), 64); /* more keeps a GPU busy */
+  ck_assert_uint_eq(us_learner_micro(&gpus, 50, 16384, 512, 10), 3);  /* a rank's share */
+}
+END_TEST
+
 static void open_all(void) {
   open_world(&world);
 }
@@ -290,10 +361,13 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("learner");
   tcase_add_unchecked_fixture(c, open_all, close_all);
   tcase_add_test(c, shares_are_the_whole_in_order);
+  tcase_add_test(c, a_pass_holds_what_rows_and_ranks_allow);
   tcase_add_test(c, three_processes_pretrain_as_one_does);
   tcase_add_test(c, an_interruption_of_one_stops_all);
   tcase_add_test(c, fewer_sequences_than_ranks_are_refused);
   tcase_add_test(c, three_processes_distil_as_one_does);
+  tcase_add_test(c, saves_are_whole_when_a_run_ends);
+  tcase_add_test(c, a_save_that_fails_meanwhile_ends_the_run);
   return us_suite("learner", c);
 }
 
