@@ -70,7 +70,8 @@ check() { # check TOOL PROGRAM ARGUMENT...
   rm -f "$log"
 }
 
-for tool in ${*:-memcheck racecheck synccheck}; do
+[ $# -gt 0 ] || set -- memcheck racecheck synccheck
+for tool; do
   # The whole engine: four layers, one rank, prompts, drafter, rounds with and without filters.
   check "$tool" engine_exact small
   # The operations by themselves, at shapes of the published model. The lab's weights fill gigabytes: racecheck keeps no account of
