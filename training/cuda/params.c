@@ -16,12 +16,6 @@ static bool is_frozen(const struct us_params *host) {
   return host->grad == NULL;
 }
 
-size_t us_cuda_params_bytes(const struct us_params *host, struct us_owned owned) {
-  size_t multiplied = host->floats * (sizeof(float) + sizeof(uint16_t));
-  if (is_frozen(host)) return multiplied;
-  return multiplied + 2 * host->floats * sizeof(float) + 2 * (owned.end - owned.begin) * sizeof(float);
-}
-
 /* `bytes` of 0 would be no allocation: a GPU that owns nothing still has pointers. */
 static enum us_status take(struct us_cuda_params *set, size_t bytes, const char *what, void *ret_pointer,
                            struct us_err *err) {

@@ -50,9 +50,6 @@ static inline float *us_cuda_param_grad(const struct us_cuda_params *set, const 
   return p->frozen || !set->grad ? NULL : set->grad + p->offset;
 }
 
-/* Device bytes that create takes. */
-size_t us_cuda_params_bytes(const struct us_params *host, struct us_owned owned);
-
 /* Arenas with the host's masters, moments 0; a frozen set is ready to be multiplied. US_ERR_MEMORY when the GPU is full. */
 US_CHECKED enum us_status us_cuda_params_create(struct us_cuda *cuda, struct us_params *host,
                                                 struct us_owned owned, struct us_cuda_params **ret_set,
