@@ -62,10 +62,9 @@ cd "$out"
 part() { awk -v m="$1" -v s="$2" 'BEGIN { printf "%.3f", m * s }'; }
 most_seconds=540
 answer_seconds=$(awk -v m="$finish" 'BEGIN { printf "%d", 60 * m * 0.15 + 1 }')
-prompt_sets=$(ls "$sets"/*.jsonl)
 pretrain_options="--steps 0 --minutes $pretrain -b $batch -l $length --lr 0.003 --log-every 10 --eval-windows 64
   --state pretrain.state --save-every 500 --resume"
-qat_options="--train experts --steps 0 --minutes $(part "$finish" 0.3) -b 32 -l 512 --lr 0.0002 --eval-windows 200"
+qat_options="--train experts --steps 0 --minutes $(part "$finish" 0.3) -b 32 -l 512 --lr 0.00005 --floor 0.02 --eval-windows 200"
 draft_options="--steps 0 --minutes $(part "$finish" 0.55) -b 16 -l 512 --anchors 128 --text-share 0.25 --layers 3 --block 8 --window 256
   --heads 8 --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --lr 0.004 --log-every 10 ${US_DRAFT_OPTIONS:-}"
 

@@ -57,18 +57,17 @@ cd "$out"
 # part SHARE: so much of the minutes.
 part() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
 most_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m + 60 }')
-answer_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m * 0.09 + 1 }')
-prompt_sets=$(ls "$sets"/*.jsonl)
-pretrain_options="--steps 0 --minutes $(part 0.62) -b $batch -l $length --lr 0.004 --log-every 25 --eval-windows 64"
-qat_options="--train all --steps 0 --minutes $(part 0.08) -b 32 -l 512 --lr 0.0003 --eval-windows 200"
+answer_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m * 0.12 + 1 }')
+pretrain_options="--steps 0 --minutes $(part 0.60) -b $batch -l $length --lr 0.004 --log-every 25 --eval-windows 64"
+qat_options="--train all --steps 0 --minutes $(part 0.10) -b 32 -l 512 --lr 0.0001 --floor 0.02 --eval-windows 200"
 # 3 layers of 320 over three taps: 3.9 MB in bf16
-draft_options="--steps 0 --minutes $(part 0.19) -b 16 -l 512 --anchors 128 --text-share 0.25 --layers 3 --block 8 --window 128
+draft_options="--steps 0 --minutes $(part 0.16) -b 16 -l 512 --anchors 128 --text-share 0.4 --layers 3 --block 8 --window 128
   --heads 4 --kv-heads 2 --head-dim 64 --inner 320 --taps 2,5,8 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
 
 recipe_text
 recipe_pretrain
 recipe_qat
 recipe_draft
-recipe_tables
 recipe_pack
+recipe_tables
 us_say "$shape.h5, q.h5 and draft.h5 are in $out; what is bundled is in $out/bundle"

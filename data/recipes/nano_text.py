@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import pathlib
 import re
 import subprocess
@@ -122,14 +123,23 @@ def sources(root, paths):
             yield path
 
 
+def package_texts(job):
+    folder, files, most = job
+    return chosen(sources(folder, [folder / file for file in files]), most)
+
+
 def collect_site(card, folder, most):
+    kept = []
     for package in sorted(importlib.metadata.distributions(path=[str(folder)]), key=lambda d: d.metadata["Name"].lower()):
         name, licence = package.metadata["Name"], licence_of(package.metadata)
         if licence is None:
             print(f"left out {name}: no plainly permissive licence", file=sys.stderr)
-            continue
-        files = [folder / file for file in package.files or []]
-        card.add("code", name, package.version, licence, chosen(sources(folder, files), most))
+        else:
+            kept.append((name, package.version, licence, [str(file) for file in package.files or []]))
+    with multiprocessing.Pool() as pool:
+        jobs = ((folder, files, most) for *_, files in kept)
+        for (name, version, licence, _), texts in zip(kept, pool.imap(package_texts, jobs)):
+            card.add("code", name, version, licence, texts)
 
 
 def collect_library(card, most):

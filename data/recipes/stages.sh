@@ -3,7 +3,7 @@
 # exists, and writes how long it took to stages.tsv.
 #
 # Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
-# of the tools: $pretrain_options $qat_options $draft_options; seconds: $answer_seconds $most_seconds (a stage's limit).
+# of the tools: $pretrain_options $qat_options $draft_options; $sets, a folder of prompts; seconds: $answer_seconds $most_seconds (a stage's limit).
 
 # What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
 # is bf16, which then holds the same values.
@@ -101,17 +101,22 @@ generate() {
     mv "$run.part" "$run"
 }
 
+# Speed, and that both give the same tokens, on this project's prompts; acceptance on the sets of --prompts too, if there are any.
 recipe_tables() {
+  prompt_sets=$(ls "$US_ROOT"/data/prompts/*.jsonl)
   stage "answers, plain" plain.jsonl generate plain.jsonl
   stage "answers, with the drafter" speculative.jsonl generate speculative.jsonl --draft draft.h5
-  stage "answers, drawn at temperature 1" sampled.jsonl generate sampled.jsonl --draft draft.h5 --temperature 1
   python3 "$US_ROOT/data/recipes/same_tokens.py" plain.jsonl speculative.jsonl || us_say "plain and speculative tokens differ"
   us-eval plain.jsonl >plain.tsv
-  us-eval speculative.jsonl --plot acceptance.png >speculative.tsv
+  us-eval speculative.jsonl >speculative.tsv
+  prompt_sets=$(ls "$sets"/*.jsonl)
+  stage "acceptance, greedy" greedy.jsonl generate greedy.jsonl --draft draft.h5
+  us-eval greedy.jsonl --plot acceptance.png >greedy.tsv
+  stage "acceptance, drawn at temperature 1" sampled.jsonl generate sampled.jsonl --draft draft.h5 --temperature 1
   us-eval sampled.jsonl >sampled.tsv
 }
 
-# The pieces of a model that is bundled: quantized model in shards of at most 16 MiB, drafter, and what the original thinks of 8 K
+# The pieces of a model that is bundled, beside tables and pictures: quantized model in shards of at most 16 MiB, drafter, and what the original thinks of 8 K
 # held-out tokens.
 recipe_pack() {
   mkdir -p bundle
@@ -120,5 +125,5 @@ recipe_pack() {
   # shellcheck disable=SC2046
   stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data text.h5 --windows 16 --length 513 \
     --write-top bundle/top64.h5 $(on_one)
-  cp draft.h5 pretrain.tsv pretrain.png qat.png draft.png acceptance.png quality.tsv plain.tsv speculative.tsv sampled.tsv stages.tsv bundle/
+  cp draft.h5 bundle/
 }
