@@ -3,7 +3,7 @@
  * Head dims run in the smallest of the compiled sizes that holds them, the rest filled with zeros.
  */
 #include "kernels/attention_seq/attention_train_job.h"
-#include "kernels/attention_seq/attention_train_forward.cuh"
+#include "kernels/attention_seq/attention_train_forward_long.cuh"
 
 int us_attention_job_of(const struct us_attention_train *a, struct us_attention_job *ret_job) {
   bool heads = a->kv_heads && a->q_heads && a->q_heads % a->kv_heads == 0;
@@ -29,6 +29,6 @@ int us_attention_train(const struct us_attention_train *a, cudaStream_t stream) 
                   : us_launch_forward<64, 64, 64, 2, 2>(&job, stream);
   if (a->qk_dim <= 128)
     return window ? us_launch_forward<128, 128, 48, 1, 3>(&job, stream)
-                  : us_launch_forward<128, 128, 64, 3, 1>(&job, stream);
-  return us_launch_forward<192, 128, 64, 2, 1>(&job, stream);
+                  : us_launch_forward_long<128, 128, 64, 3, 3>(&job, stream);
+  return us_launch_forward_long<192, 128, 64, 2, 2>(&job, stream);
 }

@@ -40,7 +40,8 @@ static __device__ __forceinline__ void us_mask_scores(float (*s)[4], const struc
   }
 }
 
-/* Scores to weights relative to the new maximum; factor: what older sums shrink by. unit: scale in powers of two. */
+/* Scores to weights relative to a maximum; factor: what older sums shrink by. The maximum follows only when it would be 8 powers of
+ * two behind, so that sums seldom shrink; weights up to 2^8 lose nothing. unit: scale in powers of two. */
 template <int KEYS, int V>
 static __device__ __forceinline__ void us_weigh_scores(struct us_forward_state<V> *x, float (*s)[4],
                                                        float unit, float factor[2]) {
@@ -51,6 +52,7 @@ static __device__ __forceinline__ void us_weigh_scores(struct us_forward_state<V
     for (int n = 0; n < KEYS / 8; n++) most = fmaxf(most, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+    if (!((most - x->max[i]) * unit > 8)) most = x->max[i];
     float base = most == -INFINITY ? 0.0f : most * unit;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
@@ -60,10 +62,20 @@ static __device__ __forceinline__ void us_weigh_scores(struct us_forward_state<V
         *score = us_exp2(fmaf(*score, unit, -base)); /* 0 for -Inf */
         sum += *score;
       }
-    factor[i] = us_exp2(fmaf(x->max[i], unit, -base));
+    factor[i] = most == x->max[i] ? 1.0f : us_exp2(fmaf(x->max[i], unit, -base));
     x->sum[i] = fmaf(x->sum[i], factor[i], sum);
     x->max[i] = most;
   }
+}
+
+/* Older sums shrink, if one of the warp's rows asks for it. */
+template <int V>
+static __device__ __forceinline__ void us_shrink_sums(struct us_forward_state<V> *x, const float factor[2]) {
+  if (!__any_sync(0xffffffffu, factor[0] != 1 || factor[1] != 1)) return;
+#pragma unroll
+  for (int n = 0; n < V / 8; n++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) x->out[n][c] *= factor[c / 2];
 }
 
 /* Denominator with the sink, lse, and what the sums are multiplied with. */
@@ -98,64 +110,51 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   constexpr int THREADS = GROUPS * 128;
   extern __shared__ __align__(1024) uint8_t us_train_shared[];
   const struct us_attention_train &a = job.a;
-  uint32_t shared = us_shared_address(us_train_shared), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4,
-           group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  uint32_t *offset = (uint32_t *)(us_train_shared + L::offsets); /* (16): queries; (16): out */
-  uint32_t first_unit = (gridDim.x - 1 - blockIdx.x) * GROUPS, unit = first_unit + group, /* longest first */
-      g = blockIdx.y / job.cut.parts, first_head = blockIdx.y * job.cut.pack;
-  if (threadIdx.x < job.cut.pack) {
-    offset[threadIdx.x] = a.q_offset[first_head + threadIdx.x];
-    offset[16 + threadIdx.x] = (first_head + threadIdx.x) * a.v_dim;
-  }
-  struct us_attention_walk walk = us_attention_walk_of<KEYS, GROUPS>(job, first_unit);
-  struct us_attention_unit plan = job.plan.unit[min(unit, job.cut.units - 1)];
-  const uint16_t *k = a.k + a.k_offset[g], *v = a.v + a.v_offset[g];
-  struct us_attention_row row[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    row[i] = us_attention_row_of(job, unit, first_head, warp * 16 + lane / 4 + 8 * i);
+  struct us_attention_here h = us_attention_here_of<GROUPS>(job, us_train_shared, L::offsets);
+  struct us_attention_walk walk = us_attention_walk_of<KEYS, GROUPS>(job, h.first_unit);
+  struct us_attention_unit plan = job.plan.unit[min(h.unit, job.cut.units - 1)];
+  const uint16_t *k = a.k + a.k_offset[h.g], *v = a.v + a.v_offset[h.g];
   __syncthreads();
 
   struct us_forward_state<V> x;
-#pragma unroll
-  for (int n = 0; n < V / 8; n++) x.out[n][0] = x.out[n][1] = x.out[n][2] = x.out[n][3] = 0;
+  us_wg_zero<V / 8>(x.out);
 #pragma unroll
   for (int i = 0; i < 2; i++) x.max[i] = -INFINITY, x.sum[i] = 0;
   float unit_scale = a.scale * US_TRAIN_LOG2E, factor[2];
-  uint32_t queries = shared + group * L::unit;
+  uint32_t queries = h.shared + h.group * L::unit;
 
   auto load_keys = [&](uint32_t t) {
     struct us_attention_tile tile = us_attention_tile_of<KEYS>(walk, t);
-    us_load_keys<Q, KEYS, THREADS>(shared + L::keys + t % 2 * L::key, k, a.k_stride, a.qk_dim, tile.first,
-                                   tile.end);
+    us_load_keys<Q, KEYS, THREADS>(h.shared + L::keys + t % 2 * L::key, k, a.k_stride, a.qk_dim, tile.first,
+                                   tile.end, threadIdx.x);
   };
   auto load_values = [&](uint32_t t) {
     struct us_attention_tile tile = us_attention_tile_of<KEYS>(walk, t);
-    us_load_keys<V, KEYS, THREADS>(shared + L::values + t % 2 * L::value, v, a.v_stride, a.v_dim, tile.first,
-                                   tile.end);
+    us_load_keys<V, KEYS, THREADS>(h.shared + L::values + t % 2 * L::value, v, a.v_stride, a.v_dim,
+                                   tile.first, tile.end, threadIdx.x);
   };
 
   if (walk.tiles) {
-    us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, offset, job, unit, 0,
+    us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, h.offset, job, h.unit, 0,
                                        threadIdx.x % 128);
     load_keys(0);
     us_copy_commit();
     load_values(0);
     if (walk.tiles > 1) load_keys(1);
     us_copy_commit();
-    struct us_attention_seen seen = us_attention_seen_of(job, row, walk.context_tiles == 0);
+    struct us_attention_seen seen = us_attention_seen_of(job, h.row, walk.context_tiles == 0);
 
     float s[KEYS / 8][4];
     uint32_t p[KEYS / 16][4];
     us_copy_wait<1>();
     __syncthreads();
     us_wg_fence();
-    us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, shared + L::keys);
+    us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, h.shared + L::keys);
     us_wg_commit();
     us_wg_wait<0>();
     us_wg_hold<KEYS / 8>(s);
     uint32_t first = us_attention_tile_of<KEYS>(walk, 0).first;
-    if (!us_all_see<KEYS>(plan, first, walk.context_tiles == 0)) us_mask_scores<KEYS>(s, seen, first, lane);
+    if (!us_all_see<KEYS>(plan, first, walk.context_tiles == 0)) us_mask_scores<KEYS>(s, seen, first, h.lane);
     us_weigh_scores<KEYS, V>(&x, s, unit_scale, factor);
     us_wg_pack_rows<KEYS / 16>(s, p);
 
@@ -166,25 +165,22 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
       load_values(t + 1);
       us_copy_commit();
       us_wg_fence();
-      us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, shared + L::keys + (t + 1) % 2 * L::key);
+      us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, h.shared + L::keys + (t + 1) % 2 * L::key);
       us_wg_commit();
 #pragma unroll
       for (int j = 0; j < KEYS / 16; j++)
-        us_wg_add<V>(x.out, p[j], shared + L::values + t % 2 * L::value, KEYS, j);
+        us_wg_add<V>(x.out, p[j], h.shared + L::values + t % 2 * L::value, KEYS, j);
       us_wg_commit();
-      if (t + 1 == walk.context_tiles) seen = us_attention_seen_of(job, row, 1);
+      if (t + 1 == walk.context_tiles) seen = us_attention_seen_of(job, h.row, 1);
       first = us_attention_tile_of<KEYS>(walk, t + 1).first;
       us_wg_wait<1>();
       us_wg_hold<KEYS / 8>(s);
       if (!us_all_see<KEYS>(plan, first, t + 1 >= walk.context_tiles))
-        us_mask_scores<KEYS>(s, seen, first, lane);
+        us_mask_scores<KEYS>(s, seen, first, h.lane);
       us_weigh_scores<KEYS, V>(&x, s, unit_scale, factor);
       us_wg_wait<0>();
       us_wg_hold<V / 8>(x.out);
-#pragma unroll
-      for (int n = 0; n < V / 8; n++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) x.out[n][c] *= factor[c / 2];
+      us_shrink_sums<V>(&x, factor);
       us_wg_pack_rows<KEYS / 16>(s, p);
     }
 
@@ -193,17 +189,18 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
     us_wg_fence();
 #pragma unroll
     for (int j = 0; j < KEYS / 16; j++)
-      us_wg_add<V>(x.out, p[j], shared + L::values + (walk.tiles - 1) % 2 * L::value, KEYS, j);
+      us_wg_add<V>(x.out, p[j], h.shared + L::values + (walk.tiles - 1) % 2 * L::value, KEYS, j);
     us_wg_commit();
     us_wg_wait<0>();
     us_wg_hold<V / 8>(x.out);
   }
 
-  us_finish_rows<V>(job, &x, row, unit_scale, lane, factor);
-  us_stage_rows<V>(queries, x.out, factor, warp,
-                   lane); /* a warp's own rows, which no multiply reads any more */
+  us_finish_rows<V>(job, &x, h.row, unit_scale, h.lane, factor);
+  us_stage_rows<V>(queries, x.out, factor, h.warp,
+                   h.lane); /* a h.warp's own rows, which no multiply reads any more */
   __syncwarp();
-  us_store_rows<V>(queries, a.out, (size_t)a.q_heads * a.v_dim, a.v_dim, offset + 16, job, unit, warp, lane);
+  us_store_rows<V>(queries, a.out, (size_t)a.q_heads * a.v_dim, a.v_dim, h.offset + 16, job, h.unit, h.warp,
+                   h.lane);
 }
 
 template <int Q, int V, int KEYS, int GROUPS, int BLOCKS>

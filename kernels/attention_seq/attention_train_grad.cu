@@ -60,14 +60,24 @@ size_t us_attention_train_scratch(uint32_t queries, uint32_t q_heads) {
   return (size_t)queries * q_heads * sizeof(float2);
 }
 
-template <int Q, int V, int ROWS>
+template <int Q, int V, int ROWS, bool WINDOW>
 static cudaError_t grad_products(const struct us_attention_job *job, cudaStream_t stream) {
-  bool window = job->a.opt_window && job->a.opt_window <= US_SHORT_WINDOW && Q <= 128;
-  cudaError_t status =
-      window ? us_launch_keys<Q, V, 32, 1, 2>(job, stream) : us_launch_keys<Q, V, ROWS, 2, 1>(job, stream);
+  constexpr int KEYS = WINDOW ? 48 : 64, GROUPS = WINDOW ? 1 : 2, BLOCKS = WINDOW ? 2 : 1;
+  cudaError_t status = job->a.keys ? us_launch_keys<Q, V, ROWS, GROUPS, BLOCKS>(job, stream) : cudaSuccess;
   if (status != cudaSuccess || !job->a.queries) return status;
-  return window ? us_launch_queries<Q, V, 48, 1, 2>(job, stream)
-                : us_launch_queries<Q, V, 64, 2, 1>(job, stream);
+  return us_launch_queries<Q, V, KEYS, GROUPS, BLOCKS>(job, stream);
+}
+
+static cudaError_t grad_of(const struct us_attention_job *job, cudaStream_t stream) {
+  const struct us_attention_train *a = &job->a;
+  bool window = a->opt_window && a->opt_window <= US_SHORT_WINDOW;
+  if (a->qk_dim <= 64 && a->v_dim <= 64)
+    return window ? grad_products<64, 64, 32, true>(job, stream)
+                  : grad_products<64, 64, 64, false>(job, stream);
+  if (a->qk_dim <= 128)
+    return window ? grad_products<128, 128, 32, true>(job, stream)
+                  : grad_products<128, 128, 64, false>(job, stream);
+  return grad_products<192, 128, 32, false>(job, stream);
 }
 
 int us_attention_train_grad(const struct us_attention_train *a, const struct us_attention_train_grads *grads,
@@ -80,8 +90,5 @@ int us_attention_train_grad(const struct us_attention_train *a, const struct us_
   if (rows)
     note_rows<<<(unsigned)((rows * 8 + NOTE_THREADS - 1) / NOTE_THREADS), NOTE_THREADS, 0, stream>>>(job);
   if (rows && a->sink && grads->dsink) sum_sinks<<<a->q_heads, SINK_THREADS, 0, stream>>>(job);
-  if (!a->keys && !rows) return cudaGetLastError();
-  if (a->qk_dim <= 64 && a->v_dim <= 64) return grad_products<64, 64, 64>(&job, stream);
-  if (a->qk_dim <= 128) return grad_products<128, 128, 64>(&job, stream);
-  return grad_products<192, 128, 32>(&job, stream);
+  return grad_of(&job, stream);
 }

@@ -144,10 +144,8 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   uint32_t first_key = (first_tile + group) * US_KEY_TILE, key = first_key + warp * 16 + lane / 4;
   uint32_t keys = shared + group * L::key, values = shared + L::values + group * L::value;
   float dk[Q / 8][4], dv[V / 8][4];
-#pragma unroll
-  for (int n = 0; n < Q / 8; n++) dk[n][0] = dk[n][1] = dk[n][2] = dk[n][3] = 0;
-#pragma unroll
-  for (int n = 0; n < V / 8; n++) dv[n][0] = dv[n][1] = dv[n][2] = dv[n][3] = 0;
+  us_wg_zero<Q / 8>(dk);
+  us_wg_zero<V / 8>(dv);
   float unit_scale = a.scale * US_TRAIN_LOG2E;
 
   struct us_keys_place next = {0, begin, 0};
@@ -170,9 +168,9 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
     for (int i = 0; i < GROUPS; i++) {
       uint32_t from = (first_tile + i) * US_KEY_TILE;
       us_load_keys<Q, 64, THREADS>(shared + i * L::key, a.k + a.k_offset[g], a.k_stride, a.qk_dim, from,
-                                   a.keys);
+                                   a.keys, threadIdx.x);
       us_load_keys<V, 64, THREADS>(shared + L::values + i * L::value, a.v + a.v_offset[g], a.v_stride,
-                                   a.v_dim, from, a.keys);
+                                   a.v_dim, from, a.keys, threadIdx.x);
     }
     load(0);
     us_copy_commit();

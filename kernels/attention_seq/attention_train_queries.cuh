@@ -42,48 +42,37 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   constexpr int THREADS = GROUPS * 128;
   extern __shared__ __align__(1024) uint8_t us_train_shared[];
   const struct us_attention_train &a = job.a;
-  uint32_t shared = us_shared_address(us_train_shared), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4,
-           group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  uint32_t *offset = (uint32_t *)(us_train_shared + L::offsets); /* (16): queries; (16): dout */
-  uint32_t first_unit = (gridDim.x - 1 - blockIdx.x) * GROUPS, unit = first_unit + group,
-           g = blockIdx.y / job.cut.parts, first_head = blockIdx.y * job.cut.pack;
-  if (threadIdx.x < job.cut.pack) {
-    offset[threadIdx.x] = a.q_offset[first_head + threadIdx.x];
-    offset[16 + threadIdx.x] = (first_head + threadIdx.x) * a.v_dim;
-  }
-  struct us_attention_walk walk = us_attention_walk_of<KEYS, GROUPS>(job, first_unit);
-  struct us_attention_unit plan = job.plan.unit[min(unit, job.cut.units - 1)];
-  const uint16_t *k = a.k + a.k_offset[g], *v = a.v + a.v_offset[g];
-  struct us_attention_row row[2];
+  struct us_attention_here h = us_attention_here_of<GROUPS>(job, us_train_shared, L::offsets);
+  struct us_attention_walk walk = us_attention_walk_of<KEYS, GROUPS>(job, h.first_unit);
+  struct us_attention_unit plan = job.plan.unit[min(h.unit, job.cut.units - 1)];
+  const uint16_t *k = a.k + a.k_offset[h.g], *v = a.v + a.v_offset[h.g];
   float2 of_row[2]; /* lse in powers of two, delta */
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    row[i] = us_attention_row_of(job, unit, first_head, warp * 16 + lane / 4 + 8 * i);
     of_row[i] = make_float2(0, 0);
-    if (row[i].exists)
-      of_row[i] = ((const float2 *)job.grads.scratch)[(size_t)row[i].query * a.q_heads + row[i].head];
+    if (h.row[i].exists)
+      of_row[i] = ((const float2 *)job.grads.scratch)[(size_t)h.row[i].query * a.q_heads + h.row[i].head];
   }
   __syncthreads();
 
   float dq[Q / 8][4];
-#pragma unroll
-  for (int n = 0; n < Q / 8; n++) dq[n][0] = dq[n][1] = dq[n][2] = dq[n][3] = 0;
+  us_wg_zero<Q / 8>(dq);
   float unit_scale = a.scale * US_TRAIN_LOG2E;
-  uint32_t queries = shared + group * L::query, dout = shared + L::douts + group * L::dout;
+  uint32_t queries = h.shared + h.group * L::query, dout = h.shared + L::douts + h.group * L::dout;
   auto load = [&](uint32_t t) {
     struct us_attention_tile tile = us_attention_tile_of<KEYS>(walk, t);
-    us_load_keys<Q, KEYS, THREADS>(shared + L::keys + t % US_QUERIES_STAGES * L::key, k, a.k_stride, a.qk_dim,
-                                   tile.first, tile.end);
-    us_load_keys<V, KEYS, THREADS>(shared + L::values + t % 2 * L::value, v, a.v_stride, a.v_dim, tile.first,
-                                   tile.end);
+    us_load_keys<Q, KEYS, THREADS>(h.shared + L::keys + t % US_QUERIES_STAGES * L::key, k, a.k_stride,
+                                   a.qk_dim, tile.first, tile.end, threadIdx.x);
+    us_load_keys<V, KEYS, THREADS>(h.shared + L::values + t % 2 * L::value, v, a.v_stride, a.v_dim,
+                                   tile.first, tile.end, threadIdx.x);
   };
   float s[KEYS / 8][4], dp[KEYS / 8][4];
   uint32_t ds[KEYS / 16][4];
   auto multiply = [&](uint32_t t) {
     us_wg_fence();
-    us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, shared + L::keys + t % US_QUERIES_STAGES * L::key);
+    us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, h.shared + L::keys + t % US_QUERIES_STAGES * L::key);
     us_wg_commit();
-    us_wg_products<V, KEYS>(dp, dout, US_UNIT_ROWS, shared + L::values + t % 2 * L::value);
+    us_wg_products<V, KEYS>(dp, dout, US_UNIT_ROWS, h.shared + L::values + t % 2 * L::value);
     us_wg_commit();
   };
   struct us_attention_seen seen = {{0, 0}, {0, 0}};
@@ -94,7 +83,8 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
       for (int c = 0; c < 4; c++) s[n][c] = us_exp2(fmaf(s[n][c], unit_scale, -of_row[c / 2].x));
-    if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles)) us_mask_weights<KEYS>(s, seen, first, lane);
+    if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles))
+      us_mask_weights<KEYS>(s, seen, first, h.lane);
   };
   auto subtract = [&]() {
     us_wg_hold<KEYS / 8>(dp);
@@ -106,20 +96,20 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   auto add = [&](uint32_t t) {
 #pragma unroll
     for (int j = 0; j < KEYS / 16; j++)
-      us_wg_add<Q>(dq, ds[j], shared + L::keys + t % US_QUERIES_STAGES * L::key, KEYS, j);
+      us_wg_add<Q>(dq, ds[j], h.shared + L::keys + t % US_QUERIES_STAGES * L::key, KEYS, j);
     us_wg_commit();
   };
 
   if (walk.tiles) {
-    us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, offset, job, unit, 0,
+    us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, h.offset, job, h.unit, 0,
                                        threadIdx.x % 128);
     us_load_rows<V, US_UNIT_ROWS, 128>(dout, job.grads.dout, (size_t)a.q_heads * a.v_dim, a.v_dim,
-                                       offset + 16, job, unit, 0, threadIdx.x % 128);
+                                       h.offset + 16, job, h.unit, 0, threadIdx.x % 128);
     load(0);
     us_copy_commit();
     if (walk.tiles > 1) load(1);
     us_copy_commit();
-    seen = us_attention_seen_of(job, row, walk.context_tiles == 0);
+    seen = us_attention_seen_of(job, h.row, walk.context_tiles == 0);
     us_copy_wait<1>();
     __syncthreads();
     multiply(0);
@@ -135,7 +125,7 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
       us_copy_commit();
       multiply(t + 1);
       add(t);
-      if (t + 1 == walk.context_tiles) seen = us_attention_seen_of(job, row, 1);
+      if (t + 1 == walk.context_tiles) seen = us_attention_seen_of(job, h.row, 1);
       us_wg_wait<2>();
       weigh(t + 1);
       us_wg_wait<1>();
@@ -151,10 +141,10 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   }
 
   const float factor[2] = {a.scale, a.scale};
-  us_group_barrier(group);
-  us_stage_rows<Q>(queries, dq, factor, warp, lane);
+  us_group_barrier(h.group);
+  us_stage_rows<Q>(queries, dq, factor, h.warp, h.lane);
   __syncwarp();
-  us_store_rows<Q>(queries, job.grads.dq, a.q_stride, a.qk_dim, offset, job, unit, warp, lane);
+  us_store_rows<Q>(queries, job.grads.dq, a.q_stride, a.qk_dim, h.offset, job, h.unit, h.warp, h.lane);
 }
 
 template <int Q, int V, int KEYS, int GROUPS, int BLOCKS>

@@ -97,14 +97,15 @@ static __device__ __forceinline__ uint32_t us_chunk_at(uint32_t count, uint32_t 
   return chunk / 8 * count * 128 + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-/* Start copying key (or value) rows [first, first + COUNT) of one head, zeros from `end` on and past column `dim`. */
+/* Start copying, as one of THREADS, key (or value) rows [first, first + COUNT) of one head, zeros from `end` on and past column `dim`. */
 template <int C, int COUNT, int THREADS>
 static __device__ __forceinline__ void us_load_keys(uint32_t tile, const uint16_t *head, size_t stride,
-                                                    uint32_t dim, uint32_t first, uint32_t end) {
-  constexpr int CHUNKS = C / 8;
-#pragma unroll
+                                                    uint32_t dim, uint32_t first, uint32_t end,
+                                                    uint32_t thread) {
+  constexpr int CHUNKS = C / 8, UNROLL = C > 128 ? 4 : 16; /* a copying group has 40 registers a thread */
+#pragma unroll UNROLL
   for (int j = 0; j < (COUNT * CHUNKS + THREADS - 1) / THREADS; j++) {
-    uint32_t i = threadIdx.x + j * THREADS, row = i / CHUNKS, chunk = i % CHUNKS;
+    uint32_t i = thread + j * THREADS, row = i / CHUNKS, chunk = i % CHUNKS;
     if (COUNT * CHUNKS % THREADS && i >= COUNT * CHUNKS) break;
     bool exists = first + row < end && chunk * 8 < dim;
     us_copy_16(tile + us_chunk_at(COUNT, row, chunk),
@@ -118,8 +119,8 @@ static __device__ __forceinline__ void us_load_rows(uint32_t tile, const uint16_
                                                     uint32_t dim, const uint32_t *offset,
                                                     const struct us_attention_job &job, uint32_t unit,
                                                     uint32_t first, uint32_t thread) {
-  constexpr int CHUNKS = C / 8;
-#pragma unroll
+  constexpr int CHUNKS = C / 8, UNROLL = C > 128 ? 4 : 16; /* a copying group has 40 registers a thread */
+#pragma unroll UNROLL
   for (int j = 0; j < (COUNT * CHUNKS + THREADS - 1) / THREADS; j++) {
     uint32_t i = thread + j * THREADS, row = i / CHUNKS, chunk = i % CHUNKS;
     if (COUNT * CHUNKS % THREADS && i >= COUNT * CHUNKS) break;
@@ -144,6 +145,38 @@ static __device__ __forceinline__ struct us_attention_row us_attention_row_of(
   row.query = unit * job.cut.span + q, row.head = first_head + r - q * job.cut.pack;
   row.exists = q < job.cut.span && row.query < job.a.queries;
   return row;
+}
+
+/* Where a thread of a kernel that goes by units is. */
+struct us_attention_here {
+  uint32_t shared;            /* address of the dynamic shared memory */
+  uint32_t lane, warp, group; /* warp of the group's four, group of the block */
+  uint32_t first_unit,
+      unit; /* of the block, the group's: the last units first, in packed sequences the longest */
+  uint32_t g, first_head; /* KV head; first query head */
+  const uint32_t
+      *offset; /* in shared memory, (16): where the heads start in a row of q; (16): of out and dout */
+  struct us_attention_row row[2];
+};
+
+/* A barrier of the block must follow before `offset` is read. */
+template <int GROUPS>
+static __device__ __forceinline__ struct us_attention_here us_attention_here_of(
+    const struct us_attention_job &job, uint8_t *memory, uint32_t offsets) {
+  struct us_attention_here h;
+  uint32_t *offset = (uint32_t *)(memory + offsets);
+  h.shared = us_shared_address(memory), h.lane = threadIdx.x % 32, h.warp = threadIdx.x / 32 % 4;
+  h.group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); /* the compiler sees that a warp agrees */
+  h.first_unit = (gridDim.x - 1 - blockIdx.x) * GROUPS, h.unit = h.first_unit + h.group;
+  h.g = blockIdx.y / job.cut.parts, h.first_head = blockIdx.y * job.cut.pack, h.offset = offset;
+  if (threadIdx.x < job.cut.pack) {
+    offset[threadIdx.x] = job.a.q_offset[h.first_head + threadIdx.x];
+    offset[16 + threadIdx.x] = (h.first_head + threadIdx.x) * job.a.v_dim;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    h.row[i] = us_attention_row_of(job, h.unit, h.first_head, h.warp * 16 + h.lane / 4 + 8 * i);
+  return h;
 }
 
 /* The keys of one kind (0: context, 1: block) that a thread's two rows see. */

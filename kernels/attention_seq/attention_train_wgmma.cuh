@@ -38,6 +38,12 @@ template <int TILES> static __device__ __forceinline__ void us_wg_hold(float (*d
     asm volatile("" : "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])::"memory");
 }
 
+/* All of d is 0. */
+template <int TILES> static __device__ __forceinline__ void us_wg_zero(float (*d)[4]) {
+#pragma unroll
+  for (int t = 0; t < TILES; t++) d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
+}
+
 /* Rows 1024 bytes apart every 8. panel: bytes from one panel to the next, of meaning only for the transposed operand. */
 static __device__ __forceinline__ uint64_t us_wg_descriptor(uint32_t address, uint32_t panel) {
   uint32_t low = (address >> 4 & 0x3fff) | panel >> 4 << 16;

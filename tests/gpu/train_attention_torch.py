@@ -1,7 +1,7 @@
-"""PyTorch's attention on the masks that train_attention times, printed as its lines are. Usage: train_attention_torch.py [ROWS].
+"""PyTorch's attention on the masks that train_attention times, printed as its lines are. Usage: train_attention_torch.py [CASE...].
 
 flex_attention (compiled, packed documents as a block mask) and, for full causal attention, SDPA's flash and cuDNN kernels with a
-document a batch entry. 16 query heads over 4 KV heads of 128, bf16, no sinks. Medians of 15 after 100 ms of the same work.
+document a batch entry. A CASE is KIND:DOCUMENT[:WINDOW] with KIND flex, flash or cudnn. 32,768 rows, 16 query heads over 4 KV heads of 128, bf16, no sinks. Medians of 15 after 100 ms of the same work.
 """
 import json
 import statistics
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-ROWS = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
+ROWS = 32768
 H, G, D = 16, 4, 128
 
 
@@ -67,11 +67,14 @@ def sdpa(document, backend, name):
 
 
 print(json.dumps({"torch": torch.__version__, "device": torch.cuda.get_device_name()}), flush=True)
-for document in (4096, 2048):
-    for backend, name in ((SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
-        try:
-            sdpa(document, backend, name)
-        except RuntimeError as error:
-            print(json.dumps({"time": f"SDPA {name}, full", "document": document, "error": str(error)[:100]}), flush=True)
-    for window in (128, 0):
-        flex(document, window)
+KINDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+DEFAULT = [f"{kind}:{document}" for document in (4096, 2048) for kind in ("flash", "cudnn", "flex")]
+for case in sys.argv[1:] or DEFAULT + ["flex:4096:128", "flex:2048:128"]:
+    kind, document, window = (case + ":0").split(":")[:3]
+    try:
+        if kind == "flex":
+            flex(int(document), int(window))
+        else:
+            sdpa(int(document), KINDS[kind], kind)
+    except RuntimeError as error:
+        print(json.dumps({"time": case, "error": str(error)[:100]}), flush=True)
