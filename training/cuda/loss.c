@@ -16,6 +16,7 @@ struct sums {
 };
 
 struct us_cuda_loss_state {
+  bool with_teacher;
   struct us_cuda_staging staging;
   void *memory, *host; /* device; pinned */
   float *logits, *teacher_logits;
@@ -74,6 +75,7 @@ static enum us_status build(struct us_cuda_loss *loss, size_t teacher_D, struct 
   if (status != US_OK) return status;
   struct us_arena t = {.base = loss->state->memory};
   take_all(&t, loss, teacher_D, loss->state);
+  loss->state->with_teacher = teacher_D > 0;
   return take_host(loss, err);
 }
 
@@ -130,7 +132,7 @@ enum us_status us_cuda_loss_add(struct us_cuda_loss *loss, const struct us_cuda_
   struct us_cuda_loss_state *s = loss->state;
   if (args->R > loss->capacity)
     return us_err_set(err, US_ERR_USAGE, "%zu rows in a loss of at most %zu", args->R, loss->capacity);
-  if (args->opt_teacher && !s->teacher_logits)
+  if (args->opt_teacher && !s->with_teacher)
     return us_err_set(err, US_ERR_USAGE, "this loss has no room for a teacher's logits");
   us_cuda_use(loss->cuda);
   enum us_status status = send_labels(loss, args, err);
