@@ -1,6 +1,6 @@
 /* model.h: forward and backward of a whole MiMo-V2 target over packed sequences on a GPU.
  *
- *     us_say("%zu MiB", us_cuda_model_bytes(&shape, R, US_TRAIN_SAVE) >> 20);     // before anything is allocated
+ *     size_t bytes = us_cuda_model_bytes(&shape, R, US_TRAIN_SAVE);            // before anything is allocated
  *     us_cuda_model_create(cuda, &shape, &params, R, US_TRAIN_SAVE, &model, &err);
  *     us_cuda_model_forward(model, &batch, NULL, &err);
  *     us_cuda_loss_add(loss, &(struct us_cuda_head_loss){.x = model->hidden, .dx = model->dhidden, ...}, &err);
