@@ -267,7 +267,7 @@ class Drafter(nn.Module):
         D, self.eps = config["hidden_size"], config["layernorm_epsilon"]
         self.a = a = Attention(config, 1)
         a.H, a.G, a.window = options.draft_heads, options.draft_kv_heads, options.draft_window
-        a.Q = a.V = D // a.H
+        a.Q = a.V = options.draft_head_dim or D // a.H
         a.rotary = a.Q // 2
         self.fc, self.mask_row = parameter(D, options.taps * D), parameter(D, scale=0.02)
         self.context_norm = nn.Parameter(torch.ones(D, device="cuda"))
@@ -412,7 +412,7 @@ def parse():
     parser.add_argument("--recompute", action="store_true", help="layer by layer in the backward pass")
     parser.add_argument("--drafter", action="store_true", help="the drafter's step: the frozen target's forward pass, and it")
     parser.add_argument("--blocks", type=int, default=4096, help="of the drafter, a step")
-    for name, default in (("block", 8), ("taps", 5), ("draft-layers", 4), ("draft-inner", 0), ("draft-heads", 4), ("draft-kv-heads", 2), ("draft-window", 256)):
+    for name, default in (("block", 8), ("taps", 5), ("draft-layers", 4), ("draft-inner", 0), ("draft-heads", 4), ("draft-kv-heads", 2), ("draft-head-dim", 0), ("draft-window", 256)):
         parser.add_argument("--" + name, type=int, default=default)
     return parser.parse_args()
 
