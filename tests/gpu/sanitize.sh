@@ -58,6 +58,7 @@ check() { # check TOOL PROGRAM ARGUMENT...
   start=$(date +%s)
   timeout -k 5 "$limit" "$sanitizer" --tool "$tool" --print-limit 1000 "$folder/$program" "$@" >"$log" 2>&1
   status=$?
+  grep -q COMPUTE-SANITIZER "$log" || status=2 # it never looked
   left=$(judge "$tool" "$log")
   set -- "$program $*" "$(echo "$left" | tail -1)"
   printf '{"checker": "%s", "program": "%s", "status": %s, "findings": %s, "excused": %s, "seconds": %s}\n' "$tool" "$1" \
