@@ -24,7 +24,7 @@ judge() { # judge TOOL LOG
   awk -v tool="$1" '
     BEGIN { n = 0 }
     function name(text) {
-      sub(/^.* access at /, "", text); sub(/^(void|static|bool|uint4|unsigned int) /, "", text)
+      sub(/^.* access at /, "", text); sub(/^\[clone [^]]*\] /, "", text); sub(/^(void|static|bool|uint4|unsigned int) /, "", text)
       sub(/[<(].*/, "", text)
       return text
     }
