@@ -56,8 +56,8 @@ static __device__ __forceinline__ void add_slots(const struct us_experts_train_r
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {
       uint32_t k = first + j < rows->K ? first + j : rows->K - 1;
-      v[j] =
-          *(const uint4 *)(values + (uint64_t)__ldg(rows->slot + p->row * rows->K + k) * rows->D + p->column);
+      v[j] = __ldcs(
+          (const uint4 *)(values + (uint64_t)__ldg(rows->slot + p->row * rows->K + k) * rows->D + p->column));
     }
 #pragma unroll
     for (int j = 0; j < BATCH; j++) {

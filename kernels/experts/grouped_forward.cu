@@ -37,5 +37,5 @@ int us_grouped_forward_f32(const struct us_grouped *g, const uint16_t *x, const 
   if (!g->rows) return cudaSuccess;
   struct grouped_operand left = rows_of(g, x), right = matrices_of(g, w, w_stride);
   struct grouped_args a = arguments(g, g->N, g->K, y);
-  return launch<grouped_shape<GROUPED_FORWARD, 192, 1, true>>(&a, &left, &right, stream);
+  return launch<grouped_shape<GROUPED_FORWARD, 192, 1, false, true>>(&a, &left, &right, stream);
 }

@@ -34,13 +34,18 @@ extern "C" {
 
 #define US_GROUPED_MOST_GROUPS 1024
 
+/* How the two warpgroups of a block share the work. TURNS: a tile each, one multiplies while the other stores (tiles of 128 to 192
+ * columns, not for grad_w). TOGETHER: half a tile each; also what CHOSEN means beside a given tile. */
+enum us_grouped_schedule { US_GROUPED_CHOSEN, US_GROUPED_TURNS, US_GROUPED_TOGETHER };
+
 struct us_grouped {
   const uint32_t *start; /* (groups + 1) on the device; NULL: one group of all rows */
   uint32_t groups;       /* at most US_GROUPED_MOST_GROUPS */
   uint32_t rows;         /* of all groups together */
   uint32_t N, K;
-  uint32_t tile;   /* columns of an output tile: 128, 160, 192 or 256; 0: chosen by the shape */
-  uint32_t blocks; /* 1, or 2 that share a column operand; 0: chosen by the shape */
+  uint32_t tile;   /* columns of an output tile: 128, 160, 192 or 256; 0: tile and schedule by the shape */
+  uint32_t blocks; /* 1, or 2 that share a column operand; 0: by the shape */
+  enum us_grouped_schedule schedule;
 };
 
 /* y (rows, N) bf16 = x (rows, K) bf16 W_e^T. */

@@ -71,9 +71,9 @@ static cudaError_t launch(const struct grouped_args *a, struct grouped_operand *
   return cudaGetLastError();
 }
 
-/* Cycles of a stage: multiplies, or bytes at the 40 a cycle that L2 was measured to give each processor; with them the columns that
- * do not exist. */
-template <int KIND> static inline uint32_t choose_columns(uint32_t columns) {
+/* Together. Cycles of a stage: multiplies, or bytes at the 40 a cycle that L2 was measured to give each processor; with them the
+ * columns that do not exist. */
+template <int KIND> static inline uint32_t choose_together(uint32_t columns) {
   uint32_t best = 0, least = UINT32_MAX;
   for (uint32_t size : {128u, 160u, 192u, 256u}) {
     uint32_t loaded = KIND == GROUPED_GRAD_X || KIND == GROUPED_GRAD_W ? (size + 63) / 64 * 64 : size,
@@ -84,34 +84,60 @@ template <int KIND> static inline uint32_t choose_columns(uint32_t columns) {
   return best;
 }
 
-template <int KIND, int BLOCKS>
+/* By turns: the largest of those that waste the fewest columns. */
+static inline uint32_t choose_turns(uint32_t columns) {
+  uint32_t best = 0, least = UINT32_MAX;
+  for (uint32_t size : {192u, 160u, 128u}) {
+    uint32_t cost = (columns + size - 1) / size * size;
+    if (cost < least) least = cost, best = size;
+  }
+  return best;
+}
+
+/* A long sum wants a large tile, fewer bytes a multiply; in a shorter one it matters more that stores are hidden. */
+#define LONG_SUM 1024
+
+template <int KIND>
+static inline struct us_grouped settle(const struct us_grouped *g, const struct grouped_args *a) {
+  struct us_grouped chosen = *g;
+  bool turns = KIND != GROUPED_GRAD_W && (a->depth <= LONG_SUM || a->columns % 256);
+  if (!g->tile) {
+    chosen.schedule = turns ? US_GROUPED_TURNS : US_GROUPED_TOGETHER;
+    chosen.tile = turns ? choose_turns(a->columns) : choose_together<KIND>(a->columns);
+  }
+  /* Two blocks gain where columns are loaded in vain (160 are three boxes of 64), nowhere else: rows are then cut in 256. */
+  if (!g->blocks) chosen.blocks = KIND == GROUPED_GRAD_X && chosen.tile == 160 ? 2 : 1;
+  return chosen;
+}
+
+template <int KIND, int BLOCKS, bool TURNS>
 static cudaError_t choose_tile(uint32_t tile, const struct grouped_args *a, struct grouped_operand *left,
                                struct grouped_operand *right, cudaStream_t stream) {
   switch (tile) {
   case 128:
-    return launch<grouped_shape<KIND, 128, BLOCKS>>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 128, BLOCKS, TURNS>>(a, left, right, stream);
   case 160:
-    return launch<grouped_shape<KIND, 160, BLOCKS>>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 160, BLOCKS, TURNS>>(a, left, right, stream);
   case 192:
-    return launch<grouped_shape<KIND, 192, BLOCKS>>(a, left, right, stream);
+    return launch<grouped_shape<KIND, 192, BLOCKS, TURNS>>(a, left, right, stream);
   case 256:
-    return launch<grouped_shape<KIND, 256, BLOCKS>>(a, left, right, stream);
+    if constexpr (!TURNS) return launch<grouped_shape<KIND, 256, BLOCKS, TURNS>>(a, left, right, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-/* Two blocks that share the column operand gain where it is loaded in vain (160 columns are three boxes of 64), nowhere else: rows
- * are then cut in 256. */
 template <int KIND>
 static cudaError_t choose(const struct us_grouped *g, const struct grouped_args *a,
                           struct grouped_operand *left, struct grouped_operand *right, cudaStream_t stream) {
-  uint32_t tile = g->tile ? g->tile : choose_columns<KIND>(a->columns),
-           blocks = g->blocks                               ? g->blocks
-                    : KIND == GROUPED_GRAD_X && tile == 160 ? 2
-                                                            : 1;
-  if (blocks > 2) return cudaErrorInvalidValue;
-  return blocks == 1 ? choose_tile<KIND, 1>(tile, a, left, right, stream)
-                     : choose_tile<KIND, 2>(tile, a, left, right, stream);
+  struct us_grouped c = settle<KIND>(g, a);
+  if (c.blocks > 2) return cudaErrorInvalidValue;
+  if constexpr (KIND != GROUPED_GRAD_W)
+    if (c.schedule == US_GROUPED_TURNS)
+      return c.blocks == 1 ? choose_tile<KIND, 1, true>(c.tile, a, left, right, stream)
+                           : choose_tile<KIND, 2, true>(c.tile, a, left, right, stream);
+  if (c.schedule == US_GROUPED_TURNS) return cudaErrorInvalidValue;
+  return c.blocks == 1 ? choose_tile<KIND, 1, false>(c.tile, a, left, right, stream)
+                       : choose_tile<KIND, 2, false>(c.tile, a, left, right, stream);
 }
 
 static inline bool valid(const struct us_grouped *g, uint64_t stride) {

@@ -36,9 +36,12 @@ struct grouped_shared {
   uint32_t start[US_GROUPED_MOST_GROUPS + 1];
 };
 
-template <int KIND_, int COLUMNS_, int BLOCKS_, bool WIDE_ = false> struct grouped_shape {
+template <int KIND_, int COLUMNS_, int BLOCKS_, bool TURNS_, bool WIDE_ = false> struct grouped_shape {
   static constexpr int KIND = KIND_, COLUMNS = COLUMNS_, BLOCKS = BLOCKS_, TILES = COLUMNS / 8;
-  static constexpr bool WIDE = WIDE_; /* FORWARD: outputs in FP32 */
+  static constexpr bool TURNS =
+      TURNS_; /* a warpgroup has a tile of its own, while the other stores; else half of one */
+  static constexpr int HALVES = TURNS ? 2 : 1; /* 64 rows each, of a warpgroup */
+  static constexpr bool WIDE = WIDE_;          /* FORWARD: outputs in FP32 */
   static constexpr int ACROSS_A = KIND == GROUPED_GRAD_W,
                        ACROSS_B = KIND == GROUPED_GRAD_X || KIND == GROUPED_GRAD_W;
   static constexpr int PARTS = KIND == GROUPED_SWIGLU ? 2 : BLOCKS;

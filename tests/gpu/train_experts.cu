@@ -170,7 +170,8 @@ static struct layer_values run_gpu(const struct layer_sizes &z, const layer_plan
   device_array<float> d_weight(weight), d_dy(dy), y(std::vector<float>(z.R * (size_t)z.D)), dweight(S),
       dnorm(z.R * (size_t)z.D), dw(std::vector<float>(w.size()));
   struct us_experts_train_rows rows = {z.R, z.D, z.K, slot.at};
-  struct us_grouped gate_up = {start.at, z.E, S, N, z.D, 0, 0}, down = {start.at, z.E, S, z.D, z.F, 0, 0};
+  struct us_grouped gate_up = {start.at, z.E, S, N, z.D, 0, 0, US_GROUPED_CHOSEN},
+                    down = {start.at, z.E, S, z.D, z.F, 0, 0, US_GROUPED_CHOSEN};
   struct us_experts_train_swiglu_grad g = {S,       z.F,   h.at, da.at,     d_weight.at,
                                            pair.at, da.at, h.at, dweight.at};
   int status = us_experts_train_scatter(&rows, d_x.at, x_slot.at, 0);

@@ -4,6 +4,7 @@
 
 #include "gpu_test.h"
 #include "formats/bf16.h"
+#include "kernels/experts/grouped_gemm.h"
 
 #include <algorithm>
 #include <cmath>
@@ -97,6 +98,10 @@ static void report_same(const std::string &name, const std::vector<T> &expected,
   for (size_t i = 0; i < expected.size(); i++)
     if (memcmp(&expected[i], &got[i], sizeof(T)) && bad++ == 0) first = i;
   us_gpu_report(name.c_str(), expected.size(), bad, first);
+}
+
+static inline enum us_grouped_schedule schedule_of(bool turns) {
+  return turns ? US_GROUPED_TURNS : US_GROUPED_TOGETHER;
 }
 
 /* A rounding to bf16 and to FP32, relative; and a step of 16 products on the tensor cores, whose adders keep at least 23 bits of the

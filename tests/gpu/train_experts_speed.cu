@@ -101,8 +101,8 @@ struct speed_data {
 enum kind { FORWARD, GRAD_X, GRAD_W, SWIGLU };
 static const char *const kind_names[] = {"forward", "grad_x", "grad_w", "forward_swiglu"};
 
-static void ours(struct speed_data &d, enum kind kind, uint32_t tile, uint32_t blocks) {
-  struct us_grouped a = {d.d_start.at, d.c.E, d.c.S, d.c.N, d.c.K, tile, blocks};
+static void ours(struct speed_data &d, enum kind kind, uint32_t tile, uint32_t blocks, bool turns) {
+  struct us_grouped a = {d.d_start.at, d.c.E, d.c.S, d.c.N, d.c.K, tile, blocks, schedule_of(turns)};
   uint64_t stride = (uint64_t)d.c.N * d.c.K;
   int status = kind == FORWARD  ? us_grouped_forward(&a, d.x.at, d.w.at, stride, d.y.at, 0)
                : kind == SWIGLU ? us_grouped_forward_swiglu(&a, d.x.at, d.w.at, stride, d.y.at, d.gated.at, 0)
@@ -135,6 +135,21 @@ static void theirs(struct speed_data &d, enum kind kind, cublasHandle_t handle) 
   }
 }
 
+struct variant {
+  uint32_t tile, blocks;
+  bool turns;
+};
+
+static std::vector<struct variant> variants(enum kind kind) {
+  std::vector<struct variant> all;
+  for (uint32_t blocks = 1; blocks <= 2; blocks++) {
+    for (uint32_t tile : {128u, 160u, 192u, 256u}) all.push_back({tile, blocks, false});
+    for (uint32_t tile : {128u, 160u, 192u})
+      if (kind != GRAD_W) all.push_back({tile, blocks, true});
+  }
+  return all;
+}
+
 /* Of all values of the kind's output: those unlike the other array's. */
 static uint64_t outputs_apart(const struct speed_data &d, enum kind kind, double bf16, double f32,
                               double absolute) {
@@ -162,18 +177,17 @@ static void check_kind(struct speed_data &d, enum kind kind, cublasHandle_t hand
   for (uint32_t e = 0; e < d.c.E && kind == GRAD_W; e++) depth = fmax(depth, d.start[e + 1] - d.start[e]);
   double absolute = 2 * (depth / 16 + 1) * ROUND_TENSOR * depth;
   fill(d.dw), fill(d.dw_blas);
-  ours(d, kind, 128, 1), theirs(d, kind, handle);
+  ours(d, kind, 128, 1, false), theirs(d, kind, handle);
   us_gpu_report((name + " = cublas").c_str(), output_count(d, kind),
                 outputs_apart(d, kind, 2 * ROUND_BF16, 2 * ROUND_F32, absolute), 0);
   keep_output(d, kind);
   uint64_t unlike = 0, checked = 0;
-  for (uint32_t blocks = 1; blocks <= 2; blocks++)
-    for (uint32_t tile : {128u, 160u, 192u, 256u})
-      for (int again = 0; again < 2; again++) {
-        fill(d.dw);
-        ours(d, kind, tile, blocks);
-        unlike += outputs_apart(d, kind, 0, 0, 0), checked += output_count(d, kind);
-      }
+  for (const struct variant &v : variants(kind))
+    for (int again = 0; again < 2; again++) {
+      fill(d.dw);
+      ours(d, kind, v.tile, v.blocks, v.turns);
+      unlike += outputs_apart(d, kind, 0, 0, 0), checked += output_count(d, kind);
+    }
   us_gpu_report((name + ", every tile twice the same bits").c_str(), checked, unlike, 0);
 }
 
@@ -184,12 +198,13 @@ static void time_kind(struct speed_data &d, enum kind kind, cublasHandle_t handl
   double blas_us = time_us([&] { theirs(d, kind, handle); });
   printf("{\"time\": \"%s\", \"cublas\": %.0f, \"unit\": \"TFLOP/s\", \"tiles\": {", name.c_str(),
          flops / blas_us * 1e-6);
-  for (uint32_t blocks = 1; blocks <= 2; blocks++)
-    for (uint32_t tile : {128u, 160u, 192u, 256u}) {
-      double us = time_us([&] { ours(d, kind, tile, blocks); });
-      printf("%s\"%u/%u\": %.0f", blocks == 1 && tile == 128 ? "" : ", ", tile, blocks, flops / us * 1e-6);
-    }
-  double us = time_us([&] { ours(d, kind, 0, 0); });
+  const char *comma = "";
+  for (const struct variant &v : variants(kind)) {
+    double us = time_us([&] { ours(d, kind, v.tile, v.blocks, v.turns); });
+    printf("%s\"%u/%u%s\": %.0f", comma, v.tile, v.blocks, v.turns ? "t" : "", flops / us * 1e-6);
+    comma = ", ";
+  }
+  double us = time_us([&] { ours(d, kind, 0, 0, false); });
   printf("}, \"ours\": %.0f, \"us\": %.1f}\n", flops / us * 1e-6, us);
   fflush(stdout);
 }
@@ -247,7 +262,7 @@ static void time_layer_rows(const char *shape, uint32_t R, uint32_t D, uint32_t 
   report_bytes("swiglu", shape, time_us([&] { us_experts_train_swiglu(S, F, h.at, a.at, 0); }), 6 * inner);
   report_bytes("swiglu_grad", shape, time_us([&] { us_experts_train_swiglu_grad(&g, 0); }), 12 * inner);
   device_array<float> wide_logits((size_t)R * 192);
-  struct us_grouped product = {NULL, 1, R, 192, D, 0, 0};
+  struct us_grouped product = {NULL, 1, R, 192, D, 0, 0, US_GROUPED_CHOSEN};
   report_bytes("router's product alone", shape,
                time_us([&] { us_grouped_forward_f32(&product, x.at, x_slot.at, 0, wide_logits.at, 0); }),
                2 * rows + 4.0 * R * 192);
@@ -274,7 +289,7 @@ void time_grouped(void) {
   blas(cublasCreate(&handle));
   {
     struct speed_data warm(cases[0], uneven_start(cases[0].E, cases[0].S));
-    for (int i = 0; i < 600; i++) ours(warm, FORWARD, 256, 1);
+    for (int i = 0; i < 600; i++) ours(warm, FORWARD, 256, 1, false);
     US_CUDA(cudaDeviceSynchronize());
   }
   for (const struct speed_case &c : cases) {

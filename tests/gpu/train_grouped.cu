@@ -115,22 +115,23 @@ struct grouped_results {
 };
 
 static struct grouped_results run(const struct grouped_data &d, struct grouped_device &g, uint32_t tile,
-                                  uint32_t blocks) {
-  struct us_grouped a = {g.start.at, d.E, d.S, d.N, d.K, tile, blocks};
+                                  uint32_t blocks, bool turns) {
+  struct us_grouped a = {g.start.at, d.E, d.S, d.N, d.K, tile, blocks, schedule_of(turns)}, whole = a;
+  whole.schedule = US_GROUPED_TOGETHER;
   US_CUDA(cudaMemset(g.y.at, 0xff, g.y.count * 2));
   US_CUDA(cudaMemset(g.dx.at, 0xff, g.dx.count * 2));
   g.dw.put(d.dw);
   US_CUDA((cudaError_t)us_grouped_forward(&a, g.x.at, g.w.at, d.stride, g.y.at, 0));
   US_CUDA((cudaError_t)us_grouped_grad_x(&a, g.dy.at, g.w.at, d.stride, g.dx.at, 0));
-  US_CUDA((cudaError_t)us_grouped_grad_w(&a, g.dy.at, g.x.at, g.dw.at, d.stride, 0));
+  US_CUDA((cudaError_t)us_grouped_grad_w(&whole, g.dy.at, g.x.at, g.dw.at, d.stride, 0));
   US_CUDA(cudaDeviceSynchronize());
   return {g.y.get(), g.dx.get(), g.dw.get()};
 }
 
 /* The fused product against the product and SwiGLU one after the other. */
 static void test_fused(const struct grouped_data &d, struct grouped_device &g, uint32_t tile, uint32_t blocks,
-                       const std::vector<uint16_t> &y, const std::string &name) {
-  struct us_grouped grouped = {g.start.at, d.E, d.S, d.N, d.K, tile, blocks};
+                       bool turns, const std::vector<uint16_t> &y, const std::string &name) {
+  struct us_grouped grouped = {g.start.at, d.E, d.S, d.N, d.K, tile, blocks, schedule_of(turns)};
   device_array<uint16_t> a((size_t)d.S * d.N / 2), fused((size_t)d.S * d.N / 2);
   US_CUDA((cudaError_t)us_experts_train_swiglu(d.S, d.N / 2, device_array<uint16_t>(y).at, a.at, 0));
   US_CUDA(cudaMemset(g.y.at, 0xff, g.y.count * 2));
@@ -147,23 +148,34 @@ static void test_case(const struct grouped_case &c, bool mutations) {
   struct grouped_data d = make_data(c);
   struct grouped_device g(d);
   std::string shape = "(" + std::to_string(d.N) + ", " + std::to_string(d.K) + ") x " + std::to_string(d.E);
-  struct grouped_results first = run(d, g, 128, 1), again = run(d, g, 128, 1);
+  struct grouped_results first = run(d, g, 128, 1, false), again = run(d, g, 128, 1, false);
   check_rows(d, first.y, true, NONE, "grouped forward " + shape);
   check_rows(d, first.dx, false, NONE, "grouped grad_x " + shape);
   check_weights(d, first.dw, NONE, "grouped grad_w " + shape);
   report_same("grouped forward again " + shape, first.y, again.y);
   report_same("grouped grad_x again " + shape, first.dx, again.dx);
   report_same("grouped grad_w again " + shape, first.dw, again.dw);
-  for (uint32_t blocks = 1; blocks <= 2; blocks++)
-    for (uint32_t tile : {128u, 160u, 192u, 256u, 0u}) {
-      struct grouped_results other = run(d, g, tile, blocks);
-      std::string name = shape + " tile " + std::to_string(tile) + " blocks " + std::to_string(blocks);
+  for (int variant = 0; variant < 4; variant++) {
+    uint32_t blocks = variant / 2 + 1;
+    bool turns = variant % 2;
+    for (uint32_t tile : {128u, 160u, 192u, 256u}) {
+      if (turns && tile > 192) continue;
+      struct grouped_results other = run(d, g, tile, blocks, turns);
+      std::string name = shape + " tile " + std::to_string(tile) + " blocks " + std::to_string(blocks) +
+                         (turns ? " by turns" : "");
       report_same("grouped forward, same bits " + name, first.y, other.y);
       report_same("grouped grad_x, same bits " + name, first.dx, other.dx);
       report_same("grouped grad_w, same bits " + name, first.dw, other.dw);
-      if (d.N % 32 == 0) test_fused(d, g, tile, blocks, first.y, name);
+      if (d.N % 32 == 0) test_fused(d, g, tile, blocks, turns, first.y, name);
     }
-  struct us_grouped a = {g.start.at, d.E, d.S, d.N, d.K, 0, 0};
+  }
+  struct us_grouped a = {g.start.at, d.E, d.S, d.N, d.K, 0, 0, US_GROUPED_CHOSEN};
+  US_CUDA(cudaMemset(g.y.at, 0xff, g.y.count * 2));
+  US_CUDA((cudaError_t)us_grouped_forward(&a, g.x.at, g.w.at, d.stride, g.y.at, 0));
+  report_same("grouped forward, chosen tile " + shape, first.y, g.y.get());
+  US_CUDA(cudaMemset(g.dx.at, 0xff, g.dx.count * 2));
+  US_CUDA((cudaError_t)us_grouped_grad_x(&a, g.dy.at, g.w.at, d.stride, g.dx.at, 0));
+  report_same("grouped grad_x, chosen tile " + shape, first.dx, g.dx.get());
   US_CUDA((cudaError_t)us_grouped_forward_f32(&a, g.x.at, g.w.at, d.stride, g.wide.at, 0));
   std::vector<float> wide = g.wide.get();
   std::vector<uint16_t> rounded(wide.size());
@@ -178,15 +190,15 @@ static void test_case(const struct grouped_case &c, bool mutations) {
 }
 
 /* A row of NaN and Inf changes its own outputs and its own group's dW, nothing else. */
-static void test_containment(uint32_t tile, uint32_t blocks) {
+static void test_containment(uint32_t tile, uint32_t blocks, bool turns) {
   struct grouped_data d = make_data({{70, 3, 0, 130, 61}, 160, 208, 0});
   struct grouped_device g(d);
-  struct grouped_results clean = run(d, g, tile, blocks);
+  struct grouped_results clean = run(d, g, tile, blocks, turns);
   const uint32_t bad = d.start[3]; /* in the same stage as the last rows of group 1 */
   for (uint32_t k = 0; k < d.K; k++) d.x[(size_t)bad * d.K + k] = k % 2 ? 0x7fc0 : 0x7f80;
   for (uint32_t n = 0; n < d.N; n++) d.dy[(size_t)bad * d.N + n] = n % 2 ? 0xff80 : 0x7fc0;
   g.x.put(d.x), g.dy.put(d.dy);
-  struct grouped_results got = run(d, g, tile, blocks);
+  struct grouped_results got = run(d, g, tile, blocks, turns);
   uint64_t reached = 0, checked = 0, own = 0;
   for (size_t i = 0; i < got.y.size(); i++)
     if (i / d.N != bad)
@@ -209,7 +221,7 @@ static void test_containment(uint32_t tile, uint32_t blocks) {
 }
 
 static void test_refusals(void) {
-  struct us_grouped a = {NULL, 1, 16, 24, 16, 0, 0};
+  struct us_grouped a = {NULL, 1, 16, 24, 16, 0, 0, US_GROUPED_CHOSEN};
   uint64_t accepted = us_grouped_forward(&a, NULL, NULL, 0, NULL, 0) != cudaErrorInvalidValue;
   a.N = 32, a.groups = 2; /* two groups without `start` */
   accepted += us_grouped_grad_x(&a, NULL, NULL, 512, NULL, 0) != cudaErrorInvalidValue;
@@ -222,7 +234,8 @@ void test_grouped(void) {
   test_case({{37, 0, 200, 64, 0, 129, 1}, 288, 208, 64}, true);
   test_case({{5, 255}, 16, 16, 0}, false);
   test_case({{300}, 640, 320, 0}, false);
-  test_containment(128, 1);
-  test_containment(256, 2);
+  test_containment(128, 1, false);
+  test_containment(256, 2, false);
+  test_containment(160, 1, true);
   test_refusals();
 }
