@@ -347,10 +347,8 @@ START_TEST(a_gradient_that_is_not_finite_stops_the_step_and_is_named) {
   struct us_err err = {0};
   open_model(&m, tiny_pro(), 1, US_SEQ_ROUND_BF16, US_TRAIN_SAVE);
   struct us_learner_set *set = place(&m);
-  struct us_trainer trainer = {.set = set,
-                               .optim = us_optim_default(US_OPTIM_ADAMW),
-                               .steps = 5,
-                               .schedule = {.peak = 1e-3}};
+  struct us_trainer trainer = {
+      .set = set, .optim = us_optim_default(US_OPTIM_ADAMW), .steps = 5, .schedule = {.peak = 1e-3}};
   ck_assert_int_eq(us_trainer_start(&trainer, false, &err), US_OK);
   ck_assert_int_eq(us_trainer_open_step(&trainer, &err), US_OK);
   struct us_param *p = us_params_find(&m.params, "model.layers.1.self_attn.o_proj.weight");
