@@ -108,7 +108,7 @@ def exact_match(lab, model):
     """Share of word problems answered right."""
     if not lab.args.questions:
         return {}
-    run = lab("us-serve", "-m", model, "--plain-turns", "--max-tokens", 200, "--cut-loops", *lab.where(), lab.args.questions, stdout="run.jsonl")
+    run = lab("us-serve", "-m", model, "--chat", "--plain-turns", "--max-tokens", 200, "--cut-loops", *lab.where(), lab.args.questions, stdout="run.jsonl")
     row = read(lab("us-eval", "--task", run / "run.jsonl", stdout="eval.tsv") / "eval.tsv")[-1]
     return {"exact": row["exact"], "exact_error": row["exact_error"], "questions": row["questions"]}
 
