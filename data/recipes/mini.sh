@@ -4,7 +4,7 @@
 #
 # text: vocabulary and token shards. pretrain: from random weights, resumable to the same bits. finish: QAT to MXFP4 experts and FP8,
 # the quantized model's answers, the drafter on them, tables and pictures. Without --stage all of them, one after the other; what is
-# there is skipped, so that a stage that was cut short is run again. 18 minutes in all on four H200. The tables and
+# there is skipped, so that a stage that was cut short is run again. The budget is 18 minutes on four H200. The tables and
 # pictures are small; the weights stay where they were made.
 #
 #   --text DIR      what nano_text.py collected (required)
