@@ -9,7 +9,8 @@
  * independent and add in squares: the GPU's distance from the CPU is expected at sqrt(22 / 5) = 2.1 noises at most. Half as much
  * again is allowed, and since distance and noise of n values are each known to a part in sqrt(2 n), three standard errors of their
  * ratio, 3 / sqrt(n). Where a tensor's own noise is below the mean of all tensors, the mean counts.
- * pico's experts are MXFP4 and its other matrices FP8, whose decoded values the GPU rounds to bf16 for its products.
+ * pico's experts are MXFP4 and its other matrices FP8 with powers of two as scales: all of it exact in bf16. With FP32 scales the
+ * GPU rounds what FP8 decodes to once more, which this bound has no room for (seen: gradients at 4.3 noises).
  * Forward alone there are 5 roundings on each side: taps and losses are expected within sqrt(10 / 5) noises, and half as much
  * again is allowed. A row's loss has no distance but its own: it may differ by the largest noise of any row, times the same.
  *

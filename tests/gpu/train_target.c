@@ -79,7 +79,9 @@ static void prepare(struct us_params *params, struct us_pool *pool, uint64_t see
     struct us_param *p = &params->items[i];
     if (strcmp(p->family, "experts") == 0) p->encoding.format = US_FORMAT_MXFP4;
     bool projection = strcmp(p->family, "qkv") == 0 || strcmp(p->family, "o_proj") == 0;
-    if (projection || strcmp(p->family, "dense") == 0) p->encoding.format = US_FORMAT_FP8;
+    /* Powers of two as scales: what FP8 decodes to is bf16 then, and both sides multiply by the same values. */
+    if (projection || strcmp(p->family, "dense") == 0)
+      p->encoding.format = US_FORMAT_FP8, p->encoding.fp8_scale = US_FP8_SCALE_UE8M0;
   }
   need(us_params_refresh(params, pool, US_SEQ_ROUND_BF16, &err), &err, "weights");
 }
