@@ -30,33 +30,14 @@ text='' math='' agent='' out=$US_ROOT/out/mini prompts="--prompts $US_ROOT/data/
 while [ $# -gt 0 ]; do
   case $1 in
   --stage) stages="$stages ${2:?--stage needs a name}" && shift ;;
-  --text) text=$(realpath "${2:?--text needs a folder}") && shift ;;
-  --math) math=$(realpath "${2:?--math needs a file}") && shift ;;
-  --agent) agent=$(realpath "${2:?--agent needs a file}") && shift ;;
-  --prompts) sets=$(realpath "${2:?--prompts needs a folder}") && prompts="$prompts --prompts $sets" && shift ;;
-  --out) out=${2:?--out needs a folder} && shift ;;
-  --device) device=${2:?--device needs a name} && shift ;;
-  --gpus) gpus=${2:?--gpus needs a number} && shift ;;
   --pretrain) pretrain=${2:?--pretrain needs a number} && shift ;;
   --finish) finish=${2:?--finish needs a number} && shift ;;
-  --shape) shape=${2:?--shape needs a name} && shift ;;
-  --vocab) vocab=${2:?--vocab needs a number} && shift ;;
-  --batch) batch=${2:?--batch needs a number} && shift ;;
-  --length) length=${2:?--length needs a number} && shift ;;
-  --scale) scale=${2:?--scale needs a number} && shift ;;
-  --answers) answer_count=${2:?--answers needs a number} && shift ;;
-  --threads) threads=${2:?--threads needs a number} && shift ;;
   -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0" && exit 0 ;;
-  *) us_say "mini.sh: unknown option '$1'; see --help" && exit 2 ;;
+  *) recipe_option "$@" || { us_say "mini.sh: unknown option '$1'; see --help" && exit 2; } && shift ;;
   esac
   shift
 done
-[ -n "$text" ] || { us_say "mini.sh: --text is required; see --help" && exit 2; }
-PATH="${US_TOOLS:-$US_ROOT/build/tools}:$PATH"
-ULTRASPEED_DATA=$US_ROOT/data
-export PATH ULTRASPEED_DATA
-mkdir -p "$out"
-cd "$out"
+recipe_begin mini.sh
 
 # part MINUTES SHARE: so much of the minutes.
 part() { awk -v m="$1" -v s="$2" 'BEGIN { printf "%.3f", m * s }'; }

@@ -1,4 +1,4 @@
-# shellcheck shell=sh disable=SC2154 # sourced: its variables are set by others
+# shellcheck shell=sh disable=SC2154,SC2034 # sourced: its variables are set and used by others
 # stages.sh: the stages that nano.sh and mini.sh are made of; to be sourced after common.sh. Every stage is skipped when its file
 # exists, and writes how long it took to stages.tsv.
 #
@@ -8,6 +8,40 @@
 # What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
 # is bf16, which then holds the same values.
 RECIPE_PRECISION='--precision all=fp8,experts=mxfp4 --fp8-scale ue8m0'
+
+# recipe_option NAME VALUE: take an option that every recipe has; false for another.
+recipe_option() {
+  case $1 in
+  --text) text=$(realpath "${2:?--text needs a folder}") || exit 2 ;;
+  --math) math=$(realpath "${2:?--math needs a file}") || exit 2 ;;
+  --agent) agent=$(realpath "${2:?--agent needs a file}") || exit 2 ;;
+  --prompts)
+    sets=$(realpath "${2:?--prompts needs a folder}") || exit 2
+    prompts="$prompts --prompts $sets"
+    ;;
+  --out) out=${2:?--out needs a folder} ;;
+  --device) device=${2:?--device needs a name} ;;
+  --gpus) gpus=${2:?--gpus needs a number} ;;
+  --shape) shape=${2:?--shape needs a name} ;;
+  --vocab) vocab=${2:?--vocab needs a number} ;;
+  --batch) batch=${2:?--batch needs a number} ;;
+  --length) length=${2:?--length needs a number} ;;
+  --scale) scale=${2:?--scale needs a number} ;;
+  --answers) answer_count=${2:?--answers needs a number} ;;
+  --threads) threads=${2:?--threads needs a number} ;;
+  *) return 1 ;;
+  esac
+}
+
+# recipe_begin SCRIPT: once the options are read: into $out, the tools within reach.
+recipe_begin() {
+  [ -n "$text" ] || { us_say "$1: --text is required; see --help" && exit 2; }
+  PATH="${US_TOOLS:-$US_ROOT/build/tools}:$PATH"
+  ULTRASPEED_DATA=$US_ROOT/data
+  export PATH ULTRASPEED_DATA
+  mkdir -p "$out"
+  cd "$out" || exit 4
+}
 
 # stage NAME FILE COMMAND...: run COMMAND unless FILE exists; a program, unlike a function, within the time limit.
 stage() {
