@@ -84,12 +84,6 @@ void us_cuda_use(const struct us_cuda *cuda) {
   (void)cudaSetDevice(cuda->ordinal); /* it was current before: us_cuda_open checked it */
 }
 
-enum us_status us_cuda_memory(const struct us_cuda *cuda, size_t *ret_free, size_t *ret_total,
-                              struct us_err *err) {
-  us_cuda_use(cuda);
-  return us_cuda_status(cudaMemGetInfo(ret_free, ret_total), "memory of the GPU", err);
-}
-
 enum us_status us_cuda_take(struct us_cuda *cuda, size_t bytes, const char *what, void **ret_memory,
                             struct us_err *err) {
   *ret_memory = NULL;

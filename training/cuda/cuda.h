@@ -55,9 +55,6 @@ US_CHECKED enum us_status us_cuda_take_pinned(size_t bytes, const char *what, vo
                                               struct us_err *err);
 void us_cuda_give_pinned(void *memory);
 
-US_CHECKED enum us_status us_cuda_memory(const struct us_cuda *cuda, size_t *ret_free, size_t *ret_total,
-                                         struct us_err *err);
-
 /* Say what was queued, and remember the first operation that failed. `code` is a cudaError_t, `what` a literal. */
 static inline void us_cuda_did(struct us_cuda *cuda, int code, const char *what) {
   if (cuda->opt_trace) cuda->opt_trace(cuda->trace_arg, what);

@@ -60,8 +60,6 @@ struct us_cuda_draft_loss {
   struct us_cuda_draft_loss_state *state;
 };
 
-size_t us_cuda_draft_loss_bytes(const struct us_draft_shape *shape, size_t blocks, bool with_teacher);
-
 /* Room for `blocks` blocks an add. Kind, weights, gamma and alpha are taken from `options`. */
 US_CHECKED enum us_status us_cuda_draft_loss_create(struct us_cuda *cuda, const struct us_draft_shape *shape,
                                                     const struct us_draft_loss *options, size_t blocks,

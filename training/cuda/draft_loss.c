@@ -92,13 +92,6 @@ static struct us_cuda_draft_loss_state describe(const struct us_draft_shape *sha
                                            .with_teacher = with_teacher};
 }
 
-size_t us_cuda_draft_loss_bytes(const struct us_draft_shape *shape, size_t blocks, bool with_teacher) {
-  struct us_cuda_draft_loss_state s = describe(shape, blocks, with_teacher);
-  struct us_arena t = {0};
-  take_all(&t, &s);
-  return t.used;
-}
-
 static enum us_status build(struct us_cuda_draft_loss *loss, struct us_err *err) {
   struct us_cuda_draft_loss_state *s = loss->state;
   struct us_arena device = {0}, pinned = {0};

@@ -371,19 +371,6 @@ void us_cuda_model_clear_load(struct us_cuda_model *model) {
   us_cuda_did(model->cuda, cudaMemsetAsync(model->load, 0, bytes, model->cuda->stream), "clearing loads");
 }
 
-enum us_status us_cuda_model_balance(struct us_cuda_model *model, const uint64_t *load, float rate,
-                                     struct us_err *err) {
-  uint32_t E = model->shape.experts;
-  for (uint32_t l = 0; l < model->shape.layers; l++) {
-    struct us_param *bias = model->state->roles[l].router_bias;
-    if (!bias || bias->frozen) continue;
-    us_router_balance(bias->value, load + (size_t)l * E, E, rate);
-    us_cuda_params_upload_one(model->params, bias);
-  }
-  us_cuda_model_clear_load(model);
-  return us_cuda_failed(model->cuda, err);
-}
-
 enum us_status us_cuda_model_routed(struct us_cuda_model *model, uint32_t layer, uint32_t *id,
                                     struct us_err *err) {
   if (layer >= model->shape.layers || !model->shape.moe_layer[layer])

@@ -64,11 +64,6 @@ US_CHECKED enum us_status us_cuda_model_fetch_load(struct us_cuda_model *model, 
                                                    struct us_err *err);
 void us_cuda_model_clear_load(struct us_cuda_model *model);
 
-/* Move the router biases, masters and as multiplied, on host and device, by rate * sign(mean load - load); load (L, E) in
- * host memory. Clears the loads. The host's biases are up to date whenever training moved them through this call alone. */
-US_CHECKED enum us_status us_cuda_model_balance(struct us_cuda_model *model, const uint64_t *load, float rate,
-                                                struct us_err *err);
-
 /* Wait, and copy the expert ids that layer l's rows chose in the last forward pass, (R, K), to host memory. US_ERR_USAGE
  * for a dense layer. */
 US_CHECKED enum us_status us_cuda_model_routed(struct us_cuda_model *model, uint32_t layer, uint32_t *id,
