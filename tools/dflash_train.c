@@ -5,6 +5,7 @@
 #include "base/record.h"
 #include "base/table.h"
 #include "model/checkpoint.h"
+#include "tools/dflash_answers.h"
 #include "tools/tool.h"
 #include "tools/train_learner.h"
 #include "tools/train_opts.h"
@@ -17,19 +18,10 @@
 
 static const struct us_opt opts[] = {
     US_OPT_FILE("target", 't', "FILE", "model to draft for; - reads its record from stdin", .required = true),
-    US_OPT_FILE("output", 'o', "FILE", "drafter to write: an .h5 file, or a folder in the published layout",
-                .required = true),
+    US_OPT_FILE("output", 'o', "FILE", "drafter to write: an .h5 file, or a folder in the published layout"),
     US_OPT_GROUP("Text"),
     US_OPT_FILE("data", 0, "FILE", "token shards: text to train on, or prompts with --generate"),
-    US_OPT_INT("generate", 'g', "N",
-               "let the target write N answers first and train on them; without --data at least 256",
-               .def = "0", .max = 1000000),
-    US_OPT_FILE("answers", 0, "RUN", "train on answers that us-serve recorded, instead of --generate"),
-    US_OPT_NUM("temperature", 0, "T", "of the answers; 0: greedy", .def = "0.8", .max = 100),
-    US_OPT_NUM("top-p", 0, "P", "of the answers: smallest set of tokens with this mass", .def = "1",
-               .max = 1),
-    US_OPT_NUM("text-share", 0, "SHARE", "with answers: sequences that are text nevertheless", .def = "0",
-               .max = 1),
+    US_DFLASH_ANSWERS_OPTIONS,
     US_OPT_GROUP("Drafter"),
     US_OPT_FILE("init", 0, "FILE", "continue from this drafter; it says the shape"),
     US_OPT_INT("layers", 0, "L", "layers", .def = "4", .min = 1, .max = US_MAX_DRAFT_LAYERS),
@@ -91,7 +83,7 @@ struct job {
   struct us_model *target;
   struct us_draft *init;
   struct us_shards *shards;
-  struct us_responses answers, heldout;
+  struct us_dflash_answers answers;
   struct us_pool *pool;
   struct us_learner *learner;
   bool leads; /* of several processes one writes */
@@ -259,12 +251,13 @@ static void read_training(struct job *job) {
 static enum us_status describe(struct job *job, struct us_err *err) {
   static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule"};
   static const char *const numbers[] = {
-      "generate", "temperature", "top-p",   "text-share", "layers", "block", "window", "inner",   "heads",
-      "kv-heads", "head-dim",    "mask-id", "anchors",    "gamma",  "alpha", "steps",  "minutes", "batch",
-      "length",   "micro",       "lr",      "warmup",     "floor",  "decay", "clip",   "seed"};
+      "generate", "max-tokens", "temperature", "top-p",    "text-share", "layers",  "block",
+      "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "anchors",
+      "gamma",    "alpha",      "steps",       "minutes",  "batch",      "length",  "micro",
+      "lr",       "warmup",     "floor",       "decay",    "clip",       "seed"};
   struct us_opts *o = job->run->opts;
   char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none",
-       answers[US_SHA256_HEX] = "none";
+       answers[US_SHA256_HEX] = "none", prompts[US_SHA256_HEX] = "none";
   char *text = job->options;
   size_t size = sizeof job->options;
   enum us_status status = us_record_hash(job->target_record.path, target, err);
@@ -272,9 +265,13 @@ static enum us_status describe(struct job *job, struct us_err *err) {
   if (status == US_OK && job->init) status = us_record_hash(us_opt_str(o, "init"), init, err);
   if (status == US_OK && us_opt_str(o, "answers"))
     status = us_record_hash(us_opt_str(o, "answers"), answers, err);
+  if (status == US_OK && us_opt_str(o, "prompts"))
+    status = us_record_hash(us_opt_str(o, "prompts"), prompts, err);
   if (status != US_OK) return status;
-  size_t used = (size_t)snprintf(text, size, "target=%.16s data=%.16s answers=%.16s init=%.16s fixed-mask=%d",
-                                 target, data, answers, init, us_opt_flag(o, "fixed-mask"));
+  size_t used = (size_t)snprintf(
+      text, size,
+      "target=%.16s data=%.16s answers=%.16s prompts=%.16s init=%.16s fixed-mask=%d ignore-end=%d", target,
+      data, answers, prompts, init, us_opt_flag(o, "fixed-mask"), us_opt_flag(o, "ignore-end"));
   for (size_t i = 0; i < sizeof words / sizeof words[0] && used < size; i++) {
     const char *word = us_opt_str(o, words[i]);
     used += (size_t)snprintf(text + used, size - used, " %s=%s", words[i], word ? word : "default");
@@ -286,8 +283,9 @@ static enum us_status describe(struct job *job, struct us_err *err) {
 
 static enum us_status open_inputs(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
-  enum us_status status =
-      us_record_resolve(us_opt_str(o, "target"), stdin, "model", &job->target_record, err);
+  enum us_status status = us_dflash_answers_check(o, err);
+  if (status == US_OK)
+    status = us_record_resolve(us_opt_str(o, "target"), stdin, "model", &job->target_record, err);
   if (status == US_OK) status = us_model_open(job->target_record.path, &job->target, err);
   if (status == US_OK)
     status =
@@ -307,65 +305,20 @@ static enum us_status open_inputs(struct job *job, struct us_err *err) {
 
 /* --- answers --- */
 
-static void on_answers(void *arg, size_t done, size_t all) {
-  struct job *job = arg;
-  us_progress_set(&job->progress, done);
-}
-
-/* Of a recorded run, one answer in sixteen is held out. */
-static enum us_status read_answers(struct job *job, const char *path, struct us_err *err) {
-  struct us_run *run = NULL;
-  struct us_responses_part part = {
-      .length = job->train.length, .every = 16, .heldout = true, .vocab = job->target->shape.vocab};
-  enum us_status status = us_run_open(path, &run, err);
-  if (status != US_OK) return status;
-  status = us_responses_read(run, &part, &job->heldout, err);
-  part.heldout = false;
-  if (status == US_OK) status = us_responses_read(run, &part, &job->answers, err);
-  us_run_free(run);
-  if (status != US_OK) return us_err_prefix(err, "%s", path);
-  us_log_notice(job->run->log, "%zu answers of %s, %zu tokens; %zu more are held out", job->answers.n, path,
-                job->answers.tokens, job->heldout.n);
-  job->train.answers = &job->answers;
-  job->train.heldout = &job->heldout;
-  return US_OK;
-}
-
-static enum us_status write_answers(struct job *job, struct us_err *err) {
+static enum us_status make_answers(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
-  if (us_opt_str(o, "answers")) return read_answers(job, us_opt_str(o, "answers"), err);
-  size_t count = (size_t)us_opt_int(o, "generate"), heldout;
-  if (!job->shards && count < 256) count = 256;
-  if (!count) return US_OK;
-  heldout = count / 16 < 8 ? 8 : count / 16 > 64 ? 64 : count / 16;
-  struct us_responses_options options = {
-      .count = count,
-      .length = job->train.length,
-      .first = job->target->shape.stop_count ? (int32_t)job->target->shape.stop_ids[0] : 0,
-      .sampling = {.temperature = (float)us_opt_num(o, "temperature"),
-                   .top_p = (float)us_opt_num(o, "top-p")},
-      .seed = job->train.seed,
-      .interrupted = us_tool_interrupted,
-      .progress = on_answers,
-      .progress_arg = job};
-  us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "answers", "answers",
-                    count);
-  enum us_status status =
-      us_responses_generate(job->target, job->shards, US_PART_TRAIN, &options, job->pool, &job->answers, err);
-  options.count = heldout;
-  options.seed += 0x5851F42D4C957F2Du;
-  options.progress = NULL;
-  enum us_part part =
-      job->shards && us_shards_documents(job->shards, US_PART_HELDOUT) ? US_PART_HELDOUT : US_PART_TRAIN;
-  if (status == US_OK)
-    status = us_responses_generate(job->target, job->shards, part, &options, job->pool, &job->heldout, err);
-  us_progress_end(&job->progress);
-  if (status != US_OK) return status;
-  us_log_notice(job->run->log, "the target wrote %zu answers, %zu tokens; %zu more are held out",
-                job->answers.n, job->answers.tokens, job->heldout.n);
-  job->train.answers = &job->answers;
-  job->train.heldout = &job->heldout;
-  return US_OK;
+  struct us_dflash_answers *a = &job->answers;
+  *a = (struct us_dflash_answers){.run = job->run,
+                                  .learner = job->learner,
+                                  .pool = job->pool,
+                                  .target = job->target,
+                                  .shards = job->shards,
+                                  .length = job->train.length,
+                                  .seed = job->train.seed};
+  enum us_status status = us_dflash_answers_make(a, err);
+  if (status == US_OK && job->leads && us_opt_str(o, "answers-out")) status = us_dflash_answers_write(a, err);
+  if (status == US_OK && a->train.n) job->train.answers = &a->train, job->train.heldout = &a->heldout;
+  return status;
 }
 
 /* --- what comes out --- */
@@ -424,7 +377,8 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
   job->train.learner = job->learner;
   job->leads = status == US_OK && us_learner_leads(job->learner);
-  if (status == US_OK) status = write_answers(job, err);
+  if (status == US_OK) status = make_answers(job, err);
+  if (status != US_OK || !us_opt_str(o, "output")) return status;
   if (status == US_OK)
     status = us_run_log_open(&job->log, columns, FIXED + job->train.shape.block - 1,
                              job->leads ? us_opt_str(o, "log") : NULL, job->train.resume, err);
@@ -477,11 +431,11 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   } else {
     if (status == US_OK) status = make_provenance(&job, &provenance, err);
     if (status == US_OK) status = train(&job, err);
-    if (status == US_OK && job.leads) status = write_outputs(&job, provenance, err);
+    if (status == US_OK && job.leads && us_opt_str(tool_run->opts, "output"))
+      status = write_outputs(&job, provenance, err);
   }
   us_dflash_release(&job.train);
-  us_responses_release(&job.answers);
-  us_responses_release(&job.heldout);
+  us_dflash_answers_release(&job.answers);
   us_run_log_release(&job.log);
   us_learner_free(job.learner);
   us_pool_free(job.pool);

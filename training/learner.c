@@ -232,3 +232,15 @@ enum us_status us_learner_draft_tally(struct us_learner_draft *draft, struct us_
   }
   return status;
 }
+
+/* --- answers --- */
+
+enum us_status us_learner_generate(struct us_learner *learner, struct us_generation *generation,
+                                   struct us_err *err) {
+  enum us_status status = us_generation_check(generation, err);
+  if (status == US_OK && generation->seconds > 0.0 && learner->processes > 1)
+    return us_err_set(err, US_ERR_USAGE,
+                      "a time limit for answers, and %u processes: each would have others; give a number",
+                      learner->processes);
+  return status == US_OK ? learner->ops->generate(learner, generation, err) : status;
+}

@@ -23,6 +23,7 @@
 
 #include "training/draft_loss.h"
 #include "training/draft_train.h"
+#include "training/generation.h"
 #include "training/model_train.h"
 #include "training/optim.h"
 
@@ -188,5 +189,14 @@ US_CHECKED enum us_status us_learner_draft_pass(struct us_learner_draft *draft, 
 /* What all passes of all ranks since the last call add up to. Not inside a lane. */
 US_CHECKED enum us_status us_learner_draft_tally(struct us_learner_draft *draft,
                                                  struct us_draft_tally *ret_tally, struct us_err *err);
+
+/* -- Answers -- */
+
+/* Continue all prompts with the generation's model, in all lanes of this process: every process of a run generates all, so that each
+ * has the same, which is why a time limit is US_ERR_USAGE with several. What cannot be generated is refused as
+ * us_generation_check says; US_ERR_MEMORY when a GPU has no room for the sequences; US_ERR_CHECK when logits are not finite;
+ * US_INTERRUPTED. */
+US_CHECKED enum us_status us_learner_generate(struct us_learner *learner, struct us_generation *generation,
+                                              struct us_err *err);
 
 #endif

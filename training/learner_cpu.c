@@ -1,6 +1,6 @@
 /* learner_cpu.c: the CPU as a learner: one lane, the operations of model_train.h, draft_train.h, params.h and optim.h.
  *
- * Contents: the learner; parameters; models; drafters.
+ * Contents: the learner; parameters; models; drafters; answers.
  */
 #include "kernels/head_loss/head_loss.h"
 #include "training/learner_ops.h"
@@ -261,6 +261,13 @@ static enum us_status cpu_draft_tally(struct us_learner_draft *base, struct us_d
   return US_OK;
 }
 
+/* --- answers --- */
+
+static enum us_status cpu_generate(struct us_learner *learner, struct us_generation *generation,
+                                   struct us_err *err) {
+  return us_generation_cpu(generation, ((struct cpu_learner *)learner)->seq.pool, err);
+}
+
 static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .each = cpu_each,
                                               .place = cpu_place,
@@ -287,7 +294,8 @@ static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .draft_create = cpu_draft_create,
                                               .draft_free = cpu_draft_free,
                                               .draft_pass = cpu_draft_pass,
-                                              .draft_tally = cpu_draft_tally};
+                                              .draft_tally = cpu_draft_tally,
+                                              .generate = cpu_generate};
 
 enum us_status us_learner_create_cpu(struct us_pool *pool, struct us_learner **ret_learner,
                                      struct us_err *err) {

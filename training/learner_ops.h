@@ -53,6 +53,10 @@ struct us_learner_ops {
   /* Of this process: all its lanes. */
   enum us_status (*draft_tally)(struct us_learner_draft *draft, struct us_draft_tally *ret_tally,
                                 struct us_err *err);
+
+  /* The items are checked. */
+  enum us_status (*generate)(struct us_learner *learner, struct us_generation *generation,
+                             struct us_err *err);
 };
 
 #endif

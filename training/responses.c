@@ -1,11 +1,7 @@
-/* responses.c: prompts from shards, answered by the model: one executor a thread, requests in chunks of a batch.
- *
- * Contents: prompts; answers; access.
- */
+/* responses.c: prompts from shards or given ones, answered by the model. */
 #include "training/responses.h"
 
 #include "base/philox.h"
-#include "decode/generate.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -54,6 +50,10 @@ static enum us_status choose_prompts(const struct us_shards *shards, enum us_par
                                      struct us_err *err) {
   struct us_window window;
   struct us_philox_key key = us_philox_key(o->seed);
+  if (o->prompts) {
+    r->n = o->count;
+    return US_OK;
+  }
   if (!shards) {
     for (; r->n < o->count; r->n++) {
       r->ids[r->n * r->length] = o->first;
@@ -83,91 +83,105 @@ static enum us_status choose_prompts(const struct us_shards *shards, enum us_par
 
 /* --- answers --- */
 
-struct answer_job {
-  struct us_model *model;
-  const struct us_responses_options *options;
-  struct us_responses *responses;
-  size_t next, done; /* shared by the threads */
-  int failed;
-  struct us_err err; /* of the first failure; written by its thread alone */
-};
-
-static void fill_request(const struct answer_job *job, size_t i, struct us_request *request) {
-  const struct us_responses *r = job->responses;
-  const struct us_shape *shape = &job->model->shape;
-  *request = (struct us_request){.prompt = r->ids + i * r->length,
-                                 .prompt_count = r->prompt[i],
-                                 .sampling = job->options->sampling,
-                                 .seed = job->options->seed + 0x9E3779B97F4A7C15u * (i + 1),
-                                 .samples = 1,
-                                 .max_tokens = (uint32_t)(r->length - r->prompt[i]),
-                                 .stop_ids = (const int32_t *)shape->stop_ids,
-                                 .stop_id_count = shape->stop_count,
-                                 .cut_loops = true};
+/* Tokens of an answer that were generated, to be placed behind the prompt's end; of a given prompt, which may be long. */
+static uint32_t most_tokens(const struct us_responses_options *o, uint32_t prompt) {
+  uint32_t room = (uint32_t)(o->prompts ? o->length / 2 : o->length - prompt);
+  return o->max_tokens && (o->prompts || o->max_tokens < room) ? o->max_tokens : room;
 }
 
-static enum us_status answer_chunk(struct answer_job *job, struct us_executor *ex, size_t first, size_t n,
-                                   struct us_err *err) {
-  struct us_request requests[US_MAX_BATCH];
-  struct us_result results[US_MAX_BATCH];
-  struct us_responses *r = job->responses;
-  struct us_generate_options options = {
-      .block = 1, .batch = US_MAX_BATCH, .interrupted = job->options->interrupted};
-  for (size_t i = 0; i < n; i++) fill_request(job, first + i, &requests[i]);
-  enum us_status status = us_generate(ex, requests, n, &options, results, NULL, err);
-  if (status != US_OK) return status;
-  for (size_t i = 0; i < n; i++) {
-    const struct us_ids *ids = &results[i].outputs[0].ids;
-    size_t room = r->length - r->prompt[first + i], count = ids->count < room ? ids->count : room;
-    memcpy(r->ids + (first + i) * r->length + r->prompt[first + i], ids->ids, count * sizeof *r->ids);
-    r->total[first + i] = r->prompt[first + i] + (uint32_t)count;
-    us_result_release(&results[i]);
+/* Answers go to where they stay, those to given prompts to `apart` (count, max_tokens). */
+static void fill_item(const struct us_responses_options *o, const struct us_responses *r, size_t i,
+                      int32_t *apart, struct us_continuation *item) {
+  int32_t *kept = r->ids + i * r->length;
+  *item = (struct us_continuation){.prompt = kept,
+                                   .prompt_count = r->prompt[i],
+                                   .max_tokens = most_tokens(o, r->prompt[i]),
+                                   .seed = o->seed + 0x9E3779B97F4A7C15u * (i + 1),
+                                   .ids = kept + r->prompt[i]};
+  if (!o->prompts) return;
+  const size_t *start = o->prompts->start + i % o->prompts->n;
+  item->prompt = o->prompts->ids + start[0];
+  item->prompt_count = (uint32_t)(start[1] - start[0]);
+  item->ids = apart + i * item->max_tokens;
+}
+
+void us_responses_keep(struct us_responses *r, size_t at, const int32_t *prompt, size_t prompt_count,
+                       const int32_t *answer, size_t count) {
+  if (count > r->length - 1) count = r->length - 1;
+  if (prompt_count > r->length - count)
+    prompt += prompt_count - (r->length - count), prompt_count = r->length - count;
+  int32_t *ids = r->ids + at * r->length;
+  memmove(ids, prompt, prompt_count * sizeof *ids);
+  memmove(ids + prompt_count, answer, count * sizeof *ids);
+  r->prompt[at] = (uint32_t)prompt_count;
+  r->total[at] = (uint32_t)(prompt_count + count);
+  r->tokens += count;
+}
+
+/* What was answered in time, one behind the other. */
+static void keep_finished(const struct us_generation *g, struct us_responses *r) {
+  r->n = 0;
+  for (size_t i = 0; i < g->n; i++) {
+    const struct us_continuation *item = &g->items[i];
+    if (item->finish == US_FINISH_NONE) continue;
+    us_responses_keep(r, r->n, item->prompt, item->prompt_count, item->ids, item->count);
+    r->finish[r->n++] = (uint8_t)item->finish;
   }
-  return US_OK;
 }
 
-static void answer(void *arg, int worker, int workers) {
-  struct answer_job *job = arg;
-  struct us_executor *ex = NULL;
-  struct us_err err = {0};
-  size_t count = job->options->count;
-  enum us_status status = us_executor_create_reference(job->model, NULL, NULL, US_ROUND_BF16, &ex, &err);
-  while (status == US_OK && !__atomic_load_n(&job->failed, __ATOMIC_RELAXED)) {
-    size_t first = __atomic_fetch_add(&job->next, US_MAX_BATCH, __ATOMIC_RELAXED);
-    if (first >= count) break;
-    size_t n = count - first < US_MAX_BATCH ? count - first : US_MAX_BATCH;
-    status = answer_chunk(job, ex, first, n, &err);
-    size_t done = __atomic_add_fetch(&job->done, n, __ATOMIC_RELAXED);
-    if (!worker && job->options->progress) job->options->progress(job->options->progress_arg, done, count);
-  }
-  if (status != US_OK && !__atomic_exchange_n(&job->failed, 1, __ATOMIC_RELAXED)) job->err = err;
-  if (ex) ex->ops->free(ex);
+static enum us_status answer(struct us_learner *learner, struct us_model *model,
+                             const struct us_responses_options *o, struct us_responses *r,
+                             struct us_err *err) {
+  const struct us_shape *shape = &model->shape;
+  size_t apart = o->prompts ? r->n * most_tokens(o, 0) : 0;
+  struct us_generation g = {.model = model,
+                            .items = calloc(r->n, sizeof *g.items),
+                            .n = r->n,
+                            .sampling = o->sampling,
+                            .stop_ids = (const int32_t *)shape->stop_ids,
+                            .stop_id_count = o->ignore_end ? 0 : shape->stop_count,
+                            .cut_loops = true,
+                            .seconds = o->seconds,
+                            .interrupted = o->interrupted,
+                            .progress = o->progress,
+                            .progress_arg = o->progress_arg};
+  int32_t *ids = malloc((apart + 1) * sizeof *ids);
+  enum us_status status =
+      g.items && ids ? US_OK : us_err_memory(err, "answers", apart * sizeof *ids + r->n * sizeof *g.items);
+  for (size_t i = 0; i < r->n && status == US_OK; i++) fill_item(o, r, i, ids, &g.items[i]);
+  if (status == US_OK) status = us_learner_generate(learner, &g, err);
+  if (status == US_OK) keep_finished(&g, r);
+  if (status == US_OK && !r->n)
+    status = us_err_set(err, US_ERR_INPUT, "no answer was finished in %g s", o->seconds);
+  free(g.items);
+  free(ids);
+  return status;
 }
 
-enum us_status us_responses_generate(struct us_model *model, const struct us_shards *shards,
-                                     enum us_part part, const struct us_responses_options *options,
-                                     struct us_pool *pool, struct us_responses *ret_responses,
-                                     struct us_err *err) {
-  struct us_responses *r = ret_responses;
-  *r = (struct us_responses){.length = options->length};
+enum us_status us_responses_init(struct us_responses *r, size_t n, size_t length, struct us_err *err) {
+  *r = (struct us_responses){.length = length};
+  r->ids = calloc(n + 1, length * sizeof *r->ids);
+  r->prompt = calloc(n + 1, sizeof *r->prompt);
+  r->total = calloc(n + 1, sizeof *r->total);
+  r->finish = calloc(n + 1, sizeof *r->finish);
+  if (r->ids && r->prompt && r->total && r->finish) return US_OK;
+  us_responses_release(r);
+  return us_err_memory(err, "answers", n * length * sizeof *r->ids);
+}
+
+enum us_status us_responses_generate(struct us_learner *learner, struct us_model *model,
+                                     const struct us_shards *shards, enum us_part part,
+                                     const struct us_responses_options *options,
+                                     struct us_responses *ret_responses, struct us_err *err) {
+  *ret_responses = (struct us_responses){.length = options->length};
   if (!options->count || options->length < 4 || options->length > model->shape.max_positions)
     return us_err_set(err, US_ERR_USAGE,
                       "%zu answers of %zu tokens; a model of %u positions takes 4 to as many", options->count,
                       options->length, model->shape.max_positions);
-  r->ids = calloc(options->count, options->length * sizeof *r->ids);
-  r->prompt = calloc(options->count, sizeof *r->prompt);
-  r->total = calloc(options->count, sizeof *r->total);
-  enum us_status status = US_OK;
-  if (!r->ids || !r->prompt || !r->total)
-    status = us_err_memory(err, "answers", options->count * options->length * sizeof *r->ids);
-  if (status == US_OK) status = choose_prompts(shards, part, options, r, err);
-  struct answer_job job = {.model = model, .options = options, .responses = r};
-  if (status == US_OK) {
-    us_pool_run(pool, answer, &job);
-    if (job.failed) status = us_err_set(err, job.err.status, "%s", job.err.message);
-  }
-  for (size_t i = 0; i < r->n && status == US_OK; i++) r->tokens += r->total[i] - r->prompt[i];
-  if (status != US_OK) us_responses_release(r);
+  enum us_status status = us_responses_init(ret_responses, options->count, options->length, err);
+  if (status == US_OK) status = choose_prompts(shards, part, options, ret_responses, err);
+  if (status == US_OK) status = answer(learner, model, options, ret_responses, err);
+  if (status != US_OK) us_responses_release(ret_responses);
   return status;
 }
 
@@ -177,6 +191,7 @@ void us_responses_release(struct us_responses *responses) {
   free(responses->ids);
   free(responses->prompt);
   free(responses->total);
+  free(responses->finish);
   *responses = (struct us_responses){0};
 }
 

@@ -95,6 +95,16 @@ static enum us_status encode_turn(const struct us_serve *serve, struct conversat
   return status == US_OK ? US_OK : us_err_prefix(err, "prompt '%s'", c->prompt->id);
 }
 
+enum us_status us_serve_encode(const struct us_serve *serve, const struct us_prompt *prompt,
+                               struct us_ids *ids, struct us_err *err) {
+  struct conversation c = {.prompt = prompt};
+  enum us_status status = encode_turn(serve, &c, 0, err);
+  if (status == US_OK) status = us_ids_append(ids, c.ids.ids, c.ids.count, err);
+  free(c.messages);
+  us_ids_release(&c.ids);
+  return status;
+}
+
 static enum us_status find_replay(const struct us_serve *serve, struct conversation *c, uint32_t samples,
                                   struct us_err *err) {
   if (!c->replay && !(c->replay = calloc(samples, sizeof *c->replay)))

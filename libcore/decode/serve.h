@@ -47,6 +47,11 @@ struct us_prompt us_serve_text_prompt(const char *id, const char *text);
 /* A prompt of tokens: it needs no tokenizer, and the chat template leaves it alone; ids are borrowed. */
 struct us_prompt us_serve_ids_prompt(const char *id, const int32_t *ids, size_t n);
 
+/* Token ids of a prompt whose first turn is to be answered, appended: of `serve`, tokenizer, mode and chat count. Any thread. US_ERR_USAGE as
+ * us_serve_run, US_ERR_INPUT what the tokenizer returns. */
+US_CHECKED enum us_status us_serve_encode(const struct us_serve *serve, const struct us_prompt *prompt,
+                                          struct us_ids *ids, struct us_err *err);
+
 /* Answer prompts (n). US_ERR_USAGE: a mode that does not fit a prompt, text without a tokenizer, or what us_generate refuses; US_ERR_INPUT: the
  * replay has no run of a prompt. opt_stats is the sum over turns. */
 US_CHECKED enum us_status us_serve_run(const struct us_serve *serve, struct us_executor *ex,

@@ -1,6 +1,8 @@
 /* train_lab.c: random text and weights, and how far gradients are apart. */
 #include "train_lab.h"
 
+#include "training/model_train_state.h"
+
 #include <math.h>
 
 uint32_t lab_word(struct lab_random *random) {
@@ -109,4 +111,25 @@ struct lab_difference lab_compare(const struct us_params *params, const float *g
   }
   d.mean = sqrt(d.mean / (double)d.tensors) / noise->mean;
   return d;
+}
+
+float lab_margin(const struct us_model_train *train, size_t row) {
+  float smallest = INFINITY;
+  uint32_t E = train->shape.experts, K = train->shape.top_k;
+  for (uint32_t l = 0; l < train->shape.layers; l++) {
+    if (!train->shape.moe_layer[l]) continue;
+    const float *scores = train->state->saved[l].scores + row * E;
+    const float *bias = train->state->roles[l].router_bias->compute;
+    const uint32_t *id = us_model_train_routed(train, l) + row * K;
+    float lowest = INFINITY, best = -INFINITY;
+    for (uint32_t e = 0, k = 0; e < E; e++) {
+      float s = scores[e] + bias[e];
+      bool chosen = k < K && id[k] == e;
+      k += chosen;
+      if (chosen && s < lowest) lowest = s;
+      if (!chosen && s > best) best = s;
+    }
+    if (lowest - best < smallest) smallest = lowest - best;
+  }
+  return smallest;
 }

@@ -46,6 +46,9 @@ struct lab_difference {
 struct lab_difference lab_compare(const struct us_params *params, const float *got,
                                   const struct lab_noise *noise, double factor);
 
+/* Smallest distance between the last expert chosen and the best one left out, of a row of the last forward pass in any layer. */
+float lab_margin(const struct us_model_train *train, size_t row);
+
 int lab_speed(int count, char **arguments);
 
 #endif

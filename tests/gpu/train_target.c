@@ -2,7 +2,6 @@
 #include "train_parity.h"
 
 #include "kernels/head_loss/head_loss.h"
-#include "training/model_train_state.h"
 
 #include <math.h>
 
@@ -17,28 +16,6 @@ static void draw_rows(struct us_rows *rows, size_t longest, uint32_t vocab, stru
   lab_fill_rows(rows, ROWS - 7, longest, vocab, 77); /* a number of rows that no tile divides */
 }
 
-/* Smallest distance between the last expert chosen and the best one left out, of a row in any layer. */
-static float margin(const struct us_model_train *train, size_t row) {
-  float smallest = INFINITY;
-  uint32_t E = train->shape.experts, K = train->shape.top_k;
-  for (uint32_t l = 0; l < train->shape.layers; l++) {
-    if (!train->shape.moe_layer[l]) continue;
-    const float *scores = train->state->saved[l].scores + row * E;
-    const float *bias = train->state->roles[l].router_bias->compute;
-    const uint32_t *id = us_model_train_routed(train, l) + row * K;
-    float lowest = INFINITY, best = -INFINITY;
-    for (uint32_t e = 0, k = 0; e < E; e++) {
-      float s = scores[e] + bias[e];
-      bool chosen = k < K && id[k] == e;
-      k += chosen;
-      if (chosen && s < lowest) lowest = s;
-      if (!chosen && s > best) best = s;
-    }
-    if (lowest - best < smallest) smallest = lowest - best;
-  }
-  return smallest;
-}
-
 static void note_margins(struct target *t, enum us_seq_rounding rounding, float *margins) {
   struct us_err err = {0};
   struct us_batch batch = us_rows_batch(&t->rows);
@@ -46,7 +23,7 @@ static void note_margins(struct target *t, enum us_seq_rounding rounding, float 
   need(us_model_train_forward(t->cpu, &batch, &t->tap, &err), &err, t->name);
   need(us_model_train_forward(t->teacher, &batch, NULL, &err), &err, t->name);
   for (size_t i = 0; i < t->rows.R; i++)
-    margins[i] = fminf(margins[i], fminf(margin(t->cpu, i), margin(t->teacher, i)));
+    margins[i] = fminf(margins[i], fminf(lab_margin(t->cpu, i), lab_margin(t->teacher, i)));
 }
 
 /* Draw the first doubtful token of every document anew until there is none, in target and teacher, with the CPU's roundings and

@@ -309,7 +309,8 @@ static const struct us_learner_ops cuda_ops = {.free = cuda_free,
                                                .draft_create = us_cuda_learner_draft_create,
                                                .draft_free = us_cuda_learner_draft_free,
                                                .draft_pass = us_cuda_learner_draft_pass,
-                                               .draft_tally = us_cuda_learner_draft_tally};
+                                               .draft_tally = us_cuda_learner_draft_tally,
+                                               .generate = us_cuda_learner_generate};
 
 static enum us_status open_lanes(struct cuda_learner *learner, const struct us_learner_cuda_options *options,
                                  const struct us_ranks *ranks, struct us_err *err) {

@@ -82,4 +82,9 @@ enum us_status us_cuda_learner_draft_pass(struct us_learner_draft *draft, uint32
 enum us_status us_cuda_learner_draft_tally(struct us_learner_draft *draft, struct us_draft_tally *ret_tally,
                                            struct us_err *err);
 
+/* -- Answers: learner_generate.c -- */
+
+enum us_status us_cuda_learner_generate(struct us_learner *learner, struct us_generation *generation,
+                                        struct us_err *err);
+
 #endif

@@ -87,26 +87,29 @@ static void set_tap(const struct us_cuda_model *model, const struct us_cuda_taps
   }
 }
 
-static void attention_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps) {
+void us_cuda_model_project(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps) {
   struct us_cuda_model_state *s = model->state;
   struct us_cuda *cuda = model->cuda;
   const struct us_cuda_attention_roles *a = &s->attention[model->shape.swa_layer[l]];
   const struct us_layer_roles *roles = &s->roles[l];
   const struct us_cuda_layer_saved *saved = &s->saved[l];
-  size_t R = model->R, D = model->shape.hidden;
   struct us_rmsnorm_train norm =
       us_cuda_model_norm(model, s->residual[l], roles->input_norm, saved->norm1, saved->inverse1);
   set_tap(model, opt_taps, l, &norm);
   us_cuda_did(cuda, us_rmsnorm_train(&norm, cuda->stream), "norm before attention");
-  us_cuda_linear(cuda, &(struct us_cuda_linear){.R = R, .N = a->width, .K = D}, saved->norm1,
-                 us_cuda_param_compute(model->params, roles->qkv), saved->qkv);
+  us_cuda_linear(cuda, &(struct us_cuda_linear){.R = model->R, .N = a->width, .K = model->shape.hidden},
+                 saved->norm1, us_cuda_param_compute(model->params, roles->qkv), saved->qkv);
   struct us_rope_train rope = us_cuda_model_rope(model, l, saved->qkv);
   us_cuda_did(cuda, us_rope_train(&rope, cuda->stream), "rotation");
-  struct us_attention_train attention = us_cuda_model_attention(model, l);
-  us_cuda_did(cuda, us_attention_train(&attention, cuda->stream), "attention");
-  us_cuda_linear_add(
-      cuda, &(struct us_cuda_linear){.R = R, .N = D, .K = (size_t)a->shape->q_heads * a->shape->v_dim},
-      saved->attention, us_cuda_param_compute(model->params, roles->o_proj), s->residual[l], saved->middle);
+}
+
+void us_cuda_model_merge(struct us_cuda_model *model, uint32_t l) {
+  struct us_cuda_model_state *s = model->state;
+  const struct us_attention_shape *a = s->attention[model->shape.swa_layer[l]].shape;
+  struct us_cuda_linear dims = {.R = model->R, .N = model->shape.hidden, .K = (size_t)a->q_heads * a->v_dim};
+  us_cuda_linear_add(model->cuda, &dims, s->saved[l].attention,
+                     us_cuda_param_compute(model->params, s->roles[l].o_proj), s->residual[l],
+                     s->saved[l].middle);
 }
 
 static void dense_layer(struct us_cuda_model *model, uint32_t l, bool again) {
@@ -188,11 +191,9 @@ static void moe_layer(struct us_cuda_model *model, uint32_t l, bool again) {
               "experts' sum");
 }
 
-void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps,
-                         bool again) {
+void us_cuda_model_mlp(struct us_cuda_model *model, uint32_t l, bool again) {
   struct us_cuda_model_state *s = model->state;
   const struct us_cuda_layer_saved *saved = &s->saved[l];
-  attention_layer(model, l, opt_taps);
   struct us_rmsnorm_train norm =
       us_cuda_model_norm(model, saved->middle, s->roles[l].post_norm, saved->norm2, saved->inverse2);
   us_cuda_did(model->cuda, us_rmsnorm_train(&norm, model->cuda->stream), "norm before the MLP");
@@ -200,6 +201,15 @@ void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct u
     moe_layer(model, l, again);
   else
     dense_layer(model, l, again);
+}
+
+void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps,
+                         bool again) {
+  struct us_attention_train attention = us_cuda_model_attention(model, l);
+  us_cuda_model_project(model, l, opt_taps);
+  us_cuda_did(model->cuda, us_attention_train(&attention, model->cuda->stream), "attention");
+  us_cuda_model_merge(model, l);
+  us_cuda_model_mlp(model, l, again);
 }
 
 /* --- forward --- */
@@ -225,26 +235,35 @@ static void plan_attention(struct us_cuda_model *model) {
   }
 }
 
-enum us_status us_cuda_model_forward(struct us_cuda_model *model, const struct us_batch *batch,
-                                     const struct us_cuda_taps *opt_taps, struct us_err *err) {
+void us_cuda_model_begin(struct us_cuda_model *model) {
   struct us_cuda_model_state *s = model->state;
-  struct us_cuda *cuda = model->cuda;
-  uint32_t L = model->shape.layers;
-  us_cuda_use(cuda);
-  enum us_status status = check_taps(model, opt_taps, err);
-  if (status == US_OK) status = us_cuda_model_accept(model, batch, err);
-  if (status != US_OK || !batch->R) return status;
-  plan_attention(model);
   struct us_embed_train embed = {.R = model->R,
                                  .D = model->shape.hidden,
                                  .token = s->token,
                                  .table = us_cuda_param_compute(model->params, s->model.embed),
                                  .x = s->residual[0]};
-  us_cuda_did(cuda, us_embed_train(&embed, cuda->stream), "embedding");
-  for (uint32_t l = 0; l < L; l++) us_cuda_model_layer(model, l, opt_taps, false);
+  us_cuda_did(model->cuda, us_embed_train(&embed, model->cuda->stream), "embedding");
+}
+
+void us_cuda_model_end(struct us_cuda_model *model, const struct us_cuda_taps *opt_taps) {
+  struct us_cuda_model_state *s = model->state;
+  uint32_t L = model->shape.layers;
   struct us_rmsnorm_train norm =
       us_cuda_model_norm(model, s->residual[L], s->model.final_norm, model->hidden, s->final_inverse);
   set_tap(model, opt_taps, L, &norm);
-  us_cuda_did(cuda, us_rmsnorm_train(&norm, cuda->stream), "final norm");
+  us_cuda_did(model->cuda, us_rmsnorm_train(&norm, model->cuda->stream), "final norm");
+}
+
+enum us_status us_cuda_model_forward(struct us_cuda_model *model, const struct us_batch *batch,
+                                     const struct us_cuda_taps *opt_taps, struct us_err *err) {
+  struct us_cuda *cuda = model->cuda;
+  us_cuda_use(cuda);
+  enum us_status status = check_taps(model, opt_taps, err);
+  if (status == US_OK) status = us_cuda_model_accept(model, batch, err);
+  if (status != US_OK || !batch->R) return status;
+  plan_attention(model);
+  us_cuda_model_begin(model);
+  for (uint32_t l = 0; l < model->shape.layers; l++) us_cuda_model_layer(model, l, opt_taps, false);
+  us_cuda_model_end(model, opt_taps);
   return us_cuda_failed(cuda, err);
 }

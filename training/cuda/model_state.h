@@ -72,6 +72,15 @@ US_CHECKED enum us_status us_cuda_model_accept(struct us_cuda_model *model, cons
 void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps,
                          bool again);
 
+/* The same in pieces, over model->R rows whose tokens and positions are in state->token and state->position: embedding to residual[0]; q, k
+ * and v of residual[l], rotated, to saved->qkv; saved->attention's projection to saved->middle; the MLP to residual[l + 1];
+ * and residual[L] normed to model->hidden. */
+void us_cuda_model_begin(struct us_cuda_model *model);
+void us_cuda_model_project(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps);
+void us_cuda_model_merge(struct us_cuda_model *model, uint32_t l);
+void us_cuda_model_mlp(struct us_cuda_model *model, uint32_t l, bool again);
+void us_cuda_model_end(struct us_cuda_model *model, const struct us_cuda_taps *opt_taps);
+
 struct us_attention_train us_cuda_model_attention(const struct us_cuda_model *model, uint32_t l);
 struct us_rope_train us_cuda_model_rope(const struct us_cuda_model *model, uint32_t l, uint16_t *x);
 struct us_grouped us_cuda_model_grouped(const struct us_cuda_model *model, uint32_t l, uint32_t N,

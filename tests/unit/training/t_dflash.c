@@ -346,6 +346,7 @@ END_TEST
 START_TEST(answers_continue_prompts_and_do_not_depend_on_threads) {
   struct us_err err = {0};
   struct us_pool *pool;
+  struct us_learner *alone, *threads;
   struct us_responses one, three;
   struct us_responses_options options = {.count = 20,
                                          .length = LENGTH,
@@ -353,12 +354,12 @@ START_TEST(answers_continue_prompts_and_do_not_depend_on_threads) {
                                          .prompt_max = 9,
                                          .sampling = {.temperature = 1.0f},
                                          .seed = 8};
-  ck_assert_msg(us_responses_generate(world.model, world.shards, US_PART_TRAIN, &options, NULL, &one, &err) ==
-                    US_OK,
-                "%s", err.message);
   ck_assert_int_eq(us_pool_create(3, &pool, &err), US_OK);
-  ck_assert_int_eq(
-      us_responses_generate(world.model, world.shards, US_PART_TRAIN, &options, pool, &three, &err), US_OK);
+  ck_assert_int_eq(us_learner_create_cpu(NULL, &alone, &err), US_OK);
+  ck_assert_int_eq(us_learner_create_cpu(pool, &threads, &err), US_OK);
+  US_OK_OR_FAIL(us_responses_generate(alone, world.model, world.shards, US_PART_TRAIN, &options, &one, &err));
+  US_OK_OR_FAIL(
+      us_responses_generate(threads, world.model, world.shards, US_PART_TRAIN, &options, &three, &err));
   struct us_window window, text;
   size_t tokens = 0;
   ck_assert_int_eq(us_window_init(&window, LENGTH, &err), US_OK);
@@ -384,6 +385,8 @@ START_TEST(answers_continue_prompts_and_do_not_depend_on_threads) {
   us_window_release(&text);
   us_responses_release(&one);
   us_responses_release(&three);
+  us_learner_free(alone);
+  us_learner_free(threads);
   us_pool_free(pool);
 }
 END_TEST
@@ -391,11 +394,12 @@ END_TEST
 START_TEST(answers_are_trained_on_and_without_text_they_are_enough) {
   struct us_err err = {0};
   struct us_responses answers;
+  struct us_learner *learner;
   struct us_responses_options options = {
       .count = 6, .length = LENGTH, .first = 5, .sampling = {.temperature = 1.0f}, .seed = 8};
-  ck_assert_msg(
-      us_responses_generate(world.model, NULL, US_PART_TRAIN, &options, world.pool, &answers, &err) == US_OK,
-      "%s", err.message);
+  US_OK_OR_FAIL(us_learner_create_cpu(world.pool, &learner, &err));
+  US_OK_OR_FAIL(us_responses_generate(learner, world.model, NULL, US_PART_TRAIN, &options, &answers, &err));
+  us_learner_free(learner);
   for (size_t i = 0; i < answers.n; i++) ck_assert(answers.prompt[i] == 1 && answers.ids[i * LENGTH] == 5);
   struct us_dflash run = recipe(80);
   run.shards = NULL;
