@@ -4,10 +4,13 @@
 #
 # Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
 # of the tools: $pretrain_options $qat_options $draft_options; $sets, a folder of prompts; seconds: $answer_seconds $most_seconds (a stage's limit).
+# $most_answers: that are written in those seconds, at 1.5 KB of memory each.
 
 # What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
 # is bf16, which then holds the same values.
 RECIPE_PRECISION='--precision all=fp8,experts=mxfp4 --fp8-scale ue8m0'
+
+most_answers=400000
 
 # recipe_option NAME VALUE: take an option that every recipe has; false for another.
 recipe_option() {
@@ -98,22 +101,14 @@ recipe_qat() {
     --metrics quality.tsv --report tensors.tsv --log qat.tsv --run qat.h5 --plot qat.png $qat_options $(on_device)
 }
 
-# What the quantized model answers to prompts like those of the scenarios, as many as the time allows.
-write_answers() {
-  # shellcheck disable=SC2046,SC2086
-  timeout --signal=INT -k 5 "$answer_seconds" us-serve --model q.h5 --plain-turns --cut-loops --ignore-end --max-tokens 256 --temperature 0.2 \
-    --batch 8 --seed 1 $(on_device) answer-prompts.jsonl >answers.part || [ $? = 124 ] || [ $? = 130 ] || return 1
-  grep '}$' answers.part >answers.jsonl # a line that was being written when the time was over is not whole
-  rm answers.part
-}
-
+# Prompts like those of the scenarios, and the drafter on what the quantized model answers to them: as many answers as its time allows.
 recipe_draft() {
   # shellcheck disable=SC2086
   stage "prompts to answer" answer-prompts.jsonl python3 "$US_ROOT/data/recipes/make_prompts.py" --text derived --text "$text" \
     --count "$answer_count" $prompts --out answer-prompts.jsonl
-  stage "the quantized model's answers" answers.jsonl write_answers
   # shellcheck disable=SC2046,SC2086
-  stage drafter draft.h5 dflash-train --target q.h5 --data text.h5 --answers answers.jsonl -o draft.h5 --log draft.tsv \
+  stage "answers and drafter" draft.h5 dflash-train --target q.h5 --data text.h5 --generate "$most_answers" --answer-seconds "$answer_seconds" \
+    --prompts answer-prompts.jsonl --max-tokens 256 --ignore-end --temperature 0.2 -o draft.h5 --log draft.tsv \
     --run draft-run.h5 --plot draft.png $draft_options $(on_device)
 }
 
