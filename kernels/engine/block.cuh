@@ -26,6 +26,9 @@
 /* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
 #define US_ENGINE_PARTIAL 272
 #define US_ENGINE_SCRATCH 14336
+/* Tiles whose items are written down (gemm.cuh). A tile's place is written two tiles ahead, when its block has streamed at most a
+ * ring beyond what the compute warps are at, and these at most two tiles beyond what the epilogue has read: 11 in all. */
+#define US_ENGINE_ITEMS 16
 
 /* The experts that the 8 rows of a row tile chose, ascending id. Pairs are numbered expert by expert, rows ascending. */
 struct us_engine_active {
@@ -59,9 +62,9 @@ struct us_engine_block {
   uint32_t role;
   uint32_t round; /* of the launch */
   uint32_t op_index;
-  uint32_t stage, phase;        /* cursor in the ring */
-  uint32_t tile;                /* partial-sum buffers used so far */
-  uint32_t routes;              /* ROUTE operations passed */
+  uint32_t stage, phase; /* cursor in the ring */
+  uint32_t tile;         /* of products: how many this role has passed, and so partial-sum buffers used */
+  uint32_t routes;       /* ROUTE operations passed */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
 };
 
@@ -82,7 +85,9 @@ struct us_engine_shared {
   uint64_t listed; /* the other roles have left the list before a ROUTE operation */
   uint64_t ended;  /* one phase a round */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
-  uint32_t stop;                /* no further round */
+  uint32_t stop; /* no further round */
+  uint32_t item
+      [US_ENGINE_ITEMS]; /* of tile t of the launch, at t % US_ENGINE_ITEMS: US_ENGINE_NONE ends a product */
   float row[4][US_ENGINE_ROWS]; /* small things of one operation */
   struct us_engine_down_stage down[US_ENGINE_STAGES];
   struct us_engine_rank rank;

@@ -467,6 +467,8 @@ struct us_engine_rank {
   uint32_t blocks; /* of the launch, for this rank */
   const struct us_engine_op *ops;
   uint32_t *done; /* (ops) zero at the launch */
+  uint32_t *
+      claimed; /* (ops) tiles that blocks have asked for; zero before the first launch, and again behind every product */
   struct us_engine_state *state;
   float *exchange
       [US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */

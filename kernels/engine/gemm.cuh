@@ -14,7 +14,9 @@
 
 /* ---- which tiles a block has -------------------------------------------------------------------------------------- */
 
-/* Items of an operation (tile of a part, or of an active expert) go round robin over the blocks from op->shift on. */
+/* Items of an operation (tile of a part, or of an active expert) go round robin over the blocks from op->shift on: all of
+ * DOWN's, the first US_ENGINE_DEALT a block of a product's. A product's others go to whoever asks first, since HBM is not fair to SMs
+ * and fixed shares last as long as the slowest: no sum depends on who multiplies a tile. */
 static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b,
                                                                 uint32_t shift) {
   return (b->index + b->blocks - shift % b->blocks) % b->blocks;
@@ -23,6 +25,40 @@ static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_
 static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_engine_block *b,
                                                                 const struct us_engine_gemm *g) {
   return g->w.tiles * (g->experts ? us_engine_shared_of(b)->active.count : g->parts);
+}
+
+/* A block's items of a product: the first two, and how many there are in all. The streaming thread asks for the others two tiles
+ * ahead, which hides the way to L2, and writes them down for the other roles: shared.item of tile t (of the launch) stands before
+ * the last stage of tile t - 2 is full. */
+#define US_ENGINE_DEALT 2
+struct us_engine_items {
+  uint32_t first, second, count;
+};
+static __device__ __forceinline__ struct us_engine_items us_engine_items(const struct us_engine_block *b,
+                                                                         const struct us_engine_op *op) {
+  uint32_t count = us_engine_gemm_items(b, &op->gemm), first = us_engine_first_item(b, op->shift),
+           second = first + b->blocks;
+  struct us_engine_items items = {first < count ? first : US_ENGINE_NONE,
+                                  second < count ? second : US_ENGINE_NONE, count};
+  return items;
+}
+
+/* Ask for an item that was not dealt out: its number, or one past the last. The answer is on its way while the thread goes on. */
+static __device__ __forceinline__ uint32_t us_engine_claim(const struct us_engine_block *b) {
+  uint32_t number;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(number)
+               : "l"(b->rank->claimed + b->op_index));
+  return number;
+}
+
+/* The item that an answer means. Every block asks in vain once; the last to do so leaves the counter as it was. */
+static __device__ __forceinline__ uint32_t us_engine_claimed(const struct us_engine_block *b, uint32_t count,
+                                                             uint32_t number) {
+  uint32_t item = US_ENGINE_DEALT * b->blocks + number;
+  if (item < count) return item;
+  if (item == count + b->blocks - 1) *(volatile uint32_t *)(b->rank->claimed + b->op_index) = 0;
+  return US_ENGINE_NONE;
 }
 
 /* ---- streaming ------------------------------------------------------------------------------------------------------ */
@@ -89,20 +125,29 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
   const struct us_engine_gemm local = op->gemm, *g = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t bytes = g->warps * g->w.page_bytes, subs = g->subs, blocks = b->blocks;
+  uint32_t bytes = g->warps * g->w.page_bytes, subs = g->subs;
   bool copies = us_engine_copies(b);
   uint64_t policy = us_read_once();
   if (g->experts) us_engine_wait_routed(b);
-  uint32_t items = us_engine_gemm_items(b, g);
-  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += blocks) {
+  struct us_engine_items items = us_engine_items(b, op);
+  bool more = items.count > US_ENGINE_DEALT * b->blocks; /* then every block has all that are dealt out */
+  uint32_t tile = b->tile;
+  for (uint32_t i = items.first, next = items.second, after; i != US_ENGINE_NONE; i = next, next = after) {
+    bool asks = more && next != US_ENGINE_NONE;
+    if (asks) us_engine_jitter(b);
+    uint32_t number = asks ? us_engine_claim(b) : 0;
     const uint8_t *from = us_engine_gemm_item(g, s, i);
     for (uint32_t j = 0; j < subs; j++, from += bytes) {
+      if (j + 1 == subs) {
+        after = asks ? us_engine_claimed(b, items.count, number) : US_ENGINE_NONE;
+        s->item[(tile++ + US_ENGINE_DEALT) % US_ENGINE_ITEMS] = after;
+      }
       uint32_t full = us_engine_take(b, s, c, copies ? bytes : 0);
       if (copies) us_bulk_load_once(us_shared_address(s->ring[c.stage]), from, bytes, full, policy);
       us_engine_advance(&c);
     }
   }
-  b->stage = c.stage, b->phase = c.phase;
+  b->stage = c.stage, b->phase = c.phase, b->tile = tile;
 }
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
@@ -159,7 +204,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
   }
 }
 
-/* This block's items, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many
+/* This block's items, which ascend, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many
  * groups as they can, which spares the inner loop its tests. Every register counts: what the loop needs once a tile stays in
  * memory. */
 template <int FORMAT, int HALVES, bool WHOLE>
@@ -171,18 +216,20 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps;
-  uint32_t i = us_engine_first_item(b, op->shift), items = us_engine_gemm_items(b, g);
-  for (uint32_t part = 0; i < items; part++) {
-    uint32_t end = g->experts ? items : (part + 1) * g->w.tiles;
-    if (i >= end) continue;
+  struct us_engine_items items = us_engine_items(b, op);
+  uint32_t i = items.first, next = items.second;
+  while (i != US_ENGINE_NONE) {
+    uint32_t part = g->experts ? 0 : i / g->w.tiles,
+             end = g->experts ? US_ENGINE_NONE : (part + 1) * g->w.tiles;
     uint4 rows[US_ENGINE_GROUPS];
     us_engine_load_rows<FORMAT, HALVES>(g, part, working ? warp : 0, lane, rows);
-    for (; i < end; i += b->blocks) {
+    do {
       float acc[4 * HALVES] = {};
       us_engine_gemm_tile<FORMAT, HALVES, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows, acc);
       us_engine_hand_sums<HALVES>(b, s, b->tile, warp, lane, acc);
       us_engine_count(&b->tile);
-    }
+      i = next, next = s->item[(b->tile + 1) % US_ENGINE_ITEMS];
+    } while (i < end);
   }
   b->stage = c.stage, b->phase = c.phase;
 }
@@ -338,19 +385,25 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
                               *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
-  uint32_t tile = b->tile, mine = threadIdx.x / 32 % 2; /* the buffer of this warp */
+  uint32_t mine = threadIdx.x / 32 % 2; /* the buffer of this warp, and of every other tile */
   if (g->experts) us_engine_wait_routed(b);
-  uint32_t items = us_engine_gemm_items(b, g);
-  for (uint32_t i = us_engine_first_item(b, op->shift); i < items; i += b->blocks, tile++) {
-    if (tile % 2 != mine) continue;
+  struct us_engine_items items = us_engine_items(b, op);
+  bool even = b->tile % 2 == mine; /* takes the first */
+  uint32_t tile = b->tile + !even, i = even ? items.first : items.second,
+           end = b->tile +
+                 (items.first != US_ENGINE_NONE); /* behind the last tile, as far as this warp knows */
+  while (i != US_ENGINE_NONE) {
     struct us_engine_place at = us_engine_place(b, g, i, lane);
     us_engine_barrier_wait(b, &s->sums_full[mine], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
     us_engine_gemm_tile_out(b, g, at, mine, lane);
+    uint32_t after = tile == b->tile ? items.second : s->item[(tile + 1) % US_ENGINE_ITEMS];
+    end = tile + (after != US_ENGINE_NONE ? 2 : 1), tile += 2;
+    i = s->item[tile % US_ENGINE_ITEMS];
     __syncwarp();
     if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
   }
-  us_engine_skip(b, (tile - b->tile) * g->subs);
-  b->tile = tile;
+  us_engine_skip(b, (end - b->tile) * g->subs);
+  b->tile = end;
   us_engine_epilogues_meet();
   if (threadIdx.x != US_ENGINE_EPILOGUE) return;
   us_engine_jitter(b);

@@ -395,6 +395,7 @@ void lab_upload_ops(struct lab_run *run, bool chained) {
       if (!chained) op.wait = US_ENGINE_NONE;
     run->launch.rank[i].ops = lab_keep(run, lab_upload(run->ops[i]));
     run->launch.rank[i].done = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
+    run->launch.rank[i].claimed = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
   }
   run->launch.first = 0, run->launch.last = count, run->launch.exchanges_a_round = run->exchanges[0];
 }
