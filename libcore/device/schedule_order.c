@@ -13,6 +13,9 @@
  *   waiting; a block without slices passes it at once. What comes by such data and not by a count ("over") proves that reads are
  *   over, and that another rank is past an operation; it does not make plain writes visible ("seen").
  * - A SELECT ends in block 0, and so is done, only when every block of every rank has sent its candidates, after waiting.
+ * - Which block multiplies a tile of a product is decided by a counter that blocks ask before they wait for anything, and that the
+ *   last question of a round sets back. A block asks in an operation of the next round only when it has passed the round's last
+ *   SELECT and so knows the last product done; products before it are, too, and a block is not done with one that it still asks for.
  * - Slices of columns belong to the same block in every reduction: residual and taps are that block's own.
  */
 #include "device/schedule_order.h"
