@@ -402,7 +402,10 @@ void lab_upload_ops(struct lab_run *run, bool chained) {
 
 cudaError_t lab_fire(struct lab_run *run, uint32_t rounds) {
   run->launch.rounds = rounds;
-  cudaError_t status = (cudaError_t)us_engine_run(&run->launch, 0);
+  cudaError_t status = cudaSuccess;
+  for (uint32_t i = 0; status == cudaSuccess && i < run->shape.count; i++) /* a list to time may mix rounds */
+    status = cudaMemsetAsync(run->launch.rank[i].claimed, 0, run->launch.last * sizeof(uint32_t));
+  if (status == cudaSuccess) status = (cudaError_t)us_engine_run(&run->launch, 0);
   run->launch.exchanges += rounds * run->launch.exchanges_a_round;
   return status;
 }
