@@ -35,8 +35,9 @@ struct us_engine_items {
   uint32_t first, second, count;
 };
 static __device__ __forceinline__ struct us_engine_items us_engine_items(const struct us_engine_block *b,
-                                                                         const struct us_engine_op *op) {
-  uint32_t count = us_engine_gemm_items(b, &op->gemm), first = us_engine_first_item(b, op->shift),
+                                                                         const struct us_engine_gemm *g,
+                                                                         uint32_t shift) {
+  uint32_t count = us_engine_gemm_items(b, g), first = us_engine_first_item(b, shift),
            second = first + b->blocks;
   struct us_engine_items items = {first < count ? first : US_ENGINE_NONE,
                                   second < count ? second : US_ENGINE_NONE, count};
@@ -125,11 +126,12 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
   const struct us_engine_gemm local = op->gemm, *g = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t bytes = g->warps * g->w.page_bytes, subs = g->subs;
+  uint32_t bytes = g->warps * g->w.page_bytes, subs = g->subs,
+           shift = op->shift; /* a look at L2: before waiting */
   bool copies = us_engine_copies(b);
   uint64_t policy = us_read_once();
   if (g->experts) us_engine_wait_routed(b);
-  struct us_engine_items items = us_engine_items(b, op);
+  struct us_engine_items items = us_engine_items(b, g, shift);
   bool more = items.count > US_ENGINE_DEALT * b->blocks; /* then every block has all that are dealt out */
   uint32_t tile = b->tile;
   for (uint32_t i = items.first, next = items.second, after; i != US_ENGINE_NONE; i = next, next = after) {
@@ -216,7 +218,7 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps;
-  struct us_engine_items items = us_engine_items(b, op);
+  struct us_engine_items items = us_engine_items(b, g, op->shift);
   uint32_t i = items.first, next = items.second;
   while (i != US_ENGINE_NONE) {
     uint32_t part = g->experts ? 0 : i / g->w.tiles,
@@ -385,9 +387,10 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
                               *g = &local; /* barriers would make the compiler load it again and again */
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
-  uint32_t mine = threadIdx.x / 32 % 2; /* the buffer of this warp, and of every other tile */
+  uint32_t mine = threadIdx.x / 32 % 2,
+           shift = op->shift; /* the buffer of this warp, and of every other tile */
   if (g->experts) us_engine_wait_routed(b);
-  struct us_engine_items items = us_engine_items(b, op);
+  struct us_engine_items items = us_engine_items(b, g, shift);
   bool even = b->tile % 2 == mine; /* takes the first */
   uint32_t tile = b->tile + !even, i = even ? items.first : items.second,
            end = b->tile +
