@@ -183,12 +183,12 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
   const struct us_engine_down local = op->down, *d = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t groups = us_engine_down_groups(d);
+  uint32_t groups = us_engine_down_groups(d), shift = op->shift; /* a look at L2: before waiting */
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
   bool copies = us_engine_copies(b);
   uint64_t policy = us_read_once();
-  for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
+  for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks) {
     uint32_t tiles = us_engine_down_tiles(d, group);
     const uint8_t *mine = d->w.pages + (size_t)group * US_DOWN_TILES * p.tile_bytes;
     for (struct us_down_at at = us_down_begin(s); at.slot < p.active;) {
@@ -213,12 +213,13 @@ static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_blo
   const struct us_engine_down local = op->down, *d = &local;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t groups = us_engine_down_groups(d);
+  uint32_t groups = us_engine_down_groups(d), shift = op->shift,
+           wait = op->wait; /* before waiting, as above */
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
-  us_engine_poll_done(b, op->wait);
+  us_engine_poll_done(b, wait);
   asm volatile("fence.proxy.async;" ::: "memory");
-  for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks)
+  for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks)
     for (struct us_down_at at = us_down_begin(s); at.slot < p.active;) {
       struct us_down_stage stage = us_down_stage(&p, &at);
       us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
