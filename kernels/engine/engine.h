@@ -467,9 +467,9 @@ struct us_engine_rank {
   uint32_t blocks; /* of the launch, for this rank */
   const struct us_engine_op *ops;
   uint32_t *done; /* (ops) zero at the launch */
-  uint32_t *
-      claimed; /* (ops) tiles of a product that blocks have asked for: zero before the first launch, and again when all
-                      * have done so. A round's last operation waits for all of its products: blocks ask before they wait */
+  /* (ops) Tiles of a product that blocks have asked for: zero before the first launch, and again when all have done so. They ask
+   * before they wait for anything, so a round's last operation waits for all of its products. */
+  uint32_t *claimed;
   struct us_engine_state *state;
   float *exchange
       [US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
