@@ -49,7 +49,7 @@ static const struct us_opt opts[] = {
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 8, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a pass; 0: as many as 8,192 block rows hold, on a GPU 32,768",
                .def = "0", .max = 65536),
-    US_OPT_TRAIN_OPTIMIZER,
+    US_OPT_TRAIN_OPTIMIZER("muon"),
     US_OPT_NUM("lr", 0, "X", "peak learning rate; AdamW alone wants a tenth", .def = "0.02",
                .above_min = true),
     US_OPT_TRAIN_SCHEDULE("0.04", "0", "0.01"),
@@ -298,7 +298,7 @@ static enum us_status open_inputs(struct job *job, struct us_err *err) {
     return us_err_set(err, US_ERR_USAGE,
                       "without --data the target must have an end-of-text token to begin with");
   read_training(job);
-  us_tool_read_trainer(o, true, &job->train.trainer);
+  us_tool_read_trainer(o, &job->train.trainer);
   job->train.trainer.options = job->options;
   return describe(job, err);
 }

@@ -36,6 +36,7 @@ static const struct us_opt opts[] = {
                 .def = "kl"),
     US_OPT_ENUM("train", 0, "rounded|all|experts", "which weights move: those whose format changes, ...",
                 .def = "rounded"),
+    US_OPT_TRAIN_OPTIMIZER("adamw"),
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.0003", .above_min = true),
     US_OPT_TRAIN_SCHEDULE("0.05", "0.1", "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
@@ -140,7 +141,7 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
                        .on_log = on_log,
                        .log_arg = job,
                        .interrupted = us_tool_interrupted};
-  us_tool_read_trainer(o, false, &q->trainer);
+  us_tool_read_trainer(o, &q->trainer);
   q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
@@ -157,13 +158,14 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
   snprintf(
       job->options, sizeof job->options,
       "model=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
-      "loss=%d scope=%d batch=%zu length=%zu micro=%zu marked=%d lr=%g schedule=%d warmup=%g floor=%g "
+      "loss=%d scope=%d optimizer=%d newton=%d batch=%zu length=%zu micro=%zu marked=%d lr=%g schedule=%d "
+      "warmup=%g floor=%g "
       "decay=%g clip=%g",
       model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, (int)q->loss,
-      (int)q->scope, q->batch, q->length, q->micro, (int)q->marked_only, q->trainer.schedule.peak,
-      (int)q->trainer.schedule.kind, q->trainer.schedule.warmup, q->trainer.schedule.floor,
-      q->trainer.optim.adamw_decay, q->trainer.clip);
+      (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton, q->batch, q->length, q->micro,
+      (int)q->marked_only, q->trainer.schedule.peak, (int)q->trainer.schedule.kind,
+      q->trainer.schedule.warmup, q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip);
   return US_OK;
 }
 

@@ -1,11 +1,9 @@
 /* train_opts.c: what the training tools read from their options alike. */
 #include "tools/train_opts.h"
 
-void us_tool_read_trainer(struct us_opts *opts, bool chooses_optimizer, struct us_trainer *r) {
-  bool muon = chooses_optimizer && us_opt_choice(opts, "optimizer") == 0;
-  r->optim = us_optim_default(muon ? US_OPTIM_MUON : US_OPTIM_ADAMW);
-  if (chooses_optimizer)
-    r->optim.newton = us_opt_choice(opts, "newton") == 0 ? US_NEWTON_SCHULZ5 : US_NEWTON_POLAR_EXPRESS;
+void us_tool_read_trainer(struct us_opts *opts, struct us_trainer *r) {
+  r->optim = us_optim_default(us_opt_choice(opts, "optimizer") == 0 ? US_OPTIM_MUON : US_OPTIM_ADAMW);
+  r->optim.newton = us_opt_choice(opts, "newton") == 0 ? US_NEWTON_SCHULZ5 : US_NEWTON_POLAR_EXPRESS;
   r->optim.adamw_decay = r->optim.muon_decay = us_opt_num(opts, "decay");
   r->schedule = (struct us_schedule){.kind = (enum us_schedule_kind)us_opt_choice(opts, "schedule"),
                                      .peak = us_opt_num(opts, "lr"),

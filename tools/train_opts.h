@@ -1,6 +1,6 @@
 /* train_opts.h: the options of a training run that the training tools share; each gives its own defaults.
  *
- *     US_OPT_TRAIN_OPTIMIZER,                              // --optimizer, --newton
+ *     US_OPT_TRAIN_OPTIMIZER("muon"),                       // --optimizer, --newton
  *     US_OPT_NUM("lr", ...),
  *     US_OPT_TRAIN_SCHEDULE("0.02", "0.05", "0.1"),        // --schedule, --warmup, --floor, --decay, --clip
  *     US_OPT_TRAIN_PROGRESS,                               // --state, --save-every, --resume, --log-every
@@ -14,9 +14,9 @@
 #include "training/trainer.h"
 
 /* clang-format off */
-#define US_OPT_TRAIN_OPTIMIZER                                                                                  \
+#define US_OPT_TRAIN_OPTIMIZER(usual)                                                                           \
   US_OPT_ENUM("optimizer", 0, "muon|adamw", "rule for the matrices of the layers; AdamW does the rest",       \
-              .def = "muon"),                                                                                  \
+              .def = usual),                                                                                   \
   US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express", .def = "schulz")
 
 #define US_OPT_TRAIN_SCHEDULE(warmup, last, decay)                                                              \
@@ -33,8 +33,8 @@
   US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1)
 /* clang-format on */
 
-/* Optimizer (AdamW where --optimizer is not an option), schedule, lengths and state; options and resume stay the caller's.
+/* Optimizer, schedule, lengths and state; options and resume stay the caller's.
  */
-void us_tool_read_trainer(struct us_opts *opts, bool chooses_optimizer, struct us_trainer *trainer);
+void us_tool_read_trainer(struct us_opts *opts, struct us_trainer *trainer);
 
 #endif

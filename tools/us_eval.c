@@ -8,6 +8,7 @@
 #include "plan/tiles.h"
 #include "tools/train_learner.h"
 #include "tools/us_eval_top.h"
+#include "training/draft_replay.h"
 #include "training/quant_report.h"
 
 #include <math.h>
@@ -41,7 +42,8 @@ static const struct us_opt opts[] = {
     US_OPT_FLAG("keep-loops", 0, "do not end a request once a 24-gram occurs three times"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
-    US_OPT_DEVICE("device", 0, "where --data is measured: cpu, cuda or cuda:N", .def = "cpu"),
+    US_OPT_DEVICE("device", 0, "where --data is measured or runs are replayed: cpu, cuda or cuda:N",
+                  .def = "cpu"),
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
@@ -160,13 +162,30 @@ static enum us_status print_summary(struct session *s, struct us_err *err) {
   return status == US_OK && plot ? draw_rates(s, plot, err) : status;
 }
 
+/* A model and its drafter beside recorded runs: what of their answers the drafter would have had accepted. */
+static enum us_status open_replay(struct session *s, struct us_draft_replay *replay, struct us_err *err) {
+  struct us_opts *o = s->run->opts;
+  enum us_status status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
+  if (status == US_OK) status = us_model_check(s->pair.model, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  if (status == US_OK) status = us_tool_open_learner(s->run, s->pool, &s->learner, err);
+  *replay = (struct us_draft_replay){.learner = s->learner,
+                                     .target = s->pair.model,
+                                     .draft = s->pair.draft,
+                                     .block = (uint32_t)us_opt_int(o, "block")};
+  return status;
+}
+
 static enum us_status eval_runs(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   size_t n = us_opt_count(o, "runs");
-  enum us_status status = US_OK;
+  bool replays = us_opt_given(o, "draft");
+  struct us_draft_replay replay;
+  enum us_status status = replays ? open_replay(s, &replay, err) : US_OK;
   for (size_t i = 0; i < n && status == US_OK; i++) {
     struct us_run *run = NULL;
     status = us_run_open(us_opt_nth(o, "runs", i), &run, err);
+    if (status == US_OK && replays) status = us_draft_replay(&replay, run->entries, run->n, err);
     for (size_t k = 0; status == US_OK && k < run->n; k++) {
       status = us_summary_add(&s->summary, &run->entries[k], err);
     }
@@ -354,15 +373,17 @@ static enum us_status choose(struct session *s, struct us_err *err) {
   bool top = us_opt_given(o, "top");
   if (runs + data + prompts + top != 1)
     return us_err_set(err, US_ERR_USAGE, "give one of recorded runs, --data, --prompts, or --top");
-  if (runs && (us_opt_given(o, "model") || us_opt_given(o, "draft")))
-    return us_err_set(err, US_ERR_USAGE, "recorded runs need no --model and no --draft");
+  if (runs && us_opt_given(o, "model") != us_opt_given(o, "draft"))
+    return us_err_set(err, US_ERR_USAGE,
+                      "recorded runs need neither --model nor --draft, or both to replay them");
   if (!runs && !us_opt_given(o, "model")) return us_err_set(err, US_ERR_USAGE, "--model is missing");
   if (us_opt_given(o, "write-top") && (!data || us_opt_given(o, "against")))
     return us_err_set(err, US_ERR_USAGE, "--write-top needs --data and excludes --against");
   if (us_opt_given(o, "against") && !data) return us_err_set(err, US_ERR_USAGE, "--against needs --data");
-  if (us_opt_given(o, "draft") && !prompts) return us_err_set(err, US_ERR_USAGE, "--draft needs --prompts");
-  if (us_opt_device(o, "device") >= 0 && !data && !top)
-    return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data or --top");
+  if (us_opt_given(o, "draft") && (data || top))
+    return us_err_set(err, US_ERR_USAGE, "--draft needs --prompts");
+  if (us_opt_device(o, "device") >= 0 && prompts)
+    return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data, --top, or runs to replay");
   if (us_opt_flag(o, "task") && data) return us_err_set(err, US_ERR_USAGE, "--task excludes --data");
   if (top) return eval_top(s, err);
   return runs ? eval_runs(s, err) : data ? eval_data(s, err) : eval_prompts(s, err);
@@ -387,25 +408,32 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
 static const struct us_tool tool = {
     .name = "us-eval",
     .summary = "measure recorded runs, models, and models with drafters",
-    .description = "Reads runs that us-serve recorded and prints, by scenario and over all: acceptance "
-                   "length (committed "
-                   "tokens / target rounds, pooled), the share of drafts accepted in each position of a "
-                   "block, tokens a second "
-                   "of a request, the share of requests cut for looping, and exact matches with reference "
-                   "answers. With --model "
-                   "and --prompts it runs the generation itself.\n\n"
-                   "With --model and --data it measures perplexity and bits a byte on held-out text; with "
-                   "--against also the "
-                   "KL divergence from the base model with percentiles, agreement of tokens and of experts, "
-                   "and the ratio of "
-                   "perplexities. Both models see the same tokens; standard errors are over sequences, and "
-                   "paired. Sequences run "
-                   "through the training forward pass, whose rounding points are those of generation.\n\n"
-                   "An answer is a number after the last '####' or the last number of the text, compared by "
-                   "value; other "
-                   "references are compared with the last line.",
+    .description =
+        "Reads runs that us-serve recorded and prints, by scenario and over all: acceptance "
+        "length (committed "
+        "tokens / target rounds, pooled), the share of drafts accepted in each position of a "
+        "block, tokens a second "
+        "of a request, the share of requests cut for looping, and exact matches with reference "
+        "answers. With --model "
+        "and --prompts it runs the generation itself. With --model and --draft beside recorded plain runs "
+        "it replays "
+        "them: greedy answers do not depend on the drafter, so one training pass over them tells what it "
+        "would have "
+        "had accepted, without generating again.\n\n"
+        "With --model and --data it measures perplexity and bits a byte on held-out text; with "
+        "--against also the "
+        "KL divergence from the base model with percentiles, agreement of tokens and of experts, "
+        "and the ratio of "
+        "perplexities. Both models see the same tokens; standard errors are over sequences, and "
+        "paired. Sequences run "
+        "through the training forward pass, whose rounding points are those of generation.\n\n"
+        "An answer is a number after the last '####' or the last number of the text, compared by "
+        "value; other "
+        "references are compared with the last line.",
     .examples = "# how well does a drafter do?\n"
                 "us-serve -m q.h5 -d d.h5 data/prompts/*.jsonl | us-eval - --plot accept.png\n"
+                "# the same for a second drafter, from a plain run and without generating\n"
+                "us-serve -m q.h5 data/prompts/*.jsonl > plain.jsonl; us-eval plain.jsonl -m q.h5 -d d2.h5\n"
                 "# what did quantization cost?\n"
                 "us-eval -m q.h5 --against pico.h5 --data text.h5\n"
                 "# exact match on questions with answers\n"

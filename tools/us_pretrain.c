@@ -31,7 +31,7 @@ static const struct us_opt opts[] = {
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 16,384 rows hold, on a GPU 32,768",
                .def = "0", .max = 65536),
-    US_OPT_TRAIN_OPTIMIZER,
+    US_OPT_TRAIN_OPTIMIZER("muon"),
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.003", .above_min = true),
     US_OPT_TRAIN_SCHEDULE("0.02", "0.05", "0.1"),
     US_OPT_NUM("balance", 0, "X",
@@ -141,7 +141,7 @@ static void read_options(struct job *job) {
   t->eval_windows = (size_t)us_opt_int(o, "eval-windows");
   t->log_every = (uint64_t)us_opt_int(o, "log-every");
   t->resume = us_opt_flag(o, "resume");
-  us_tool_read_trainer(o, true, &t->trainer);
+  us_tool_read_trainer(o, &t->trainer);
   t->on_log = on_log;
   t->log_arg = job;
   t->interrupted = us_tool_interrupted;

@@ -101,6 +101,7 @@ void us_draft_loss_tally(struct us_draft_loss *loss, size_t n_blocks, uint32_t B
       sum->hits[j] += loss->hit[i];
       if (accepted + 1 == j && loss->hit[i]) accepted = j;
     }
+    if (loss->survived) *loss->survived++ = (uint8_t)accepted;
     if (n + 1 != B) continue;
     sum->blocks++;
     sum->accepted += accepted;

@@ -36,6 +36,8 @@ struct us_draft_loss {
   enum us_draft_weights weights;
   float gamma, alpha;
   struct us_draft_tally sum;
+  uint8_t *
+      survived; /* NULL, or where a tally writes the slots before a block's first miss; it moves on behind them */
 
   size_t capacity; /* labelled rows */
   uint32_t *row, *teacher_row;

@@ -171,7 +171,8 @@ struct us_learner_draft {
   struct us_draft_shape shape;
 };
 
-/* Room for passes of up to target->capacity rows and `blocks` blocks. Of `loss`, kind, weights, gamma and alpha are read. */
+/* Room for passes of up to target->capacity rows and `blocks` blocks. Of `loss`, kind, weights, gamma, alpha and survived
+ * (one rank's; filled when a tally returns) are read. */
 US_CHECKED enum us_status us_learner_draft_create(struct us_learner_set *set,
                                                   const struct us_draft_shape *shape,
                                                   struct us_learner_model *target,

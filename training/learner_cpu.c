@@ -219,8 +219,11 @@ static enum us_status cpu_draft_create(struct us_learner_set *set, const struct 
   *ret_draft = NULL;
   if (!draft) return us_err_memory(err, "drafter", sizeof *draft);
   draft->base = (struct us_learner_draft){.set = set, .target = target, .shape = *shape};
-  draft->loss = (struct us_draft_loss){
-      .kind = loss->kind, .weights = loss->weights, .gamma = loss->gamma, .alpha = loss->alpha};
+  draft->loss = (struct us_draft_loss){.kind = loss->kind,
+                                       .weights = loss->weights,
+                                       .gamma = loss->gamma,
+                                       .alpha = loss->alpha,
+                                       .survived = loss->survived};
   const float *embed = us_params_find(target->set->params, "model.embed_tokens.weight")->compute;
   enum us_status status = us_draft_loss_init(&draft->loss, blocks, shape->block, shape->hidden, err);
   if (status == US_OK && !(draft->taps = calloc(floats, sizeof *draft->taps)))

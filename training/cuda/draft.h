@@ -60,7 +60,7 @@ struct us_cuda_draft_loss {
   struct us_cuda_draft_loss_state *state;
 };
 
-/* Room for `blocks` blocks an add. Kind, weights, gamma and alpha are taken from `options`. */
+/* Room for `blocks` blocks an add. Kind, weights, gamma, alpha and survived are taken from `options`. */
 US_CHECKED enum us_status us_cuda_draft_loss_create(struct us_cuda *cuda, const struct us_draft_shape *shape,
                                                     const struct us_draft_loss *options, size_t blocks,
                                                     struct us_cuda_draft_loss **ret_loss, struct us_err *err);

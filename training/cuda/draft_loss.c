@@ -127,7 +127,8 @@ enum us_status us_cuda_draft_loss_create(struct us_cuda *cuda, const struct us_d
                                       .options = {.kind = options->kind,
                                                   .weights = options->weights,
                                                   .gamma = options->gamma,
-                                                  .alpha = options->alpha}};
+                                                  .alpha = options->alpha,
+                                                  .survived = options->survived}};
   loss->state = calloc(1, sizeof *loss->state);
   enum us_status status = loss->state ? US_OK : us_err_memory(err, "drafter's loss", sizeof *loss->state);
   if (status == US_OK) {
@@ -199,6 +200,7 @@ static enum us_status tally(struct us_cuda_draft_loss *loss, struct landing *fro
   rows.weight = loss->state->host_weight;
   us_draft_loss_tally(&rows, from->blocks, from->B, from->labels);
   loss->options.sum = rows.sum;
+  loss->options.survived = rows.survived;
   from->blocks = 0;
   return US_OK;
 }
