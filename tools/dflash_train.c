@@ -36,6 +36,11 @@ static const struct us_opt opts[] = {
     US_OPT_INT("head-dim", 0, "Q", "size of a head; 0: hidden size by heads", .def = "0", .max = 1024),
     US_OPT_INT("mask-id", 0, "ID", "token id that stands for a mask; -1: the vocabulary's last", .def = "-1",
                .min = -1),
+    US_OPT_INT("markov", 0, "R",
+               "rank of what a slot gets of the token drafted before it; the slots are then drafted one "
+               "after the other, on a "
+               "CPU; 0: nothing",
+               .def = "0", .max = 4096),
     US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
@@ -140,7 +145,8 @@ static enum us_status read_shape(struct us_opts *o, const struct us_model *targe
                                .value_scale = 1.0,
                                .block = (uint32_t)us_opt_int(o, "block"),
                                .mask_id = mask < 0 ? t->vocab - 1 : (uint32_t)mask,
-                               .target_layers = t->layers};
+                               .target_layers = t->layers,
+                               .markov = (uint32_t)us_opt_int(o, "markov")};
   default_taps(s);
   enum us_status status = US_OK;
   if (us_opt_given(o, "taps")) status = parse_taps(us_opt_str(o, "taps"), s, err);
@@ -149,8 +155,8 @@ static enum us_status read_shape(struct us_opts *o, const struct us_model *targe
 
 /* With --init the drafter says its shape, and options that would change it are refused. */
 static enum us_status take_init(struct job *job, struct us_err *err) {
-  static const char *const shape_options[] = {"layers", "block",    "window",   "taps",   "inner",
-                                              "heads",  "kv-heads", "head-dim", "mask-id"};
+  static const char *const shape_options[] = {"layers", "block",    "window",   "taps",    "inner",
+                                              "heads",  "kv-heads", "head-dim", "mask-id", "markov"};
   struct us_opts *o = job->run->opts;
   for (size_t i = 0; i < sizeof shape_options / sizeof shape_options[0]; i++)
     if (us_opt_given(o, shape_options[i]))
@@ -252,9 +258,9 @@ static enum us_status describe(struct job *job, struct us_err *err) {
   static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule"};
   static const char *const numbers[] = {
       "generate", "max-tokens", "temperature", "top-p",    "text-share", "layers",  "block",
-      "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "anchors",
-      "gamma",    "alpha",      "steps",       "minutes",  "batch",      "length",  "micro",
-      "lr",       "warmup",     "floor",       "decay",    "clip",       "seed"};
+      "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "markov",
+      "anchors",  "gamma",      "alpha",       "steps",    "minutes",    "batch",   "length",
+      "micro",    "lr",         "warmup",      "floor",    "decay",      "clip",    "seed"};
   struct us_opts *o = job->run->opts;
   char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none",
        answers[US_SHA256_HEX] = "none", prompts[US_SHA256_HEX] = "none";
@@ -406,7 +412,7 @@ static enum us_status print_plan(const struct job *job, struct us_err *err) {
   if (status != US_OK) return status;
   double D = t->shape.hidden, width = us_attention_qkv_rows(a), wide = (double)a->q_heads * a->v_dim;
   double layer = D * (width + wide + 3.0 * t->shape.inner) + 2.0 * D + 2.0 * a->qk_dim + a->q_heads;
-  double parameters = t->shape.layers * layer + D * D * t->shape.taps + 3.0 * D;
+  double parameters = t->shape.layers * layer + D * D * t->shape.taps + 3.0 * D + 2.0 * D * t->shape.markov;
   double blocks = (double)t->batch * (double)t->anchors;
   us_table_int(table, t->shape.layers);
   us_table_int(table, t->shape.hidden);

@@ -217,7 +217,8 @@ static enum us_status train(struct session *s, struct us_err *err) {
 static void quiet_branches(struct us_params *params) {
   for (size_t i = 0; i < params->count; i++) {
     struct us_param *p = &params->items[i];
-    if (!strstr(p->name, "o_proj") && !strstr(p->name, "down_proj")) continue;
+    if (!strstr(p->name, "o_proj") && !strstr(p->name, "down_proj") && !strstr(p->name, "markov_out"))
+      continue;
     for (size_t k = 0; k < p->rows * p->cols; k++) p->value[k] *= 0.1f;
   }
 }

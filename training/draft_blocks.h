@@ -54,6 +54,13 @@ void us_draft_blocks_put(struct us_draft_blocks *blocks, const struct us_rows *r
 /* Whether a row may be an anchor. */
 bool us_draft_can_anchor(const struct us_rows *rows, size_t row, size_t end);
 
+/* The token before slot j of block b, as far as it is known: the anchor's for slot 1, then the label of the slot before; the anchor's too where that
+ * has none (nothing behind it is labelled). */
+static inline int32_t us_draft_blocks_previous(const struct us_draft_blocks *blocks, size_t b, uint32_t j) {
+  size_t first = b * blocks->B;
+  return j > 1 && blocks->label[first + j - 1] >= 0 ? blocks->label[first + j - 1] : blocks->token[first];
+}
+
 /* Fill the key ranges for R context rows. */
 void us_draft_blocks_aim(struct us_draft_blocks *blocks, size_t R);
 

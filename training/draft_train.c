@@ -58,6 +58,12 @@ static void take_all(struct us_arena *t, struct us_draft_train *train, struct us
   US_ARENA_TAKE(t, s->da, rows * shape->inner);
   US_ARENA_TAKE(t, s->dcontext, C * D);
   US_ARENA_TAKE(t, s->masked, rows);
+  if (!shape->markov) return;
+  US_ARENA_TAKE(t, s->previous, rows);
+  US_ARENA_TAKE(t, s->before, rows * D);
+  US_ARENA_TAKE(t, s->inner, rows * shape->markov);
+  US_ARENA_TAKE(t, s->corrected, rows * D);
+  US_ARENA_TAKE(t, s->dinner, rows * shape->markov);
 }
 
 /* --- creation --- */
@@ -221,6 +227,26 @@ static void run_layer(struct us_draft_train *train, uint32_t l) {
   us_seq_add(train->seq, rows * D, saved->middle, s->branch, s->residual[l + 1]);
 }
 
+/* The stream before the final norm: with a Markov head, what each row gets of the token before it is added. */
+static const float *correct_rows(struct us_draft_train *train) {
+  struct us_draft_train_state *s = train->state;
+  const struct us_draft_blocks *blocks = train->blocks;
+  size_t rows = us_draft_block_rows(train), D = train->shape.hidden, rank = train->shape.markov;
+  if (!rank) return s->residual[train->shape.layers];
+  for (size_t r = 0; r < rows; r++)
+    s->previous[r] = us_draft_blocks_previous(blocks, r / blocks->B, (uint32_t)(r % blocks->B));
+  us_embed_seq(train->seq, s->previous, rows, D, train->embed, s->before);
+  us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = rank, .K = D}, s->before,
+                s->roles.markov_in->compute, s->inner);
+  us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = D, .K = rank}, s->inner,
+                s->roles.markov_out->compute, s->branch);
+  us_seq_add(train->seq, rows * D, s->residual[train->shape.layers], s->branch, s->corrected);
+  for (size_t r = 0; r < rows;
+       r += blocks->B) /* the anchor's row predicts nothing, and decoding leaves it alone */
+    memcpy(s->corrected + r * D, s->residual[train->shape.layers] + r * D, D * sizeof(float));
+  return s->corrected;
+}
+
 /* --- forward --- */
 
 static enum us_status accept_pass(struct us_draft_train *train, size_t R, const uint32_t *position,
@@ -252,9 +278,9 @@ enum us_status us_draft_train_forward(struct us_draft_train *train, const float 
     if (blocks->token[r] < 0) memcpy(s->residual[0] + r * D, s->roles.mask->compute, D * sizeof(float));
   fuse_taps(train, taps);
   for (uint32_t l = 0; l < train->shape.layers; l++) run_layer(train, l);
-  us_rmsnorm_seq(
-      train->seq, &(struct us_rmsnorm_rows){.R = rows, .D = D, .eps = (float)train->shape.norm_eps},
-      s->residual[train->shape.layers], s->roles.final_norm->compute, train->hidden, s->final_inverse);
+  us_rmsnorm_seq(train->seq,
+                 &(struct us_rmsnorm_rows){.R = rows, .D = D, .eps = (float)train->shape.norm_eps},
+                 correct_rows(train), s->roles.final_norm->compute, train->hidden, s->final_inverse);
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }
 
@@ -266,7 +292,7 @@ double us_draft_train_block_flops(const struct us_draft_shape *shape, double key
   double layer = 2.0 * D * (us_attention_qkv_rows(a) + (double)a->q_heads * a->v_dim + 3.0 * shape->inner);
   layer += 2.0 * a->q_heads * (seen + shape->block) * (a->qk_dim + a->v_dim);
   double head = 4.0 * D * shape->vocab * (shape->block - 1.0);
-  return 3.0 * shape->block * shape->layers * layer + head;
+  return 3.0 * shape->block * (shape->layers * layer + 4.0 * D * shape->markov) + head;
 }
 
 double us_draft_train_context_flops(const struct us_draft_shape *shape) {

@@ -114,6 +114,10 @@ enum us_status us_draft_roles_find(const struct us_draft_shape *shape, const str
   ret_roles->hidden_norm = us_params_find(params, "hidden_norm.weight");
   ret_roles->final_norm = us_params_find(params, "norm.weight");
   ret_roles->mask = us_params_find(params, "mask_embedding");
+  ret_roles->markov_in = us_params_find(params, "markov_in.weight");
+  ret_roles->markov_out = us_params_find(params, "markov_out.weight");
+  if (shape->markov && (!ret_roles->markov_in || !ret_roles->markov_out))
+    return us_err_set(err, US_ERR_CHECK, "the drafter's Markov head is missing");
   if (!ret_roles->fc || !ret_roles->hidden_norm || !ret_roles->final_norm || !ret_roles->mask)
     return us_err_set(err, US_ERR_CHECK, "the drafter's fc, norms or mask vector are missing");
   enum us_status status = US_OK;

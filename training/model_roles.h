@@ -34,6 +34,7 @@ struct us_draft_layer_roles {
 
 struct us_draft_roles {
   struct us_param *fc, *hidden_norm, *final_norm, *mask;
+  struct us_param *markov_in, *markov_out; /* NULL: none */
   struct us_draft_layer_roles layer[US_MAX_DRAFT_LAYERS];
 };
 

@@ -155,6 +155,10 @@ static enum us_status open_engine(struct load *load, struct us_err *err) {
   struct us_cuda *cuda = load->cuda;
   const struct us_executor_cuda_options *o = &cuda->options;
   uint32_t gpus = o->gpus ? o->gpus : 1;
+  if (load->draft_shape && load->draft_shape->markov)
+    return us_err_set(err, US_ERR_USAGE,
+                      "the drafter has a Markov head, whose slots are drafted one after the other; that runs "
+                      "on the CPU alone");
   enum us_status status = us_devices_open(o->device, gpus, o->ranks ? o->ranks : gpus, &cuda->devices, err);
   if (status != US_OK) return status;
   cuda->devices->say = o->say, cuda->devices->arg = o->arg;

@@ -110,6 +110,10 @@ enum us_status us_draft_create(const struct us_draft_shape *shape, struct us_dra
   if (!draft) return us_err_memory(err, "drafter", sizeof *draft);
   draft->shape = *shape;
   draft->fc = empty(shape->hidden, (size_t)shape->taps * shape->hidden);
+  if (shape->markov) {
+    draft->markov_in = empty(shape->markov, shape->hidden);
+    draft->markov_out = empty(shape->hidden, shape->markov);
+  }
   void *layers = NULL;
   struct us_owner *owner = NULL;
   status = us_owner_create(&owner, err);
@@ -269,12 +273,16 @@ static void list_draft_layer(struct listing *list, const struct us_draft_shape *
 enum us_status us_draft_tensors(struct us_draft *draft, struct us_tensor_ref **ret_refs, size_t *ret_count,
                                 struct us_err *err) {
   const struct us_draft_shape *s = &draft->shape;
-  size_t most = 4 + (size_t)s->layers * 12;
+  size_t most = 6 + (size_t)s->layers * 12;
   struct listing list = {calloc(most, sizeof *list.refs), 0};
   if (!list.refs) return us_err_memory(err, "tensor list", most * sizeof *list.refs);
   add(&list, "draft", UINT32_MAX, &draft->fc, NULL, 0, "fc.weight");
   add(&list, "norm", UINT32_MAX, NULL, &draft->hidden_norm, s->hidden, "hidden_norm.weight");
   for (uint32_t l = 0; l < s->layers; l++) list_draft_layer(&list, s, l, &draft->layers[l]);
+  if (s->markov) {
+    add(&list, "draft", UINT32_MAX, &draft->markov_in, NULL, 0, "markov_in.weight");
+    add(&list, "draft", UINT32_MAX, &draft->markov_out, NULL, 0, "markov_out.weight");
+  }
   add(&list, "norm", UINT32_MAX, NULL, &draft->final_norm, s->hidden, "norm.weight");
   add(&list, "embed", UINT32_MAX, NULL, &draft->mask_embedding, s->hidden, "mask_embedding");
   *ret_refs = list.refs;

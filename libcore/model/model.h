@@ -58,10 +58,11 @@ struct us_draft_layer {
 
 struct us_draft {
   struct us_draft_shape shape;
-  struct us_matrix fc;   /* (D, taps * D) */
-  float *hidden_norm;    /* (D) */
-  float *final_norm;     /* (D) */
-  float *mask_embedding; /* (D): embedding of a mask slot */
+  struct us_matrix fc;                    /* (D, taps * D) */
+  struct us_matrix markov_in, markov_out; /* (rank, D), (D, rank); without data at rank 0 */
+  float *hidden_norm;                     /* (D) */
+  float *final_norm;                      /* (D) */
+  float *mask_embedding;                  /* (D): embedding of a mask slot */
   struct us_draft_layer *layers;
   char *provenance_json;
   char *notes;

@@ -195,6 +195,8 @@ enum us_status us_draft_shape_check(const struct us_draft_shape *d, const struct
   if (status == US_OK) status = in_range(d->block, 2, US_MAX_BLOCK, "dflash_config.block_size", err);
   if (status == US_OK) status = in_range(d->mask_id, 0, MAX_VOCAB - 1, "dflash_config.mask_token_id", err);
   if (status == US_OK) status = in_range(d->target_layers, 1, US_MAX_LAYERS, "num_target_layers", err);
+  if (status == US_OK && d->markov)
+    status = multiple_of_32(d->markov, d->hidden, "dflash_config.markov_rank", err);
   if (status == US_OK) status = check_taps(d, err);
   if (status == US_OK && target) status = check_target(d, target, err);
   return status;

@@ -79,6 +79,7 @@ struct us_draft_shape {
   uint32_t taps;                   /* how many target layers are tapped */
   uint32_t tap_layer[US_MAX_TAPS]; /* 0-based: the residual stream after that layer, before the final norm */
   uint32_t target_layers;
+  uint32_t markov; /* rank of what a row gets of the token drafted before it; 0: nothing (model/forward.h) */
 };
 
 /* Attention geometry and MLP kind of layer l. */

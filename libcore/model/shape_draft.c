@@ -46,6 +46,7 @@ static void parse_draft(struct us_config *c, struct us_config *d, struct us_draf
   if (outer && s->block != outer) us_config_fail(d, "block_size", "differs from the outer block_size");
   s->mask_id = us_config_u32(d, "mask_token_id", 0, MANY);
   if (!us_config_get(d, "target_layer_ids")) us_config_fail(d, "target_layer_ids", "missing");
+  s->markov = us_config_u32_or(d, "markov_rank", 0, 0, MANY);
   s->taps = us_config_ids(d, "target_layer_ids", US_MAX_TAPS, US_MAX_LAYERS - 1, s->tap_layer);
 }
 
@@ -77,10 +78,12 @@ enum us_status us_draft_shape_parse(const char *json, size_t bytes, const char *
 static json_t *print_dflash(const struct us_draft_shape *s) {
   json_t *taps = json_array();
   for (uint32_t i = 0; i < s->taps; i++) json_array_append_new(taps, json_integer(s->tap_layer[i]));
-  return json_pack("{s:o, s:i, s:i, s:b, s:i, s:f, s:b}", "target_layer_ids", taps, "mask_token_id",
-                   (int)s->mask_id, "block_size", (int)s->block, "use_swa", 1, "swa_window_size",
-                   (int)s->attention.window, "attention_value_scale", s->value_scale, "attention_sink_bias",
-                   (int)s->attention.sink);
+  json_t *o = json_pack("{s:o, s:i, s:i, s:b, s:i, s:f, s:b}", "target_layer_ids", taps, "mask_token_id",
+                        (int)s->mask_id, "block_size", (int)s->block, "use_swa", 1, "swa_window_size",
+                        (int)s->attention.window, "attention_value_scale", s->value_scale,
+                        "attention_sink_bias", (int)s->attention.sink);
+  if (o && s->markov) json_object_set_new(o, "markov_rank", json_integer(s->markov));
+  return o;
 }
 
 enum us_status us_draft_shape_print(const struct us_draft_shape *s, char **ret_json, struct us_err *err) {

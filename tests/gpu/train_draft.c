@@ -19,10 +19,11 @@ struct drafter {
   float *taps, *hidden; /* the GPU's, on the host: both sides start from them */
 };
 
-static struct drafter open_drafter(struct target *t) {
+static struct drafter open_drafter(struct target *t, uint32_t markov) {
   struct us_err err = {0};
   struct drafter d = {.t = t, .shape = draft_shape(&t->shape, 2, 8)};
   d.shape.tap_layer[2] = t->shape.layers - 1;
+  d.shape.markov = markov;
   size_t R = t->rows.R, D = t->shape.hidden, first = 0;
   need(us_draft_shape_check(&d.shape, &t->shape, &err), &err, t->name);
   need(us_params_init_fresh_draft(&d.params, &d.shape, 31, 0.0f, &err), &err, t->name);
@@ -170,7 +171,7 @@ static void check_draft_mutations(struct drafter *d, const struct us_draft_loss 
   }
 }
 
-void check_drafter(struct target *t) {
+static void check_drafter_of(struct target *t, uint32_t markov) {
   static const struct {
     const char *name;
     struct us_draft_loss options;
@@ -179,7 +180,7 @@ void check_drafter(struct target *t) {
                 {"CE dpace", {.kind = US_DRAFT_CE, .weights = US_DRAFT_DPACE, .alpha = 0.5f}},
                 {"KL exp", {.kind = US_DRAFT_KL, .weights = US_DRAFT_EXP, .gamma = 4.0f}}};
   struct us_err err = {0};
-  struct drafter d = open_drafter(t);
+  struct drafter d = open_drafter(t, markov);
   need(us_draft_train_create(&d.shape, &d.params, tensor(t, "model.embed_tokens.weight")->compute, &t->seq,
                              ROWS, BLOCKS, &d.cpu, &err),
        &err, t->name);
@@ -203,4 +204,9 @@ void check_drafter(struct target *t) {
     free(noise.tensor);
   }
   close_drafter(&d);
+}
+
+void check_drafter(struct target *t) {
+  check_drafter_of(t, 0);
+  check_drafter_of(t, 32); /* with a Markov head */
 }

@@ -85,6 +85,13 @@ static void take_all(struct us_arena *t, struct us_cuda_draft *draft, struct us_
   US_ARENA_TAKE(t, s->dattention, rows * a->q_heads * a->v_dim);
   US_ARENA_TAKE(t, s->dcontext, C * D);
   US_ARENA_TAKE(t, s->dfused, C * D);
+  if (shape->markov) {
+    US_ARENA_TAKE(t, s->previous, rows);
+    US_ARENA_TAKE(t, s->before, rows * D);
+    US_ARENA_TAKE(t, s->inner, rows * shape->markov);
+    US_ARENA_TAKE(t, s->dinner, rows * shape->markov);
+    US_ARENA_TAKE(t, s->corrected, rows * D);
+  }
   s->scratch = us_arena_take(t, scratch_bytes(draft), 1);
 }
 
@@ -98,11 +105,11 @@ size_t us_cuda_draft_bytes(const struct us_draft_shape *shape, size_t capacity, 
 
 /* --- creation --- */
 
-/* Bytes of one pass on its way: positions, tokens, four ranges, and the plan of the mask vector's gradient. */
+/* Bytes of one pass on its way: positions, tokens, those before them, four ranges, and the plan of the mask vector's gradient. */
 static size_t staging_bytes(const struct us_cuda_draft *draft) {
   size_t rows = draft->blocks_capacity * draft->shape.block;
-  return (draft->capacity + 7 * rows) * sizeof(uint32_t) + rows * sizeof(struct us_embed_train_piece) +
-         9 * 64;
+  return (draft->capacity + 8 * rows) * sizeof(uint32_t) + rows * sizeof(struct us_embed_train_piece) +
+         10 * 64;
 }
 
 static enum us_status build(struct us_cuda_draft *draft, struct us_err *err) {
@@ -210,6 +217,9 @@ enum us_status us_cuda_draft_accept(struct us_cuda_draft *draft, size_t R, const
   memcpy(us_cuda_staging_put(&s->staging, s->token, bytes), blocks->token, bytes);
   for (int i = 0; i < 4; i++)
     memcpy(us_cuda_staging_put(&s->staging, s->range[i], bytes), blocks->range[i], bytes);
+  uint32_t *previous = draft->shape.markov ? us_cuda_staging_put(&s->staging, s->previous, bytes) : NULL;
+  for (size_t r = 0; previous && r < rows; r++)
+    previous[r] = (uint32_t)us_draft_blocks_previous(blocks, r / blocks->B, (uint32_t)(r % blocks->B));
   put_mask_plan(s, blocks, rows);
   us_cuda_staging_send(&s->staging);
   return US_OK;

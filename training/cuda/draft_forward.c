@@ -1,4 +1,5 @@
 /* draft_forward.c: forward pass of a DFlash drafter on a GPU. */
+#include "kernels/draft_loss/draft_loss_train.h"
 #include "kernels/swiglu/swiglu_train.h"
 #include "training/cuda/draft_state.h"
 #include "training/cuda/gemm.h"
@@ -182,6 +183,23 @@ static void run_layer(struct us_cuda_draft *draft, uint32_t l) {
                      us_cuda_param_compute(draft->params, roles->down), saved->middle, s->residual[l + 1]);
 }
 
+/* The stream before the final norm: with a Markov head, what each row gets of the token before it is added. The anchors' rows, which predict
+ * nothing, get it too: nobody reads them. */
+static const float *correct_rows(struct us_cuda_draft *draft) {
+  struct us_cuda_draft_state *s = draft->state;
+  struct us_cuda *cuda = draft->cuda;
+  size_t rows = us_cuda_draft_rows(draft), D = draft->shape.hidden, rank = draft->shape.markov;
+  if (!rank) return s->residual[draft->shape.layers];
+  us_cuda_did(cuda, us_rows_gather_train(rows, D, s->previous, draft->embed, s->before, cuda->stream),
+              "tokens before");
+  us_cuda_linear(cuda, &(struct us_cuda_linear){.R = rows, .N = rank, .K = D}, s->before,
+                 us_cuda_param_compute(draft->params, s->roles.markov_in), s->inner);
+  us_cuda_linear_add(cuda, &(struct us_cuda_linear){.R = rows, .N = D, .K = rank}, s->inner,
+                     us_cuda_param_compute(draft->params, s->roles.markov_out),
+                     s->residual[draft->shape.layers], s->corrected);
+  return s->corrected;
+}
+
 /* --- forward --- */
 
 enum us_status us_cuda_draft_forward(struct us_cuda_draft *draft, size_t R, const uint32_t *position,
@@ -203,7 +221,7 @@ enum us_status us_cuda_draft_forward(struct us_cuda_draft *draft, size_t R, cons
   us_cuda_did(cuda, us_embed_train(&embed, cuda->stream), "embedding");
   fuse_taps(draft);
   for (uint32_t l = 0; l < L; l++) run_layer(draft, l);
-  struct us_rmsnorm_train norm = us_cuda_draft_norm(draft, embed.R, s->residual[L], s->roles.final_norm,
+  struct us_rmsnorm_train norm = us_cuda_draft_norm(draft, embed.R, correct_rows(draft), s->roles.final_norm,
                                                     draft->hidden, s->final_inverse);
   us_cuda_did(cuda, us_rmsnorm_train(&norm, cuda->stream), "final norm");
   return us_cuda_failed(cuda, err);

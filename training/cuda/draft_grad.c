@@ -129,12 +129,25 @@ static void input_grad(struct us_cuda_draft *draft) {
                         s->dfused, draft->taps, grad_of(draft, s->roles.fc));
 }
 
+/* Gradients of the Markov head, from dx, which goes on as it is. */
+static void markov_grad(struct us_cuda_draft *draft) {
+  struct us_cuda_draft_state *s = draft->state;
+  struct us_cuda *cuda = draft->cuda;
+  size_t rows = us_cuda_draft_rows(draft), D = draft->shape.hidden, rank = draft->shape.markov;
+  struct us_cuda_linear out = {.R = rows, .N = D, .K = rank}, in = {.R = rows, .N = rank, .K = D};
+  us_cuda_linear_grad_w(cuda, &out, s->dx_rounded, s->inner, grad_of(draft, s->roles.markov_out));
+  us_cuda_linear_grad_x(cuda, &out, s->dx_rounded, us_cuda_param_compute(draft->params, s->roles.markov_out),
+                        s->dinner);
+  us_cuda_linear_grad_w(cuda, &in, s->dinner, s->before, grad_of(draft, s->roles.markov_in));
+}
+
 enum us_status us_cuda_draft_backward(struct us_cuda_draft *draft, struct us_err *err) {
   struct us_cuda_draft_state *s = draft->state;
   if (!draft->blocks) return US_OK;
   us_cuda_use(draft->cuda);
-  norm_grad(draft, s->residual[draft->shape.layers], s->roles.final_norm, s->final_inverse, draft->dhidden,
-            false);
+  const float *last = draft->shape.markov ? s->corrected : s->residual[draft->shape.layers];
+  norm_grad(draft, last, s->roles.final_norm, s->final_inverse, draft->dhidden, false);
+  if (draft->shape.markov) markov_grad(draft);
   for (uint32_t l = draft->shape.layers; l-- > 0;) {
     struct us_cuda_draft_saved *saved = &s->saved[l];
     const struct us_draft_layer_roles *roles = &s->roles.layer[l];

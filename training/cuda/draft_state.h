@@ -40,6 +40,9 @@ struct us_cuda_draft_state {
   uint16_t *context, *dfused;               /* (R, D): c = rmsnorm(fc f); gradient of fc f */
   float *residual[US_MAX_DRAFT_LAYERS + 1]; /* (block rows, D) */
   float *final_inverse;
+  uint32_t *previous;                /* (block rows) token before; of a Markov head, as what follows */
+  uint16_t *before, *inner, *dinner; /* (block rows, D), (.., rank), (.., rank) */
+  float *corrected;                  /* (block rows, D): the stream before the final norm */
   float *dx, *dnorm, *dcontext;
   uint16_t *dx_rounded, *dqkv, *dattention, *a, *da;
   void *scratch;

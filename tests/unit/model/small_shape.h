@@ -44,6 +44,8 @@ static inline struct us_shape small_shape(uint32_t window) {
   return s;
 }
 
+static uint32_t small_markov __attribute__((unused)); /* rank of the drafter's Markov head; 0: none */
+
 static inline struct us_draft_shape small_draft_shape(uint32_t window) {
   return (struct us_draft_shape){.layers = 2,
                                  .hidden = 64,
@@ -63,7 +65,8 @@ static inline struct us_draft_shape small_draft_shape(uint32_t window) {
                                  .mask_id = 96,
                                  .taps = 2,
                                  .tap_layer = {0, 3},
-                                 .target_layers = 4};
+                                 .target_layers = 4,
+                                 .markov = small_markov};
 }
 
 #endif

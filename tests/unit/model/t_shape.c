@@ -338,7 +338,16 @@ START_TEST(a_drafter_survives_printing) {
   ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
   ck_assert_mem_eq(&d, &back, sizeof d);
+  ck_assert(strstr(json, "markov") == NULL);
   free(json);
+  d.markov = 64;
+  ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
+  ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
+  ck_assert_mem_eq(&d, &back, sizeof d);
+  free(json);
+  d.markov = 48;
+  ck_assert_int_eq(us_draft_shape_check(&d, NULL, &err), US_ERR_INPUT);
+  ck_assert_msg(strstr(err.message, "markov_rank") != NULL, "%s", err.message);
 }
 END_TEST
 

@@ -17,6 +17,8 @@ struct fixture {
   struct us_executor *reference, *tiles;
 };
 
+static uint32_t markov; /* of the drafter */
+
 static struct us_draft_shape draft_shape(const struct us_shape *target) {
   struct us_draft_shape draft = {.layers = 2,
                                  .hidden = target->hidden,
@@ -28,7 +30,8 @@ static struct us_draft_shape draft_shape(const struct us_shape *target) {
                                  .mask_id = 3,
                                  .taps = 3,
                                  .tap_layer = {0, 2, 3},
-                                 .target_layers = target->layers};
+                                 .target_layers = target->layers,
+                                 .markov = markov};
   draft.attention = (struct us_attention_shape){.q_heads = 4,
                                                 .kv_heads = 2,
                                                 .qk_dim = 32,
@@ -152,6 +155,24 @@ START_TEST(tiles_give_the_reference_bits_without_rounding) {
 }
 END_TEST
 
+START_TEST(tiles_give_the_reference_bits_with_a_markov_head) {
+  struct fixture f;
+  struct outputs plain, chained;
+  make(&f, "tiny", 2, US_ROUND_BF16);
+  run(&f, f.tiles, 8, &plain);
+  drop(&f);
+  markov = 32;
+  compare("tiny", 3, US_ROUND_BF16);
+  make(&f, "tiny", 2, US_ROUND_BF16);
+  run(&f, f.tiles, 8, &chained);
+  ck_assert(memcmp(plain.drafts, chained.drafts, 7 * f.model->shape.vocab * sizeof(float)) != 0);
+  drop(&f);
+  markov = 0;
+  release(&plain);
+  release(&chained);
+}
+END_TEST
+
 START_TEST(routes_are_those_of_the_reference) {
   struct fixture f;
   make(&f, "tiny", 2, US_ROUND_BF16);
@@ -242,6 +263,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, tiles_give_the_reference_bits_for_any_rows_and_threads);
   tcase_add_test(c, tiles_give_the_reference_bits_with_fused_chunks);
   tcase_add_test(c, tiles_give_the_reference_bits_without_rounding);
+  tcase_add_test(c, tiles_give_the_reference_bits_with_a_markov_head);
   tcase_add_test(c, routes_are_those_of_the_reference);
   tcase_add_test(c, every_op_can_be_seen_and_stopped_after_with_the_reference_values);
   tcase_add_test(c, bad_passes_are_usage_errors);

@@ -61,17 +61,25 @@ static void run(struct bench *x) {
                 "%s", err.message);
 }
 
-/* Hidden rows (B, D) that decoding has at an anchor. */
-static void decode(const struct bench *x, uint32_t anchor, float *hidden) {
+/* Hidden rows (B, D) that decoding has at an anchor; opt_logits (B - 1, N). */
+static void decode_logits(const struct bench *x, uint32_t anchor, float *hidden, float *opt_logits) {
   struct us_err err = {0};
   struct us_kv *kv = new_draft_kv(&x->small);
   struct us_executor *ex = x->small.ex;
   struct us_draft_context context = {.kv = kv, .R = anchor, .taps = x->taps};
-  struct us_draft_pass pass = {
-      .kv = kv, .anchor = small_token(anchor), .position = anchor, .block = B, .hidden = hidden};
+  struct us_draft_pass pass = {.kv = kv,
+                               .anchor = small_token(anchor),
+                               .position = anchor,
+                               .block = B,
+                               .hidden = hidden,
+                               .logits = opt_logits};
   ck_assert_msg(ex->ops->draft_context(ex, &context, &err) == US_OK, "%s", err.message);
   ck_assert_msg(ex->ops->draft(ex, &pass, &err) == US_OK, "%s", err.message);
   us_kv_free(kv);
+}
+
+static void decode(const struct bench *x, uint32_t anchor, float *hidden) {
+  decode_logits(x, anchor, hidden, NULL);
 }
 
 /* Largest difference over the largest value. */
@@ -113,6 +121,45 @@ START_TEST(in_bf16_it_is_what_decoding_drafts) {
   double d = distance(&x);
   ck_assert_msg(d <= 0x1p-6, "%g", d);
   close_bench(&x);
+}
+END_TEST
+
+/* Labels are what decoding chose, so that training sees the tokens before that decoding saw. */
+START_TEST(a_markov_head_is_what_decoding_drafts) {
+  struct bench x;
+  small_markov = 32;
+  open_bench(&x, 30, US_ROUND_NONE);
+  float *logits = calloc((B - 1) * N, sizeof *logits), hidden[B * D];
+  double largest = 0.0, difference = 0.0, without = 0.0;
+  for (size_t b = 0; b < x.blocks.n; b++) {
+    decode_logits(&x, x.blocks.anchor[b], hidden, logits);
+    for (uint32_t j = 1; j < B; j++) {
+      const float *row = logits + (j - 1) * N;
+      size_t best = 0;
+      for (size_t i = 1; i < N; i++) best = row[i] > row[best] ? i : best;
+      x.blocks.label[b * B + j] = (int32_t)best;
+    }
+  }
+  run(&x);
+  for (size_t b = 0; b < x.blocks.n; b++) {
+    decode_logits(&x, x.blocks.anchor[b], hidden, logits);
+    for (size_t i = 0; i < B * D; i++) {
+      largest = fmax(largest, fabs((double)hidden[i]));
+      difference = fmax(difference, fabs((double)hidden[i] - (double)x.train->hidden[b * B * D + i]));
+    }
+  }
+  ck_assert_msg(difference <= fp32_bound * largest, "%g of %g", difference, largest);
+  for (size_t i = 0; i < x.blocks.n * B; i++) x.blocks.label[i] = x.blocks.label[i] >= 0 ? 1 : -1;
+  run(&x);
+  for (size_t b = 0; b < x.blocks.n; b++) {
+    decode_logits(&x, x.blocks.anchor[b], hidden, logits);
+    for (size_t i = 0; i < B * D; i++)
+      without = fmax(without, fabs((double)hidden[i] - (double)x.train->hidden[b * B * D + i]));
+  }
+  ck_assert_msg(without > 100.0 * fp32_bound * largest, "other tokens before change nothing: %g", without);
+  free(logits);
+  close_bench(&x);
+  small_markov = 0;
 }
 END_TEST
 
@@ -178,6 +225,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("draft_train");
   tcase_add_test(c, in_fp32_it_is_what_decoding_drafts);
   tcase_add_test(c, in_bf16_it_is_what_decoding_drafts);
+  tcase_add_test(c, a_markov_head_is_what_decoding_drafts);
   tcase_add_test(c, seeing_the_anchors_own_feature_shows);
   tcase_add_test(c, the_anchors_and_later_features_do_not_matter);
   tcase_add_test(c, a_pass_that_does_not_fit_is_refused);

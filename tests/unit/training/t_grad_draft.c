@@ -18,8 +18,11 @@ enum {
   N = 40,
   R = 20,
   W = 9,
-  SPLIT = 8
+  SPLIT = 8,
+  RANK = 32
 };
+
+static uint32_t markov; /* rank of the head */
 
 static struct us_draft_shape shape_of(void) {
   return (struct us_draft_shape){.layers = L,
@@ -40,7 +43,8 @@ static struct us_draft_shape shape_of(void) {
                                  .mask_id = 3,
                                  .taps = TAPS,
                                  .tap_layer = {0, 1},
-                                 .target_layers = 2};
+                                 .target_layers = 2,
+                                 .markov = markov};
 }
 
 /* --- the formulas, in double --- */
@@ -148,6 +152,18 @@ static void block_layer(const struct truth *t, int l, size_t b, double (*c)[D], 
   }
 }
 
+/* What slot j gets of the token before it: the anchor or the label before; the anchor where there is none. */
+static void add_before(const struct truth *t, size_t b, int j, double *h) {
+  const struct us_draft_blocks *blocks = t->blocks;
+  size_t first = b * B;
+  int32_t before = j > 1 ? blocks->label[first + (size_t)j - 1] : -1;
+  double inner[RANK], y[D];
+  product(t->embed + (before < 0 ? blocks->token[first] : before) * D, tensor(t, -1, "markov_in.weight"),
+          RANK, D, inner);
+  product(inner, tensor(t, -1, "markov_out.weight"), D, RANK, y);
+  for (int i = 0; i < D; i++) h[i] += y[i];
+}
+
 static void run_truth(struct truth *t) {
   static double c[R][D];
   double fused[D];
@@ -160,6 +176,7 @@ static void run_truth(struct truth *t) {
     for (int j = 0; j < B; j++)
       memcpy(h[j], j ? tensor(t, -1, "mask_embedding") : t->embed + t->blocks->token[b * B] * D, sizeof h[j]);
     for (int l = 0; l < L; l++) block_layer(t, l, b, c, h);
+    for (int j = 1; markov && j < B; j++) add_before(t, b, j, h[j]);
     for (int j = 0; j < B; j++)
       norm(h[j], tensor(t, -1, "norm.weight"), D, t->hidden + (b * B + (size_t)j) * D);
   }
@@ -334,10 +351,25 @@ START_TEST(threads_do_not_change_a_bit) {
 }
 END_TEST
 
+START_TEST(a_markov_head_is_the_formulas_too) {
+  struct bench x;
+  markov = RANK;
+  open_bench(&x, US_DRAFT_DPACE);
+  run_bench(&x);
+  double loss = true_loss(&x.truth);
+  gc_near("hidden", x.train->hidden, x.truth.hidden, 4 * B * D, 2e-5);
+  ck_assert_double_eq_tol(x.loss.sum.loss, loss, 1e-5 * fabs(loss));
+  for (size_t i = 0; i < x.params.count; i++) check_tensor(&x, &x.params.items[i]);
+  close_bench(&x);
+  markov = 0;
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("grad_draft");
   tcase_add_test(c, hidden_rows_and_loss_are_those_of_the_formulas);
   tcase_add_test(c, gradients_of_every_tensor_are_the_differences);
+  tcase_add_test(c, a_markov_head_is_the_formulas_too);
   tcase_add_test(c, a_frozen_mask_vector_takes_no_gradient_and_changes_no_other);
   tcase_add_test(c, threads_do_not_change_a_bit);
   return us_suite("grad_draft", c);
