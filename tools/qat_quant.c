@@ -38,6 +38,7 @@ static const struct us_opt opts[] = {
                 .def = "rounded"),
     US_OPT_TRAIN_OPTIMIZER("adamw"),
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.0003", .above_min = true),
+    US_OPT_NUM("beta2", 0, "X", "memory of AdamW's second moments", .def = "0.95", .max = 0.9999),
     US_OPT_TRAIN_SCHEDULE("0.05", "0.1", "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
@@ -142,6 +143,7 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
                        .log_arg = job,
                        .interrupted = us_tool_interrupted};
   us_tool_read_trainer(o, &q->trainer);
+  q->trainer.optim.beta2 = us_opt_num(o, "beta2");
   q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
@@ -158,14 +160,16 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
   snprintf(
       job->options, sizeof job->options,
       "model=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
-      "loss=%d scope=%d optimizer=%d newton=%d batch=%zu length=%zu micro=%zu marked=%d lr=%g schedule=%d "
+      "loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu marked=%d lr=%g "
+      "schedule=%d "
       "warmup=%g floor=%g "
       "decay=%g clip=%g",
       model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, (int)q->loss,
-      (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton, q->batch, q->length, q->micro,
-      (int)q->marked_only, q->trainer.schedule.peak, (int)q->trainer.schedule.kind,
-      q->trainer.schedule.warmup, q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip);
+      (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton, q->trainer.optim.beta2,
+      q->batch, q->length, q->micro, (int)q->marked_only, q->trainer.schedule.peak,
+      (int)q->trainer.schedule.kind, q->trainer.schedule.warmup, q->trainer.schedule.floor,
+      q->trainer.optim.adamw_decay, q->trainer.clip);
   return US_OK;
 }
 

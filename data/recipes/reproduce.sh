@@ -1,22 +1,29 @@
 #!/bin/sh
 # reproduce.sh: the tables of docs/results.md, from an unquantized model. Usage: data/recipes/reproduce.sh [options]
 #
-# Precision by module family; MXFP4 by scale rule, loss, steps and rate, with a control; the drafter by block, layers, taps, window,
-# optimizer, loss, text and target; verification at temperature 1. TSV, PNG and results.md in --out. Every step is cached by the hash of its
-# command, its inputs' content and its tool's version: a run that was stopped goes on where it was. No step takes more than eight
-# minutes.
+# Precision by module family; MXFP4 by scale rule, weights, rate, loss, optimizer, batch, schedule and steps, with a control; the drafter by
+# optimizer, rate, seed, text, target, loss, block, layers, taps and window; speed, rules of verification, adaptive length. TSV, PNG and
+# results.md in --out. Every step is cached by the hash of its command, its inputs' content and its tool's version: a run that was
+# stopped goes on where it was. No step takes more than eight minutes.
 #
 #   --model FILE      unquantized model (the bundled pico)
 #   --data FILE       token shards of its text; without it, shards are made of data/sample/text
+#   --served FILE     its quantized model, for drafters; without it one is made
+#   --draft FILE      a drafter of that, for speed and verification; without it one is made
 #   --prompts DIR     prompt sets (data/prompts)
 #   --questions FILE  questions with answers to score; without it 200 are made from templates (8 with --small)
-#   --answers FILE    answers that the quantized model gave, to distil on; without it those to the prompts
+#   --answers FILE    answers that the quantized model gave, to distil on; without it those to --answer-prompts, else to the prompts
+#   --answer-prompts FILE  prompts for it to answer (data/recipes/make_prompts.py)
 #   --out DIR         where the results go (out/results)
-#   --table NAME      precision, qat, drafter or verify; may be repeated (all)
+#   --table NAME      precision, qat, drafter or speed; may be repeated (all)
 #   --device D        cpu, cuda or cuda:N (cpu)
+#   --jobs N          steps beside each other, on one GPU too (1); what is timed runs alone
+#   --budget SECONDS  begin nothing that would not end within them; what decides most is begun first (0: no limit)
 #   --small           few steps and windows: does every table come out? Minutes on two cores
-#   --threads N       CPU threads (0: all)
+#   --threads N       CPU threads of a step (0: all)
 #   --precision RULES what qat and drafter quantize (experts=mxfp4)
+#   --taps L,L,...    tapped layers to compare; may be repeated
+#   --draft-options O options of every drafter, as dflash-train takes them
 #   --hardware TEXT   for the page
 set -eu
 US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
@@ -31,7 +38,7 @@ export PATH ULTRASPEED_DATA
 for argument in "$@"; do
   case $argument in
   --small) small=yes count=8 ;;
-  -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,31s/^# \{0,1\}//p' "$0" && exit 0 ;;
   esac
 done
 n=$#
