@@ -22,6 +22,7 @@ static const struct us_opt opts[] = {
     US_OPT_GROUP("Text"),
     US_OPT_FILE("data", 0, "FILE", "token shards: text to train on, or prompts with --generate"),
     US_DFLASH_ANSWERS_OPTIONS,
+    US_OPT_TRAIN_ACROSS,
     US_OPT_GROUP("Drafter"),
     US_OPT_FILE("init", 0, "FILE", "continue from this drafter; it says the shape"),
     US_OPT_INT("layers", 0, "L", "layers", .def = "4", .min = 1, .max = US_MAX_DRAFT_LAYERS),
@@ -42,6 +43,9 @@ static const struct us_opt opts[] = {
                "CPU; 0: nothing",
                .def = "0", .max = 4096),
     US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
+    US_OPT_ENUM("format", 0, "same|bf16|fp8|mxfp4",
+                "of its matrices, trained through the rounding; same: that of --init, or bf16",
+                .def = "same"),
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
     US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
@@ -95,6 +99,7 @@ struct job {
   struct us_dflash train;
   struct us_run_log log;
   struct us_progress progress;
+  struct us_matrix_encoding encoding; /* --format */
   char options[2048];
 };
 
@@ -232,6 +237,7 @@ static void read_training(struct job *job) {
   t->init = job->init;
   t->shards = job->shards;
   t->text_share = us_opt_num(o, "text-share");
+  t->across = us_opt_num(o, "across");
   t->batch = (size_t)us_opt_int(o, "batch");
   t->length = (size_t)us_opt_int(o, "length");
   t->anchors = (size_t)us_opt_int(o, "anchors");
@@ -239,6 +245,12 @@ static void read_training(struct job *job) {
   t->micro = (size_t)us_opt_int(o, "micro");
   t->seed = (uint64_t)us_opt_int(o, "seed");
   t->fixed_mask = us_opt_flag(o, "fixed-mask");
+  int format = us_opt_choice(o, "format");
+  static const enum us_format formats[] = {US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_FP8, US_FORMAT_MXFP4};
+  /* Powers of two as FP8's scales: a GPU multiplies bf16, which then holds the same values. */
+  job->encoding = (struct us_matrix_encoding){
+      .format = formats[format], .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  if (format) t->encoding = &job->encoding;
   t->loss.kind = us_opt_choice(o, "loss") == 0 ? US_DRAFT_CE : US_DRAFT_KL;
   t->loss.weights = (enum us_draft_weights)us_opt_choice(o, "weights");
   t->loss.alpha = (float)us_opt_num(o, "alpha");
@@ -255,12 +267,12 @@ static void read_training(struct job *job) {
 
 /* What must be the same when a run is resumed, as text that a message can show. */
 static enum us_status describe(struct job *job, struct us_err *err) {
-  static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule"};
+  static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule", "format"};
   static const char *const numbers[] = {
-      "generate", "max-tokens", "temperature", "top-p",    "text-share", "layers",  "block",
-      "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "markov",
-      "anchors",  "gamma",      "alpha",       "steps",    "minutes",    "batch",   "length",
-      "micro",    "lr",         "warmup",      "floor",    "decay",      "clip",    "seed"};
+      "generate", "max-tokens", "temperature", "top-p",    "text-share", "across",  "layers", "block",
+      "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "markov", "anchors",
+      "gamma",    "alpha",      "steps",       "minutes",  "batch",      "length",  "micro",  "lr",
+      "warmup",   "floor",      "decay",       "clip",     "seed"};
   struct us_opts *o = job->run->opts;
   char data[US_SHA256_HEX] = "none", init[US_SHA256_HEX] = "none", target[US_SHA256_HEX] = "none",
        answers[US_SHA256_HEX] = "none", prompts[US_SHA256_HEX] = "none";

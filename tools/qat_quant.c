@@ -46,6 +46,7 @@ static const struct us_opt opts[] = {
                .def = "0", .max = 65536),
     US_OPT_ENUM("tokens", 0, "all|marked", "learn on all tokens, or on those that the shards mark",
                 .def = "all"),
+    US_OPT_TRAIN_ACROSS,
     US_OPT_FLAG("recompute", 0, "keep one layer's activations and compute the others again: less memory"),
     US_OPT_GROUP("Progress"),
     US_OPT_TRAIN_PROGRESS,
@@ -135,6 +136,7 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
                        .seed = (uint64_t)us_opt_int(o, "seed"),
                        .memory = us_opt_flag(o, "recompute") ? US_TRAIN_RECOMPUTE : US_TRAIN_SAVE,
                        .marked_only = us_opt_choice(o, "tokens") == 1,
+                       .across = us_opt_num(o, "across"),
                        .eval_every = (uint64_t)us_opt_int(o, "probe-every"),
                        .eval_windows = (size_t)us_opt_int(o, "probe-windows"),
                        .log_every = (uint64_t)us_opt_int(o, "log-every"),
@@ -160,14 +162,15 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
   snprintf(
       job->options, sizeof job->options,
       "model=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
-      "loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu marked=%d lr=%g "
+      "loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu marked=%d across=%g "
+      "lr=%g "
       "schedule=%d "
       "warmup=%g floor=%g "
       "decay=%g clip=%g",
       model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, (int)q->loss,
       (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton, q->trainer.optim.beta2,
-      q->batch, q->length, q->micro, (int)q->marked_only, q->trainer.schedule.peak,
+      q->batch, q->length, q->micro, (int)q->marked_only, q->across, q->trainer.schedule.peak,
       (int)q->trainer.schedule.kind, q->trainer.schedule.warmup, q->trainer.schedule.floor,
       q->trainer.optim.adamw_decay, q->trainer.clip);
   return US_OK;

@@ -5,6 +5,7 @@
  *     US_OPT_TRAIN_SCHEDULE("0.02", "0.05", "0.1"),        // --schedule, --warmup, --floor, --decay, --clip
  *     US_OPT_TRAIN_PROGRESS,                               // --state, --save-every, --resume, --log-every
  *     ...
+ *     US_OPT_TRAIN_ACROSS,                                 // --across
  *     us_tool_read_trainer(run->opts, &trainer);           // the above, --lr, --steps and --minutes
  */
 #ifndef US_TOOLS_TRAIN_OPTS_H
@@ -25,6 +26,10 @@
   US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = last, .max = 1),        \
   US_OPT_NUM("decay", 0, "X", "weight decay", .def = decay),                                                   \
   US_OPT_NUM("clip", 0, "X", "largest gradient norm; 0: none", .def = "1")
+
+#define US_OPT_TRAIN_ACROSS                                                                                     \
+  US_OPT_NUM("across", 0, "SHARE", "sequences of text in which attention goes on over the edges of documents",  \
+             .def = "0", .max = 1)
 
 #define US_OPT_TRAIN_PROGRESS                                                                                   \
   US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),                        \

@@ -1,4 +1,4 @@
-/* us-pretrain: a base model from scratch on token shards. */
+/* us-pretrain: a base model from scratch, or from another model's weights, on token shards. */
 #include "base/buffer.h"
 #include "base/plot.h"
 #include "base/progress.h"
@@ -21,6 +21,7 @@ static const struct us_opt opts[] = {
     US_OPT_ARG("shape", "SHAPE", "shape: a name, a JSON file or a folder with config.json", .required = true),
     US_OPT_FILE("data", 0, "FILE", "token shards, or - for their record on stdin", .required = true),
     US_OPT_FILE("tokenizer", 0, "FILE", "tokenizer.json that the shards were made with; goes into the model"),
+    US_OPT_FILE("init", 0, "FILE", "begin at the weights of this model of the same shape, unquantized"),
     US_OPT_FILE("output", 'o', "FILE", "model to write: an .h5 file, or a folder in the published layout",
                 .required = true),
     US_OPT_GROUP("Training"),
@@ -40,6 +41,7 @@ static const struct us_opt opts[] = {
     US_OPT_NUM("deviation", 0, "X", "of the initial weights; 0: 1/sqrt(inputs) of each matrix", .def = "0"),
     US_OPT_ENUM("loss", 0, "all|marked", "train on all tokens, or on those that the shards mark",
                 .def = "all"),
+    US_OPT_TRAIN_ACROSS,
     US_OPT_FLAG("recompute", 0, "keep one layer's activations and compute the others again: less memory"),
     US_OPT_GROUP("Progress"),
     US_OPT_TRAIN_PROGRESS,
@@ -66,6 +68,7 @@ static const char *const columns[COLUMNS] = {"step",         "tokens", "seconds"
 struct job {
   struct us_tool_run *run;
   struct us_pretrain train;
+  struct us_model *init;
   struct us_run_log log;
   struct us_progress progress;
   bool leads; /* of several processes one writes */
@@ -113,22 +116,26 @@ static enum us_status draw(const struct job *job, const char *path, const char *
 /* --- what goes in --- */
 
 /* What must be the same when a run is resumed, as text that a message can show. */
-static void describe(const struct job *job, const char *data_sha256, char text[1024]) {
+static void describe(const struct job *job, const char *data_sha256, const char *init_sha256,
+                     char text[1024]) {
   const struct us_pretrain *t = &job->train;
   const struct us_trainer *r = &t->trainer;
-  snprintf(text, 1024,
-           "shape=%s data=%.16s seed=%llu steps=%llu minutes=%g batch=%zu length=%zu micro=%zu optimizer=%d "
-           "newton=%d "
-           "lr=%g schedule=%d warmup=%g floor=%g decay=%g clip=%g balance=%g deviation=%g marked=%d",
-           t->shape->name, data_sha256, (unsigned long long)t->seed, (unsigned long long)r->steps, r->minutes,
-           t->batch, t->length, t->micro, (int)r->optim.kind, (int)r->optim.newton, r->schedule.peak,
-           (int)r->schedule.kind, r->schedule.warmup, r->schedule.floor, r->optim.muon_decay, r->clip,
-           (double)t->balance_rate, (double)t->deviation, (int)t->marked_only);
+  snprintf(
+      text, 1024,
+      "shape=%s data=%.16s init=%.16s seed=%llu steps=%llu minutes=%g batch=%zu length=%zu micro=%zu "
+      "optimizer=%d "
+      "newton=%d "
+      "lr=%g schedule=%d warmup=%g floor=%g decay=%g clip=%g balance=%g deviation=%g marked=%d across=%g",
+      t->shape->name, data_sha256, init_sha256, (unsigned long long)t->seed, (unsigned long long)r->steps,
+      r->minutes, t->batch, t->length, t->micro, (int)r->optim.kind, (int)r->optim.newton, r->schedule.peak,
+      (int)r->schedule.kind, r->schedule.warmup, r->schedule.floor, r->optim.muon_decay, r->clip,
+      (double)t->balance_rate, (double)t->deviation, (int)t->marked_only, t->across);
 }
 
 static void read_options(struct job *job) {
   struct us_opts *o = job->run->opts;
   struct us_pretrain *t = &job->train;
+  t->init = job->init;
   t->batch = (size_t)us_opt_int(o, "batch");
   t->length = (size_t)us_opt_int(o, "length");
   t->micro = (size_t)us_opt_int(o, "micro");
@@ -137,6 +144,7 @@ static void read_options(struct job *job) {
   t->balance_rate = (float)us_opt_num(o, "balance");
   t->memory = us_opt_flag(o, "recompute") ? US_TRAIN_RECOMPUTE : US_TRAIN_SAVE;
   t->marked_only = us_opt_choice(o, "loss") == 1;
+  t->across = us_opt_num(o, "across");
   t->eval_every = (uint64_t)us_opt_int(o, "eval-every");
   t->eval_windows = (size_t)us_opt_int(o, "eval-windows");
   t->log_every = (uint64_t)us_opt_int(o, "log-every");
@@ -165,10 +173,46 @@ static enum us_status make_provenance(const struct job *job, const char *data, c
   uint64_t seed = (uint64_t)us_opt_int(job->run->opts, "seed");
   enum us_status status = us_tool_provenance(job->run, seed, &provenance, err);
   if (status == US_OK) status = us_tool_add_parent(provenance, data, "tokens", err);
+  if (status == US_OK && job->init)
+    status = us_tool_add_parent(provenance, us_opt_str(job->run->opts, "init"), "model", err);
   *ret_text = status == US_OK ? us_provenance_text(provenance, err) : NULL;
   if (status == US_OK && !*ret_text) status = err->status;
   us_provenance_free(provenance);
   return status;
+}
+
+/* Whether two shapes differ in nothing but name and precision. */
+static enum us_status compare_shapes(const struct us_shape *shape, const struct us_shape *other,
+                                     bool *ret_same, struct us_err *err) {
+  struct us_shape renamed = *other;
+  char *a = NULL, *b = NULL;
+  snprintf(renamed.name, sizeof renamed.name, "%s", shape->name);
+  renamed.precision = shape->precision;
+  enum us_status status = us_shape_print(shape, &a, err);
+  if (status == US_OK) status = us_shape_print(&renamed, &b, err);
+  *ret_same = status == US_OK && strcmp(a, b) == 0;
+  free(a);
+  free(b);
+  return status;
+}
+
+/* The model of --init and its hash; "none" without one. */
+static enum us_status open_init(struct job *job, const struct us_shape *shape, const struct us_shards *shards,
+                                char hex[US_SHA256_HEX], struct us_err *err) {
+  const char *path = us_opt_str(job->run->opts, "init");
+  snprintf(hex, US_SHA256_HEX, "none");
+  if (!path) return US_OK;
+  enum us_status status = us_record_hash(path, hex, err);
+  if (status == US_OK) status = us_model_open(path, &job->init, err);
+  if (status == US_OK) status = us_rows_check_vocabulary(shards, job->init, err);
+  bool same = false;
+  if (status == US_OK) status = compare_shapes(shape, &job->init->shape, &same, err);
+  if (status != US_OK) return status;
+  const struct us_precision *p = &job->init->shape.precision;
+  if (!same) return us_err_set(err, US_ERR_INPUT, "%s: its shape is not that of %s", path, shape->name);
+  if (p->experts != US_FORMAT_BF16 || p->qkv != US_FORMAT_BF16 || p->head != US_FORMAT_BF16)
+    return us_err_set(err, US_ERR_INPUT, "%s: is quantized; training goes on from bf16", path);
+  return US_OK;
 }
 
 /* --- what comes out --- */
@@ -244,19 +288,20 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   struct us_record data = {0};
   struct us_shards *shards = NULL;
   struct us_buffer tokenizer = {0};
-  char *provenance = NULL, hex[US_SHA256_HEX], options[1024];
+  char *provenance = NULL, hex[US_SHA256_HEX], init_hex[US_SHA256_HEX], options[1024];
   enum us_status status = us_shape_load(us_opt_str(o, "shape"), &shape, err);
   if (status == US_OK) status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &data, err);
   if (status == US_OK) status = us_shards_open(data.path, &shards, err);
   if (status == US_OK) status = read_tokenizer(us_opt_str(o, "tokenizer"), shards, &tokenizer, err);
   if (status == US_OK) status = us_record_hash(data.path, hex, err);
+  if (status == US_OK) status = open_init(&job, &shape, shards, init_hex, err);
   if (status == US_OK) {
     shape.precision = (struct us_precision){US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_BF16,
                                             US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_F32,  US_FORMAT_BF16};
     job.train.shape = &shape;
     job.train.shards = shards;
     read_options(&job);
-    describe(&job, hex, options);
+    describe(&job, hex, init_hex, options);
     job.train.trainer.options = options;
   }
   if (status == US_OK && us_opt_flag(o, "dry-run")) {
@@ -267,6 +312,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
     if (status == US_OK && job.leads) status = write_model(&job, &tokenizer, provenance, err);
   }
   us_pretrain_release(&job.train);
+  us_model_free(job.init);
   us_buffer_release(&tokenizer);
   us_shards_close(shards);
   us_record_release(&data);
@@ -277,7 +323,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
 
 static const struct us_tool tool = {
     .name = "us-pretrain",
-    .summary = "train a base model from scratch on token shards",
+    .summary = "train a base model on token shards, from scratch or from another's weights",
     .description =
         "Draws sequences from the training part of token shards, minimises the cross-entropy of the next "
         "token, and "
@@ -294,6 +340,8 @@ static const struct us_tool tool = {
     .examples =
         "# 20 minutes on shards made by us-data\n"
         "us-pretrain pico --data text.h5 --tokenizer tokenizer.json -o pico.h5 --steps 0 --minutes 20\n"
+        "# then on longer sequences, from those weights\n"
+        "us-pretrain pico --init pico.h5 --data text.h5 -l 4096 -b 4 --lr 0.001 --steps 100 -o longer.h5\n"
         "# a run that can be killed and resumed\n"
         "us-pretrain pico --data text.h5 -o pico.h5 --steps 4000 --state pico.state --resume\n"
         "# on four GPUs of this machine, or one process a GPU under a scheduler\n"

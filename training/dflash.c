@@ -47,7 +47,7 @@ static void draw_sequence(const struct us_dflash *run, struct lane *lane, uint64
   if (run->answers && (u >= run->text_share || !run->shards))
     us_responses_window(run->answers, (size_t)(v * (double)run->answers->n), &lane->window);
   else
-    us_shards_sample(run->shards, run->seed, step, index, &lane->window);
+    us_shards_sample_across(run->shards, run->seed, step, index, run->across, &lane->window);
 }
 
 /* Put the window's rows and blocks behind those of the pass. */
@@ -231,6 +231,8 @@ static enum us_status open_params(struct session *s, struct us_err *err) {
                        : us_params_init_fresh_draft(&run->params, &run->shape, run->seed, 0.0f, err);
   if (status != US_OK) return status;
   if (!run->init) quiet_branches(&run->params);
+  for (size_t i = 0; run->encoding && i < run->params.count; i++)
+    if (!run->params.items[i].vector) run->params.items[i].encoding = *run->encoding;
   struct us_param *mask = us_params_find(&run->params, "mask_embedding");
   if (mask && run->fixed_mask) mask->frozen = true;
   return US_OK;

@@ -33,11 +33,14 @@ struct us_dflash {
   struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   struct us_model *target;
   struct us_draft_shape shape;
-  struct us_draft *init;              /* continue from this drafter, of the same shape; NULL: fresh weights */
+  struct us_draft *init; /* continue from this drafter, of the same shape; NULL: fresh weights */
+  const struct us_matrix_encoding
+      *encoding; /* what matrices are multiplied and stored as; NULL: as in init, else bf16 */
   const struct us_shards *shards;     /* text; NULL with answers alone */
   const struct us_responses *answers; /* NULL: text alone */
   const struct us_responses *heldout; /* answers to evaluate on; NULL: the shards' held-out part */
   double text_share;                  /* with answers: share of sequences that are text */
+  double across;                      /* share of the text in which attention goes on over document edges */
   size_t batch, length;               /* sequences a step, tokens a sequence */
   size_t anchors;                     /* a sequence */
   size_t micro;                       /* sequences a pass; 0: as many as 8,192 block rows hold */

@@ -1,4 +1,4 @@
-/* pretrain.c: a base model from scratch on token shards.
+/* pretrain.c: a base model from scratch, or from another model's weights, on token shards.
  *
  * Contents: evaluation; a step; the run.
  */
@@ -103,7 +103,7 @@ static void fill(const struct session *s, struct lane *lane, uint64_t step, size
   const struct us_pretrain *run = s->run;
   lane->rows.R = 0;
   for (size_t i = first; i < end && i < first + s->micro; i++) {
-    us_shards_sample(run->shards, run->seed, step, i, &lane->window);
+    us_shards_sample_across(run->shards, run->seed, step, i, run->across, &lane->window);
     us_rows_add(&lane->rows, &lane->window, run->marked_only);
   }
 }
@@ -205,7 +205,9 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
     s->lanes[i].ahead = UINT64_MAX;
   }
   if (status == US_OK)
-    status = us_params_init_fresh_on(&run->params, run->shape, s->pool, run->seed, run->deviation, err);
+    status = run->init
+                 ? us_params_init_model(&run->params, run->init, false, err)
+                 : us_params_init_fresh_on(&run->params, run->shape, s->pool, run->seed, run->deviation, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK)
     status = us_learner_model_create(s->set, run->shape, rows, run->memory, &s->model, err);

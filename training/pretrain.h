@@ -1,4 +1,4 @@
-/* pretrain.h: a base model from scratch on token shards.
+/* pretrain.h: a base model from scratch, or from another model's weights, on token shards.
  *
  *     struct us_pretrain run = {.shape = &shape, .shards = shards, .batch = 8, .length = 512, .seed = 1, .trainer = {...}};
  *     run.on_log = print_log, run.log_arg = out;
@@ -31,6 +31,7 @@ struct us_pretrain_log {
 struct us_pretrain {
   struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   const struct us_shape *shape;
+  struct us_model *init; /* begin at its weights; of the same shape; NULL: fresh ones */
   const struct us_shards *shards;
   size_t batch, length; /* sequences a step, tokens a sequence */
   size_t micro;         /* sequences a forward pass; 0: the batch, or as many as 16,384 rows hold */
@@ -39,6 +40,7 @@ struct us_pretrain {
   float balance_rate;          /* of the router bias, at the peak of the schedule; 0: none */
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
+  double across;               /* share of the windows in which attention goes on over document edges */
   uint64_t eval_every;         /* steps; 0: at the end alone */
   size_t eval_windows;         /* of an evaluation on the way; the last one takes all */
   uint64_t log_every;          /* steps */

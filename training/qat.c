@@ -142,7 +142,7 @@ static void sample(const struct us_qat *run, struct lane *lane, uint64_t step, s
                    size_t sequences) {
   lane->rows.R = 0;
   for (size_t i = first; i < first + sequences; i++) {
-    us_shards_sample(run->shards, run->seed, step, i, &lane->window);
+    us_shards_sample_across(run->shards, run->seed, step, i, run->across, &lane->window);
     us_rows_add(&lane->rows, &lane->window, run->marked_only);
   }
 }

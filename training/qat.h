@@ -52,6 +52,7 @@ struct us_qat {
   uint64_t seed;
   enum us_train_memory memory;    /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;               /* learn on the tokens that the shards mark alone */
+  double across;                  /* share of the windows in which attention goes on over document edges */
   uint64_t eval_every, log_every; /* steps; 0: first and last alone */
   size_t eval_windows;            /* held-out sequences of an evaluation; 0: none */
   bool resume;

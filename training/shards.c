@@ -179,8 +179,8 @@ bool us_shards_can_sample(const struct us_shards *shards, size_t length) {
 
 /* Counter: (step, index, their upper halves, stream). The 64-bit draw times the range, upper half: a bias below 2^-32 for
  * any corpus, and no rejection loop. */
-void us_shards_sample(const struct us_shards *shards, uint64_t seed, uint64_t step, uint64_t index,
-                      struct us_window *window) {
+void us_shards_sample_across(const struct us_shards *shards, uint64_t seed, uint64_t step, uint64_t index,
+                             double across, struct us_window *window) {
   struct us_philox_key key = us_philox_key(seed);
   uint32_t counter[4] = {(uint32_t)step, (uint32_t)index,
                          (uint32_t)(step >> 32) ^ (uint32_t)(index >> 32) << 16, US_STREAM_SHUFFLE};
@@ -189,6 +189,12 @@ void us_shards_sample(const struct us_shards *shards, uint64_t seed, uint64_t st
   uint64_t range = shards->parts[US_PART_TRAIN].n - window->length + 1;
   uint64_t draw = (uint64_t)word[1] << 32 | word[0];
   us_shards_copy(shards, US_PART_TRAIN, (size_t)((us_u128)draw * range >> 64), window);
+  if ((double)word[2] * 0x1p-32 < across) memset(window->document, 0, window->n * sizeof *window->document);
+}
+
+void us_shards_sample(const struct us_shards *shards, uint64_t seed, uint64_t step, uint64_t index,
+                      struct us_window *window) {
+  us_shards_sample_across(shards, seed, step, index, 0.0, window);
 }
 
 size_t us_shards_n_heldout(const struct us_shards *shards, size_t length) {

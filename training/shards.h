@@ -63,6 +63,10 @@ uint64_t us_shards_text_bytes(const struct us_shards *shards, enum us_part part)
  * (us_shards_can_sample). */
 void us_shards_sample(const struct us_shards *shards, uint64_t seed, uint64_t step, uint64_t index,
                       struct us_window *window);
+/* The same window; with probability `across`, drawn from the same arguments, as one document: attention goes on over the edges
+ * inside it and positions do not restart, as when a model is asked to write on behind an end of text. */
+void us_shards_sample_across(const struct us_shards *shards, uint64_t seed, uint64_t step, uint64_t index,
+                             double across, struct us_window *window);
 bool us_shards_can_sample(const struct us_shards *shards, size_t length);
 
 /* Held-out windows of `length` tokens follow each other, overlapping by one token (the label of one is the

@@ -2,6 +2,8 @@
 #include "training/shards_write.h"
 #include "training/bpe_train.h"
 #include "suite.h"
+#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -133,6 +135,35 @@ START_TEST(a_sample_depends_on_seed_step_and_index_alone) {
   ck_assert_int_gt(differ, 190);
   us_window_release(&a);
   us_window_release(&b);
+  us_shards_close(shards);
+}
+END_TEST
+
+START_TEST(a_share_of_the_samples_is_one_document) {
+  struct us_err err = {0};
+  struct us_shards *shards = open_shards();
+  struct us_window parted, window;
+  int cut = 0, joined = 0;
+  ok(us_window_init(&parted, 200, &err), &err);
+  ok(us_window_init(&window, 200, &err), &err);
+  for (uint64_t i = 0; i < 400; i++) {
+    us_shards_sample(shards, 5, i, 0, &parted);
+    us_shards_sample_across(shards, 5, i, 0, 0.25, &window);
+    ck_assert_int_eq(memcmp(window.ids, parted.ids, 200 * sizeof *window.ids), 0);
+    bool same = memcmp(window.document, parted.document, 200 * sizeof *window.document) == 0;
+    bool whole = window.document[199] == 0;
+    ck_assert(same || whole);
+    if (parted.document[199] == 0) continue;
+    cut++;
+    joined += whole;
+    us_shards_sample_across(shards, 5, i, 0, 1.0, &window);
+    ck_assert_int_eq(window.document[199], 0);
+  }
+  /* 0.25 of those that hold an edge; with 300 of them sigma is 7.5: five sigma. */
+  ck_assert_int_gt(cut, 100);
+  ck_assert_int_lt(abs(4 * joined - cut), (int)(4.0 * 5.0 * sqrt(0.1875 * cut)));
+  us_window_release(&parted);
+  us_window_release(&window);
   us_shards_close(shards);
 }
 END_TEST
@@ -380,6 +411,7 @@ static Suite *make_suite(void) {
   tcase_add_unchecked_fixture(c, setup, teardown);
   tcase_add_test(c, every_document_comes_back_once_in_one_part);
   tcase_add_test(c, a_sample_depends_on_seed_step_and_index_alone);
+  tcase_add_test(c, a_share_of_the_samples_is_one_document);
   tcase_add_test(c, samples_reach_the_first_and_the_last_token);
   tcase_add_test(c, document_numbers_rise_behind_each_end_of_text);
   tcase_add_test(c, heldout_windows_predict_every_token_but_the_first_once);
