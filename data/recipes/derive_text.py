@@ -1,10 +1,13 @@
 """Make more text out of collected text, so that what models are asked for is well represented. Usage: derive_text.py --text DIR --out DIR
 [--math FILE] [--agent FILE] [--scale N] [--seed S]
 
-  functions/  every documented function of DIR/code by itself, with the imports that its signature needs
-  math/       grade-school-math train questions: as they are, and with other names and numbers, every sum worked out again; templates
-  agent/      recorded airline dialogues: as they are, and with other ids and numbers; templates of a shop's service (service_text.py)
-  chat/       templates (data/sample/make_sample.py)
+  functions/  every documented function of DIR/code by itself, with the imports that its signature needs, but not what repeats itself;
+              functions from templates, alone and several in a row (small_functions.py)
+  math/       grade-school-math train questions: as they are, and with other names and numbers, every sum worked out again; templates;
+              several questions in a row
+  agent/      recorded airline dialogues: as they are, and with other ids and numbers; templates of a shop's service (service_text.py);
+              long records of many dialogues
+  chat/       templates (data/sample/make_sample.py); several questions in one chat
 
 Dialogues and questions are written as chat turns and as plain lines. --scale multiplies templates and variants. The same input
 gives the same output on every machine.
@@ -23,6 +26,7 @@ from service_text import DIALOGUES
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "sample"))
 import make_sample  # noqa: E402  # the sample's templates
+from small_functions import make_document  # noqa: E402
 
 TYPING = ["Any", "Callable", "Dict", "Iterable", "Iterator", "List", "Optional", "Sequence", "Set", "Tuple", "Union"]
 DAYS = set("Monday Tuesday Wednesday Thursday Friday Saturday Sunday January February March April May June July August September October "
@@ -47,8 +51,30 @@ def functions_of(text):
             yield (f"from typing import {', '.join(needed)}\n\n\n" if needed else "") + source
 
 
+def repeats_itself(text, window=10, times=3):
+    """Whether the same words come three times: what teaches a model to loop."""
+    words, seen = text.split(), {}
+    for i in range(len(words) - window + 1):
+        key = tuple(words[i:i + window])
+        seen[key] = seen.get(key, 0) + 1
+        if seen[key] == times:
+            return True
+    return False
+
+
 def functions_of_file(path):
-    return [{"text": text} for line in open(path) for text in functions_of(json.loads(line)["text"])]
+    return [{"text": text} for line in open(path) for text in functions_of(json.loads(line)["text"]) if not repeats_itself(text)]
+
+
+def small_functions(seed):
+    p = make_sample.Pick(seed)
+    return [{"text": make_document(p, p.number(2, 6) if i % 3 else 1)} for i in range(400)]
+
+
+def derive_small_functions(out, seed, scale):
+    with multiprocessing.Pool() as pool:
+        for i, rows in enumerate(pool.imap(small_functions, range(seed, seed + 10 * scale))):
+            write_lines(out / "functions" / f"small-{i:03d}.jsonl", rows)
 
 
 def derive_functions(folder, out):
@@ -113,6 +139,19 @@ def renumbered(p, row):
     return {"question": question, "answer": re.sub(r"\d+(\.\d+)?", swap, row["answer"])}
 
 
+def runs_of(p, rows, least, most):
+    """The rows in runs of `least` to `most`."""
+    at = 0
+    while at < len(rows):
+        n = p.number(least, most)
+        yield rows[at:at + n]
+        at += n
+
+
+def in_turns(rows):
+    return [message for r in rows for message in ({"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["answer"]})]
+
+
 def derive_math(source, out, p, scale):
     rows = [json.loads(line) for line in source.read_text().splitlines() if line]
     collect_math(source, out)
@@ -125,6 +164,10 @@ def derive_math(source, out, p, scale):
         variants.append(renamed(p, row, names))
     write_lines(out / "math" / "variants.jsonl", variants)
     write_lines(out / "math" / "variant-lines.jsonl", [{"text": f"{r['question']}\n{r['answer']}\n"} for r in variants[::2]])
+    mixed = p.shuffled(rows + variants)
+    write_lines(out / "chat" / "questions.jsonl", [{"messages": in_turns(part)} for part in runs_of(p, mixed, 2, 5)])
+    write_lines(out / "math" / "rows.jsonl", [{"text": "\n".join(f"{r['question']}\n{r['answer']}\n" for r in part)}
+                                              for part in runs_of(p, p.shuffled(mixed)[::2], 3, 8)])
 
 
 # -- dialogues --
@@ -140,25 +183,57 @@ def with_other_ids(p, text):
     return re.sub(r"\b(?=[A-Z0-9]*\d)[A-Z0-9]{6}\b|\b(?!20\d\d\b)\d{4,}\b", other, text)
 
 
+POLITE = re.compile(r"(If|Should) (you|there)[^.!?\n\x22\\]*?(feel free|let me know|reach out)[^.!?\n\x22\\]*[.!?]|"
+                    r"(Thank you|Thanks) so much for[^.!?\n\x22\\]*[.!?] That's all[^.!?\n\x22\\]*[.!?]")
+
+
+def shortened(text):
+    """What every dialogue ends with in the same words, in few: a text that shares 13 words with a prompt is left out."""
+    return POLITE.sub("Is there anything else?", text)
+
+
 def plain_line(message):
-    content = message.get("content")
-    return f"{message['role']}: {content}"
+    return f"{message['role']}: {message.get('content') or None}"
 
 
 def derive_agent(source, out, p, scale):
     collect_agent(source, out)
     turns = json.loads((out / "agent" / "turns.json").read_text())
     for i in range(scale):
-        variants = [json.loads(with_other_ids(p, json.dumps(turn, ensure_ascii=False))) for turn in turns]
+        variants = [json.loads(shortened(with_other_ids(p, json.dumps(turn, ensure_ascii=False)))) for turn in turns]
         write_lines(out / "agent" / f"variant-{i}.jsonl", variants)
         line = plain_line if i % 2 == 0 else as_line
         write_lines(out / "agent" / f"variant-lines-{i}.jsonl", [{"text": "\n".join(map(line, v["messages"])) + "\n"} for v in variants])
 
 
+def records(job):
+    airline, seed, n = job
+    p, rows = make_sample.Pick(seed), []
+    for i in range(n):
+        most, size, lines = p.number(2000, 16000), 0, []
+        while size < most:
+            if airline and p.number(1, 10) == 1:
+                dialogue = json.loads(shortened(with_other_ids(p, json.dumps(p(airline), ensure_ascii=False))))
+            else:
+                dialogue = p(DIALOGUES)(p)
+            lines += map(plain_line if i % 5 else as_line, dialogue)
+            size = sum(map(len, lines))
+        rows.append({"text": "\n".join(lines) + "\n"})
+    return rows
+
+
+def derive_records(source, out, seed, scale):
+    """Records of many dialogues, most with the shop, some with the airline, one behind the other as a service keeps them."""
+    airline = [[m for m in entry["traj"] if m["role"] != "system"] for entry in json.loads(source.read_text())] if source else []
+    with multiprocessing.Pool() as pool:
+        for i, rows in enumerate(pool.imap(records, [(airline, 100 * seed + i, 125) for i in range(6 * scale)])):
+            write_lines(out / "agent" / f"records-{i:02d}.jsonl", rows)
+
+
 def derive_service(out, p, scale):
     dialogues = [DIALOGUES[i % len(DIALOGUES)](p) for i in range(1500 * scale)]
     write_lines(out / "agent" / "service.jsonl", [{"messages": d} for d in dialogues[::3]])
-    lines = [d for i, d in enumerate(dialogues) if i % 3]
+    lines = dialogues[1::3]
     write_lines(out / "agent" / "service-lines.jsonl",
                 [{"text": "\n".join(map(plain_line if i % 4 else as_line, d)) + "\n"} for i, d in enumerate(lines)])
 
@@ -182,13 +257,20 @@ def main():
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    derive_functions(args.text, args.out)
+    seed, scale = args.seed, args.scale
+    jobs = [(derive_functions, args.text, args.out), (derive_service, args.out, make_sample.Pick(seed + 2), scale),
+            (derive_small_functions, args.out, 1000 * seed, scale), (derive_samples, args.out, 10 * (seed + 1), scale),
+            (derive_records, args.agent, args.out, seed, scale)]
     if args.math:
-        derive_math(args.math, args.out, make_sample.Pick(args.seed), args.scale)
+        jobs.append((derive_math, args.math, args.out, make_sample.Pick(seed), scale))
     if args.agent:
-        derive_agent(args.agent, args.out, make_sample.Pick(args.seed + 1), args.scale)
-    derive_service(args.out, make_sample.Pick(args.seed + 2), args.scale)
-    derive_samples(args.out, 10 * (args.seed + 1), args.scale)
+        jobs.append((derive_agent, args.agent, args.out, make_sample.Pick(seed + 1), scale))
+    at_once = [multiprocessing.Process(target=job, args=rest) for job, *rest in jobs]  # no two write the same file
+    for process in at_once:
+        process.start()
+    for process in at_once:
+        process.join()
+    sys.exit(any(process.exitcode for process in at_once))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """Make prompts from training text, for a model to answer what its drafter is trained on.
 Usage: make_prompts.py --text DIR... --out FILE [--count N] [--prompts PATH]...
 
-Of documented functions the head with its docstring, of questions the question as a chat turn, of dialogues the beginning up to where
-the assistant speaks, of other text a beginning. Files are told apart by the folders that nano_text.py and derive_text.py make.
-Prompts that share 13 words with a set in --prompts are left out, as us-data does with documents. The order is a shuffle by hash.
+Of documented functions the head with its docstring, of questions the question as a chat turn, of chats the beginning up to a user's turn, of
+dialogues the beginning up to where the assistant speaks or to where one ends, of other text a beginning. Files are told apart by the
+folders that nano_text.py and derive_text.py make. Prompts that share 13 words with a set in --prompts are left out, as us-data does
+with documents. The order is a shuffle by hash.
 """
 import argparse
 import hashlib
 import json
+import multiprocessing
 import pathlib
 import re
 import unicodedata
 
-SHARES = {"coding": 0.4, "math": 0.25, "agent": 0.2, "text": 0.15}
-FOLDERS = {"functions": "coding", "math": "math", "agent": "agent", "words": "math", "chat": "math", "prose": "text", "code": "text"}
+SHARES = {"coding": 0.35, "math": 0.25, "agent": 0.2, "chat": 0.1, "text": 0.1}
+FOLDERS = {"functions": "coding", "math": "math", "agent": "agent", "words": "text", "chat": "chat", "prose": "text", "code": "text"}
 WINDOW = 13
-MOST = 6000  # characters of a dialogue's beginning
+MOST = 16000  # characters of a dialogue's beginning
+CUTS = 6  # prompts of a record of many dialogues
 
 
 def words_of(text):
@@ -45,48 +48,63 @@ def number(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def prompt_of(kind, row):
+def dialogue_prompt(text, draw):
+    """Up to where the assistant speaks, or up to the end of a dialogue, whichever `draw` says."""
+    starts = [m.start() for m in re.finditer(r"(?m)^assistant:", text) if m.start() < MOST]
+    ends = [m.end() for m in re.finditer(r"###STOP###|\ntool: Transfer successful", text) if m.end() < MOST]
+    found = ends if ends and draw % 5 < 3 else starts
+    return {"prompt": text[:found[draw // 5 % len(found)]]} if found else None
+
+
+def prompt_of(kind, row, draw):
     """A prompt as us-serve reads it, or None."""
     text = row.get("text")
     if kind == "coding":
         end = text.find('"""', text.find('"""') + 3)
-        return {"prompt": text[:end + 3] + "\n"} if end > 0 and end < 1500 else None
+        return {"prompt": text[:end + 3] + "\n"} if 0 < end < 1500 else None
     if "question" in row:
         return {"messages": [{"role": "user", "content": row["question"]}]}
+    if "messages" in row:
+        turns = [i for i, m in enumerate(row["messages"]) if m["role"] == "user"]
+        return {"messages": row["messages"][:turns[draw % len(turns)] + 1]} if kind == "chat" and turns else None
     if kind == "agent" and text:
-        starts = [m.start() for m in re.finditer(r"(?m)^assistant:", text) if m.start() < MOST]
-        return {"prompt": text[:starts[number(text) % len(starts)]]} if starts else None
+        return dialogue_prompt(text, draw)
     if kind == "math" and text and "\n" in text:
         return {"prompt": text[:text.index("\n") + 1]}
     if kind == "text" and text and len(text) > 800:
-        at = number(text) % (len(text) - 600)
-        return {"prompt": text[at:at + 60 + number(text[::-1]) % 240]}
+        at = draw % (len(text) - 600)
+        return {"prompt": text[at:at + 60 + draw // 7 % 240]}
     return None
 
 
-def candidates(folders):
-    for folder in folders:
-        for path in sorted(folder.rglob("*.jsonl")):
-            kind = FOLDERS.get(path.parent.name)
-            if kind is None:
-                continue
-            for line in path.open():
-                row = json.loads(line)
-                if number(line) % 2 == 0 and (prompt := prompt_of(kind, row)):
-                    yield number(line), kind, prompt
+def candidates_of(path):
+    """(key, kind, prompt) of a file's rows, those that share no words with KNOWN."""
+    kind, found = FOLDERS[path.parent.name], []
+    for line in path.open():
+        row = json.loads(line)
+        for cut in range(CUTS if kind == "agent" and len(line) > 1000 else 1):
+            draw = number(f"{cut} {line}")
+            prompt = prompt_of(kind, row, draw)
+            if prompt and windows_of(text_of(prompt)).isdisjoint(KNOWN):
+                found.append((draw, kind, prompt))
+    return found
 
 
 def main():
+    global KNOWN
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--prompts", type=pathlib.Path, action="append", default=[])
     args = parser.parse_args()
-    known, left = known_windows(args.prompts), {kind: int(share * args.count) for kind, share in SHARES.items()}
-    rows = []
-    for key, kind, prompt in sorted(candidates(args.text), key=lambda c: c[0]):
-        if left[kind] and not windows_of(text_of(prompt)) & known:
+    KNOWN = known_windows(args.prompts)
+    left, rows = {kind: int(share * args.count) for kind, share in SHARES.items()}, []
+    paths = [path for folder in args.text for path in sorted(folder.rglob("*.jsonl")) if path.parent.name in FOLDERS]
+    with multiprocessing.get_context("fork").Pool() as pool:
+        found = [c for part in pool.imap(candidates_of, paths) for c in part]
+    for key, kind, prompt in sorted(found, key=lambda c: c[0]):
+        if left[kind]:
             left[kind] -= 1
             rows.append(dict(prompt, id=f"{kind}-{key:x}", scenario=kind))
     args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,34 +1,38 @@
 #!/bin/sh
 # nano.sh: train nano and its drafter from text. Usage: data/recipes/nano.sh --text DIR [options]
 #
-# Vocabulary, token shards, pretraining, QAT to MXFP4 experts and FP8, the quantized model's answers, the drafter on them, tables
-# and pictures. data/recipes/nano_text.py makes --text DIR. Resumable: every stage is skipped when its file exists. About nine
-# minutes at most on one H200; --minutes stretches all that trains.
+# Token shards, pretraining in three stretches, QAT to MXFP4 experts and FP8, the quantized model's answers, an MXFP4 drafter on them,
+# tables and pictures. data/recipes/nano_text.py makes --text DIR. Pretraining begins on --text and what is derived from it; meanwhile
+# the code of --site is collected, and joins in the second stretch; the third is long windows without that code. Resumable: every stage is
+# skipped when its file exists. Nine minutes at most on one H200; --minutes stretches all that trains.
 #
 #   --text DIR      text to learn from (required)
+#   --site DIR      folder of installed Python packages: more code
 #   --math FILE     grade-school-math train.jsonl: questions, and others derived from them
 #   --agent FILE    tau-bench trajectories (*.json): dialogues, and others derived from them
 #   --prompts DIR   prompt sets: measured on, and left out of the text; may be repeated (data/prompts is always both)
 #   --out DIR       where the results go (out/nano)
 #   --device D      cuda, cuda:N or cpu (cuda)
 #   --gpus N        GPUs, from --device on (1)
-#   --minutes M     for what trains and answers together (5.8: 432 seconds in all were measured)
+#   --minutes M     for what trains and answers together (7)
 #   --shape NAME    another shape (nano)
 #   --vocab N       its vocabulary (8192)
+#   --tokenizer F   a vocabulary that is there already, such as data/models/nano/tokenizer.json
 #   --batch N       sequences a pretraining step (64)
-#   --length N      their tokens (1024)
+#   --length N      their tokens (1024; in the third stretch four times as many, and a quarter of the sequences)
 #   --threads N     CPU threads (0: all)
 set -eu
 US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 . "$US_ROOT/data/recipes/stages.sh"
 
-shape=nano vocab=8192 device=cuda gpus=1 threads=0 minutes=5.8 batch=64 length=1024 scale=4 answer_count=12000
+shape=nano vocab=8192 device=cuda gpus=1 threads=0 minutes=7 batch=64 length=1024 scale=4 answer_count=90000 site='' data=late.h5
 text='' math='' agent='' out=$US_ROOT/out/nano prompts="--prompts $US_ROOT/data/prompts" sets=$US_ROOT/data/prompts
 while [ $# -gt 0 ]; do
   case $1 in
   --minutes) minutes=${2:?--minutes needs a number} && shift ;;
-  -h | --help) sed -n '2,23s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  --site) site=$(realpath "${2:?--site needs a folder}") || exit 2 && shift ;;
+  -h | --help) sed -n '2,26s/^# \{0,1\}//p' "$0" && exit 0 ;;
   *) recipe_option "$@" || { us_say "nano.sh: unknown option '$1'; see --help" && exit 2; } && shift ;;
   esac
   shift
@@ -37,16 +41,36 @@ recipe_begin nano.sh
 
 # part SHARE: so much of the minutes.
 part() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
+seconds() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%d", 60 * m * s + 1 }'; }
 most_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m + 60 }')
-answer_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m * 0.12 + 1 }')
-pretrain_options="--steps 0 --minutes $(part 0.60) -b $batch -l $length --lr 0.004 --log-every 25 --eval-windows 64"
-qat_options="--train all --steps 0 --minutes $(part 0.10) -b 32 -l 512 --lr 0.0001 --floor 0.02 --eval-windows 200"
-# 3 layers of 320 over three taps: 3.9 MB in bf16
-draft_options="--steps 0 --minutes $(part 0.16) -b 16 -l 512 --anchors 128 --text-share 0.4 --layers 3 --block 8 --window 128
-  --heads 4 --kv-heads 2 --head-dim 64 --inner 320 --taps 2,5,8 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
+answer_seconds=$(seconds 0.06)
+four=$(((batch + 3) / 4))
+pretrain_options="--steps 0 --log-every 25 --eval-windows 64"
+qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --across 0.3 --lr 0.0001 --beta2 0.99 --warmup 0.03 --floor 0.01
+  --probe-every 500 --log-every 25 --eval-windows 200 ${US_QAT_OPTIONS:-}"
+draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --anchors 64 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256
+  --heads 4 --kv-heads 2 --head-dim 64 --inner 384 --taps 2,5,8 --format mxfp4 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
+
+# The rest of the text, and the prompts to answer, while the GPU is at the first stretch.
+prepare() {
+  [ -z "$site" ] || stage "code" site/card.tsv python3 "$US_ROOT/data/recipes/nano_text.py" --site "$site" --debian none --most 3 --out site
+  # shellcheck disable=SC2086
+  token_shards text.h5 "$text" derived ${site:+site}
+  recipe_prompts
+}
 
 recipe_text
-recipe_pretrain
+prepare >prepare.log 2>&1 &
+prepared=$!
+# shellcheck disable=SC2086
+pretrain pretrain-1 first.h5 --data late.h5 --minutes "$(part 0.12)" -b "$batch" -l "$length" --lr 0.004 --floor 1 --warmup 0.05 $pretrain_options
+wait $prepared || { cat prepare.log >&2 && exit 1; }
+# shellcheck disable=SC2086
+pretrain pretrain-2 second.h5 --init first.h5 --data text.h5 --minutes "$(part 0.23)" -b "$batch" -l "$length" --lr 0.004 --floor 0.35 --warmup 0.01 \
+  --seed 2 $pretrain_options
+# shellcheck disable=SC2086
+pretrain pretrain-3 "$shape.h5" --init second.h5 --data late.h5 --minutes "$(part 0.14)" -b "$four" -l $((4 * length)) --across 0.5 --lr 0.0014 --floor 0.03 \
+  --warmup 0.02 --seed 3 $pretrain_options
 recipe_qat
 recipe_draft
 recipe_pack

@@ -170,8 +170,8 @@ def collect_docs(card, share):
         card.add("prose", package, debian_version(share, package), licence, texts, name)
 
 
-def definition_rows(folder):
-    """WordNet's glosses that come with examples, as questions and answers."""
+def definitions(folder):
+    """WordNet's glosses that come with examples."""
     for kind, spoken in PARTS_OF_SPEECH.items():
         for line in (folder / f"data.{kind}").read_text().splitlines():
             if line.startswith(" "):
@@ -185,13 +185,15 @@ def definition_rows(folder):
             answer = f"{words[0][:1].upper()}{words[0][1:]} ({spoken}): {meaning}. For example: {' '.join(examples)}"
             if len(words) > 1:
                 answer += f" Other words for it: {', '.join(words[1:])}."
-            yield {"question": f'What does "{words[0]}" mean?', "answer": answer}
+            yield answer
 
 
 def collect_words(card, root):
+    """Pages of a dictionary. As single questions they were what a model wrote behind everything else: it ended an answer and asked for a word."""
     folder = root / "usr/share/wordnet"
     if folder.exists():
-        rows = list(definition_rows(folder))
+        lines = list(definitions(folder))
+        rows = [{"text": "\n".join(lines[i:i + 40]) + "\n"} for i in range(0, len(lines), 40)]
         write_lines(card.out / "words" / "wordnet.jsonl", rows)
         card.rows.append(["words", "wordnet-base", debian_version(root / "usr/share/doc", "wordnet-base"), "WordNet-3.0", len(rows),
                           sum(len(json.dumps(row)) for row in rows)])

@@ -98,6 +98,9 @@ def look_up(p, c, asked):
 
 
 def close(p):
+    if p.number(0, 2):  # as recorded dialogues end
+        return [say("user", p(["Thank you for your help! ###STOP###", "Great, thank you so much! That's all. ###STOP###",
+                               "No, that is all. Thank you! ###STOP###", "Thanks, you too! ###STOP###", "###STOP###"]))]
     return [say("user", p(["No, that is all. Thank you!", "Thanks, that was everything.", "Great, thank you for your help!"])),
             say("assistant", p(["You're welcome! Have a great day.", "You are welcome. Feel free to come back if you need anything else.",
                                 "Glad I could help. Goodbye!"]))]
@@ -166,4 +169,45 @@ def dialogue_address(p):
     return out + [say("assistant", f"Done. Order {c.order_id} will be shipped to {place}. Is there anything else?")] + close(p)
 
 
-DIALOGUES = [dialogue_status, dialogue_cancel, dialogue_return, dialogue_exchange, dialogue_address]
+def dialogue_payment(p):
+    c = Customer(p)
+    c.status, other = "pending", p(["credit_card", "paypal"]) + "_" + digits(p, 7)
+    out = greet(p, c, p(["I want to pay for my order in another way.", "Can I change the payment method of an order?"])) + look_up(p, c, True)
+    out += call("get_user_details", {"user_id": c.id}, dict(c.profile(), payment_methods={m: {"source": m.rsplit("_", 1)[0], "id": m}
+                                                                                        for m in (c.method, other)}))
+    out += agree(p, f"Order {c.order_id} was paid with {c.method}. I can charge the ${c.total()} to {other} instead.")
+    out += call("modify_pending_order_payment", {"order_id": c.order_id, "payment_method_id": other}, dict(c.order(), payment_history=[
+        {"transaction_type": "payment", "amount": c.total(), "payment_method_id": other},
+        {"transaction_type": "refund", "amount": c.total(), "payment_method_id": c.method}]))
+    return out + [say("assistant", f"The payment of order {c.order_id} was moved to {other}. The refund to {c.method} takes a few "
+                                   "days. If you need anything else, feel free to ask!")] + close(p)
+
+
+def dialogue_human(p):
+    c = Customer(p)
+    wish = p(["I want a discount because the parcel was late.", "The item broke after a year, and I want a new one.",
+              "I need to change the address of an order that was delivered already."])
+    out = greet(p, c, wish) + look_up(p, c, True)
+    out += [say("assistant", p(["I'm sorry, but I cannot do that. Is there anything else that I can do for you?",
+                                "I understand, but this is not possible. Would you like me to transfer you to a human agent?"])),
+            say("user", p(["Please let me talk to a human.", "Then transfer me to a human agent, please.", "Can I speak to a human about this?"]))]
+    return out + call("transfer_to_human_agents", {"summary": f"User {c.id}: {wish}"}, "Transfer successful")
+
+
+def dialogue_two(p):
+    """Status first, then a return of one of the items."""
+    c = Customer(p)
+    c.status, item = "delivered", p(c.items)
+    out = greet(p, c, p(["I have a question about an order and maybe want to return something.", "Can you tell me what was in my last order?"]))
+    out += call("get_user_details", {"user_id": c.id}, c.profile()) + look_up(p, c, False)
+    listed = "\n".join(f"{i}. {described(each)}: ${each['price']}" for i, each in enumerate(c.items, 1))
+    out += [say("assistant", f"Order {c.order_id} was delivered. It holds:\n\n{listed}\n\nThe total was ${c.total()}. Which item would you like to return?"),
+            say("user", p([f"The {item['name']}.", f"Only the {item['name']}, please."]))]
+    out += agree(p, f"I will return the {described(item)} and refund ${item['price']} to {c.method}.")
+    out += call("return_delivered_order_items", {"order_id": c.order_id, "item_ids": [item["item_id"]], "payment_method_id": c.method},
+                dict(c.order(), status="return requested", return_items=[item["item_id"]], return_payment_method_id=c.method))
+    return out + [say("assistant", f"The return is on its way. You will get an email with instructions on how to return the {item['name']}. If you need "
+                                   "anything else, feel free to ask!")] + close(p)
+
+
+DIALOGUES = [dialogue_status, dialogue_cancel, dialogue_return, dialogue_exchange, dialogue_address, dialogue_payment, dialogue_human, dialogue_two]

@@ -4,13 +4,11 @@
 #
 # Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
 # of the tools: $pretrain_options $qat_options $draft_options; $sets, a folder of prompts; seconds: $answer_seconds $most_seconds (a stage's limit).
-# $most_answers: that are written in those seconds, at 1.5 KB of memory each.
+# Optional: $tokenizer, a vocabulary that is there already; $data, the shards for QAT, top64 and the drafter's text (text.h5).
 
 # What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
 # is bf16, which then holds the same values.
 RECIPE_PRECISION='--precision all=fp8,experts=mxfp4 --fp8-scale ue8m0'
-
-most_answers=400000
 
 # recipe_option NAME VALUE: take an option that every recipe has; false for another.
 recipe_option() {
@@ -27,6 +25,7 @@ recipe_option() {
   --gpus) gpus=${2:?--gpus needs a number} ;;
   --shape) shape=${2:?--shape needs a name} ;;
   --vocab) vocab=${2:?--vocab needs a number} ;;
+  --tokenizer) tokenizer=$(realpath "${2:?--tokenizer needs a file}") || exit 2 ;;
   --batch) batch=${2:?--batch needs a number} ;;
   --length) length=${2:?--length needs a number} ;;
   --scale) scale=${2:?--scale needs a number} ;;
@@ -78,38 +77,61 @@ on_device() {
   [ "$gpus" = 1 ] || printf -- ' --gpus %s' "$gpus"
 }
 
+# token_shards FILE FOLDER...: shards of the text in these folders.
+token_shards() {
+  shards=$1 all='' && shift
+  for folder in "$@"; do all="$all --text $folder"; done
+  # shellcheck disable=SC2086
+  stage "token shards, $shards" "$shards" us-data $all $prompts --template plain --threads "$threads" --tokenizer tokenizer.json --heldout 0.01 -o "$shards"
+}
+
 recipe_text() {
   # shellcheck disable=SC2086 # lists of options
   stage "derived text" derived python3 "$US_ROOT/data/recipes/derive_text.py" --text "$text" --out derived ${math:+--math "$math"} \
     ${agent:+--agent "$agent"} --scale "$scale"
-  all="--text $text --text derived --template plain --threads $threads"
   # shellcheck disable=SC2086
-  stage vocabulary tokenizer.json us-data $all $prompts --train-vocab "$vocab" -o tokenizer.json
-  # shellcheck disable=SC2086
-  stage "token shards" text.h5 us-data $all $prompts --tokenizer tokenizer.json --heldout 0.01 -o text.h5
+  if [ -n "${tokenizer:-}" ]; then
+    cp "$tokenizer" tokenizer.json
+  else
+    stage vocabulary tokenizer.json us-data --text "$text" --text derived --template plain --threads "$threads" $prompts --train-vocab "$vocab" -o tokenizer.json
+  fi
+  token_shards "${data:-text.h5}" "$text" derived
+}
+
+# pretrain NAME OUTPUT OPTION...: a stretch of pretraining, with a log of that name.
+pretrain() {
+  pretrain_name=$1 pretrain_output=$2 && shift 2
+  # shellcheck disable=SC2046,SC2086
+  stage "pretraining, $pretrain_name" "$pretrain_output" us-pretrain "$shape" --tokenizer tokenizer.json -o "$pretrain_output" --log "$pretrain_name.tsv" \
+    --run "$pretrain_name.h5" --plot "$pretrain_name.png" "$@" $(on_device)
 }
 
 recipe_pretrain() {
-  # shellcheck disable=SC2046,SC2086
-  stage pretraining "$shape.h5" us-pretrain "$shape" --data text.h5 --tokenizer tokenizer.json -o "$shape.h5" --log pretrain.tsv \
-    --run pretrain.h5 --plot pretrain.png $pretrain_options $(on_device)
+  # shellcheck disable=SC2086
+  pretrain pretrain "$shape.h5" --data text.h5 $pretrain_options
 }
 
 recipe_qat() {
   # shellcheck disable=SC2046,SC2086
-  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data text.h5 -o q.h5 $RECIPE_PRECISION \
+  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data "${data:-text.h5}" -o q.h5 $RECIPE_PRECISION \
     --metrics quality.tsv --report tensors.tsv --log qat.tsv --run qat.h5 --plot qat.png $qat_options $(on_device)
 }
 
-# Prompts like those of the scenarios, and the drafter on what the quantized model answers to them: as many answers as its time allows.
-recipe_draft() {
+# Prompts like those of the scenarios, out of the text.
+recipe_prompts() {
   # shellcheck disable=SC2086
   stage "prompts to answer" answer-prompts.jsonl python3 "$US_ROOT/data/recipes/make_prompts.py" --text derived --text "$text" \
     --count "$answer_count" $prompts --out answer-prompts.jsonl
+}
+
+# The quantized model answers them, as many as the time allows, as it does where it is measured: greedy, 256 tokens whatever it says. The
+# drafter learns these answers and some text.
+recipe_draft() {
+  recipe_prompts
   # shellcheck disable=SC2046,SC2086
-  stage "answers and drafter" draft.h5 dflash-train --target q.h5 --data text.h5 --generate "$most_answers" --answer-seconds "$answer_seconds" \
-    --prompts answer-prompts.jsonl --max-tokens 256 --ignore-end --temperature 0.2 -o draft.h5 --log draft.tsv \
-    --run draft-run.h5 --plot draft.png $draft_options $(on_device)
+  stage "answers and drafter" draft.h5 dflash-train --target q.h5 --data "${data:-text.h5}" --generate "$answer_count" --prompts answer-prompts.jsonl \
+    --max-tokens 256 --temperature 0 --ignore-end --answer-seconds "$answer_seconds" -o draft.h5 --log draft.tsv --run draft-run.h5 --plot draft.png \
+    $draft_options $(on_device)
 }
 
 # generate RUN OPTION...: answer every prompt set: questions and chats as user turns, code and dialogues as they stand; 256 tokens
@@ -141,6 +163,7 @@ recipe_tables() {
   prompt_sets=$(ls "$sets"/*.jsonl)
   stage "acceptance, greedy" greedy.jsonl generate greedy.jsonl --draft draft.h5
   us-eval greedy.jsonl --plot acceptance.png >greedy.tsv
+  prompt_sets=$(ls "$US_ROOT"/data/prompts/*.jsonl)
   stage "acceptance, drawn at temperature 1" sampled.jsonl generate sampled.jsonl --draft draft.h5 --temperature 1
   us-eval sampled.jsonl >sampled.tsv
 }
@@ -152,7 +175,7 @@ recipe_pack() {
   # shellcheck disable=SC2086
   stage "bundle" bundle/model qat-quant q.h5 $RECIPE_PRECISION --shard 16M -o bundle/model
   # shellcheck disable=SC2046
-  stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data text.h5 --windows 16 --length 513 \
+  stage "the original's likeliest tokens" bundle/top64.h5 us-eval --model "$shape.h5" --data "${data:-text.h5}" --windows 16 --length 513 \
     --write-top bundle/top64.h5 $(on_one)
   cp draft.h5 bundle/
 }

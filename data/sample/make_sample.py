@@ -34,6 +34,13 @@ class Pick:
     def number(self, low, high):
         return low + int(self.random() * (high - low + 1))
 
+    def shuffled(self, items):
+        items = list(items)
+        for i in range(len(items) - 1, 0, -1):
+            j = self.number(0, i)
+            items[i], items[j] = items[j], items[i]
+        return items
+
 
 # -- Math: a question, reasoning with the sums worked out, and the answer behind "####" --
 
