@@ -73,6 +73,15 @@ class Lab:
                     self.hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self.hashes[key]
 
+    def named(self, word):
+        """What stands for a word in a step's key: a file by its content, a checkpoint's folder by that of its files."""
+        path = pathlib.Path(word)
+        if path.is_file():
+            return self.hash(path)
+        if (path / "config.json").is_file():
+            return [self.hash(part) for part in sorted(path.iterdir()) if part.is_file()]
+        return word
+
     def version(self, tool):
         with self.lock(tool):
             if tool not in self.versions:
@@ -83,7 +92,7 @@ class Lab:
         """Run a command and return the folder with its outputs, the words that begin with '@'. Paths of files are inputs. It is not begun when
         fewer than `seconds` are left; `alone`: nothing else runs meanwhile, because it is timed or wants the whole device."""
         words = [str(word) for word in words]
-        named = [self.hash(word) if pathlib.Path(word).is_file() else word for word in words]
+        named = [self.named(word) for word in words]
         key = hashlib.sha256(json.dumps([self.version(words[0]), named, stdout]).encode()).hexdigest()[:16]
         folder = self.cache / key
         with self.lock(key):

@@ -305,7 +305,8 @@ def plan_seeds(s):
 def plan_text(s):
     add_draft(s, "text", own=False, text="original text")
     add_draft(s, "text", "--text-share", "0", text="the target's answers alone")
-    add_draft(s, "target", target=s.a.model, trained_on="the original")
+    if s.a.model != s.a.served:
+        add_draft(s, "target", target=s.a.model, trained_on="the original")
     add_draft(s, "Markov head", "--markov", 64, markov="64")
     for loss, weights in (("ce", "exp"), ("ce", "uniform"), ("kl", "dpace")):
         add_draft(s, "loss", "--loss", loss, "--weights", weights, loss=loss, weights=weights)
