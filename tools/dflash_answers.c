@@ -77,6 +77,14 @@ static enum us_status open_tokenizer(struct us_dflash_answers *a, struct us_err 
   return us_tokenizer_parse(model->tokenizer_json, model->tokenizer_bytes, model->path, &a->tokenizer, err);
 }
 
+/* As us-serve. */
+static void collect_stops(struct us_dflash_answers *a) {
+  const struct us_shape *shape = &a->target->shape;
+  a->stop_count = a->tokenizer ? (size_t)us_tokenizer_stop_ids(a->tokenizer, a->stops) : 0;
+  for (uint32_t i = 0; i < shape->stop_count; i++) a->stops[a->stop_count++] = (int32_t)shape->stop_ids[i];
+  if (us_opt_flag(a->run->opts, "ignore-end")) a->stop_count = 0;
+}
+
 /* Chats are turns as in training documents, text is as it stands. */
 static enum us_status read_prompts(struct us_dflash_answers *a, const char *path, struct us_err *err) {
   struct us_prompts *set = NULL;
@@ -126,7 +134,8 @@ static struct us_responses_options options_of(struct us_dflash_answers *a, size_
                                        .length = a->length,
                                        .max_tokens = (uint32_t)us_opt_int(o, "max-tokens"),
                                        .first = shape->stop_count ? (int32_t)shape->stop_ids[0] : 0,
-                                       .ignore_end = us_opt_flag(o, "ignore-end"),
+                                       .stop_ids = a->stops,
+                                       .stop_id_count = a->stop_count,
                                        .seconds = us_opt_num(o, "answer-seconds"),
                                        .sampling = {.temperature = (float)us_opt_num(o, "temperature"),
                                                     .top_p = (float)us_opt_num(o, "top-p")},
@@ -163,6 +172,7 @@ enum us_status us_dflash_answers_make(struct us_dflash_answers *a, struct us_err
   if (!a->shards && !us_opt_str(o, "prompts") && count < 256) count = 256;
   if (!count) return US_OK;
   enum us_status status = open_tokenizer(a, err);
+  collect_stops(a);
   if (status == US_OK && us_opt_str(o, "prompts")) status = read_prompts(a, us_opt_str(o, "prompts"), err);
   if (status != US_OK) return status;
   us_progress_start(&a->progress, a->run->quiet || !us_learner_leads(a->learner) ? NULL : stderr, "answers",

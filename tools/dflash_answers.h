@@ -26,7 +26,7 @@
              .def = "0", .max = 131072),                                                                       \
   US_OPT_NUM("temperature", 0, "T", "of the answers; 0: greedy", .def = "0.8", .max = 100),                    \
   US_OPT_NUM("top-p", 0, "P", "of the answers: smallest set of tokens with this mass", .def = "1", .max = 1),  \
-  US_OPT_FLAG("ignore-end", 0, "answers go on after end-of-text tokens"),                                      \
+  US_OPT_FLAG("ignore-end", 0, "answers go on after end-of-turn and end-of-text tokens"),                                      \
   US_OPT_NUM("answer-seconds", 0, "S", "with --generate: as many of the N as are answered in S seconds; 0: all", \
              .def = "0", .max = 1e6),                                                                          \
   US_OPT_FILE("answers-out", 0, "RUN", "write the answers as JSON lines; without --output nothing is trained"), \
@@ -45,6 +45,8 @@ struct us_dflash_answers {
 
   struct us_responses train, heldout; /* made */
   struct us_tokenizer *tokenizer;
+  int32_t stops[3 + US_MAX_STOP_IDS]; /* the tokenizer's and the model's ends of text */
+  size_t stop_count;
   int32_t *ids; /* of --prompts: the held-out ones, one in sixteen, behind the others */
   size_t *start;
   size_t prompts, heldout_prompts;

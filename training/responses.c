@@ -132,14 +132,13 @@ static void keep_finished(const struct us_generation *g, struct us_responses *r)
 static enum us_status answer(struct us_learner *learner, struct us_model *model,
                              const struct us_responses_options *o, struct us_responses *r,
                              struct us_err *err) {
-  const struct us_shape *shape = &model->shape;
   size_t apart = o->prompts ? r->n * most_tokens(o, 0) : 0;
   struct us_generation g = {.model = model,
                             .items = calloc(r->n, sizeof *g.items),
                             .n = r->n,
                             .sampling = o->sampling,
-                            .stop_ids = (const int32_t *)shape->stop_ids,
-                            .stop_id_count = o->ignore_end ? 0 : shape->stop_count,
+                            .stop_ids = o->stop_ids,
+                            .stop_id_count = o->stop_id_count,
                             .cut_loops = true,
                             .seconds = o->seconds,
                             .interrupted = o->interrupted,

@@ -7,7 +7,7 @@
  *
  * A prompt is drawn by Philox(seed; index): of a dialogue its beginning up to the start of a marked run (an answer, one of
  * those in the first half of `length`, else what precedes the first); of plain text prompt_min to prompt_max tokens, in one of four cases the first of
- * the document, else from anywhere in it. Given prompts take turns. The answer ends at a stop token, at `length` tokens in all, or
+ * the document, else from anywhere in it. Given prompts take turns. The answer ends at a stop id, at `length` tokens in all, or
  * once it repeats itself (decode/generate.h: cut_loops). What is generated depends on the arguments alone, not on threads,
  * unless a time limit ends it.
  */
@@ -34,7 +34,8 @@ struct us_responses_options {
   uint32_t max_tokens;             /* of an answer; 0: what `length` leaves, to given prompts half of it */
   uint32_t prompt_min, prompt_max; /* 0: 8 and 64 */
   int32_t first;                   /* without shards: the one token of every prompt */
-  bool ignore_end;                 /* go on after stop tokens */
+  const int32_t *stop_ids;         /* (stop_id_count) that end an answer; NULL with none */
+  size_t stop_id_count;            /* at most US_GENERATION_STOPS */
   double seconds;                  /* keep what is answered until then; 0: all `count` */
   struct us_sampling sampling;
   uint64_t seed;

@@ -2,9 +2,9 @@
  *
  * Bound of attention. With u = 2^-24 and A the largest scale * sum |q k| of a query's keys: a score is a sum of Q products in
  * at most 8 + 5 steps, of factors rounded twice, and the largest score is subtracted: it errs by 18 u A at most. The
- * exponential errs by 2^-22, a group of lanes shrinks what it has at most once for four of its keys, and five times at the end: a
- * weight errs relatively by e = 18 u A + (n / 16 + 6) (2^-22 + u), and sums over n / 4 + 6 terms of it by as many u. The same
- * errors are in the denominator, so that out errs by 2 (e + (n / 4 + 6) u) sum p |v|, and by 2^-8 of itself when it is rounded.
+ * exponential errs by 2^-22, one of the two groups of lanes or more shrinks what it has once for four of its keys, and five times at
+ * the end: a weight errs relatively by e = 18 u A + (n / 8 + 6) (2^-22 + u), and sums over n / 2 + 6 terms of it by as many u. The
+ * same errors are in the denominator, so that out errs by 2 (e + (n / 2 + 6) u) sum p |v|, and by 2^-8 of itself when it is rounded.
  */
 #include "train_decode.h"
 
@@ -100,7 +100,7 @@ static void reference(const struct problem *p, uint32_t slot, uint32_t head, dou
   }
   if (p->s.sink) sum = exp((double)p->sink[head] - max);
   for (uint32_t j = 0; j < n; j++) sum += score[j] = exp(score[j] - max);
-  double e = 18.0 * u * A + (n / 16.0 + 6.0) * (0x1p-22 + u) + (n / 4.0 + 6.0) * u;
+  double e = 18.0 * u * A + (n / 8.0 + 6.0) * (0x1p-22 + u) + (n / 2.0 + 6.0) * u;
   for (uint32_t d = 0; d < p->s.V; d++) {
     double size = 0.0;
     out[d] = 0.0;

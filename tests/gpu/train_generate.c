@@ -1,6 +1,6 @@
 /* train_generate.c: generation on a GPU: its kernels, its rules, and its tokens against the CPU's logits.
  *
- * Usage: train_generate; train_generate speed SHAPE [ANSWERS [TOKENS [SLOTS]]]. Exit 0, 1, 5, 77.
+ * Usage: train_generate [kernels]; train_generate speed SHAPE [ANSWERS [TOKENS [SLOTS]]]. Exit 0, 1, 5, 77.
  *
  * Bound. Every answer is run through the CPU's forward pass as it stands. Where the GPU drew a token greedily, its own logit of it was
  * the largest, so on the CPU it may lie below the largest by no more than twice what logits of the two sides differ by. The CPU
@@ -197,9 +197,9 @@ static void open_host(struct host *h, const struct us_generation *g) {
   need(us_params_init_model(&h->params, g->model, true, &err), &err, "weights");
   round_weights(&h->params);
   fill_rows(h, g);
-  need(us_model_train_create(&g->model->shape, &h->params, &h->seq, h->rows.R, US_TRAIN_FORWARD, &h->train,
-                             &err),
-       &err, "model");
+  need(
+      us_model_train_create(&g->model->shape, &h->params, &h->seq, h->rows.R, US_TRAIN_SAVE, &h->train, &err),
+      &err, "model");
   run_host(h, g);
 }
 
@@ -381,6 +381,36 @@ static void check_models(struct us_learner *learner, struct us_pool *pool) {
   us_model_free(pico);
 }
 
+/* --- lanes --- */
+
+/* Three copies of the model on one GPU, a stream and a thread each, give the answers of one. */
+static void check_lanes(struct us_learner *one, struct us_pool *pool) {
+  static const int ordinals[3];
+  struct us_err err = {0};
+  struct us_learner *three;
+  struct us_model *model = random_model("tiny", true, pool);
+  struct text alone = open_text(ANSWERS, LONGEST, TOKENS, model->shape.vocab),
+              divided = open_text(ANSWERS, LONGEST, TOKENS, model->shape.vocab);
+  struct us_generation g = {.model = model,
+                            .items = alone.items,
+                            .n = alone.n,
+                            .sampling = {.temperature = 1.0f, .top_p = 0.9f},
+                            .cut_loops = true};
+  size_t bad = 0;
+  need(us_learner_create_cuda(&(struct us_learner_cuda_options){.gpus = 3, .opt_ordinals = ordinals}, &three,
+                              &err),
+       &err, "lanes");
+  generate(one, &g, "lanes");
+  g.items = divided.items;
+  generate(three, &g, "lanes");
+  for (size_t i = 0; i < g.n; i++) bad += differ(&alone.items[i], &divided.items[i]) != 0;
+  record("three lanes", "the answers of one", g.n, bad, "");
+  us_learner_free(three);
+  us_model_free(model);
+  close_text(&alone);
+  close_text(&divided);
+}
+
 /* --- speed --- */
 
 struct trace {
@@ -472,9 +502,11 @@ int main(int count, char **arguments) {
   check_attention_decode(cuda);
   check_draws(cuda);
   us_cuda_close(cuda);
+  if (count > 1 && strcmp(arguments[1], "kernels") == 0) return any_failed ? 1 : 0;
   need(us_pool_create(0, &pool, &err), &err, "pool");
   need(us_learner_create_cuda(&(struct us_learner_cuda_options){.gpus = 1}, &learner, &err), &err, "GPU");
   check_models(learner, pool);
+  check_lanes(learner, pool);
   us_learner_free(learner);
   us_pool_free(pool);
   return any_failed ? 1 : 0;

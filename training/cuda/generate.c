@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define MOST_SLOTS  2048
+#define MOST_SLOTS  4096 /* nano: 1.00 M tokens/s with 1,024, 1.33 with 2,048, 1.58 with 4,096 */
 #define MOST_CACHE  ((uint64_t)32 << 30)
 #define GRAPH_STEPS 8 /* launching a graph costs about 10 us, a step of nano 1 ms */
 #define BURST       4 /* graphs between two looks at the status */

@@ -21,7 +21,7 @@ struct us_cuda_generate {
   bool leads;      /* tells the progress */
 };
 
-/* Sequences at a time: generation->slots, else at most 2,048 and as many as keep keys and values below 32 GiB; by all items, so
+/* Sequences at a time: generation->slots, else at most 4,096 and as many as keep keys and values below 32 GiB; by all items, so
  * that the bits do not depend on how many GPUs share them. Multiples of 8. */
 uint32_t us_cuda_generate_slots(const struct us_generation *generation);
 

@@ -181,10 +181,15 @@ START_TEST(answers_to_given_prompts_are_as_long_as_half_a_sequence) {
   static const int32_t text[] = {1, 2};
   static const size_t start[] = {0, 2};
   struct us_responses_prompts given = {.ids = text, .start = start, .n = 1};
-  struct us_responses_options o = {
-      .count = 2, .length = 12, .prompts = &given, .ignore_end = true, .seed = 3};
+  struct us_responses_options o = {.count = 2, .length = 12, .prompts = &given, .seed = 3};
   US_OK_OR_FAIL(us_responses_generate(learner, world.model, NULL, US_PART_TRAIN, &o, &r, &err));
   ck_assert_uint_eq(r.total[0], 2 + 6);
+  int32_t stop = r.ids[2];
+  us_responses_release(&r);
+  o.stop_ids = &stop, o.stop_id_count = 1;
+  US_OK_OR_FAIL(us_responses_generate(learner, world.model, NULL, US_PART_TRAIN, &o, &r, &err));
+  ck_assert_uint_eq(r.total[0], 2 + 1);
+  ck_assert_int_eq(r.finish[0], US_FINISH_STOP);
   us_responses_release(&r);
 }
 END_TEST
