@@ -94,7 +94,8 @@ enum us_status us_device_ceiling(const void *data, size_t bytes, cudaStream_t st
   m.data = (const uint8_t *)data, m.bytes = bytes, m.stream = stream;
   cudaError_t code = measure_all(&m);
   *ret_bytes_per_second = m.best;
-  if (code != cudaSuccess)
-    return us_err_set(err, US_ERR_DEVICE, "measuring the memory's rate: %s", cudaGetErrorString(code));
-  return US_OK;
+  if (code == cudaSuccess) return US_OK;
+  (void)cudaGetLastError();
+  return us_err_set(err, code == cudaErrorMemoryAllocation ? US_ERR_MEMORY : US_ERR_DEVICE,
+                    "measuring the memory's rate: %s", cudaGetErrorString(code));
 }

@@ -54,10 +54,11 @@ static inline void *take(size_t n, size_t size) {
   return p;
 }
 
-/* A small drafter of `heads` KV heads for a target of four layers or more. */
+/* A small drafter of `heads` KV heads; of one layer for a target of less than four. */
 static inline struct us_draft_shape draft_shape(const struct us_shape *target, uint32_t heads,
                                                 uint32_t block) {
-  return (struct us_draft_shape){.layers = 2,
+  bool shallow = target->layers < 4;
+  return (struct us_draft_shape){.layers = shallow ? 1 : 2,
                                  .hidden = target->hidden,
                                  .vocab = target->vocab,
                                  .inner = 256,
@@ -65,8 +66,8 @@ static inline struct us_draft_shape draft_shape(const struct us_shape *target, u
                                  .value_scale = 0.612,
                                  .block = block,
                                  .mask_id = 3,
-                                 .taps = 3,
-                                 .tap_layer = {0, 2, 3},
+                                 .taps = shallow ? 2 : 3,
+                                 .tap_layer = {0, shallow ? 1 : 2, shallow ? 0 : 3},
                                  .target_layers = target->layers,
                                  .attention = {.q_heads = 2 * heads,
                                                .kv_heads = heads,
