@@ -259,6 +259,13 @@ static void check_context(const struct attention_shape *s, std::vector<struct at
 int main() {
   us_gpu_begin();
   us_gpu_watchdog(100);
+  if (us_gpu_patience()) { /* one of each kind */
+    for (int s : {PRO_WINDOWED, PRO_FULL, DRAFTER, PICO})
+      check_case(&shapes[s], layout({{0, 3}, {61, 1}, {ATTENTION_ABSENT, 1}, {1021, 3}}),
+                 "3 at 0, 1 at 61, none, 3 at 1021", 1, false);
+    check_context(&shapes[PICO_DRAFTER], layout({{700, 8}}), 8);
+    return us_gpu_status();
+  }
   check_cases();
   check_bits(&shapes[PRO_WINDOWED], layout({{700, 8}, {127, 3}, {ATTENTION_ABSENT, 1}, {60, 4}}));
   check_bits(&shapes[PRO_FULL], layout({{1021, 5}, {2500, 2}, {5000, 1}}));

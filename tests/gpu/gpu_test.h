@@ -50,7 +50,7 @@ static void us_gpu_hung(int) {
   _exit(5);
 }
 
-/* Under a checker ($US_TEST_WATCHDOG, seconds) everything takes longer, and times mean nothing. */
+/* Under a checker ($US_TEST_WATCHDOG, seconds) everything takes longer and times mean nothing: shapes are small, and few. */
 static inline unsigned us_gpu_patience(void) {
   const char *text = getenv("US_TEST_WATCHDOG");
   return text && atoi(text) > 0 ? (unsigned)atoi(text) : 0;

@@ -123,7 +123,7 @@ static void check_mean(const struct lab_run *run) {
 static void lab_one(const struct route_case *c, uint64_t seed) {
   struct lab_weights w = make_probe(c);
   uint64_t state = seed + c->E;
-  uint32_t layers = c->uniform && c->E == 384 ? LAYERS : 2, D = width_of(c);
+  uint32_t layers = c->uniform && c->E == 384 && !us_gpu_patience() ? LAYERS : 2, D = width_of(c);
   std::vector<float> logits = make_logits(c, &state), bias(c->E);
   for (float &b : bias) b = (float)(lab_random(&state) >> 40) * 0x1p-26f;
   uint32_t pair = us_engine_pair_bytes(32) / 2;

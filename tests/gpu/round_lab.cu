@@ -35,7 +35,8 @@ static __global__ void __launch_bounds__(US_ENGINE_COMPUTE, 1)
     for (uint32_t i = launch.first; i != launch.last; i++) {
       const struct us_engine_op *op = b->rank->ops + i;
       us_engine_meet();
-      b->round = round, b->op_index = i;
+      if (threadIdx.x % 32 == 0) b->round = round, b->op_index = i;
+      __syncwarp();
       if (threadIdx.x == 0) us_engine_jitter(b);
       if (op->kind == US_ENGINE_SELECT && launch.unfiltered) us_engine_select<false>(b, op);
       if (op->kind == US_ENGINE_SELECT && !launch.unfiltered) us_engine_select<true>(b, op);
