@@ -289,62 +289,74 @@ static double seconds_asked(void) {
   return text ? atof(text) : 10;
 }
 
-/* Random delays at every hand-off, batches and blocks in turn, until the time is over; twice the same. */
+#define LATE_RUNS 6 /* of one plain one */
+
+/* Random delays at every hand-off, batches, blocks, drafted and replayed proposals in turn, until the time is over. Rounds are counted
+ * as the engine reported them; only those with delays. */
 static void check_rounds(const struct models *m, uint32_t ranks) {
   static const float rates[] = {0.75f};
   struct us_executor *quick = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks}),
                      *late = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks, .jitter = 2000});
   char name[64], note[128];
   snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
-  double end = now() + seconds_asked();
+  double begun = now(), end = begun + seconds_asked();
   uint64_t passes = 0, bad = 0, checked = 0;
   for (uint32_t i = 0; now() < end; i++) {
     struct us_result plain[REQUESTS], other[REQUESTS];
     struct us_generate_stats stats;
     struct plan p = {.block = 1,
                      .batch = 8,
-                     .tokens = 600,
+                     .tokens = 800,
                      .first = 5,
                      .step = 13,
                      .temperature = (float)(i & 1),
                      .seed = 1000 + i};
     generate(quick, &p, plain, NULL);
-    p.block = 1 + i * 3 % 8, p.batch = 1 + i % 3;
-    if (p.block > 1 && i % 4) p.opt_plain = plain, p.accept = rates, p.accept_count = 1;
-    generate(late, &p, other, &stats);
-    bad += differing(plain, other), checked += REQUESTS, passes += stats.passes;
-    release(plain), release(other);
+    for (uint32_t k = 0; k < LATE_RUNS && now() < end; k++) {
+      p.block = 1 + (i * LATE_RUNS + k) * 3 % 8, p.batch = 1 + (i + k) % 3;
+      p.opt_plain = p.block > 1 && k % 3 == 0 ? plain : NULL, p.accept = rates, p.accept_count = 1;
+      generate(late, &p, other, &stats);
+      bad += differing(plain, other), checked += REQUESTS, passes += stats.passes;
+      release(other);
+    }
+    release(plain);
   }
-  snprintf(note, sizeof note, "%llu rounds of the engine", (unsigned long long)passes);
+  snprintf(note, sizeof note, "%llu rounds of the engine in %.1f s", (unsigned long long)passes,
+           now() - begun);
   record(name, "rounds with random delays at every hand-off equal plain ones without", checked, bad, note);
   quick->ops->free(quick), late->ops->free(late);
 }
 
 /* Graphs */
 
-static double free_mib(void) {
-  size_t left = 0, total;
+/* Taken of the GPU, by all its programs. */
+static double taken_mib(void) {
+  size_t left = 0, total = 0;
   (void)cudaMemGetInfo(&left, &total);
-  return (double)left / (1 << 20);
+  return (double)(total - left) / (1 << 20);
 }
 
 static void check_graphs(const struct models *m, uint32_t ranks) {
   static const float rates[] = {0.8f};
   struct us_executor_cuda_options options = {.ranks = ranks};
   struct us_result plain[REQUESTS], engine[REQUESTS], graph[REQUESTS];
-  char name[64], note[64];
+  char name[64], note[160];
   snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  double nothing = taken_mib();
   struct plan p = {.block = 1, .batch = 8, .tokens = 24, .first = 5, .step = 3, .seed = 3};
   struct us_executor *ex = open_cuda(m, &options);
   generate(ex, &p, plain, NULL);
   p.block = 8, p.batch = 1;
   generate(ex, &p, engine, NULL);
+  double with_engine = taken_mib();
   ex->ops->free(ex);
   options.mode = US_DEVICE_GRAPH;
   ex = open_cuda(m, &options);
-  double before = free_mib();
+  double before = taken_mib();
   generate(ex, &p, graph, NULL);
-  snprintf(note, sizeof note, "graphs and the loop took %.0f MiB", before - free_mib());
+  snprintf(note, sizeof note,
+           "MiB taken: %.0f at first, %.0f with the engine, %.0f before and %.0f with graphs and their loop",
+           nothing, with_engine, before, taken_mib());
   uint64_t bad = differing(plain, engine) + differing(engine, graph);
   release(graph);
   p.opt_plain = plain, p.accept = rates, p.accept_count = 1, p.batch = 2, p.temperature = 0;
@@ -517,8 +529,12 @@ int main(int argc, char **argv) {
   bool bundled = open_pico(&pico);
   run_model(argc, argv, &wide);
   if (bundled) run_model(argc, argv, &pico), close_models(&pico);
-  for (uint32_t ranks = 1; asked(argc, argv, "rounds") && ranks <= 4; ranks *= 4) check_rounds(&wide, ranks);
   close_models(&wide);
+  if (asked(argc, argv, "rounds")) {
+    struct models m = open_random("short", shorten);
+    for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) check_rounds(&m, ranks);
+    close_models(&m);
+  }
   if (asked(argc, argv, "graphs")) {
     struct models deep = open_random("deep", deepen);
     for (uint32_t ranks = 1; ranks <= 4; ranks *= 2) check_graphs(&deep, ranks);

@@ -6,7 +6,7 @@
  */
 #include "round_lab.h"
 
-extern "C" int engine_loop_host(void);
+extern "C" int engine_loop_host(int argc, char **argv);
 
 static uint32_t *gate;
 
@@ -24,11 +24,11 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   return lab_launch(&copy, (uint32_t)us_engine_blocks(launch->ranks), gate, false, stream);
 }
 
-int main() {
+int main(int argc, char **argv) {
   us_gpu_begin();
-  us_gpu_watchdog(60);
+  us_gpu_watchdog(120);
   US_CUDA(cudaMalloc(&gate, sizeof *gate));
-  int status = engine_loop_host();
+  int status = engine_loop_host(argc, argv);
   US_CUDA(cudaFree(gate));
   return status;
 }

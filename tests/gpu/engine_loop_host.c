@@ -9,10 +9,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MAX_OPS = 40, N = 300, BLOCK = 16, REQUESTS = 9, POSITIONS = 512 };
 
-int engine_loop_host(void);
+int engine_loop_host(int argc, char **argv);
 
 #define CHECK(call)                                                                                          \
   do {                                                                                                       \
@@ -288,7 +289,14 @@ static uint32_t differences(const struct us_output *a, const struct us_output *b
 struct tally {
   uint64_t outputs, bad, tokens, rounds, by_law, adaptive, logprobs, offered;
   uint64_t finishes[US_FINISH_CANCELLED + 1];
+  double own_seconds, loop_seconds;
 };
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 static void compare(const struct us_result *a, const struct us_result *b, struct tally *tally) {
   for (uint32_t i = 0; i < REQUESTS; i++)
@@ -323,6 +331,7 @@ static void trial(struct slots *s, uint32_t t, struct tally *tally) {
   struct us_result plain[REQUESTS], own[REQUESTS], loop[REQUESTS];
   make_requests(t, requests);
   struct us_generate_options options = {.block = 1};
+  double begun = now();
   generate(s, false, requests, &options, plain);
   for (uint32_t i = 0; t % 3 == 0 && i < REQUESTS; i++) {
     for (uint32_t k = 0; k < requests[i].samples; k++)
@@ -335,12 +344,15 @@ static void trial(struct slots *s, uint32_t t, struct tally *tally) {
   options.rule = (enum us_verify_rule)(t / 2 % 3), options.adaptive = t / 3 % 2;
   tally->by_law += options.rule != US_VERIFY_MATCH, tally->adaptive += options.adaptive;
   generate(s, false, requests, &options, own);
+  double between = now();
   generate(s, true, requests, &options, loop);
+  tally->own_seconds += between - begun, tally->loop_seconds += now() - between;
   compare(own, loop, tally);
   release(plain), release(own), release(loop);
 }
 
-int engine_loop_host(void) {
+/* engine_loop [CASE...]: all, or 0, 1, ... */
+int engine_loop_host(int argc, char **argv) {
   static const struct {
     uint32_t ranks;
     enum us_device_mode mode;
@@ -353,6 +365,9 @@ int engine_loop_host(void) {
   bool failed = false;
   for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
     struct tally tally = {0};
+    bool asked = argc < 2;
+    for (int i = 1; i < argc; i++) asked |= atoi(argv[i]) == (int)c;
+    if (!asked) continue;
     struct slots *s = calloc(1, sizeof *s);
     open_slots(s, cases[c].ranks, cases[c].mode);
     for (uint32_t t = 0; t < (cases[c].mode == US_DEVICE_ENGINE ? 48u : 18u); t++) trial(s, t, &tally);
@@ -364,14 +379,15 @@ int engine_loop_host(void) {
            "\"tokens\": %llu, "
            "\"rounds\": %llu, \"trials by law\": %llu, \"adaptive\": %llu, \"outputs with "
            "log-probabilities\": %llu, "
-           "\"proposals\": %llu, \"stop\": %llu, \"length\": %llu, \"loop\": %llu}\n",
+           "\"proposals\": %llu, \"stop\": %llu, \"length\": %llu, \"loop\": %llu, \"host's seconds\": %.1f, "
+           "\"loop's\": %.1f}\n",
            cases[c].name, cases[c].ranks, ok ? "true" : "false", (unsigned long long)tally.outputs,
            (unsigned long long)tally.bad, (unsigned long long)tally.tokens, (unsigned long long)tally.rounds,
            (unsigned long long)tally.by_law, (unsigned long long)tally.adaptive,
            (unsigned long long)tally.logprobs, (unsigned long long)tally.offered,
            (unsigned long long)tally.finishes[US_FINISH_STOP],
            (unsigned long long)tally.finishes[US_FINISH_LENGTH],
-           (unsigned long long)tally.finishes[US_FINISH_LOOP]);
+           (unsigned long long)tally.finishes[US_FINISH_LOOP], tally.own_seconds, tally.loop_seconds);
     fflush(stdout);
   }
   return failed;
