@@ -68,9 +68,9 @@ enum us_status us_tile_profile_open(struct us_tool_run *run, const struct us_pai
 /* ---- the table ----------------------------------------------------------------------------------------------------- */
 
 static const char *const columns[] = {
-    "program",       "op",      "us",          "share",     "work_us",   "hand_off_us",
-    "ring_empty_us", "sums_us", "exchange_us", "norm_us",   "router_us", "select_us",
-    "ring_full_us",  "bytes",   "gb_per_s",    "of_ceiling"};
+    "program",       "op",           "us",          "share",    "work_us",   "hand_off_us",
+    "ring_empty_us", "sums_us",      "exchange_us", "norm_us",  "router_us", "select_us",
+    "ramp_us",       "ring_full_us", "bytes",       "gb_per_s", "of_ceiling"};
 
 static void print_line(struct us_table *table, const char *program, const char *op,
                        const struct us_breakdown_op *t, double round, double bytes, double ceiling) {
@@ -85,6 +85,7 @@ static void print_line(struct us_table *table, const char *program, const char *
   us_table_num(table, t->time / round);
   us_table_num(table, 1e6 * work);
   for (size_t i = 0; i < sizeof waits / sizeof *waits; i++) us_table_num(table, 1e6 * t->wait[waits[i]]);
+  us_table_num(table, 1e6 * t->ramp);
   us_table_num(table, 1e6 * t->ring_full);
   us_table_num(table, bytes);
   us_table_num(table, bytes > 0 ? bytes / t->time / 1e9 : 0);
@@ -92,7 +93,7 @@ static void print_line(struct us_table *table, const char *program, const char *
 }
 
 static void add(struct us_breakdown_op *sum, const struct us_breakdown_op *t) {
-  sum->time += t->time, sum->ring_full += t->ring_full;
+  sum->time += t->time, sum->ring_full += t->ring_full, sum->ramp += t->ramp;
   for (int wait = 0; wait < US_TRACE_WAITS; wait++) sum->wait[wait] += t->wait[wait];
 }
 

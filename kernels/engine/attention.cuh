@@ -141,15 +141,17 @@ static __device__ __forceinline__ void us_attention_close_absent(const struct us
 #define US_ATTENTION_TRIES 2048 /* about a millisecond */
 
 /* All compute threads: wait for the operation's input without a call, so that keys under way stay in registers. false: it did
- * not come soon, or somebody wants to see the wait; us_engine_wait_done is the way then. */
+ * not come soon; us_engine_wait_done is the way then. */
 static __device__ __forceinline__ bool us_attention_wait(const struct us_engine_block *b,
                                                          const struct us_engine_op *op,
                                                          struct us_attention_shared *sh) {
   if (threadIdx.x == 0) {
-    uint32_t want = us_engine_target(b, op->wait), tries = b->launch->profile.spans ? US_ATTENTION_TRIES : 0;
+    uint32_t want = us_engine_target(b, op->wait), tries = 0;
+    uint64_t begin = us_engine_span_begin(b);
     bool ready = !want || op->wait == US_ENGINE_NONE;
     for (; !ready && tries < US_ATTENTION_TRIES; tries++)
       ready = (int32_t)(us_load_acquire(b->rank->done + op->wait) - want) >= 0;
+    us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
     sh->ready = ready;
   }
   us_engine_meet();

@@ -66,6 +66,7 @@ struct us_engine_block {
   uint32_t tile;         /* of products: how many this role has passed, and so partial-sum buffers used */
   uint32_t routes;       /* ROUTE operations passed */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
+  uint32_t spans;               /* engine_profile.cu: intervals of this role so far */
 };
 
 #define US_ENGINE_FETCHED                                                                                    \
@@ -211,24 +212,51 @@ static __device__ __forceinline__ bool us_engine_leads(const struct us_engine_bl
   return threadIdx.x == 0 || threadIdx.x == US_ENGINE_COMPUTE || threadIdx.x == US_ENGINE_EPILOGUE;
 }
 
-static __device__ __noinline__ void us_engine_span_write(const struct us_engine_block *b, uint32_t what,
-                                                         uint64_t begin) {
-  const struct us_engine_profile *p = &b->launch->profile;
-  uint32_t lane = b->grid_block * US_ENGINE_ROLES + b->role, at = p->counts[lane]++;
-  if (at >= p->capacity) return;
-  struct us_engine_span *span = p->spans + (size_t)lane * p->capacity + at;
-  span->begin = begin, span->end = us_engine_now();
-  span->op = (uint16_t)b->op_index, span->role = (uint16_t)b->role, span->what = (uint16_t)what;
-  span->round = (uint16_t)b->round;
+static __device__ __forceinline__ const struct us_engine_profile *us_engine_profile_of(
+    const struct us_engine_block *b) {
+  return &((const struct us_engine_launch *)us_engine_shared_of(b)->launch)->profile;
+}
+static __device__ __forceinline__ struct us_engine_block *us_engine_view(const struct us_engine_block *b) {
+  return &us_engine_shared_of(b)->warp[threadIdx.x / 32];
 }
 
-/* The start of an interval, 0 for threads that do not speak for their role and when nobody profiles; and its end. */
+/* Nothing here may wait for memory, or the role would: the count is in shared memory, the interval one store that nobody reads in
+ * this launch. In line: a call would take the registers of the loops around it. Returns the end. */
+static __device__ __forceinline__ uint64_t us_engine_span_write(const struct us_engine_block *b,
+                                                                uint32_t what, uint64_t begin) {
+  const struct us_engine_profile *p = us_engine_profile_of(b);
+  struct us_engine_block *view = us_engine_view(b);
+  uint64_t end = us_engine_now();
+  uint32_t at = view->spans, lane = view->grid_block * US_ENGINE_ROLES + view->role;
+  if (view->round < p->first) return end;
+  view->spans = at + 1;
+  if (at < p->capacity)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p->spans + (size_t)lane * p->capacity + at),
+                 "r"((uint32_t)begin), "r"((uint32_t)(begin >> 32)), "r"((uint32_t)(end - begin)),
+                 "r"(view->op_index | what << 16));
+  return end;
+}
+
+/* The start of an interval, 0 for threads that do not speak for their role and when nobody profiles; and its end, where the next
+ * may begin. */
 static __device__ __forceinline__ uint64_t us_engine_span_begin(const struct us_engine_block *b) {
   return US_ENGINE_PROFILED && us_engine_leads(b) ? us_engine_now() : 0;
 }
-static __device__ __forceinline__ void us_engine_span_end(const struct us_engine_block *b, uint32_t what,
-                                                          uint64_t begin) {
-  if (US_ENGINE_PROFILED && begin) us_engine_span_write(b, what, begin);
+static __device__ __forceinline__ uint64_t us_engine_span_end(const struct us_engine_block *b, uint32_t what,
+                                                              uint64_t begin) {
+  return US_ENGINE_PROFILED && begin ? us_engine_span_write(b, what, begin) : 0;
+}
+
+/* A role begins and ends its launch: the count goes on from the launch before. */
+static __device__ __forceinline__ void us_engine_spans_open(const struct us_engine_block *b) {
+  struct us_engine_block *view = us_engine_view(b);
+  if (US_ENGINE_PROFILED && us_engine_leads(b))
+    view->spans = us_engine_profile_of(b)->counts[view->grid_block * US_ENGINE_ROLES + view->role];
+}
+static __device__ __forceinline__ void us_engine_spans_close(const struct us_engine_block *b) {
+  const struct us_engine_block *view = us_engine_view(b);
+  if (US_ENGINE_PROFILED && us_engine_leads(b))
+    us_engine_profile_of(b)->counts[view->grid_block * US_ENGINE_ROLES + view->role] = view->spans;
 }
 
 /* ---- barriers of a block ------------------------------------------------------------------------------------------- */

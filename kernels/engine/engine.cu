@@ -120,10 +120,10 @@ static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
   for (uint32_t round = 0; round != launch->rounds; round++) {
     if (ROLE != ROLE_STREAM) __syncwarp();
     b->round = round;
+    uint64_t begin = us_engine_span_begin(b); /* one after the other, without a gap */
     for (uint32_t i = launch->first; i < launch->last; i++) {
       if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
       b->op_index = i;
-      uint64_t begin = us_engine_span_begin(b);
       const struct us_engine_op *op = ops + i;
       if (ROLE == ROLE_COMPUTE) {
         uint32_t n = round * (launch->last - launch->first) + i - launch->first;
@@ -134,8 +134,9 @@ static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
       if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, op);
       if (ROLE == ROLE_STREAM) stream(b, op);
       if (ROLE == ROLE_EPILOGUE) epilogue(b, op);
-      us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
+      begin = us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
     }
+    us_engine_spans_close(b);
     if (round + 1 == launch->rounds) return;
     if (ROLE == ROLE_COMPUTE) {
       us_engine_meet();
@@ -161,6 +162,7 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
                 : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM
                                                   : ROLE_EPILOGUE;
     *b = view;
+    us_engine_spans_open(b);
   }
   __syncwarp();
   return b;

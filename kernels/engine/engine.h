@@ -444,15 +444,17 @@ enum us_engine_wait {
 
 /* ---- profile ----------------------------------------------------------------------------------------------------- */
 
-/* One interval of one role of one block; times are globaltimer ns. */
+/* One interval of one role of one block, which stores it in one go. */
 struct us_engine_span {
-  uint64_t begin, end;
-  uint16_t op, role, what, round; /* what: enum us_engine_wait; NOTHING: the operation, its waits included */
+  uint64_t begin;    /* globaltimer ns */
+  uint32_t ns;       /* how long */
+  uint16_t op, what; /* what: enum us_engine_wait; NOTHING: the operation, its waits included */
 };
 struct us_engine_profile {
   struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
   uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
   uint32_t capacity;
+  uint32_t first;     /* rounds of a launch before it are not recorded: the clocks come up */
   const void *kernel; /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
 };
 

@@ -37,26 +37,45 @@ static uint32_t whole_rounds(const struct us_breakdown_spans *s, uint32_t block,
   return rounds + (count && s->counts[block * US_ENGINE_ROLES + role] <= s->capacity);
 }
 
+/* Where a lane's operation stands: when its input was there, and whether it has waited for the ring since. */
+struct stand {
+  uint64_t input;
+  bool waited;
+};
+
+/* Whether a wait for the ring is the operation's ramp. */
+static bool is_ramp(struct stand *at, const struct us_engine_span *span) {
+  uint64_t end = span->begin + span->ns;
+  bool ramp =
+      span->what == US_ENGINE_WAIT_STAGE && !at->waited && span->begin < at->input + US_BREAKDOWN_RAMP;
+  if (span->what == US_ENGINE_WAIT_STAGE) at->waited = true;
+  if (span->what == US_ENGINE_WAIT_DONE) at->input = end;
+  if (span->what == US_ENGINE_WAIT_NOTHING) *at = (struct stand){.input = end};
+  return ramp;
+}
+
 /* One lane's rounds [b->skip, rounds). */
 static void add_lane(struct us_breakdown *b, const struct us_breakdown_spans *s, uint32_t block,
                      uint32_t role, uint32_t rounds) {
   uint32_t count, round = 0;
   const struct us_engine_span *span = lane_of(s, block, role, &count);
   uint64_t begin = 0, end = 0;
+  struct stand at = {.input = count ? span->begin : 0};
   for (uint32_t i = 0; i < count; i++) {
     round += i && wraps(&span[i - 1], &span[i]);
     if (round >= rounds) break;
     if (round < b->skip || span[i].op >= s->op_count) continue;
     const struct us_engine_op *op = &s->ops[span[i].op];
     struct us_breakdown_op *sum = &b->ops[program_of(op)][task_of(op)];
-    double seconds = (double)(span[i].end - span[i].begin) / SECOND;
+    double seconds = span[i].ns / SECOND;
     if (!begin) begin = span[i].begin;
-    end = span[i].end;
+    end = span[i].begin + span[i].ns;
     if (role == STREAM) {
       if (span[i].what == US_ENGINE_WAIT_FREE) sum->ring_full += seconds;
       continue;
     }
     sum->weights |= op->bytes != 0;
+    if (is_ramp(&at, &span[i])) sum->ramp += seconds;
     if (span[i].what == US_ENGINE_WAIT_NOTHING)
       sum->time += seconds;
     else if (span[i].what < US_TRACE_WAITS)
@@ -90,7 +109,7 @@ void us_breakdown_finish(struct us_breakdown *b) {
     for (int task = 0; task <= US_TASK_OP_COUNT; task++) {
       struct us_breakdown_op *op = &b->ops[program][task];
       double work = op->time /= n;
-      op->ring_full /= n;
+      op->ring_full /= n, op->ramp /= n;
       for (int wait = 0; wait < US_TRACE_WAITS; wait++) {
         op->wait[wait] /= n;
         work -= op->wait[wait];
@@ -128,7 +147,7 @@ static void trace_lane(const struct us_breakdown_spans *s, uint32_t gpu, uint32_
     double bytes = (double)op->bytes * (us_device_op_of_experts(op) ? experts : 1) / s->blocks;
     us_trace_add(trace, &(struct us_span){.claimed = span[i].begin - origin,
                                           .start = span[i].begin - origin,
-                                          .end = span[i].end - origin,
+                                          .end = span[i].begin + span[i].ns - origin,
                                           .bytes = streams ? (uint64_t)bytes : 0,
                                           .layer = op->layer,
                                           .pass = round * US_ENGINE_PASSES + op->program,

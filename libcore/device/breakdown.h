@@ -25,12 +25,16 @@ struct us_breakdown_spans {
   uint32_t capacity, blocks;
 };
 
+#define US_BREAKDOWN_RAMP                                                                                    \
+  3000 /* ns behind its input in which an operation asks the ring for the first time */
+
 /* One operation of the tile program. Seconds of a round, mean over SMs and rounds. */
 struct us_breakdown_op {
   double time;                 /* the compute role's, waits included */
   double wait[US_TRACE_WAITS]; /* of that */
-  double ring_full;            /* of the stream role */
-  bool weights;                /* it streams some */
+  double ramp;      /* of wait[STAGE]: the first one, right behind the input, before weights flow */
+  double ring_full; /* of the stream role */
+  bool weights;     /* it streams some */
 };
 
 struct us_breakdown {

@@ -10,7 +10,7 @@
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 
-#define PLAIN_ROUNDS   32 /* timed without recording, */
+#define PLAIN_ROUNDS   32 /* timed without recording, before the recorded ones and after them, */
 #define WARM_ROUNDS    48 /* after so many that bring the clocks up */
 #define LEAST_CAPACITY 2048
 
@@ -37,7 +37,8 @@ static void free_spans(struct recording *r) {
 
 /* As many spans a role as there is room for. */
 static enum us_status alloc_spans(struct recording *r, uint32_t gpu, struct us_err *err) {
-  struct us_engine_profile p = {.capacity = r->options->capacity, .kernel = us_engine_profiled()};
+  struct us_engine_profile p = {
+      .capacity = r->options->capacity, .first = WARM_ROUNDS, .kernel = us_engine_profiled()};
   uint32_t lanes = lanes_of(r, gpu);
   us_devices_use(r->parts.devices, gpu);
   int code = (int)cudaMalloc((void **)&p.counts, lanes * sizeof *p.counts);
@@ -69,16 +70,17 @@ static bool hear(void *arg, const struct us_rounds_report *report) {
   return round + 1 < h->wanted;
 }
 
-/* So many rounds of a loop of their own; the mean time of those after the first `skip`. */
-static enum us_status run_rounds(struct recording *r, bool recorded, uint32_t skip, uint32_t wanted,
+/* WARM_ROUNDS and so many more of a loop of their own; the mean time of those. */
+static enum us_status run_rounds(struct recording *r, bool recorded, uint32_t timed,
                                  struct us_device_profile_result *result, double *ret_seconds,
                                  struct us_err *err) {
+  uint32_t wanted = WARM_ROUNDS + timed;
   const struct us_device_profile_options *o = r->options;
   static const int32_t any = 0;
   struct us_device_loop_options options = {.batch = o->batch, .block = o->block, .drafting = r->drafting};
   struct us_device_loop *loop = NULL;
   struct us_bench_place place;
-  struct heard heard = {.wanted = wanted, .first = skip - 1};
+  struct heard heard = {.wanted = wanted, .first = WARM_ROUNDS - 1};
   uint32_t positions = o->context + (wanted + 4) * o->block + US_MAX_BLOCK;
   enum us_status status =
       us_bench_place(r->ex, o->batch, o->context, positions, r->drafting, o->seed, &place, err);
@@ -182,7 +184,7 @@ enum us_status us_device_profile_run(struct us_executor *ex, const struct us_dev
                                      struct us_err *err) {
   struct recording r = {.ex = ex, .options = options, .drafting = ex->draft && options->block > 1};
   struct us_device_profile_result *result = ret_result;
-  *result = (struct us_device_profile_result){.breakdown = {.skip = 1}};
+  *result = (struct us_device_profile_result){.breakdown = {.skip = 0}};
   enum us_status status = us_bench_check(ex, options->batch, options->block, true, err);
   if (status != US_OK) return status;
   if (!us_executor_cuda_parts(ex, &r.parts))
@@ -191,11 +193,11 @@ enum us_status us_device_profile_run(struct us_executor *ex, const struct us_dev
   result->blocks = r.parts.devices->blocks[0];
   for (uint32_t gpu = 0; status == US_OK && gpu < r.parts.devices->gpus; gpu++)
     status = alloc_spans(&r, gpu, err);
-  if (status == US_OK)
-    status =
-        run_rounds(&r, false, WARM_ROUNDS, WARM_ROUNDS + PLAIN_ROUNDS, result, &result->plain_round, err);
-  if (status == US_OK)
-    status = run_rounds(&r, true, 1, 1 + options->rounds, result, &result->recorded_round, err);
+  double before = 0, after = 0;
+  if (status == US_OK) status = run_rounds(&r, false, PLAIN_ROUNDS, result, &before, err);
+  if (status == US_OK) status = run_rounds(&r, true, options->rounds, result, &result->recorded_round, err);
+  if (status == US_OK) status = run_rounds(&r, false, PLAIN_ROUNDS, result, &after, err);
+  result->plain_round = (before + after) / 2;
   if (status == US_OK) status = take_all(&r, result, trace, err);
   free_spans(&r);
   return status;

@@ -5,7 +5,7 @@
  *     printf("a round of %.3f ms, %.1f %% of it streaming\n", 1e3 * result.breakdown.round, ...);
  *
  * Sequences are placed as for a bench (device/bench.h). Recording takes time: result.plain_round tells how long a round takes
- * without, measured just before.
+ * without, measured just before and just after.
  */
 #ifndef US_DEVICE_PROFILE_DEVICE_H
 #define US_DEVICE_PROFILE_DEVICE_H
@@ -18,7 +18,7 @@ struct us_device_profile_options {
   uint32_t batch,
       block; /* sequences; rows of each: anchor and proposals, the drafter's or, without one, arbitrary */
   uint32_t context;  /* positions before the first round */
-  uint32_t rounds;   /* recorded ones, after one that is left out */
+  uint32_t rounds;   /* recorded ones, after some that bring the clocks up */
   uint32_t capacity; /* spans a role of a block; less if the GPU has no room */
   uint32_t keep;     /* blocks of each GPU whose spans go into the trace; 0: all */
   uint64_t seed;

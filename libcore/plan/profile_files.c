@@ -170,8 +170,8 @@ static enum us_status number_rows(struct engine_plot *p, const struct us_trace *
   for (size_t w = 0; w <= UINT16_MAX; w++)
     for (int role = 0; role < US_TRACE_ROLES; role++) {
       if (!p->row_of[w][role]) continue;
-      snprintf(p->labels[row], sizeof *p->labels, "GPU %zu SM %zu %s", w / US_TRACE_BLOCKS,
-               w % US_TRACE_BLOCKS, us_trace_role_name(role));
+      snprintf(p->labels[row], sizeof *p->labels, "%zu:%zu %s", w / US_TRACE_BLOCKS, w % US_TRACE_BLOCKS,
+               us_trace_role_name(role));
       p->rows[row] = p->labels[row];
       p->row_of[w][role] = (uint16_t)++row;
     }
@@ -206,7 +206,8 @@ enum us_status us_profile_plot_engine(const struct us_trace *trace, double milli
   if (status == US_OK) {
     place_spans(p, trace, false);
     place_spans(p, trace, true);
-    struct us_plot_axes axes = {.title = "Engine timeline", .x_title = "time (us)", .width = 1800};
+    struct us_plot_axes axes = {
+        .title = "Engine timeline (GPU:SM role)", .x_title = "time (us)", .width = 1800};
     status = us_plot_timeline(path, &axes, p->rows, p->row_count, p->kinds, p->kind_count, p->spans, p->count,
                               opt_provenance, err);
   }

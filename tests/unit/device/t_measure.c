@@ -107,11 +107,8 @@ struct recorded {
 static void put(struct recorded *r, uint32_t role, uint32_t op, uint32_t what, uint64_t begin, uint64_t us) {
   uint32_t at = r->counts[role]++;
   if (at < CAPACITY)
-    r->spans[role][at] = (struct us_engine_span){.begin = begin,
-                                                 .end = begin + us * 1000,
-                                                 .op = (uint16_t)op,
-                                                 .role = (uint16_t)role,
-                                                 .what = (uint16_t)what};
+    r->spans[role][at] = (struct us_engine_span){
+        .begin = begin, .ns = (uint32_t)us * 1000, .op = (uint16_t)op, .what = (uint16_t)what};
 }
 
 static struct recorded record(uint32_t rounds) {
@@ -156,6 +153,7 @@ START_TEST(a_round_is_split_into_streaming_other_work_and_waits) {
   ck_assert_double_eq_tol(qkv->time, 10e-6, 1e-12);
   ck_assert_double_eq_tol(qkv->wait[US_ENGINE_WAIT_STAGE], 3e-6, 1e-12);
   ck_assert_double_eq_tol(qkv->ring_full, 5e-6, 1e-12);
+  ck_assert_double_eq_tol(qkv->ramp, 3e-6, 1e-12); /* it asks 1 us behind its input */
   ck_assert(qkv->weights && !b.ops[US_PROGRAM_TARGET][US_TASK_OP_COUNT].weights);
 }
 END_TEST
