@@ -45,7 +45,8 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     for (uint32_t i = launch.first; i < launch.last; i++) {
       const struct us_engine_op *op = launch.rank[0].ops + i;
       __syncwarp();
-      b->round = round, b->op_index = i;
+      if (threadIdx.x % 32 == 0) b->round = round, b->op_index = i;
+      __syncwarp();
       if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(b, op);
       if (op->kind == US_ENGINE_CONTEXT) us_engine_context_append(b, op);
       if (op->kind == US_ENGINE_ROUTE) fake_projection(b, op, delay_ns);
