@@ -88,19 +88,40 @@ struct us_down_page {
   uint2 scales;
   float2 weight;
 };
-static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                    uint32_t weight, int lane) {
+static __device__ __forceinline__ void us_down_load_page(struct us_down_page *p, uint32_t page, uint32_t rows,
+                                                         int lane) {
   p->code[0] = us_shared_load16(page + lane * 16), p->code[1] = us_shared_load16(page + 512 + lane * 16);
   p->scales = us_shared_load8(page + 1024 + lane / 4 * 8);
 #pragma unroll
   for (int q = 0; q < 4; q++) p->rows[q] = us_shared_load16(rows + q * 64);
+}
+static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
+                                                    uint32_t weight, int lane) {
+  us_down_load_page(p, page, rows, lane);
   p->weight = us_down_weight(weight);
+}
+
+/* acc += the page's columns. A group's sums are scaled while the next one's are multiplied. */
+static __device__ __forceinline__ void us_down_page_sums(const struct us_down_page *p, float *acc) {
+  const float zero[4] = {0, 0, 0, 0};
+  float before[4];
+#pragma unroll
+  for (int q = 0; q < 4; q++) {
+    uint4 w = p->code[q / 2], rows = p->rows[q];
+    uint32_t a[4];
+    float d[4];
+    us_mxfp4_fragment(q % 2 ? w.z : w.x, a), us_mma_bf16(d, a, rows.x, rows.y, zero);
+    us_mxfp4_fragment(q % 2 ? w.w : w.y, a), us_mma_bf16(d, a, rows.z, rows.w, d);
+    if (q) us_page_scale(before, p->scales.x, p->scales.y, q - 1, acc);
+#pragma unroll
+    for (int i = 0; i < 4; i++) before[i] = d[i];
+  }
+  us_page_scale(before, p->scales.x, p->scales.y, 3, acc);
 }
 
 /* y += routing weight * the columns of N pages, one after the other. Their multiplies alternate, so that none waits for the one before
  * it, and a group's sums are scaled while the next one's are multiplied. */
-template <int N>
-static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
+template <int N> static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
   const float zero[4] = {0, 0, 0, 0};
   float acc[N][4] = {}, before[N][4];
 #pragma unroll
