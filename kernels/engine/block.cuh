@@ -30,33 +30,16 @@
  * ring beyond what the compute warps are at, and these at most two tiles beyond what the epilogue has read: 11 in all. */
 #define US_ENGINE_ITEMS 16
 
-/* The experts that rows chose, ascending id, in slots. Pairs are numbered expert by expert, rows ascending. Of one row tile: a slot an
- * expert. Of several (gather.cuh): a slot up to 8 pairs of an expert, whose weights and rows lie by their numbers. */
+/* The experts that the 8 rows of a row tile chose, ascending id. Pairs are numbered expert by expert, rows ascending. */
 struct us_engine_active {
-  union {
-    alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
-    float pair_weight[US_ENGINE_SLOTS];
-  };
-  union {
-    int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
-    uint8_t row[US_ENGINE_SLOTS];
-  };
+  alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
+  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
   uint16_t expert[US_ENGINE_ACTIVE];
-  uint32_t brief[US_ENGINE_SLOTS]; /* us_engine_brief: what streaming needs of it, in one load */
+  uint32_t brief[US_ENGINE_ACTIVE]; /* us_engine_brief: what streaming needs of it, in one load */
   uint32_t count;
 };
-/* An expert, its slot's first pair, and how many pairs the slot has. */
 static __device__ __forceinline__ uint32_t us_engine_brief(uint32_t expert, uint32_t first, uint32_t pairs) {
-  return expert | first << 16 | pairs << 28;
-}
-static __device__ __forceinline__ uint32_t us_engine_brief_expert(uint32_t brief) {
-  return brief & 0xffffu;
-}
-static __device__ __forceinline__ uint32_t us_engine_brief_first(uint32_t brief) {
-  return brief >> 16 & 0xfffu;
-}
-static __device__ __forceinline__ uint32_t us_engine_brief_pairs(uint32_t brief) {
-  return brief >> 28;
+  return expert | first << 16 | pairs << 24; /* its first pair, and how many it has */
 }
 
 /* DOWN: what a stage of the ring holds: one or two steps (down.cuh: US_DOWN_...), the slots of their experts (16 bits each), where
@@ -64,13 +47,6 @@ static __device__ __forceinline__ uint32_t us_engine_brief_pairs(uint32_t brief)
 struct us_engine_down_stage {
   alignas(16) uint32_t slots;
   uint32_t count, rows[2];
-};
-
-/* Rows that were routed last (route.cuh). */
-struct us_engine_routed {
-  uint64_t seed[US_ENGINE_ROWS];
-  uint32_t exists[US_ENGINE_ROWS], position[US_ENGINE_ROWS], sample[US_ENGINE_ROWS];
-  uint32_t pass; /* round, program and row tile; 0: none yet */
 };
 
 struct us_engine_shared;
@@ -115,7 +91,6 @@ struct us_engine_shared {
       [US_ENGINE_ITEMS]; /* of tile t of the launch, at t % US_ENGINE_ITEMS: US_ENGINE_NONE ends a product */
   float row[4][US_ENGINE_ROWS]; /* small things of one operation */
   struct us_engine_down_stage down[US_ENGINE_STAGES];
-  struct us_engine_routed rows;
   struct us_engine_rank rank;
   alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
   alignas(16) uint8_t launch[offsetof(struct us_engine_launch, rank)];
@@ -230,12 +205,6 @@ static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_
  * this code with US_ENGINE_PROFILED 1; in engine.cu nothing is left of it. */
 #ifndef US_ENGINE_PROFILED
 #define US_ENGINE_PROFILED 0
-#endif
-
-/* Operations of several row tiles would take registers from the loops of one row tile, so they are another kernel's too:
- * engine_several.cu compiles this code with US_ENGINE_SEVERAL 1. The kernel that records has them. */
-#ifndef US_ENGINE_SEVERAL
-#define US_ENGINE_SEVERAL US_ENGINE_PROFILED
 #endif
 
 /* The thread that speaks for its role. */
@@ -366,21 +335,15 @@ static __device__ __forceinline__ uint32_t us_engine_target(const struct us_engi
   return (op < b->op_index ? b->round + 1 : b->round) * b->blocks;
 }
 
-/* One thread: poll until a counter of `op` is there. */
-static __device__ __forceinline__ void us_engine_poll(const struct us_engine_block *b,
-                                                      const uint32_t *counter, uint32_t op, uint32_t want) {
-  uint32_t have;
+/* One thread: poll until the operation is done. */
+static __device__ __forceinline__ void us_engine_poll_done(const struct us_engine_block *b, uint32_t op) {
+  uint32_t want = us_engine_target(b, op), have;
   if (!want) return;
   struct us_engine_watch watch = {0, 0};
   uint64_t begin = us_engine_span_begin(b);
-  while ((int32_t)((have = us_load_acquire(counter)) - want) < 0)
+  while ((int32_t)((have = us_load_acquire(b->rank->done + op)) - want) < 0)
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
   us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
-}
-
-/* One thread: until the operation is done. */
-static __device__ __forceinline__ void us_engine_poll_done(const struct us_engine_block *b, uint32_t op) {
-  us_engine_poll(b, b->rank->done + op, op, us_engine_target(b, op));
 }
 
 /* Thread 0: whether it has found an earlier operation of this round done already; else it is about to. A look costs a microsecond. */

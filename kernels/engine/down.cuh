@@ -88,23 +88,19 @@ struct us_down_page {
   uint2 scales;
   float2 weight;
 };
-static __device__ __forceinline__ void us_down_load_page(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                         int lane) {
+static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
+                                                    uint32_t weight, int lane) {
   p->code[0] = us_shared_load16(page + lane * 16), p->code[1] = us_shared_load16(page + 512 + lane * 16);
   p->scales = us_shared_load8(page + 1024 + lane / 4 * 8);
 #pragma unroll
   for (int q = 0; q < 4; q++) p->rows[q] = us_shared_load16(rows + q * 64);
-}
-static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                    uint32_t weight, int lane) {
-  us_down_load_page(p, page, rows, lane);
   p->weight = us_down_weight(weight);
 }
 
-/* acc += the page's columns. A group's sums are scaled while the next one's are multiplied. */
-static __device__ __forceinline__ void us_down_page_sums(const struct us_down_page *p, float *acc) {
+/* y += routing weight * the page's columns. A group's sums are scaled while the next one's are multiplied. */
+static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
   const float zero[4] = {0, 0, 0, 0};
-  float before[4];
+  float acc[4] = {}, before[4];
 #pragma unroll
   for (int q = 0; q < 4; q++) {
     uint4 w = p->code[q / 2], rows = p->rows[q];
@@ -117,46 +113,8 @@ static __device__ __forceinline__ void us_down_page_sums(const struct us_down_pa
     for (int i = 0; i < 4; i++) before[i] = d[i];
   }
   us_page_scale(before, p->scales.x, p->scales.y, 3, acc);
-}
-
-/* y += routing weight * the columns of N pages, one after the other. Their multiplies alternate, so that none waits for the one before
- * it, and a group's sums are scaled while the next one's are multiplied. */
-template <int N> static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
-  const float zero[4] = {0, 0, 0, 0};
-  float acc[N][4] = {}, before[N][4];
-#pragma unroll
-  for (int q = 0; q < 4; q++) {
-    uint32_t a[4];
-    float d[N][4];
-#pragma unroll
-    for (int k = 0; k < N; k++)
-      us_mxfp4_fragment(q % 2 ? p[k].code[q / 2].z : p[k].code[q / 2].x, a),
-          us_mma_bf16(d[k], a, p[k].rows[q].x, p[k].rows[q].y, zero);
-#pragma unroll
-    for (int k = 0; k < N; k++)
-      us_mxfp4_fragment(q % 2 ? p[k].code[q / 2].w : p[k].code[q / 2].y, a),
-          us_mma_bf16(d[k], a, p[k].rows[q].z, p[k].rows[q].w, d[k]);
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      if (q) us_page_scale(before[k], p[k].scales.x, p[k].scales.y, q - 1, acc[k]);
-#pragma unroll
-      for (int i = 0; i < 4; i++) before[k][i] = d[k][i];
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < N; k++) {
-    us_page_scale(before[k], p[k].scales.x, p[k].scales.y, 3, acc[k]);
-    y[0] = __fmaf_rn(p[k].weight.x, acc[k][0], y[0]), y[1] = __fmaf_rn(p[k].weight.y, acc[k][1], y[1]);
-    y[2] = __fmaf_rn(p[k].weight.x, acc[k][2], y[2]), y[3] = __fmaf_rn(p[k].weight.y, acc[k][3], y[3]);
-  }
-}
-
-/* A warp has loaded all that it needs of a stage, which is free then, long before it has been multiplied. The barrier of the lanes also
- * keeps the compiler from putting loads off until they are used: eight times the latency of one. */
-static __device__ __forceinline__ void us_down_release(const struct us_engine_shared *s, uint32_t stage,
-                                                       uint32_t lane, uint32_t arrivals) {
-  __syncwarp();
-  if (lane == 0) us_barrier_arrive_many(us_shared_address(&s->empty[stage]), arrivals);
+  y[0] = __fmaf_rn(p->weight.x, acc[0], y[0]), y[1] = __fmaf_rn(p->weight.y, acc[1], y[1]);
+  y[2] = __fmaf_rn(p->weight.x, acc[2], y[2]), y[3] = __fmaf_rn(p->weight.y, acc[3], y[3]);
 }
 
 /* All active experts' share of three tiles, if pages are MXFP4 of four groups: warp tile * step_slices + slice, of `working` warps,
@@ -183,17 +141,18 @@ static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_bloc
     uint32_t stride = slices * (joined ? 512 : 256) + US_DOWN_PAD;
     if (joined) from += apart;
     uint32_t rows = inner + us_down_lane_rows(at.pair + slot * 16, tell.z, stride);
-    struct us_down_page p[2];
-    us_down_load(&p[0], from, rows, at.weight + slot * 32, lane);
+    struct us_down_page first, second;
     if (count & 2) {
       uint32_t rows2 = inner + us_down_lane_rows(at.pair + next * 16, tell.w, stride);
-      us_down_load(&p[1], from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
-      us_down_release(s, c.stage, lane, arrivals);
-      us_down_multiply<2>(p, y);
+      us_down_load(&first, from, rows, at.weight + slot * 32, lane);
+      us_down_load(&second, from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
+      us_down_multiply(&first, y), us_down_multiply(&second, y);
     } else {
-      us_down_release(s, c.stage, lane, arrivals);
-      us_down_multiply<1>(p, y);
+      us_down_load(&first, from, rows, at.weight + slot * 32, lane);
+      us_down_multiply(&first, y);
     }
+    __syncwarp();
+    if (lane == 0) us_barrier_arrive_many(us_shared_address(&s->empty[c.stage]), arrivals);
     us_engine_advance(&c);
   } while (!(count & US_DOWN_LAST));
   b->stage = c.stage, b->phase = c.phase;
@@ -272,13 +231,10 @@ static __device__ __noinline__ void us_engine_down_compute(struct us_engine_bloc
   /* What rows have of an expert they do not use; nothing since the last barrier of a vector operation has touched it. */
   if (threadIdx.x < US_DOWN_ZEROS / 16)
     ((uint4 *)us_engine_shared_of(b)->scratch)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  uint32_t groups = us_engine_down_groups(d), first = us_engine_first_item(b, op->shift);
-  if (first < groups && us_engine_shared_of(b)->active.count)
-    us_engine_meet(); /* the last stage is full when the pairs' thread has waited */
-  else
-    us_engine_wait_done(b, op->wait);
+  us_engine_wait_done(b, op->wait);
+  uint32_t groups = us_engine_down_groups(d);
   bool whole = d->w.format == US_FORMAT_MXFP4 && d->w.groups == 4;
-  for (uint32_t group = first; group < groups; group += b->blocks) {
+  for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
     uint32_t tiles = us_engine_down_tiles(d, group);
     float y[4 * US_DOWN_TILES] = {};
     uint32_t working = tiles * d->step_slices, warp = threadIdx.x / 32;

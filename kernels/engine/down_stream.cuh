@@ -51,16 +51,16 @@ struct us_down_at {
   uint32_t slot, step, brief, next;
 };
 static __device__ __forceinline__ uint32_t us_down_expert(uint32_t brief) {
-  return us_engine_brief_expert(brief);
+  return brief & 0xffffu;
 }
 static __device__ __forceinline__ uint32_t us_down_first(uint32_t brief) {
-  return us_engine_brief_first(brief);
+  return brief >> 16 & 0xffu;
 }
 static __device__ __forceinline__ uint32_t us_down_pairs(uint32_t brief) {
-  return us_engine_brief_pairs(brief);
+  return brief >> 24;
 }
 static __device__ __forceinline__ uint32_t us_down_brief(const struct us_engine_shared *s, uint32_t slot) {
-  return s->active.brief[slot < US_ENGINE_SLOTS ? slot : 0];
+  return s->active.brief[slot < US_ENGINE_ACTIVE ? slot : 0];
 }
 static __device__ __forceinline__ struct us_down_at us_down_begin(const struct us_engine_shared *s) {
   struct us_down_at at = {0, 0, us_down_brief(s, 0), us_down_brief(s, 1)};
@@ -206,25 +206,8 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
   b->stage = c.stage, b->phase = c.phase;
 }
 
-/* Whether DOWN waits for a gate and up projection, which tells early; a test may let it wait for something else. */
-static __device__ __forceinline__ bool us_down_follows_up(const struct us_engine_block *b, uint32_t wait) {
-  if (wait == US_ENGINE_NONE) return false;
-  const struct us_engine_op *up = b->rank->ops + wait;
-  return up->kind == US_ENGINE_GEMM && up->gemm.experts && up->row_tiles <= 1; /* several row tiles do not */
-}
-
-/* The activations of the first experts of the list stand when the gate and up projection's early count does, all when it is done. */
-static __device__ __forceinline__ void us_down_await(const struct us_engine_block *b, uint32_t wait,
-                                                     bool early) {
-  if (early)
-    us_engine_poll(b, us_engine_counter(b, wait, US_ENGINE_EARLY), wait,
-                   US_ENGINE_EPILOGUES * us_engine_target(b, wait));
-  else
-    us_engine_poll_done(b, wait);
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
-
-/* One thread of the epilogue warps, which have nothing else to do: what the stages hold, and the activations. */
+/* One thread of the epilogue warps, which have nothing else to do: what the stages hold, and the activations, once the gate and up
+ * projection is done on all blocks. */
 static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
@@ -234,13 +217,11 @@ static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_blo
            wait = op->wait; /* before waiting, as above */
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
-  uint32_t early = us_down_follows_up(b, wait) ? us_engine_early(s) : 0;
-  if (early) us_down_await(b, wait, true);
+  us_engine_poll_done(b, wait);
+  asm volatile("fence.proxy.async;" ::: "memory");
   for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks)
     for (struct us_down_at at = us_down_begin(s); at.slot < p.active;) {
       struct us_down_stage stage = us_down_stage(&p, &at);
-      if (at.slot + 1 >= early && early != US_ENGINE_NONE) /* a stage may have two experts */
-        us_down_await(b, wait, false), early = US_ENGINE_NONE;
       us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
       us_down_tell(s, &p, &at, &stage, c.stage);
       us_engine_down_rows(s, d, &p, &at, &stage, c.stage);

@@ -281,7 +281,6 @@ static void make_rank(struct lab_run *run, uint32_t i, struct us_engine_stuck *s
 void lab_run_begin(struct lab_run *run, struct lab_ranks shape) {
   run->launch = {}, run->shape = shape, run->items = 0;
   run->launch.ranks = shape.count, run->launch.timeout_ns = us_gpu_timeout(2000000000u);
-  run->launch.unfiltered = true; /* what decodes usually: the other instance's loops spill */
   int blocks = us_engine_blocks(shape.count);
   if (blocks <= 0) exit(5);
   struct us_engine_stuck *stuck;
@@ -392,13 +391,11 @@ void lab_upload_ops(struct lab_run *run, bool chained) {
   uint32_t count = (uint32_t)run->ops[0].size();
   for (uint32_t i = 0; i < run->shape.count; i++) {
     run->ops[i][0].wait = count - 1;
-    for (const struct us_engine_op &op : run->ops[i]) run->launch.several |= op.row_tiles > 1;
     for (struct us_engine_op &op : run->ops[i])
       if (!chained) op.wait = US_ENGINE_NONE;
     run->launch.rank[i].ops = lab_keep(run, lab_upload(run->ops[i]));
     run->launch.rank[i].done = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
-    run->launch.rank[i].claimed =
-        (uint32_t *)lab_buffer(run, US_ENGINE_COUNTERS * count * sizeof(uint32_t), 0);
+    run->launch.rank[i].claimed = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
   }
   run->launch.first = 0, run->launch.last = count, run->launch.exchanges_a_round = run->exchanges[0];
 }
@@ -407,8 +404,7 @@ cudaError_t lab_fire(struct lab_run *run, uint32_t rounds) {
   run->launch.rounds = rounds;
   cudaError_t status = cudaSuccess;
   for (uint32_t i = 0; status == cudaSuccess && i < run->shape.count; i++) /* a list to time may mix rounds */
-    status = cudaMemsetAsync(run->launch.rank[i].claimed, 0,
-                             US_ENGINE_COUNTERS * run->launch.last * sizeof(uint32_t));
+    status = cudaMemsetAsync(run->launch.rank[i].claimed, 0, run->launch.last * sizeof(uint32_t));
   if (status == cudaSuccess) status = (cudaError_t)us_engine_run(&run->launch, 0);
   run->launch.exchanges += rounds * run->launch.exchanges_a_round;
   return status;
