@@ -323,7 +323,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
 
 static const struct us_tool tool = {
     .name = "us-pretrain",
-    .summary = "train a base model on token shards, from scratch or from another's weights",
+    .summary = "train a base model on token shards, anew or from another's weights",
     .description =
         "Draws sequences from the training part of token shards, minimises the cross-entropy of the next "
         "token, and "

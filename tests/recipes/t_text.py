@@ -64,7 +64,9 @@ def service_dialogues_call_tools_with_what_was_said():
     for i in range(100):
         dialogue = service_text.DIALOGUES[i % len(service_text.DIALOGUES)](p)
         calls = [m for m in dialogue if m.get("tool_calls")]
-        assert calls and dialogue[-1]["role"] == "assistant"
+        last = dialogue[-1]
+        assert calls
+        assert last["role"] == "assistant" or last["content"].endswith("###STOP###") or last["content"] == "Transfer successful", last
         for call in calls:
             arguments = json.loads(call["tool_calls"][0]["function"]["arguments"])
             if "order_id" in arguments:
