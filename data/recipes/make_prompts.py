@@ -17,7 +17,6 @@ import unicodedata
 SHARES = {"coding": 0.35, "math": 0.25, "agent": 0.2, "chat": 0.1, "text": 0.1}
 FOLDERS = {"functions": "coding", "math": "math", "agent": "agent", "words": "text", "chat": "chat", "prose": "text", "code": "text"}
 WINDOW = 13
-MOST = 16000  # characters of a dialogue's beginning
 CUTS = 6  # prompts of a record of many dialogues
 
 
@@ -91,13 +90,15 @@ def candidates_of(path):
 
 
 def main():
-    global KNOWN
+    global KNOWN, MOST
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=pathlib.Path, action="append", required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--prompts", type=pathlib.Path, action="append", default=[])
+    parser.add_argument("--most", type=int, default=16000, help="characters of a dialogue's beginning")
     args = parser.parse_args()
+    MOST = args.most
     KNOWN = known_windows(args.prompts)
     left, rows = {kind: int(share * args.count) for kind, share in SHARES.items()}, []
     paths = [path for folder in args.text for path in sorted(folder.rglob("*.jsonl")) if path.parent.name in FOLDERS]

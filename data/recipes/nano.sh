@@ -26,12 +26,11 @@ US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 . "$US_ROOT/data/recipes/stages.sh"
 
-shape=nano vocab=8192 device=cuda gpus=1 threads=0 minutes=7 batch=64 length=1024 scale=4 answer_count=90000 site='' data=late.h5
+shape=nano vocab=8192 device=cuda gpus=1 threads=0 minutes=7 batch=64 length=1024 scale=4 answer_count=90000 site='' most=3 prompt_most=16000 data=late.h5
 text='' math='' agent='' out=$US_ROOT/out/nano prompts="--prompts $US_ROOT/data/prompts" sets=$US_ROOT/data/prompts
 while [ $# -gt 0 ]; do
   case $1 in
   --minutes) minutes=${2:?--minutes needs a number} && shift ;;
-  --site) site=$(realpath "${2:?--site needs a folder}") || exit 2 && shift ;;
   -h | --help) sed -n '2,26s/^# \{0,1\}//p' "$0" && exit 0 ;;
   *) recipe_option "$@" || { us_say "nano.sh: unknown option '$1'; see --help" && exit 2; } && shift ;;
   esac
@@ -39,9 +38,6 @@ while [ $# -gt 0 ]; do
 done
 recipe_begin nano.sh
 
-# part SHARE: so much of the minutes.
-part() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
-seconds() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%d", 60 * m * s + 1 }'; }
 most_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m + 60 }')
 answer_seconds=$(seconds 0.06)
 four=$(((batch + 3) / 4))
@@ -53,13 +49,15 @@ draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --ancho
 
 # The rest of the text, and the prompts to answer, while the GPU is at the first stretch.
 prepare() {
-  [ -z "$site" ] || stage "code" site/card.tsv python3 "$US_ROOT/data/recipes/nano_text.py" --site "$site" --debian none --most 3 --out site
+  recipe_code
   # shellcheck disable=SC2086
   token_shards text.h5 "$text" derived ${site:+site}
   recipe_prompts
 }
 
-recipe_text
+recipe_derived
+recipe_vocabulary
+token_shards late.h5 "$text" derived
 prepare >prepare.log 2>&1 &
 prepared=$!
 # shellcheck disable=SC2086

@@ -3,7 +3,8 @@
 # exists, and writes how long it took to stages.tsv.
 #
 # Set before: $shape $vocab $text $out $device (cpu, cuda, cuda:N), $gpus, $threads, $prompts (options --prompts ...), and the options
-# of the tools: $pretrain_options $qat_options $draft_options; $sets, a folder of prompts; seconds: $answer_seconds $most_seconds (a stage's limit).
+# of the tools: $pretrain_options $qat_options $draft_options; $sets, a folder of prompts; $minutes of what trains and answers; $most_seconds, a
+# stage's limit, and $answer_seconds; $site and $most, a folder of packages and megabytes of each; $prompt_most, characters of a prompt.
 # Optional: $tokenizer, a vocabulary that is there already; $data, the shards for QAT, top64 and the drafter's text (text.h5).
 
 # What is served: MXFP4 experts, FP8 elsewhere; router and norms stay as they are. Powers of two as FP8 scales: the GPU's embedding
@@ -14,6 +15,7 @@ RECIPE_PRECISION='--precision all=fp8,experts=mxfp4 --fp8-scale ue8m0'
 recipe_option() {
   case $1 in
   --text) text=$(realpath "${2:?--text needs a folder}") || exit 2 ;;
+  --site) site=$(realpath "${2:?--site needs a folder}") || exit 2 ;;
   --math) math=$(realpath "${2:?--math needs a file}") || exit 2 ;;
   --agent) agent=$(realpath "${2:?--agent needs a file}") || exit 2 ;;
   --prompts)
@@ -45,6 +47,10 @@ recipe_begin() {
   cd "$out" || exit 4
 }
 
+# part SHARE: so many of the minutes; seconds SHARE: the same in whole seconds.
+part() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
+seconds() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%d", 60 * m * s + 1 }'; }
+
 # stage NAME FILE COMMAND...: run COMMAND unless FILE exists; a program, unlike a function, within the time limit.
 stage() {
   stage_name=$1 stage_file=$2
@@ -67,14 +73,18 @@ stage() {
   printf '%s\t%s\n' "$stage_name" $(($(date +%s) - stage_start)) >>stages.tsv
 }
 
-# Options that say where to compute: on one GPU, on all.
+# Options that say where to compute: on one GPU (the first, or the first but so many), on all.
 on_one() {
   printf -- '--threads %s' "$threads"
-  [ "$device" = cpu ] || printf -- ' --device %s' "$device"
+  case $device in
+  cpu) ;;
+  cuda) printf -- ' --device cuda:%s' "${1:-0}" ;;
+  *) printf -- ' --device cuda:%s' $((${device#cuda:} + ${1:-0})) ;;
+  esac
 }
 on_device() {
   on_one
-  [ "$gpus" = 1 ] || printf -- ' --gpus %s' "$gpus"
+  [ "$gpus" = 1 ] || [ "$device" = cpu ] || printf -- ' --gpus %s' "$gpus"
 }
 
 # token_shards FILE FOLDER...: shards of the text in these folders.
@@ -85,17 +95,23 @@ token_shards() {
   stage "token shards, $shards" "$shards" us-data $all $prompts --template plain --threads "$threads" --tokenizer tokenizer.json --heldout 0.01 -o "$shards"
 }
 
-recipe_text() {
-  # shellcheck disable=SC2086 # lists of options
+# recipe_code: sources of the packages of --site.
+recipe_code() {
+  [ -z "$site" ] || stage "code" site/card.tsv python3 "$US_ROOT/data/recipes/nano_text.py" --site "$site" --debian none --most "$most" --out site
+}
+
+recipe_derived() {
   stage "derived text" derived python3 "$US_ROOT/data/recipes/derive_text.py" --text "$text" --out derived ${math:+--math "$math"} \
     ${agent:+--agent "$agent"} --scale "$scale"
-  # shellcheck disable=SC2086
+}
+
+recipe_vocabulary() {
+  # shellcheck disable=SC2086 # lists of options
   if [ -n "${tokenizer:-}" ]; then
     cp "$tokenizer" tokenizer.json
   else
     stage vocabulary tokenizer.json us-data --text "$text" --text derived --template plain --threads "$threads" $prompts --train-vocab "$vocab" -o tokenizer.json
   fi
-  token_shards "${data:-text.h5}" "$text" derived
 }
 
 # pretrain NAME OUTPUT OPTION...: a stretch of pretraining, with a log of that name.
@@ -106,22 +122,24 @@ pretrain() {
     --run "$pretrain_name.h5" --plot "$pretrain_name.png" "$@" $(on_device)
 }
 
-recipe_pretrain() {
+# quantize FILE SUFFIX OPTION...: finetune through the rounding into FILE, with metrics and logs of that suffix.
+quantize() {
+  quantized=$1 suffix=${2:+-$2} && shift 2
   # shellcheck disable=SC2086
-  pretrain pretrain "$shape.h5" --data text.h5 $pretrain_options
+  timeout -k 5 "$most_seconds" qat-quant "$shape.h5" --data "${data:-text.h5}" -o "$quantized" $RECIPE_PRECISION --metrics "quality$suffix.tsv" \
+    --report "tensors$suffix.tsv" --log "qat$suffix.tsv" --run "qat$suffix.h5" --plot "qat$suffix.png" "$@"
 }
 
 recipe_qat() {
   # shellcheck disable=SC2046,SC2086
-  stage "quantization-aware finetuning" q.h5 qat-quant "$shape.h5" --data "${data:-text.h5}" -o q.h5 $RECIPE_PRECISION \
-    --metrics quality.tsv --report tensors.tsv --log qat.tsv --run qat.h5 --plot qat.png $qat_options $(on_device)
+  stage "quantization-aware finetuning" q.h5 quantize q.h5 '' $qat_options $(on_device)
 }
 
 # Prompts like those of the scenarios, out of the text.
 recipe_prompts() {
   # shellcheck disable=SC2086
   stage "prompts to answer" answer-prompts.jsonl python3 "$US_ROOT/data/recipes/make_prompts.py" --text derived --text "$text" \
-    --count "$answer_count" $prompts --out answer-prompts.jsonl
+    --count "$answer_count" --most "$prompt_most" $prompts --out answer-prompts.jsonl
 }
 
 # The quantized model answers them, as many as the time allows, as it does where it is measured: greedy, 256 tokens whatever it says. The
@@ -134,38 +152,64 @@ recipe_draft() {
     $draft_options $(on_device)
 }
 
-# generate RUN OPTION...: answer every prompt set: questions and chats as user turns, code and dialogues as they stand; 256 tokens
-# each whatever the model says, cut where it loops.
+# generate RUN SETS OPTION...: answer these prompt sets: questions and chats as user turns, code and dialogues as they stand; 256 tokens
+# each, cut where it loops.
 generate() {
-  run=$1 && shift
-  # shellcheck disable=SC2046
-  set -- --model q.h5 --plain-turns --cut-loops --ignore-end --max-tokens 256 $(on_device) "$@"
-  raw='' turns=''
-  for set in $prompt_sets; do
+  run=$1 raw='' turns=''
+  for set in $2; do
     case $set in
     */math.jsonl | */chat.jsonl) turns="$turns $set" ;;
     *) raw="$raw $set" ;;
     esac
   done
+  shift 2
+  set -- --model q.h5 --plain-turns --cut-loops --max-tokens 256 "$@"
   # shellcheck disable=SC2086
-  { [ -z "$raw" ] || us-serve "$@" $raw; } >"$run.part" && { [ -z "$turns" ] || us-serve "$@" --chat $turns; } >>"$run.part" &&
-    mv "$run.part" "$run"
+  { [ -z "$raw" ] || timeout -k 5 "$most_seconds" us-serve "$@" $raw; } >"$run.part" &&
+    { [ -z "$turns" ] || timeout -k 5 "$most_seconds" us-serve "$@" --chat $turns; } >>"$run.part" && mv "$run.part" "$run"
 }
 
-# Speed, and that both give the same tokens, on this project's prompts; acceptance on the sets of --prompts too, if there are any.
+# measured NAME RUN SETS OPTION...: answers and tables and pictures of them; what fails is said, and noted in the file failed.
+measured() {
+  measured_name=$1 measured_run=$2 && shift
+  stage "$measured_name" "$measured_run" generate "$@" &&
+    us-eval "$measured_run" --plot "${measured_run%.jsonl}.png" >"${measured_run%.jsonl}.tsv" || echo "$measured_name" >>failed
+}
+
+# Speed, and that both give the same tokens, on this project's prompts, whatever the model says: nothing else may use that GPU.
+recipe_speeds() {
+  own=$(ls "$US_ROOT"/data/prompts/*.jsonl)
+  # shellcheck disable=SC2046
+  measured "answers, plain" plain.jsonl "$own" --ignore-end $(on_one)
+  # shellcheck disable=SC2046
+  measured "answers, with the drafter" speculative.jsonl "$own" --ignore-end $(on_one) --draft draft.h5
+  [ ! -f plain.jsonl ] || [ ! -f speculative.jsonl ] || python3 "$US_ROOT/data/recipes/same_tokens.py" plain.jsonl speculative.jsonl ||
+    us_say "plain and speculative tokens differ"
+}
+
+# recipe_acceptance WHERE: on the sets of --prompts, if there are any; and how long the drafts are where an answer ends as the model ends it.
+recipe_acceptance() {
+  own=$(ls "$US_ROOT"/data/prompts/*.jsonl) given=$(ls "$sets"/*.jsonl)
+  # shellcheck disable=SC2046
+  measured "acceptance, greedy" greedy.jsonl "$given" --ignore-end --draft draft.h5 $(on_one "$1")
+  # shellcheck disable=SC2046
+  measured "acceptance, drawn at temperature 1" sampled.jsonl "$own" --ignore-end --draft draft.h5 --temperature 1 $(on_one "$1")
+  # shellcheck disable=SC2046
+  measured "acceptance, greedy, up to the end" ended.jsonl "$given" --draft draft.h5 $(on_one "$1")
+}
+
+# Both beside each other where there are two GPUs.
 recipe_tables() {
-  prompt_sets=$(ls "$US_ROOT"/data/prompts/*.jsonl)
-  stage "answers, plain" plain.jsonl generate plain.jsonl
-  stage "answers, with the drafter" speculative.jsonl generate speculative.jsonl --draft draft.h5
-  python3 "$US_ROOT/data/recipes/same_tokens.py" plain.jsonl speculative.jsonl || us_say "plain and speculative tokens differ"
-  us-eval plain.jsonl >plain.tsv
-  us-eval speculative.jsonl >speculative.tsv
-  prompt_sets=$(ls "$sets"/*.jsonl)
-  stage "acceptance, greedy" greedy.jsonl generate greedy.jsonl --draft draft.h5
-  us-eval greedy.jsonl --plot acceptance.png >greedy.tsv
-  prompt_sets=$(ls "$US_ROOT"/data/prompts/*.jsonl)
-  stage "acceptance, drawn at temperature 1" sampled.jsonl generate sampled.jsonl --draft draft.h5 --temperature 1
-  us-eval sampled.jsonl >sampled.tsv
+  rm -f failed
+  if [ "$gpus" -gt 1 ] && [ "$device" != cpu ]; then
+    recipe_acceptance 1 &
+    recipe_speeds
+    wait $!
+  else
+    recipe_speeds
+    recipe_acceptance 0
+  fi
+  [ ! -e failed ]
 }
 
 # The pieces of a model that is bundled, beside tables and pictures: quantized model in shards of at most 16 MiB, drafter, and what the original thinks of 8 K
