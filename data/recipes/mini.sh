@@ -16,8 +16,8 @@
 #   --out DIR       where the results go (out/mini)
 #   --device D      cuda, cuda:N or cpu (cuda)
 #   --gpus N        GPUs, from --device on (2)
-#   --pretrain M    minutes of pretraining (5.5)
-#   --finish M      minutes of what trains and answers afterwards (3.6)
+#   --pretrain M    minutes of pretraining (5.75)
+#   --finish M      minutes of what trains and answers afterwards (3.75)
 #   --shape NAME    another shape (mini)
 #   --vocab N       its vocabulary (16384)
 #   --tokenizer F   a vocabulary that is there already
@@ -30,8 +30,8 @@ US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 . "$US_ROOT/data/recipes/stages.sh"
 
-shape=mini vocab=16384 device=cuda gpus=2 threads=0 pretrain=5.5 finish=3.6 batch=16 length=4096 scale=4 answer_count=90000 save=0 stages=
-text='' math='' agent='' site='' most=1 prompt_most=2500 out=$US_ROOT/out/mini prompts="--prompts $US_ROOT/data/prompts" sets=$US_ROOT/data/prompts
+shape=mini vocab=16384 device=cuda gpus=2 threads=0 pretrain=5.75 finish=3.75 batch=16 length=4096 scale=4 answer_count=90000 save=0 stages=
+text='' math='' agent='' site='' most=1 prompt_most=2000 out=$US_ROOT/out/mini prompts="--prompts $US_ROOT/data/prompts" sets=$US_ROOT/data/prompts
 while [ $# -gt 0 ]; do
   case $1 in
   --stage) stages="$stages ${2:?--stage needs a name}" && shift ;;
@@ -47,12 +47,12 @@ recipe_begin mini.sh
 
 minutes=$finish short=$((length / 4))
 answer_seconds=$(seconds 0.15)
-qat_options="--steps 0 --minutes $(part 0.35) -b 16 -l $short --across 0.3 --beta2 0.99 --warmup 0.03 --floor 0.01 --log-every 20 --probe-every 200
+qat_options="--steps 0 --minutes $(part 0.35) -b 16 -l $short --across 0.3 --beta2 0.99 --schedule linear --warmup 0.03 --floor 0 --log-every 20 --probe-every 200
   --eval-windows 200"
 draft_options="--steps 0 --minutes $(part 0.5) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
   --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --format mxfp4 --lr 0.004 --log-every 20 ${US_DRAFT_OPTIONS:-}"
 # What the two finetunings differ in.
-qat_one='--train all --lr 0.0001' qat_two='--train experts --lr 0.0003'
+qat_one='--train all --lr 0.00003' qat_two='--train all --lr 0.00001'
 
 limit() { most_seconds=$(awk -v m="$1" -v s="$2" 'BEGIN { printf "%d", 60 * m + s }'); }
 
@@ -73,7 +73,7 @@ pretraining() {
   saved=''
   [ "$save" = 0 ] || saved="--state pretrain.state --save-every $save --resume"
   # shellcheck disable=SC2086
-  pretrain pretrain "$shape.h5" --data text.h5 --steps 0 --minutes "$pretrain" -b "$batch" -l "$length" --across 0.5 --lr 0.003 --warmup 0.03 \
+  pretrain pretrain "$shape.h5" --data text.h5 --steps 0 --minutes "$pretrain" -b "$batch" -l "$length" --across 0.5 --lr 0.002 --warmup 0.03 \
     --floor 0.02 --log-every 20 --eval-windows 32 $saved
   wait $prepared || { cat prompts.log >&2 && exit 1; }
 }
@@ -93,7 +93,7 @@ better() {
   [ -n "$kept" ] || return 1
   us_say "finetuning $kept is kept"
   mv "q-$kept.h5" q.h5
-  for file in quality.tsv tensors.tsv qat.tsv qat.png; do cp "${file%.*}-$kept.${file#*.}" "$file"; done
+  for file in quality.tsv qat.tsv qat.png; do cp "${file%.*}-$kept.${file#*.}" "$file"; done
 }
 
 finetuning() {

@@ -127,7 +127,7 @@ quantize() {
   quantized=$1 suffix=${2:+-$2} && shift 2
   # shellcheck disable=SC2086
   timeout -k 5 "$most_seconds" qat-quant "$shape.h5" --data "${data:-text.h5}" -o "$quantized" $RECIPE_PRECISION --metrics "quality$suffix.tsv" \
-    --report "tensors$suffix.tsv" --log "qat$suffix.tsv" --run "qat$suffix.h5" --plot "qat$suffix.png" "$@"
+    --log "qat$suffix.tsv" --run "qat$suffix.h5" --plot "qat$suffix.png" "$@"
 }
 
 recipe_qat() {
@@ -176,7 +176,8 @@ measured() {
     us-eval "$measured_run" --plot "${measured_run%.jsonl}.png" >"${measured_run%.jsonl}.tsv" || echo "$measured_name" >>failed
 }
 
-# Speed, and that both give the same tokens, on this project's prompts, whatever the model says: nothing else may use that GPU.
+# Speed, and that both give the same tokens, on this project's prompts, whatever the model says: nothing else may use that GPU. Then the same
+# prompts at temperature 1.
 recipe_speeds() {
   own=$(ls "$US_ROOT"/data/prompts/*.jsonl)
   # shellcheck disable=SC2046
@@ -185,15 +186,15 @@ recipe_speeds() {
   measured "answers, with the drafter" speculative.jsonl "$own" --ignore-end $(on_one) --draft draft.h5
   [ ! -f plain.jsonl ] || [ ! -f speculative.jsonl ] || python3 "$US_ROOT/data/recipes/same_tokens.py" plain.jsonl speculative.jsonl ||
     us_say "plain and speculative tokens differ"
+  # shellcheck disable=SC2046
+  measured "acceptance, drawn at temperature 1" sampled.jsonl "$own" --ignore-end $(on_one) --draft draft.h5 --temperature 1
 }
 
 # recipe_acceptance WHERE: on the sets of --prompts, if there are any; and how long the drafts are where an answer ends as the model ends it.
 recipe_acceptance() {
-  own=$(ls "$US_ROOT"/data/prompts/*.jsonl) given=$(ls "$sets"/*.jsonl)
+  given=$(ls "$sets"/*.jsonl)
   # shellcheck disable=SC2046
   measured "acceptance, greedy" greedy.jsonl "$given" --ignore-end --draft draft.h5 $(on_one "$1")
-  # shellcheck disable=SC2046
-  measured "acceptance, drawn at temperature 1" sampled.jsonl "$own" --ignore-end --draft draft.h5 --temperature 1 $(on_one "$1")
   # shellcheck disable=SC2046
   measured "acceptance, greedy, up to the end" ended.jsonl "$given" --draft draft.h5 $(on_one "$1")
 }
