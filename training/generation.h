@@ -36,6 +36,7 @@ struct us_generation {
   bool cut_loops;            /* as decode/generate.h */
   double seconds;            /* from the call; 0: until all are answered */
   uint32_t slots;            /* a GPU's sequences at a time; 0: by the sizes of all */
+  bool stepwise;             /* a GPU reads prompts a token a step, not in packed passes: for tests */
   bool (*interrupted)(void); /* asked by any lane; NULL: never */
   void (*progress)(void *arg, size_t done, size_t all); /* by lane 0, of its part's share; NULL: silent */
   void *progress_arg;

@@ -84,7 +84,7 @@ def candidates_of(path):
         for cut in range(CUTS if kind == "agent" and len(line) > 1000 else 1):
             draw = number(f"{cut} {line}")
             prompt = prompt_of(kind, row, draw)
-            if prompt and windows_of(text_of(prompt)).isdisjoint(KNOWN):
+            if prompt and len(text_of(prompt)) <= MOST and windows_of(text_of(prompt)).isdisjoint(KNOWN):
                 found.append((draw, kind, prompt))
     return found
 
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--prompts", type=pathlib.Path, action="append", default=[])
-    parser.add_argument("--most", type=int, default=16000, help="characters of a dialogue's beginning")
+    parser.add_argument("--most", type=int, default=16000, help="characters of a prompt")
     args = parser.parse_args()
     MOST = args.most
     KNOWN = known_windows(args.prompts)

@@ -229,3 +229,30 @@ int us_attention_decode(const struct us_attention_decode *a, cudaStream_t stream
     launch<32>(a, stream);
   return cudaGetLastError();
 }
+
+/* --- packed rows --- */
+
+/* Block a row: 16 bytes of a key or value a thread and turn. */
+static __global__ void __launch_bounds__(THREADS)
+    keep_row(const __grid_constant__ struct us_attention_keep a) {
+  const uint32_t r = blockIdx.x, position = a.position[r], k_words = a.qk_dim / 8, v_words = a.v_dim / 8;
+  if (a.slot[r] < 0 || position + a.capacity < a.end[r]) return;
+  const uint16_t *k = a.k + r * a.stride, *v = a.v + r * a.stride;
+  for (uint32_t i = threadIdx.x; i < a.kv_heads * (k_words + v_words); i += THREADS) {
+    const uint32_t g = i / (k_words + v_words), word = i % (k_words + v_words);
+    const size_t place = ((size_t)a.slot[r] * a.kv_heads + g) * a.capacity + position % a.capacity;
+    if (word < k_words)
+      *(uint4 *)(a.k_cache + place * a.qk_dim + word * 8) = *(const uint4 *)(k + a.k_offset[g] + word * 8);
+    else
+      *(uint4 *)(a.v_cache + place * a.v_dim + (word - k_words) * 8) =
+          *(const uint4 *)(v + a.v_offset[g] + (word - k_words) * 8);
+  }
+}
+
+int us_attention_keep(const struct us_attention_keep *keep, cudaStream_t stream) {
+  if (!keep->kv_heads || !keep->capacity || keep->qk_dim % 16 || keep->v_dim % 16 || keep->stride % 8)
+    return cudaErrorInvalidValue;
+  if (!keep->rows) return cudaSuccess;
+  keep_row<<<keep->rows, THREADS, 0, stream>>>(*keep);
+  return cudaGetLastError();
+}

@@ -44,6 +44,20 @@ struct us_attention_decode {
 };
 int us_attention_decode(const struct us_attention_decode *attention, cudaStream_t stream);
 
+/* Keys and values of packed rows to where us_attention_decode looks for them: row r is position[r] of the prompt of slot[r], of which
+ * end[r] positions are packed; the last T of them are kept. */
+struct us_attention_keep {
+  uint32_t rows, kv_heads, qk_dim, v_dim; /* as above */
+  const uint16_t *k, *v;                  /* bf16 rows, rotated and scaled */
+  size_t stride;
+  const uint32_t *k_offset, *v_offset;
+  const int32_t *slot; /* (rows) negative: the row is not kept */
+  const uint32_t *position, *end;
+  uint16_t *k_cache, *v_cache;
+  uint32_t capacity;
+};
+int us_attention_keep(const struct us_attention_keep *keep, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

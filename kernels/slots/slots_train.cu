@@ -19,10 +19,19 @@ static __device__ void set_next(const struct us_slots &s, uint32_t slot,
   s.row[slot].wanted = position + 1 >= sequence.prompt_count;
 }
 
-static __device__ void set_idle(const struct us_slots &s, uint32_t slot) {
-  s.index[slot] = s.token[slot] = -1;
+static __device__ void set_waiting(const struct us_slots &s, uint32_t slot) {
+  s.token[slot] = -1;
   s.position[slot] = 0;
   s.row[slot].wanted = 0;
+}
+
+static __device__ void set_first(const struct us_slots &s, uint32_t slot, uint32_t index) {
+  const struct us_slots_sequence sequence = s.sequence[index];
+  s.index[slot] = (int32_t)index;
+  if (s.held && sequence.prompt_count >= s.held)
+    set_waiting(s, slot);
+  else
+    set_next(s, slot, sequence, s.prompts[sequence.prompt], 0);
 }
 
 /* How often the last `gram` of ids (count) occur in them, the last time included: us_sequence_loops by a warp. */
@@ -52,7 +61,7 @@ static __global__ void __launch_bounds__(THREADS) commit(const __grid_constant__
   const uint32_t slot = (blockIdx.x * THREADS + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (slot >= s.slots) return;
   const int32_t index = s.index[slot];
-  if (index < 0) {
+  if (index < 0 || s.token[slot] < 0) {
     if (lane == 0) s.ended[slot] = STAYS;
     return;
   }
@@ -117,11 +126,10 @@ static __global__ void __launch_bounds__(DEAL_THREADS)
     rank_in_block(ended & DREW, &drew, warps);
     if (ended & FREE) {
       if (place < s.sequences) {
-        const struct us_slots_sequence sequence = s.sequence[place];
-        s.index[slot] = (int32_t)place;
-        set_next(s, slot, sequence, s.prompts[sequence.prompt], 0);
+        set_first(s, slot, place);
       } else {
-        set_idle(s, slot);
+        s.index[slot] = -1;
+        set_waiting(s, slot);
       }
     }
     next += freed, finished += freed, drawn += drew;
@@ -134,9 +142,20 @@ static __global__ void __launch_bounds__(DEAL_THREADS)
   s.status->tokens += drawn;
 }
 
+static __global__ void __launch_bounds__(THREADS)
+    resume(const __grid_constant__ struct us_slots s, uint32_t rows, const int32_t *slot,
+           const uint32_t *position) {
+  const uint32_t r = blockIdx.x * THREADS + threadIdx.x;
+  if (r >= rows || slot[r] < 0) return;
+  const struct us_slots_sequence sequence = s.sequence[s.index[slot[r]]];
+  const uint32_t last = sequence.prompt_count - 1;
+  if (position[r] + 1 == last)
+    set_next(s, (uint32_t)slot[r], sequence, s.prompts[sequence.prompt + last], last);
+}
+
 static bool valid(const struct us_slots *s) {
   return s->slots && s->slots <= 1u << 20 && s->sequences <= INT32_MAX && s->stops <= US_SLOTS_STOPS &&
-         (!s->repeats || s->gram);
+         (!s->repeats || s->gram) && s->held != 1;
 }
 
 int us_slots_start(const struct us_slots *slots, cudaStream_t stream) {
@@ -149,5 +168,13 @@ int us_slots_advance(const struct us_slots *slots, cudaStream_t stream) {
   if (!valid(slots)) return cudaErrorInvalidValue;
   commit<<<(slots->slots * 32 + THREADS - 1) / THREADS, THREADS, 0, stream>>>(*slots);
   deal<<<1, DEAL_THREADS, 0, stream>>>(*slots, false);
+  return cudaGetLastError();
+}
+
+int us_slots_resume(const struct us_slots *slots, uint32_t rows, const int32_t *slot,
+                    const uint32_t *position, cudaStream_t stream) {
+  if (!valid(slots)) return cudaErrorInvalidValue;
+  if (!rows) return cudaSuccess;
+  resume<<<(rows + THREADS - 1) / THREADS, THREADS, 0, stream>>>(*slots, rows, slot, position);
   return cudaGetLastError();
 }

@@ -5,7 +5,8 @@
  *     ... a pass over slots.token, slots.position; us_sample_train over slots.row to slots.drawn ...
  *     us_slots_advance(&slots, stream);           // prompts go on, drawn tokens are committed, ended sequences make room
  *
- * A prompt's tokens are fed one a step, as the drawn ones are. A sequence ends as in decode/sequence.c: at a stop id, at
+ * A prompt's tokens are fed one a step, as the drawn ones are, but for its last one if it is held: its slot has a sequence and no token
+ * until somebody has filled the slot's caches and calls us_slots_resume. A sequence ends as in decode/sequence.c: at a stop id, at
  * max_tokens, or when its last `gram` tokens occur `repeats` times in what it generated. Slots that become free in a step
  * take the next sequences in the order of slots: the same every run. Without a sequence left a slot's token is -1.
  *
@@ -48,7 +49,7 @@ struct us_slots {
   int32_t *ids;
   struct us_slots_result *result; /* (sequences) zeroed before */
   int32_t *index;                 /* (slots) sequence of a slot; -1: none */
-  int32_t *token;                 /* (slots) input of the next pass; -1: none */
+  int32_t *token;                 /* (slots) input of the next pass; -1: none, or the prompt is held */
   uint32_t *position;             /* (slots) of that token */
   struct us_sample_row *row;      /* (slots) what is drawn after it */
   int32_t *drawn;                 /* (slots) */
@@ -57,10 +58,16 @@ struct us_slots {
   int32_t stop[US_SLOTS_STOPS];
   uint32_t stops;
   uint32_t gram, repeats; /* repeats 0: loops are not cut */
+  uint32_t held;          /* prompts of at least so many tokens are, two or more; 0: none */
 };
 
 int us_slots_start(const struct us_slots *slots, cudaStream_t stream);
 int us_slots_advance(const struct us_slots *slots, cudaStream_t stream);
+
+/* Slots whose prompts were packed into rows go on at the prompt's last token, which is not among them: row r is position[r] of the prompt
+ * of slot[r], if that is not negative. */
+int us_slots_resume(const struct us_slots *slots, uint32_t rows, const int32_t *slot,
+                    const uint32_t *position, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,6 @@
 /* train_generate.c: generation on a GPU: its kernels, its rules, and its tokens against the CPU's logits.
  *
- * Usage: train_generate [kernels]; train_generate speed SHAPE [ANSWERS [TOKENS [SLOTS]]]. Exit 0, 1, 5, 77.
+ * Usage: train_generate [kernels]; train_generate speed SHAPE [ANSWERS [TOKENS [SLOTS [LONGEST_PROMPT]]]]. Exit 0, 1, 5, 77.
  *
  * Bound. Every answer is run through the CPU's forward pass as it stands. Where the GPU drew a token greedily, its own logit of it was
  * the largest, so on the CPU it may lie below the largest by no more than twice what logits of the two sides differ by. The CPU
@@ -22,7 +22,7 @@
 #include <signal.h>
 #include <time.h>
 
-enum { ANSWERS = 300, TOKENS = 120, LONGEST = 40, COMPARED = 24, TEST_SLOTS = 64 };
+enum { ANSWERS = 300, TOKENS = 120, LONGEST = 100, COMPARED = 24, TEST_SLOTS = 64 };
 
 static double now(void) {
   struct timespec t;
@@ -266,6 +266,20 @@ static void check_tokens(const char *name, const struct us_generation *g) {
   close_host(&h);
 }
 
+/* Prompts read a token a step instead: both keep what the CPU would within its bound, so most answers are the same. */
+static void check_stepwise(const char *name, struct us_learner *learner, const struct us_generation *first) {
+  struct text text = open_text(first->n, LONGEST, TOKENS, first->model->shape.vocab);
+  struct us_generation g = *first;
+  char label[160];
+  size_t same = 0;
+  g.items = text.items, g.stepwise = true;
+  generate(learner, &g, name);
+  for (size_t i = 0; i < g.n; i++) same += !differ(&first->items[i], &g.items[i]);
+  snprintf(label, sizeof label, "%s, prompts a token a step (%zu of %zu answers the same)", name, same, g.n);
+  check_tokens(label, &g);
+  close_text(&text);
+}
+
 /* --- refusals --- */
 
 static void refuse(const char *name, struct us_learner *learner, struct us_generation *g,
@@ -336,6 +350,7 @@ static void run_model(const char *name, struct us_model *model, struct us_learne
   check_rules(label, &g);
   check_bits(label, learner, &g, model->shape.vocab);
   check_tokens(label, &g);
+  check_stepwise(label, learner, &g);
   if (breakable) check_refusals_of(label, learner, &g);
   if (breakable) check_loops(label, learner, &g);
   if (breakable) check_broken(label, learner, &g);
@@ -454,22 +469,25 @@ static int speed(int count, char **arguments) {
   struct us_cuda_params *set;
   size_t answers = count > 1 ? strtoul(arguments[1], NULL, 10) : 8192;
   uint32_t tokens = count > 2 ? (uint32_t)strtoul(arguments[2], NULL, 10) : 256;
+  uint32_t longest = count > 4 ? (uint32_t)strtoul(arguments[4], NULL, 10) : 40;
   need(us_cuda_open(0, &cuda, &err), &err, "GPU");
   need(us_pool_create(0, &pool, &err), &err, "pool");
   struct us_model *model = random_model(count > 0 ? arguments[0] : "nano", false, pool);
   need(us_params_init_model(&params, model, true, &err), &err, "weights");
   need(us_cuda_params_create(cuda, &params, (struct us_owned){0, params.floats}, &set, &err), &err,
        "weights");
-  for (int run = 0; run < 2; run++) {
-    struct text text = open_text(answers, LONGEST, tokens, model->shape.vocab);
+  for (int run = 0; run < 3; run++) { /* the second is traced, the third reads prompts a token a step */
+    struct text text = open_text(answers, longest, tokens, model->shape.vocab);
     struct us_generation g = {.model = model,
                               .items = text.items,
                               .n = answers,
-                              .sampling = {.temperature = run ? 0.8f : 0.2f},
+                              .sampling = {.temperature = run == 1 ? 0.8f : 0.2f},
                               .cut_loops = true,
+                              .stepwise = run == 2,
                               .slots = count > 3 ? (uint32_t)strtoul(arguments[3], NULL, 10) : 0};
     struct trace trace = {.cuda = cuda};
-    if (run) cuda->opt_trace = traced, cuda->trace_arg = &trace;
+    cuda->opt_trace = NULL;
+    if (run == 1) cuda->opt_trace = traced, cuda->trace_arg = &trace;
     double begun = now(), generated = 0.0, fed = 0.0;
     need(us_cuda_generate(
              &(struct us_cuda_generate){.cuda = cuda, .params = set, .generation = &g, .n = answers}, &err),
@@ -479,7 +497,7 @@ static int speed(int count, char **arguments) {
     printf("%s: %zu answers, %.0f tokens and %.0f of prompts in %.3f s: %.0f tokens/s; %u at a time\n",
            model->shape.name, answers, generated, fed, seconds, generated / seconds,
            us_cuda_generate_slots(&g));
-    if (run) print_trace(&trace);
+    if (run == 1) print_trace(&trace);
     close_text(&text);
   }
   us_cuda_params_free(set);

@@ -9,6 +9,7 @@
 #include "kernels/slots/slots_train.h"
 #include "training/cuda/gemm.h"
 #include "training/cuda/model_state.h"
+#include "training/cuda/prefill.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -17,23 +18,19 @@
 #define MOST_SLOTS  4096 /* nano: 1.00 M tokens/s with 1,024, 1.33 with 2,048, 1.58 with 4,096 */
 #define MOST_CACHE  ((uint64_t)32 << 30)
 #define GRAPH_STEPS 8 /* launching a graph costs about 10 us, a step of nano 1 ms */
-#define BURST       4 /* graphs between two looks at the status */
-
-/* Keys and values of a layer. */
-struct cache {
-  uint16_t *k, *v;
-  uint32_t capacity; /* positions */
-};
+#define BURST       4 /* graphs between two looks at the status; one where prompts wait for it */
 
 struct generator {
   const struct us_cuda_generate *job;
   struct us_cuda *cuda;
   struct us_cuda_model *model;
   uint32_t slots, positions;
-  struct cache *cache; /* (L) */
-  float *logits;       /* (slots, N) */
+  struct us_cuda_kept *cache; /* (L) */
+  float *logits;              /* (slots, N) */
   struct us_slots state;
   struct us_slots_status *seen[2]; /* pinned: as of the last two bursts */
+  int32_t *index[2], *token[2];    /* likewise (slots) */
+  struct us_cuda_prefill prefill;  /* if prompts are held */
   cudaEvent_t event[2];
   cudaGraphExec_t graph;
   void *memory, *pinned;
@@ -53,6 +50,13 @@ static uint32_t longest(const struct us_generation *g) {
   for (size_t i = 0; i < g->n; i++)
     if (g->items[i].prompt_count + g->items[i].max_tokens > most)
       most = g->items[i].prompt_count + g->items[i].max_tokens;
+  return most;
+}
+
+static uint32_t longest_prompt(const struct us_generation *g) {
+  uint32_t most = 0;
+  for (size_t i = 0; i < g->n; i++)
+    if (g->items[i].prompt_count > most) most = g->items[i].prompt_count;
   return most;
 }
 
@@ -98,7 +102,7 @@ static void take_all(struct us_arena *t, struct generator *g, const struct total
   bool counting = t->base == NULL;
   for (uint32_t l = 0; l < shape->layers; l++) {
     const struct us_attention_shape *a = us_shape_attention(shape, l);
-    struct cache ignored, *c = counting ? &ignored : &g->cache[l];
+    struct us_cuda_kept ignored, *c = counting ? &ignored : &g->cache[l];
     c->capacity = capacity_of(shape, l, g->positions);
     size_t rows = (size_t)g->slots * a->kv_heads * c->capacity;
     US_ARENA_TAKE(t, c->k, rows * a->qk_dim);
@@ -124,10 +128,11 @@ static enum us_status take_memory(struct generator *g, const struct totals *tota
   g->cache = calloc(g->job->generation->model->shape.layers, sizeof *g->cache);
   if (!g->cache) return us_err_memory(err, "caches", sizeof *g->cache);
   enum us_status status = us_cuda_take(cuda, t.used, "keys, values and text of sequences", &g->memory, err);
-  if (status == US_OK)
-    status = us_cuda_take_pinned(2 * sizeof *g->seen[0], "status of sequences", &g->pinned, err);
+  size_t words = (size_t)2 * g->slots * sizeof(int32_t), bytes = sizeof *g->seen[0] + words;
+  if (status == US_OK) status = us_cuda_take_pinned(2 * bytes, "status of sequences", &g->pinned, err);
   for (int i = 0; i < 2 && status == US_OK; i++) {
-    g->seen[i] = (struct us_slots_status *)g->pinned + i;
+    g->seen[i] = (struct us_slots_status *)((char *)g->pinned + i * bytes);
+    g->index[i] = (int32_t *)(g->seen[i] + 1), g->token[i] = g->index[i] + g->slots;
     status = us_cuda_status(cudaEventCreateWithFlags(&g->event[i], cudaEventDisableTiming), "making an event",
                             err);
   }
@@ -181,6 +186,17 @@ static void set_rules(struct generator *g) {
   s->stops = (uint32_t)generation->stop_id_count;
   for (uint32_t i = 0; i < s->stops; i++) s->stop[i] = generation->stop_ids[i];
   s->gram = US_LOOP_GRAM, s->repeats = generation->cut_loops ? US_LOOP_REPEATS : 0;
+  s->held = generation->stepwise ? 0 : US_CUDA_PREFILL_LEAST;
+}
+
+/* By all items, so that a pass's rows do not depend on how many GPUs share them. */
+static enum us_status open_prefill(struct generator *g, struct us_err *err) {
+  const struct us_generation *generation = g->job->generation;
+  uint32_t longest = longest_prompt(generation);
+  if (!g->state.held || longest < g->state.held) return US_OK;
+  g->prefill = (struct us_cuda_prefill){
+      .cuda = g->cuda, .slots = &g->state, .kept = g->cache, .items = generation->items + g->job->first};
+  return us_cuda_prefill_open(&g->prefill, &generation->model->shape, g->job->params, longest, err);
 }
 
 static enum us_status open_generator(struct generator *g, struct us_err *err) {
@@ -196,7 +212,8 @@ static enum us_status open_generator(struct generator *g, struct us_err *err) {
   if (status != US_OK) return status;
   g->model->R = g->slots;
   set_rules(g);
-  return send_sequences(g, &totals, err);
+  status = open_prefill(g, err);
+  return status == US_OK ? send_sequences(g, &totals, err) : status;
 }
 
 /* --- a step --- */
@@ -279,9 +296,11 @@ static enum us_status capture(struct generator *g, struct us_err *err) {
 }
 
 static void queue_burst(struct generator *g, int which) {
-  for (int i = 0; i < BURST; i++)
+  for (int i = 0; i < (g->prefill.model ? 1 : BURST); i++)
     us_cuda_did(g->cuda, cudaGraphLaunch(g->graph, g->cuda->stream), "steps of generation");
   us_cuda_download(g->cuda, g->seen[which], g->state.status, sizeof *g->seen[which]);
+  us_cuda_download(g->cuda, g->index[which], g->state.index, g->slots * sizeof *g->index[which]);
+  us_cuda_download(g->cuda, g->token[which], g->state.token, g->slots * sizeof *g->token[which]);
   us_cuda_did(g->cuda, cudaEventRecord(g->event[which], g->cuda->stream), "recording an event");
 }
 
@@ -299,7 +318,8 @@ static enum us_status look(struct generator *g, int which, bool *ret_done, struc
   if (g->job->leads && generation->progress)
     generation->progress(generation->progress_arg, seen->finished, g->job->n);
   *ret_done = seen->finished >= g->job->n || (g->end > 0.0 && now() >= g->end);
-  return US_OK;
+  if (*ret_done || !g->prefill.model) return US_OK;
+  return us_cuda_prefill_queue(&g->prefill, g->index[which], g->token[which], err);
 }
 
 /* One burst is under way while the status of the last is looked at. */
@@ -347,6 +367,7 @@ static void close_generator(struct generator *g) {
   if (g->graph) (void)cudaGraphExecDestroy(g->graph);
   for (int i = 0; i < 2; i++)
     if (g->event[i]) (void)cudaEventDestroy(g->event[i]);
+  if (g->prefill.cuda) us_cuda_prefill_close(&g->prefill);
   us_cuda_give_pinned(g->pinned);
   us_cuda_give(g->memory);
   us_cuda_model_free(g->model);

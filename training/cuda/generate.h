@@ -4,8 +4,9 @@
  *     us_cuda_generate(&g, &err);
  *
  * A step is one row a slot through the model: the operations of model.h with attention over kept keys and values
- * (kernels/attention_seq/attention_decode.h), the head, a draw a row (kernels/sample) and what comes next (kernels/slots). Nothing waits for
- * the host, which looks every few dozen steps at how many sequences have ended, the clock, and whether somebody interrupted.
+ * (kernels/attention_seq/attention_decode.h), the head, a draw a row (kernels/sample) and what comes next (kernels/slots). No step waits for
+ * the host, which looks every eight steps, or 32 where all prompts are short, at how many sequences have ended, the clock, whether somebody
+ * interrupted, and which slots wait for their prompts (prefill.h).
  */
 #ifndef US_TRAINING_CUDA_GENERATE_H
 #define US_TRAINING_CUDA_GENERATE_H

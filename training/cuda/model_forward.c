@@ -224,8 +224,7 @@ static enum us_status check_taps(const struct us_cuda_model *model, const struct
   return US_OK;
 }
 
-/* Which tiles of keys are seen, once for all layers of a kind. */
-static void plan_attention(struct us_cuda_model *model) {
+void us_cuda_model_plan(struct us_cuda_model *model) {
   bool used[2] = {false, false};
   for (uint32_t l = 0; l < model->shape.layers; l++) used[model->shape.swa_layer[l]] = true;
   for (int kind = 0; kind < 2; kind++) {
@@ -261,7 +260,7 @@ enum us_status us_cuda_model_forward(struct us_cuda_model *model, const struct u
   enum us_status status = check_taps(model, opt_taps, err);
   if (status == US_OK) status = us_cuda_model_accept(model, batch, err);
   if (status != US_OK || !batch->R) return status;
-  plan_attention(model);
+  us_cuda_model_plan(model);
   us_cuda_model_begin(model);
   for (uint32_t l = 0; l < model->shape.layers; l++) us_cuda_model_layer(model, l, opt_taps, false);
   us_cuda_model_end(model, opt_taps);

@@ -68,6 +68,9 @@ struct us_cuda_model_state {
 US_CHECKED enum us_status us_cuda_model_accept(struct us_cuda_model *model, const struct us_batch *batch,
                                                struct us_err *err);
 
+/* Which tiles of keys the batch's rows see, once for all layers. */
+void us_cuda_model_plan(struct us_cuda_model *model);
+
 /* Run layer l from residual[l] to residual[l + 1]; again: only what backward reads, and loads are not counted. */
 void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps,
                          bool again);
