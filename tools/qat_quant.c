@@ -26,6 +26,10 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("fp8-scale", 0, "f32|ue8m0", "scales of FP8 blocks", .def = "f32"),
     US_OPT_INT("shard", 0, "BYTES",
                "cut a folder's safetensors into files of at most so many bytes; 0: not at all", .def = "4G"),
+    US_OPT_INT("gptq", 0, "N",
+               "sequences of text by whose inputs GPTQ chooses the roundings that finetuning begins at, with "
+               "--steps 0 the result; 0: round to nearest",
+               .def = "0", .max = 65536),
     US_OPT_GROUP("Finetuning"),
     US_OPT_FILE("data", 0, "FILE",
                 "token shards to learn from and to measure on; - reads their record from stdin"),
@@ -77,7 +81,7 @@ static const char *const columns[COLUMNS] = {"step", "tokens", "seconds",      "
 struct job {
   struct us_tool_run *run;
   struct us_record model_record, data_record;
-  struct us_model *model, *ptq, *result; /* ptq: only beside a trained result */
+  struct us_model *model, *ptq, *result; /* ptq: only beside a result that was chosen otherwise */
   struct us_shards *shards;
   struct us_precision_rules rules;
   struct us_convert convert;
@@ -133,6 +137,7 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
                        .batch = (size_t)us_opt_int(o, "batch"),
                        .length = (size_t)us_opt_int(o, "length"),
                        .micro = (size_t)us_opt_int(o, "micro"),
+                       .gptq_windows = (size_t)us_opt_int(o, "gptq"),
                        .seed = (uint64_t)us_opt_int(o, "seed"),
                        .memory = us_opt_flag(o, "recompute") ? US_TRAIN_RECOMPUTE : US_TRAIN_SAVE,
                        .marked_only = us_opt_choice(o, "tokens") == 1,
@@ -151,8 +156,8 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
       return us_err_set(err, US_ERR_USAGE, "--steps %llu needs --data to learn from",
                         (unsigned long long)q->trainer.steps);
-    if (q->trainer.minutes > 0.0 || us_opt_given(o, "metrics"))
-      return us_err_set(err, US_ERR_USAGE, "--minutes and --metrics need --data");
+    if (q->trainer.minutes > 0.0 || q->gptq_windows || us_opt_given(o, "metrics"))
+      return us_err_set(err, US_ERR_USAGE, "--minutes, --gptq and --metrics need --data");
     q->trainer.steps = 0;
     return US_OK;
   }
@@ -162,22 +167,28 @@ static enum us_status read_options(struct job *job, struct us_err *err) {
   snprintf(
       job->options, sizeof job->options,
       "model=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
-      "loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu marked=%d across=%g "
+      "gptq=%zu loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu marked=%d "
+      "across=%g "
       "lr=%g "
       "schedule=%d "
       "warmup=%g floor=%g "
       "decay=%g clip=%g",
       model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
-      (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, (int)q->loss,
-      (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton, q->trainer.optim.beta2,
-      q->batch, q->length, q->micro, (int)q->marked_only, q->across, q->trainer.schedule.peak,
-      (int)q->trainer.schedule.kind, q->trainer.schedule.warmup, q->trainer.schedule.floor,
-      q->trainer.optim.adamw_decay, q->trainer.clip);
+      (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
+      (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
+      q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
+      q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
+      q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip);
   return US_OK;
 }
 
 static bool is_trained(const struct job *job) {
   return job->qat.trainer.steps || job->qat.trainer.minutes > 0.0;
+}
+
+/* Whether the result is something else than rounding to nearest, which is then measured beside it. */
+static bool is_chosen(const struct job *job) {
+  return is_trained(job) || job->qat.gptq_windows;
 }
 
 /* --- dry run --- */
@@ -263,29 +274,29 @@ static void say_result(const struct job *job, size_t m, const char *name) {
 
 static enum us_status measure(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
-  bool trained = is_trained(job);
+  bool chosen = is_chosen(job);
   job->closed = job->closed_error = (double)NAN;
   if (!job->shards || us_opt_flag(o, "no-eval")) return US_OK;
   struct us_metrics_job m = {.learner = job->learner,
-                             .models = {job->model, trained ? job->ptq : job->result, job->result},
-                             .n = trained ? 3 : 2,
+                             .models = {job->model, chosen ? job->ptq : job->result, job->result},
+                             .n = chosen ? 3 : 2,
                              .shards = job->shards,
                              .length = (size_t)us_opt_int(o, "eval-length"),
                              .windows = (size_t)us_opt_int(o, "eval-windows"),
                              .interrupted = us_tool_interrupted};
   enum us_status status = US_OK;
-  if (trained) status = us_model_convert(job->model, &job->convert, job->pool, &job->ptq, err);
-  m.models[1] = trained ? job->ptq : job->result;
+  if (chosen) status = us_model_convert(job->model, &job->convert, job->pool, &job->ptq, err);
+  m.models[1] = chosen ? job->ptq : job->result;
   if (status == US_OK) status = us_metrics_run(&m, job->pool, &job->metrics, err);
   if (status != US_OK) return status;
-  if (trained) us_metrics_gap(&job->metrics, 1, 2, &job->closed, &job->closed_error);
+  if (chosen) us_metrics_gap(&job->metrics, 1, 2, &job->closed, &job->closed_error);
   say_result(job, 1, "PTQ");
-  if (trained) say_result(job, 2, "QAT");
+  if (chosen) say_result(job, 2, is_trained(job) ? "QAT" : "GPTQ");
   return US_OK;
 }
 
 static enum us_status write_metrics(struct job *job, const char *path, struct us_err *err) {
-  static const char *const names[] = {"original", "ptq", "qat"};
+  const char *const names[] = {"original", "ptq", is_trained(job) ? "qat" : "gptq"};
   const struct us_model *models[] = {job->model, job->ptq ? job->ptq : job->result, job->result};
   size_t length = strlen(path);
   bool json = length > 6 && strcmp(path + length - 6, ".jsonl") == 0;
@@ -363,7 +374,12 @@ static enum us_status make_provenance(struct job *job, struct us_err *err) {
   enum us_status status = us_tool_provenance(job->run, job->qat.seed, &p, err);
   if (status == US_OK) status = us_tool_add_parent(p, job->model_record.path, "model", err);
   if (status == US_OK && job->shards) status = us_tool_add_parent(p, job->data_record.path, "tokens", err);
-  if (status == US_OK) status = us_provenance_set_text(p, "method", trained ? "qat" : "ptq", err);
+  if (status == US_OK)
+    status = us_provenance_set_text(p, "method",
+                                    trained                 ? "qat"
+                                    : job->qat.gptq_windows ? "gptq"
+                                                            : "ptq",
+                                    err);
   if (status == US_OK) status = set_object(p, "precision", precision_object(job->result), err);
   if (status == US_OK) status = us_provenance_set_text(p, "scale_rule", us_opt_str(o, "scale-rule"), err);
   if (status == US_OK) status = us_provenance_set_text(p, "fp8_scale", us_opt_str(o, "fp8-scale"), err);
@@ -483,6 +499,8 @@ static enum us_status quantize(struct job *job, struct us_err *err) {
   job->qat.learner = job->learner;
   job->leads = status == US_OK && us_learner_leads(job->learner);
   if (status == US_OK && is_trained(job)) status = train(job, err);
+  if (status == US_OK && !is_trained(job) && job->qat.gptq_windows)
+    status = us_qat_start(&job->qat, job->pool, err);
   if (status != US_OK || !job->leads) return status;
   if (status == US_OK) status = us_qat_export(&job->qat, job->pool, &job->result, err);
   if (status == US_OK) status = measure(job, err);
@@ -526,7 +544,9 @@ static const struct us_tool tool = {
         "is "
         "post-training quantization. The result is the same for any number of threads; with --state a run "
         "can be "
-        "killed and resumed to the same bits.\n\n"
+        "killed and resumed to the same bits. With --gptq roundings begin, or with --steps 0 end, where the "
+        "products of "
+        "each matrix on some of the text change least, one weight making up for another.\n\n"
         "On held-out text the original, PTQ and QAT are compared: KL divergence, agreement of tokens and of "
         "experts, perplexity, and the share of PTQ's KL that finetuning closed. Before the tool ends, the "
         "file is "
@@ -536,6 +556,8 @@ static const struct us_tool tool = {
         "qat-quant pico.h5 -o ptq.h5\n"
         "# the same after finetuning, with reports\n"
         "qat-quant pico.h5 --data text.h5 -o q.h5 --report tensors.tsv --metrics models.tsv --plot kl.png\n"
+        "# no finetuning, but roundings chosen by the inputs of 64 sequences\n"
+        "qat-quant pico.h5 --data text.h5 -o gptq.h5 --gptq 64 --steps 0\n"
         "# what would rules do?\n"
         "qat-quant pico.h5 --dry-run -p experts=mxfp4,attn.qkv=fp8,layers.0.experts=bf16",
     .opts = opts,

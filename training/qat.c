@@ -4,6 +4,8 @@
  */
 #include "training/qat.h"
 
+#include "training/gptq.h"
+
 #include <stdlib.h>
 
 #define MOST_ROWS 8192
@@ -18,6 +20,7 @@ struct lane {
 /* Everything a run holds beside its masters. */
 struct session {
   struct us_qat *run;
+  struct us_pool *pool;
   struct us_learner *learner;
   struct us_params frozen; /* the teacher's */
   struct us_learner_set *set, *frozen_set;
@@ -85,6 +88,19 @@ enum us_status us_qat_open(struct us_qat *run, struct us_err *err) {
   free(refs);
   free(formats);
   return status;
+}
+
+enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
+  struct us_gptq gptq = {.shards = run->shards,
+                         .windows = run->gptq_windows,
+                         .length = run->length,
+                         .seed = run->seed,
+                         .across = run->across};
+  const char *state = run->trainer.state_path;
+  bool resumed = run->resume && state && us_train_state_exists(state); /* which brings its masters */
+  enum us_status status = us_qat_open(run, err);
+  if (status != US_OK || !gptq.windows || resumed) return status;
+  return us_gptq_start(&gptq, run->original, &run->params, pool, err);
 }
 
 /* --- losses --- */
@@ -235,7 +251,7 @@ static enum us_status open_models(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
   const struct us_shape *shape = &run->original->shape;
   size_t rows = s->micro * run->length;
-  enum us_status status = us_qat_open(run, err);
+  enum us_status status = us_qat_start(run, s->pool, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
@@ -289,7 +305,7 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
 }
 
 enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run, .learner = run->learner};
+  struct session s = {.run = run, .pool = pool, .learner = run->learner};
   struct us_learner *cpu = NULL;
   run->params = (struct us_params){0};
   if (!run->batch || !run->length || run->length > (size_t)1 << 17)

@@ -4,12 +4,12 @@
  *     struct us_qat run = {.original = model, .convert = &convert, .shards = shards, .loss = US_QAT_KL, .batch = 8,
  *                          .length = 256, .seed = 1, .trainer = {.steps = 200, ...}};
  *     us_qat(&run, pool, &err);
- *     us_qat_export(&run, pool, &quantized, &err);                // without a step: post-training quantization
+ *     us_qat_export(&run, pool, &quantized, &err);                // without us_qat: rounding to nearest
  *     us_model_write("q.h5", quantized, provenance, &err);
  *     us_qat_check(&run, reopened, pool, &err);                   // it multiplies by what was trained, bit for bit
  *     us_qat_release(&run);
  *
- * The student has FP32 masters, begun at the original's weights; each step encodes and decodes them by the code that writes
+ * The student has FP32 masters, begun at the original's weights or where GPTQ rounds them well (gptq.h); each step encodes and decodes them by the code that writes
  * the file (scales anew every step), and gradients pass the rounding unchanged (straight-through). The teacher is the
  * original, forward only, with the same rounding points: KL(teacher || student) at T = 1 is self-distillation. Norms,
  * sinks and an F32 router are multiplied as their masters are. The router's selection bias does not move. Tensors that
@@ -50,6 +50,8 @@ struct us_qat {
   size_t batch, length; /* sequences a step, tokens a sequence */
   size_t micro;         /* sequences a forward pass; 0: as many as 8,192 rows hold */
   uint64_t seed;
+  size_t
+      gptq_windows; /* training sequences whose inputs say where the masters begin; 0: at the original's weights */
   enum us_train_memory memory;    /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;               /* learn on the tokens that the shards mark alone */
   double across;                  /* share of the windows in which attention goes on over document edges */
@@ -68,6 +70,10 @@ struct us_qat {
 
 /* Masters, encodings and what is frozen, as a run begins: run->params. */
 US_CHECKED enum us_status us_qat_open(struct us_qat *run, struct us_err *err);
+
+/* The same, and with gptq_windows moved to where GPTQ rounds them well: what us_qat begins with, or by itself quantization without a step
+ * of training. */
+US_CHECKED enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_err *err);
 
 /* Train. US_ERR_USAGE for rules that match nothing; US_ERR_INPUT for shards of another vocabulary; US_INTERRUPTED after
  * a clean stop and a save. */

@@ -265,6 +265,7 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   snprintf(state, sizeof state, "%s/run.state", world.folder);
   struct us_qat whole = new_run("experts=mxfp4", 8), part = new_run("experts=mxfp4", 8);
   whole.scope = part.scope = US_QAT_ALL;
+  whole.gptq_windows = part.gptq_windows = 4;
   US_OK_OR_FAIL(us_qat(&whole, NULL, &err)); /* one thread */
   part.trainer.state_path = state;
   watched = &part;

@@ -1,0 +1,240 @@
+/* t_gptq.c: GPTQ: what it minimises, against sums over the inputs themselves; and masters that begin there. */
+#include "training/gptq.h"
+#include "training/qat.h"
+
+#include "tiny_shards.h"
+
+#include <math.h>
+
+enum { N = 48, K = 64, ROWS = 400 };
+
+static float inputs[ROWS * K], weights[N * K];
+
+static float draw(uint64_t *state) {
+  *state = *state * 6364136223846793005u + 1442695040888963407u;
+  return (float)(*state >> 40) / 16777216.0f - 0.5f;
+}
+
+/* Weights, and inputs that share six directions. */
+static void fill(void) {
+  uint64_t state = us_test_seed();
+  float direction[6 * K];
+  for (size_t i = 0; i < 6 * K; i++) direction[i] = draw(&state);
+  for (size_t i = 0; i < N * K; i++) weights[i] = draw(&state);
+  for (size_t r = 0; r < ROWS; r++) {
+    for (size_t k = 0; k < K; k++) inputs[r * K + k] = 0.1f * draw(&state);
+    for (int d = 0; d < 6; d++) {
+      float part = draw(&state);
+      for (size_t k = 0; k < K; k++) inputs[r * K + k] += part * direction[(size_t)d * K + k];
+    }
+  }
+}
+
+static void moments(float *h) {
+  for (size_t i = 0; i < K; i++)
+    for (size_t j = 0; j < K; j++) {
+      double sum = 0.0;
+      for (size_t r = 0; r < ROWS; r++) sum += (double)inputs[r * K + i] * (double)inputs[r * K + j];
+      h[i * K + j] = (float)sum;
+    }
+}
+
+/* Sum of squares of (weights - stored) x over all inputs. */
+static double products_error(const float *stored) {
+  double total = 0.0;
+  for (size_t r = 0; r < ROWS; r++)
+    for (size_t n = 0; n < N; n++) {
+      double d = 0.0;
+      for (size_t k = 0; k < K; k++)
+        d += ((double)weights[n * K + k] - (double)stored[n * K + k]) * (double)inputs[r * K + k];
+      total += d * d;
+    }
+  return total;
+}
+
+/* The aims of `weights`, in pieces of `rows` rows. */
+static void round_weights(const struct us_matrix_encoding *encoding, const float *h, size_t rows,
+                          float *aims) {
+  static float L[K * K], scratch[K * K], lost[N * K];
+  uint8_t codes[N * K], scales[N * K];
+  uint32_t at[K];
+  struct us_err err = {0};
+  memcpy(L, h, sizeof L);
+  us_gptq_factor(L, K, at, scratch);
+  US_OK_OR_FAIL(us_matrix_encode(weights, N, K, encoding, codes, scales, &err));
+  memcpy(aims, weights, sizeof weights);
+  for (size_t r = 0; r < N; r += rows) {
+    memset(lost, 0, sizeof lost);
+    us_gptq_round(aims, N, K, encoding, scales, L, at, r, r + rows < N ? r + rows : N, lost);
+  }
+}
+
+START_TEST(the_factor_gives_back_the_moments_in_its_order) {
+  static float h[K * K], L[K * K], scratch[K * K];
+  uint32_t at[K];
+  double mean = 0.0;
+  fill();
+  moments(h);
+  memcpy(L, h, sizeof L);
+  us_gptq_factor(L, K, at, scratch);
+  for (size_t i = 0; i < K; i++) mean += (double)h[i * K + i] / K;
+  for (size_t i = 0; i < K; i++) {
+    ck_assert(i == 0 || h[at[i] * K + at[i]] >= h[at[i - 1] * K + at[i - 1]]);
+    for (size_t j = 0; j < K; j++) {
+      double sum = i == j ? -0.01 * mean : 0.0;
+      for (size_t k = 0; k < K; k++) sum += (double)L[i * K + k] * (double)L[j * K + k];
+      ck_assert_double_eq_tol(sum, (double)h[at[i] * K + at[j]], 1e-4 * mean);
+    }
+  }
+}
+END_TEST
+
+START_TEST(products_change_less_than_after_rounding_to_nearest) {
+  static float h[K * K], aims[N * K], stored[N * K], nearest[N * K];
+  const struct us_matrix_encoding encodings[] = {{.format = US_FORMAT_MXFP4},
+                                                 {.format = US_FORMAT_FP8, .fp8_scale = US_FP8_SCALE_UE8M0}};
+  struct us_err err = {0};
+  fill();
+  moments(h);
+  for (int i = 0; i < 2; i++) {
+    round_weights(&encodings[i], h, N, aims);
+    US_OK_OR_FAIL(us_matrix_fake_quant(aims, N, K, &encodings[i], stored, &err));
+    US_OK_OR_FAIL(us_matrix_fake_quant(weights, N, K, &encodings[i], nearest, &err));
+    double gptq = products_error(stored), plain = products_error(nearest);
+    ck_assert_msg(gptq < 0.4 * plain, "%s: %g, to nearest %g", us_format_name(encodings[i].format), gptq,
+                  plain);
+  }
+}
+END_TEST
+
+START_TEST(inputs_that_share_nothing_or_were_never_seen_mean_nearest) {
+  static float h[K * K], aims[N * K], stored[N * K], nearest[N * K];
+  const struct us_matrix_encoding encoding = {.format = US_FORMAT_MXFP4};
+  struct us_err err = {0};
+  fill();
+  US_OK_OR_FAIL(us_matrix_fake_quant(weights, N, K, &encoding, nearest, &err));
+  for (int seen = 0; seen < 2; seen++) {
+    memset(h, 0, sizeof h);
+    for (size_t i = 0; seen && i < K; i++) h[i * K + i] = (float)(i + 1);
+    round_weights(&encoding, h, N, aims);
+    US_OK_OR_FAIL(us_matrix_fake_quant(aims, N, K, &encoding, stored, &err));
+    ck_assert(memcmp(stored, nearest, sizeof stored) == 0);
+  }
+}
+END_TEST
+
+START_TEST(rows_do_not_depend_on_how_they_are_cut) {
+  static float h[K * K], whole[N * K], parts[N * K];
+  const struct us_matrix_encoding encoding = {.format = US_FORMAT_MXFP4};
+  fill();
+  moments(h);
+  round_weights(&encoding, h, N, whole);
+  round_weights(&encoding, h, 7, parts);
+  ck_assert(memcmp(whole, parts, sizeof whole) == 0);
+}
+END_TEST
+
+/* --- a model --- */
+
+static struct tiny_world world;
+static struct us_precision_rules rules;
+static struct us_convert convert;
+static const char served[] = "all=fp8,experts=mxfp4";
+
+static void open_all(void) {
+  open_world(&world);
+}
+
+static void close_all(void) {
+  close_world(&world);
+}
+
+static struct us_qat new_run(const char *text, size_t windows) {
+  struct us_err err = {0};
+  US_OK_OR_FAIL(us_precision_parse(text, &rules, &err));
+  convert = (struct us_convert){.rules = &rules, .fp8_scale = US_FP8_SCALE_UE8M0};
+  return (struct us_qat){
+      .original = world.model,
+      .convert = &convert,
+      .shards = world.shards,
+      .scope = US_QAT_ALL,
+      .batch = 4,
+      .length = 32,
+      .seed = 3,
+      .eval_windows = 8,
+      .gptq_windows = windows,
+      .trainer = {.optim = us_optim_default(US_OPTIM_ADAMW), .schedule = {.peak = 1e-12}, .steps = 1}};
+}
+
+static void see_first(void *arg, const struct us_qat_log *log) {
+  if (!log->step) *(double *)arg = log->heldout;
+}
+
+/* Each family by itself, so that one with another's inputs is found. */
+START_TEST(a_model_begins_closer_to_the_original_than_rounded_to_nearest) {
+  static const char *const texts[] = {
+      "all=fp8,experts=mxfp4", "attn.qkv=mxfp4",     "attn.o=mxfp4", "dense=mxfp4",
+      "experts.gate_up=mxfp4", "experts.down=mxfp4", "head=mxfp4"};
+  struct us_err err = {0};
+  for (size_t t = 0; t < sizeof texts / sizeof texts[0]; t++) {
+    double nearest = 0.0, gptq = 0.0;
+    struct us_qat plain = new_run(texts[t], 0), run = new_run(texts[t], 64);
+    plain.on_log = run.on_log = see_first;
+    plain.log_arg = &nearest, run.log_arg = &gptq;
+    US_OK_OR_FAIL(us_qat(&plain, world.pool, &err));
+    US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+    ck_assert_msg(gptq > 0.0 && gptq < 0.8 * nearest, "%s: %g, to nearest %g", texts[t], gptq, nearest);
+    us_qat_release(&plain);
+    us_qat_release(&run);
+  }
+}
+END_TEST
+
+START_TEST(masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits) {
+  struct us_err err = {0};
+  struct us_qat plain = new_run(served, 0), one = new_run(served, 5), all = new_run(served, 5);
+  size_t moved = 0;
+  US_OK_OR_FAIL(us_qat_start(&plain, NULL, &err));
+  US_OK_OR_FAIL(us_qat_start(&one, NULL, &err));
+  US_OK_OR_FAIL(us_qat_start(&all, world.pool, &err));
+  ck_assert(memcmp(one.params.value, all.params.value, one.params.floats * sizeof(float)) == 0);
+  for (size_t i = 0; i < one.params.count; i++) {
+    const struct us_param *p = &one.params.items[i];
+    bool same = memcmp(p->value, plain.params.items[i].value, p->rows * p->cols * sizeof(float)) == 0;
+    bool kept = p->vector || p->encoding.format == US_FORMAT_F32 || strcmp(p->family, "embed") == 0;
+    ck_assert_msg(same == kept, "%s: %s", p->name, same ? "kept" : "moved");
+    moved += !same;
+  }
+  ck_assert_uint_gt(moved, 0);
+  us_qat_release(&plain);
+  us_qat_release(&one);
+  us_qat_release(&all);
+}
+END_TEST
+
+START_TEST(without_a_step_the_file_holds_what_the_masters_round_to) {
+  struct us_err err = {0};
+  struct us_model *stored;
+  struct us_qat run = new_run(served, 5);
+  US_OK_OR_FAIL(us_qat_start(&run, world.pool, &err));
+  US_OK_OR_FAIL(us_qat_export(&run, world.pool, &stored, &err));
+  US_OK_OR_FAIL(us_qat_check(&run, stored, world.pool, &err));
+  us_model_free(stored);
+  us_qat_release(&run);
+}
+END_TEST
+
+static Suite *make_suite(void) {
+  TCase *c = tcase_create("gptq");
+  tcase_add_unchecked_fixture(c, open_all, close_all);
+  tcase_add_test(c, the_factor_gives_back_the_moments_in_its_order);
+  tcase_add_test(c, products_change_less_than_after_rounding_to_nearest);
+  tcase_add_test(c, inputs_that_share_nothing_or_were_never_seen_mean_nearest);
+  tcase_add_test(c, rows_do_not_depend_on_how_they_are_cut);
+  tcase_add_test(c, a_model_begins_closer_to_the_original_than_rounded_to_nearest);
+  tcase_add_test(c, masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits);
+  tcase_add_test(c, without_a_step_the_file_holds_what_the_masters_round_to);
+  return us_suite("gptq", c);
+}
+
+US_TEST_MAIN(make_suite)
