@@ -5,8 +5,11 @@
  *
  * A job is a row, a chunk of 16 query heads and a piece of the row's keys; a block does it in steps of 4 leaves, a unit each. The
  * cut follows from the row's own position alone: up to US_ENGINE_ATTENTION_TOGETHER leaves are one job of one step; up to
- * US_ENGINE_ATTENTION_GROUPED leaves a job is a group; beyond, a segment, a group a step. The sums form the same tree whatever the
- * cut (attention_fold.cuh). Bound: latency, four loads one after the other; one warp has the rows.
+ * US_ENGINE_ATTENTION_GROUPED leaves a job is a group; beyond, so many segments that a block has one job, a group a step. Rows of a sequence that are cut in
+ * segments share the jobs, a leaf after the other (jobs of their own finish groups sooner). The sums form the same tree whatever the cut
+ * (attention_fold.cuh) and whoever shares.
+ * Behind the jobs come folds, one a row and chunk that is cut. Bound: latency, three loads one after the other; one warp
+ * has the rows.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
 #define US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
@@ -14,11 +17,14 @@
 #include "kernels/engine/attention_fold.cuh"
 #include "kernels/engine/attention_head.cuh"
 
-#define US_ATTENTION_UNITS        4
-#define US_ATTENTION_THREADS      128 /* of a unit */
-#define US_ATTENTION_FRESH        16  /* new keys, at most: rows of a sequence in a pass */
-#define US_ATTENTION_FRESH_PIECES 3   /* 8 positions each, at multiples of 8, that new keys may touch */
-#define US_ATTENTION_HEADS        128 /* of a rank, at most */
+#define US_ATTENTION_UNITS         4
+#define US_ATTENTION_SEGMENT_STEPS (US_ATTENTION_SEGMENT / US_ATTENTION_UNITS)
+#define US_ATTENTION_THREADS       128 /* of a unit */
+#define US_ATTENTION_FRESH         16  /* new keys, at most: rows of a sequence in a pass */
+#define US_ATTENTION_FRESH_PIECES  3   /* 8 positions each, at multiples of 8, that new keys may touch */
+#define US_ATTENTION_HEADS         128 /* of a rank, at most */
+#define US_ATTENTION_SHARED_ROWS   3   /* rows that share jobs, at least */
+#define US_ATTENTION_MOST_SPAN     96  /* segments a job, whose pages are listed in shared memory */
 
 enum us_attention_cut { US_ATTENTION_WHOLE, US_ATTENTION_GROUPS, US_ATTENTION_SEGMENTS };
 
@@ -32,9 +38,12 @@ struct us_attention_row {
   int32_t fresh_row;      /* row of the first new key, from the row tile's first on */
   uint32_t first, leaves; /* leaves seen outside a block */
   uint32_t first_page;    /* of the table: leaf `first` */
-  uint32_t pieces;        /* jobs a chunk: groups, segments or everything, and the block's leaf */
-  uint32_t first_job;
-  uint32_t cut; /* enum us_attention_cut */
+  uint32_t pieces;  /* a chunk's partial results: groups, segments or everything, and the block's leaf */
+  uint32_t partial; /* where the first of them lies */
+  uint32_t cut;     /* enum us_attention_cut */
+  uint32_t first_piece, last_piece; /* at absolute positions, without the block */
+  uint32_t first_job, chunk_jobs;
+  uint32_t together; /* rows from this one on that share its jobs, or 1; 0: an earlier row has them */
 };
 
 /* A unit's leaf: where its 64 keys lie and which of the slots the row sees. */
@@ -48,11 +57,14 @@ struct us_attention_leaf {
 
 /* The job and step that a block is at. */
 struct us_attention_job {
-  uint32_t row, chunk, piece;
+  uint32_t row, chunk;
+  uint32_t piece, piece_end;     /* of the row; of rows that share it: absolute */
   uint32_t g, first_head, heads; /* of the chunk */
   uint32_t own;                  /* leaf to which the row's key and value are appended; NONE: not here */
   uint32_t step, steps;
-  uint32_t new_keys; /* that the step sees: 0 or all of the row's */
+  uint32_t new_keys;       /* that the step sees: 0 or all of the row's */
+  uint32_t rows;           /* that share the job; `piece` is then an absolute one */
+  uint32_t leaf, leaf_end; /* shared: leaves that any of them sees */
 };
 
 struct us_attention_shared {
@@ -76,8 +88,9 @@ struct us_attention_shared {
   float sink[US_ATTENTION_HEADS]; /* times log2 e; -Inf: none */
   uint32_t chunks;                /* of 16 query heads */
   uint32_t jobs;
+  uint32_t span;  /* segments a job */
+  uint32_t folds; /* bit r: row r is cut in pieces, which somebody folds */
   uint32_t ready; /* the input was done when thread 0 looked */
-  uint32_t last;  /* this block was the last of a row and chunk */
 };
 static_assert(sizeof(struct us_attention_shared) <= US_ENGINE_VECTOR_BYTES, "shared memory of attention");
 
@@ -106,6 +119,34 @@ static __device__ __forceinline__ void us_attention_cut_row(struct us_attention_
              : each == US_ATTENTION_GROUP                        ? US_ATTENTION_GROUPS
                                                                  : US_ATTENTION_SEGMENTS;
   row->pieces = row->cut == US_ATTENTION_WHOLE ? 1 : last / each - row->first / each + 1 + block;
+  row->first_piece = row->first / each, row->last_piece = last / each;
+}
+
+/* All lanes: rows of a sequence that are cut in segments share their jobs, if they are enough. `left`: the sequence of the lane
+ * before. Returns the segments that the row has jobs for. */
+static __device__ __forceinline__ uint32_t us_attention_share_rows(struct us_attention_row *row, uint32_t r,
+                                                                   uint32_t left, uint32_t block) {
+  uint32_t lane = threadIdx.x % 32, left_cut = __shfl_up_sync(0xffffffffu, row->cut, 1);
+  bool joins = r > 0 && r < US_ENGINE_ROWS && row->sequence != US_ENGINE_NONE && left == row->sequence &&
+               row->cut == US_ATTENTION_SEGMENTS && left_cut == row->cut;
+  uint32_t leads = ~__ballot_sync(0xffffffffu, joins);
+  uint32_t lead = 31 - __clz((int)(leads & ((2u << lane) - 1))), next = leads & ~((2u << lead) - 1);
+  uint32_t end = next ? __ffs((int)next) - 1 : 32;
+  uint32_t last_piece = __shfl_sync(0xffffffffu, row->last_piece, (int)(end - 1));
+  row->together = end - lead < US_ATTENTION_SHARED_ROWS ? 1 : joins ? 0 : end - lead;
+  return row->together > 1 ? last_piece - row->first_piece + 1 : row->together * (row->pieces - block);
+}
+
+/* All lanes: how many segments a job takes: so many that every block has one job, if it can be; `segments` and `others`: the lane's. */
+static __device__ __forceinline__ uint32_t us_attention_span(uint32_t blocks, uint32_t segments,
+                                                             uint32_t others, uint32_t chunks) {
+  uint32_t fixed = __reduce_add_sync(0xffffffffu, others) * chunks;
+  uint32_t span = __reduce_add_sync(0xffffffffu, segments) * chunks / blocks;
+  span = span < 1 ? 1 : span > US_ATTENTION_MOST_SPAN ? US_ATTENTION_MOST_SPAN : span;
+#pragma unroll 1
+  for (uint32_t more = 0; more < 8 && span < US_ATTENTION_MOST_SPAN; more++, span++)
+    if (__reduce_add_sync(0xffffffffu, (segments + span - 1) / span) * chunks + fixed <= blocks) break;
+  return span;
 }
 
 /* One warp: every row of the tile, and the jobs. Lanes hold the rows 8 tile - 15 ... + 16 of the pass, and those after them. */
@@ -120,18 +161,22 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
   if (here < US_ENGINE_MAX_ROWS)
     position = __ldcg(&rows[here].position), sequence = __ldcg(&rows[here].sequence);
   if (next < US_ENGINE_MAX_ROWS) later = __ldcg(&rows[next].sequence);
+  uint64_t tables = 0; /* of sequence `lane`, on the way with the rows */
+  if (lane < US_ENGINE_SEQUENCES)
+    tables = (uint64_t)(a->draft ? state->sequence[lane].draft_kv.tables : state->sequence[lane].kv.tables);
   uint32_t left = __shfl_up_sync(0xffffffffu, sequence, 1), last = __shfl_sync(0xffffffffu, sequence, 31);
   uint32_t later_left = __shfl_up_sync(0xffffffffu, later, 1);
   /* bit i: a run begins at lane i */
   uint64_t starts = __ballot_sync(0xffffffffu, lane == 0 || left != sequence);
   starts |= (uint64_t)__ballot_sync(0xffffffffu, (lane ? later_left : last) != later) << 32;
+  tables = __shfl_sync(0xffffffffu, tables, (int)(sequence % US_ENGINE_SEQUENCES));
   struct us_attention_row row = {};
-  uint32_t jobs = 0, chunks = us_engine_attention_chunks(a->H, a->G);
+  uint32_t chunks = us_engine_attention_chunks(a->H, a->G);
+  row.sequence = US_ENGINE_NONE;
   if (r < US_ENGINE_ROWS) {
     row.sequence = sequence, row.position = position, row.pieces = 1;
     if (sequence != US_ENGINE_NONE) {
-      const struct us_engine_sequence *s = state->sequence + sequence;
-      row.table = (a->draft ? s->draft_kv.tables : s->kv.tables)[a->layer];
+      row.table = ((const uint64_t *const *)tables)[a->layer];
       uint32_t begin = 63 - __clzll((long long)(starts & ((2ull << lane) - 1)));
       uint32_t end = __ffsll((long long)(starts >> (lane + 1))) - 1; /* rows after it, of its sequence */
       us_attention_see(
@@ -139,17 +184,27 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
           end < US_ATTENTION_FRESH - 1 - (lane - begin) ? end : US_ATTENTION_FRESH - 1 - (lane - begin));
       us_attention_cut_row(&row, a->draft);
     }
-    jobs = row.pieces * chunks;
   }
-  uint32_t through = jobs;
+  bool exists = r < US_ENGINE_ROWS, block = a->draft && row.cut == US_ATTENTION_SEGMENTS;
+  uint32_t segments = us_attention_share_rows(&row, r, left, block), others = row.together && block;
+  if (row.cut != US_ATTENTION_SEGMENTS) others = segments, segments = 0;
+  if (!exists) segments = others = 0;
+  uint32_t span = us_attention_span(b->blocks, segments, others, chunks);
+  row.chunk_jobs = (segments + span - 1) / span + others;
+  uint32_t jobs = row.chunk_jobs * chunks, slots = exists ? row.pieces * chunks : 0;
+  uint32_t folds = __ballot_sync(0xffffffffu, exists && row.cut != US_ATTENTION_WHOLE);
+  row.first_job = jobs, row.partial = slots;
 #pragma unroll
   for (uint32_t step = 1; step < US_ENGINE_ROWS; step *= 2) {
-    uint32_t v = __shfl_up_sync(0xffffffffu, through, step);
-    if (r >= step && r < US_ENGINE_ROWS) through += v;
+    uint32_t job = __shfl_up_sync(0xffffffffu, row.first_job, step);
+    uint32_t slot = __shfl_up_sync(0xffffffffu, row.partial, step);
+    if (r >= step && exists) row.first_job += job, row.partial += slot;
   }
-  row.first_job = through - jobs;
-  if (r < US_ENGINE_ROWS) sh->row[r] = row;
-  if (r == US_ENGINE_ROWS - 1) sh->jobs = through, sh->chunks = chunks;
+  if (r == US_ENGINE_ROWS - 1)
+    sh->jobs = row.first_job, sh->chunks = chunks, sh->span = span,
+    sh->folds = folds >> (lane - (US_ENGINE_ROWS - 1));
+  row.first_job -= jobs, row.partial -= slots;
+  if (exists) sh->row[r] = row;
 }
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
@@ -157,6 +212,23 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
 static __device__ __forceinline__ bool us_attention_is_last(const struct us_attention_row *row,
                                                             uint32_t piece) {
   return piece + 1 == row->pieces;
+}
+
+/* Where a piece of a row and the job's chunk lies. */
+static __device__ __forceinline__ float *us_attention_partial(const struct us_attention_shared *sh,
+                                                              const struct us_attention_row *row,
+                                                              uint32_t piece) {
+  uint32_t at = row->partial + piece * sh->chunks + sh->job.chunk;
+  return sh->a.partial + (size_t)at * us_engine_attention_piece(sh->a.V);
+}
+
+/* One thread: the job's row and chunk. */
+static __device__ __forceinline__ void us_attention_set_chunk(struct us_attention_shared *sh, uint32_t row,
+                                                              uint32_t chunk) {
+  uint32_t group = (uint32_t)sh->a.H / sh->a.G, each = (group + 15) / 16, first = chunk % each * 16;
+  sh->job.row = row, sh->job.chunk = chunk, sh->job.g = chunk / each;
+  sh->job.first_head = sh->job.g * group + first, sh->job.heads = group - first < 16 ? group - first : 16;
+  sh->job.own = first == 0 && !sh->a.draft ? sh->row[row].position / 64 : US_ENGINE_NONE;
 }
 
 /* First leaf of a piece that is one of several: what the tree knows it by. */
@@ -213,29 +285,61 @@ static __device__ __forceinline__ void us_attention_set_step(const struct us_eng
   if (lane == 0) sh->job.step = step, sh->job.new_keys = any ? count : 0;
 }
 
+/* Of a shared job's leaves, in order: its queries lie in the ring. */
+static __device__ __forceinline__ uint64_t *us_attention_pages(struct us_attention_shared *sh) {
+  return (uint64_t *)sh->q;
+}
+
+/* One warp: the leaves of a job that rows share, of which `row` is the first. */
+static __device__ __forceinline__ void us_attention_set_shared(const struct us_engine_block *b,
+                                                               struct us_attention_shared *sh,
+                                                               const struct us_attention_row *row,
+                                                               uint32_t k) {
+  const struct us_attention_row *last = row + row->together - 1;
+  uint32_t piece = row->first_piece + k * sh->span, piece_end = piece + sh->span;
+  if (piece_end > last->last_piece + 1) piece_end = last->last_piece + 1;
+  uint32_t leaf = piece * US_ATTENTION_SEGMENT, end = piece_end * US_ATTENTION_SEGMENT;
+  leaf = leaf < row->first ? row->first : leaf;
+  end = end > last->first + last->leaves ? last->first + last->leaves : end;
+  bool block = sh->a.draft && k + 1 == row->chunk_jobs;
+  if (block) leaf = US_ATTENTION_BLOCK, end = leaf + 1;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x % 32; i < end - leaf; i += 32)
+    us_attention_pages(sh)[i] = (uint64_t)us_attention_page(b, sh, row, leaf + i);
+  if (threadIdx.x % 32 == 0) {
+    sh->job.piece = piece, sh->job.piece_end = piece_end, sh->job.leaf = leaf, sh->job.leaf_end = end;
+    sh->job.new_keys = block || end * 64 > last->fresh ? last->count : 0;
+  }
+}
+
 /* One warp: job j, and its first step. */
 static __device__ __forceinline__ void us_attention_set_job(const struct us_engine_block *b,
                                                             struct us_attention_shared *sh, uint32_t j) {
-  const struct us_engine_attention *a = &sh->a;
-  struct us_attention_job *job = &sh->job;
-  uint32_t lane = threadIdx.x % 32, group = (uint32_t)a->H / a->G, each = (group + 15) / 16;
+  uint32_t lane = threadIdx.x % 32;
   uint32_t r = __popc(__ballot_sync(0xffffffffu,
                                     lane < US_ENGINE_ROWS && sh->row[lane % US_ENGINE_ROWS].first_job <= j)) -
                1;
   const struct us_attention_row *row = sh->row + r;
-  uint32_t local = j - row->first_job, piece = local / sh->chunks, chunk = local % sh->chunks,
-           g = chunk / each;
-  uint32_t first = chunk % each * 16, leaf = us_attention_piece_leaf(sh, row, piece), steps = 1, step = 0;
-  if (row->cut == US_ATTENTION_SEGMENTS && leaf != US_ATTENTION_BLOCK) {
-    uint32_t end = row->first + row->leaves - leaf;
-    steps = ((end < US_ATTENTION_SEGMENT ? end : US_ATTENTION_SEGMENT) + US_ATTENTION_UNITS - 1) /
-            US_ATTENTION_UNITS;
-    step = row->first > leaf ? (row->first - leaf) / US_ATTENTION_UNITS : 0;
+  uint32_t k = (j - row->first_job) / sh->chunks, steps = 1, step = 0, piece = k, piece_end = k + 1;
+  bool segments = row->cut == US_ATTENTION_SEGMENTS;
+  if (segments && row->together == 1) {
+    uint32_t pieces = row->pieces - sh->a.draft;
+    piece = k * sh->span < pieces ? k * sh->span : pieces, piece_end = piece + sh->span;
+    piece_end = piece == pieces ? piece + 1 : piece_end < pieces ? piece_end : pieces;
+    uint32_t leaf = us_attention_piece_leaf(sh, row, piece);
+    if (leaf != US_ATTENTION_BLOCK) {
+      uint32_t end = row->first + row->leaves - leaf, most = (piece_end - piece) * US_ATTENTION_SEGMENT;
+      steps = ((end < most ? end : most) + US_ATTENTION_UNITS - 1) / US_ATTENTION_UNITS;
+      step = row->first > leaf ? (row->first - leaf) / US_ATTENTION_UNITS : 0;
+    }
   }
   if (lane == 0) {
-    job->row = r, job->chunk = chunk, job->piece = piece, job->g = g, job->first_head = g * group + first;
-    job->heads = group - first < 16 ? group - first : 16, job->steps = steps;
-    job->own = first == 0 && !a->draft ? row->position / 64 : US_ENGINE_NONE;
+    us_attention_set_chunk(sh, r, (j - row->first_job) % sh->chunks);
+    sh->job.piece = piece, sh->job.piece_end = piece_end, sh->job.steps = steps, sh->job.rows = row->together;
+  }
+  if (row->together > 1) {
+    us_attention_set_shared(b, sh, row, k);
+    return;
   }
   __syncwarp();
   us_attention_set_step(b, sh, step);

@@ -45,13 +45,13 @@ static __device__ __forceinline__ void us_attention_fetch_rows(const struct us_a
 /* Half-warp `index`: query head `index` of the chunk, or behind the 16 heads new key index - 16. */
 template <int QS>
 static __device__ __forceinline__ struct us_head us_attention_head(const struct us_attention_shared *sh,
+                                                                   const struct us_attention_row *row,
                                                                    uint32_t index) {
   const struct us_engine_attention *a = &sh->a;
-  const struct us_attention_row *row = sh->row + sh->job.row;
   bool query = index < 16;
   uint32_t Q = us_attention_Q<QS>(sh), in = index - 16, position = query ? row->position : row->fresh + in;
   uint32_t at = (query ? sh->job.first_head + index : a->H + sh->job.g) * Q;
-  int32_t of_tile = query ? (int32_t)sh->job.row : row->fresh_row + (int32_t)in;
+  int32_t of_tile = query ? (int32_t)(row - sh->row) : row->fresh_row + (int32_t)in;
   struct us_head h;
   h.values = a->qkv + of_tile * (int32_t)a->qkv_rows + at;
   h.norm = query ? a->q_norm : a->k_norm;
@@ -60,10 +60,10 @@ static __device__ __forceinline__ struct us_head us_attention_head(const struct 
   return h;
 }
 
-/* A finished head into shared memory: a query split in two terms, a key rounded; dims up to a multiple of 32. */
+/* A finished head into shared memory (queries: `q`): a query split in two terms, a key rounded; dims up to a multiple of 32. */
 template <int QS>
-static __device__ __forceinline__ void us_attention_keep_head(struct us_attention_shared *sh, uint32_t index,
-                                                              const float2 x[US_HEAD_PAIRS]) {
+static __device__ __forceinline__ void us_attention_keep_head(struct us_attention_shared *sh, uint4 *q,
+                                                              uint32_t index, const float2 x[US_HEAD_PAIRS]) {
   uint32_t lane = threadIdx.x % 16, Q = us_attention_Q<QS>(sh), n = index % 8;
   if (index >= 16) {
     uint32_t *to = (uint32_t *)sh->key + (index - 16) * (us_engine_k_stride(Q) / 2) + lane;
@@ -72,7 +72,7 @@ static __device__ __forceinline__ void us_attention_keep_head(struct us_attentio
       if (QS || 32 * i < Q) to[16 * i] = us_head_round(x[i].x, x[i].y);
     return;
   }
-  uint32_t *to = (uint32_t *)(sh->q + us_attention_operand_index(0, 0, lane % 4 / 2, n, lane / 4)) +
+  uint32_t *to = (uint32_t *)(q + us_attention_operand_index(0, 0, lane % 4 / 2, n, lane / 4)) +
                  lane % 2 * 2 + index / 8;
 #pragma unroll
   for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) {
@@ -87,12 +87,12 @@ static __device__ __forceinline__ void us_attention_keep_head(struct us_attentio
 #define US_ATTENTION_STAGE_VALUES                                                                            \
   (US_ATTENTION_FRESH_PIECES * 8 / 4) /* a thread: a dim, every fourth position */
 
-/* New values of this thread that the row sees, 0 where there is none. */
+/* New values of this thread that `row` sees, 0 where there is none. */
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_load_new(const struct us_attention_shared *sh,
+                                                             const struct us_attention_row *row,
                                                              float v[US_ATTENTION_STAGE_VALUES]) {
   const struct us_engine_attention *a = &sh->a;
-  const struct us_attention_row *row = sh->row + sh->job.row;
   uint32_t dim = threadIdx.x % 128, at = us_attention_origin(sh, row) + threadIdx.x / 128,
            V = us_attention_V<VS>(sh);
   uint32_t hidden = row->begin > row->fresh ? row->begin - row->fresh : 0;
@@ -120,20 +120,21 @@ static __device__ __forceinline__ void us_attention_keep_new(struct us_attention
 /* The chunk's queries and `new_keys` new keys and values into shared memory. */
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_stage(struct us_attention_shared *sh) {
+  const struct us_attention_row *row = sh->row + sh->job.row;
   uint32_t index = threadIdx.x / 16, lane = threadIdx.x % 16, new_keys = sh->job.new_keys,
            count = 16 + new_keys;
   float v[US_ATTENTION_STAGE_VALUES];
-  if (new_keys) us_attention_load_new<QS, VS>(sh, v);
+  if (new_keys) us_attention_load_new<QS, VS>(sh, row, v);
   if (index / 2 * 2 < count) {
     bool exists = index < count && (index >= 16 || index < sh->job.heads);
-    struct us_head h = us_attention_head<QS>(sh, exists ? index : 0);
+    struct us_head h = us_attention_head<QS>(sh, row, exists ? index : 0);
     float2 x[US_HEAD_PAIRS];
     us_head_load<QS>(&h, lane, x);
     us_head_finish<QS>(&h, lane, x);
     if (!exists)
 #pragma unroll
       for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
-    if (index < count) us_attention_keep_head<QS>(sh, index, x);
+    if (index < count) us_attention_keep_head<QS>(sh, sh->q, index, x);
   }
   if (new_keys) us_attention_keep_new(sh, v);
 }

@@ -61,11 +61,13 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
 static __device__ void stream(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_GEMM) us_engine_gemm_stream(b, op);
   if (op->kind == US_ENGINE_DOWN) us_engine_down_stream(b, op);
+  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
 }
 
 static __device__ void epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
   if (op->kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) us_engine_down_pairs(b, op);
+  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without

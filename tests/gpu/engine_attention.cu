@@ -1,6 +1,6 @@
 /* engine_attention.cu: the engine's attention and context against double precision on the host; the same bits however it is cut.
  *
- * Contents: one case; the same bits; rows that are not numbers; the drafter's context.
+ * Contents: one case; the same bits; rows that are not numbers; the drafter's context; all together.
  * Outputs are bf16, so an error counts from half a unit of bf16 on; tolerance in units of the sum of weight times |value|.
  */
 #include "engine_attention.h"
@@ -105,8 +105,21 @@ static const struct attention_shape shapes[] = {
     {"tiny windowed (24, 16) 8/4", 24, 16, 8, 4, 8, 16, true, false},
     {"tiny full (24, 16) 8/2", 24, 16, 8, 2, 8, 0, false, false},
     {"wide (128, 64) 64/2, rotary 128", 128, 64, 64, 2, 128, 0, true, false},
+    {"pro full, one GPU (192, 128) 128/8", 192, 128, 128, 8, 64, 0, false, false},
 };
-enum { PRO_WINDOWED, PRO_FULL, DRAFTER, FLASH, PICO, PICO_DRAFTER, TINY, TINY_FULL, WIDE, SHAPES };
+enum {
+  PRO_WINDOWED,
+  PRO_FULL,
+  DRAFTER,
+  FLASH,
+  PICO,
+  PICO_DRAFTER,
+  TINY,
+  TINY_FULL,
+  WIDE,
+  PRO_WHOLE,
+  SHAPES = PRO_WHOLE
+};
 
 static void check_cases(void) {
   for (int s = 0; s < SHAPES; s++) {
@@ -118,6 +131,7 @@ static void check_cases(void) {
   }
   check_case(&shapes[PRO_WINDOWED], layout({{185, 7}, {5000, 1}}), "7 at 185, 1 at 5000", 2, true);
   check_case(&shapes[PRO_FULL], layout({{4090, 5}, {8189, 3}}), "5 at 4090, 3 at 8189", 1, true);
+  check_case(&shapes[PRO_FULL], layout({{5113, 16}}), "16 at 5113", 1, true);
   check_case(&shapes[DRAFTER], layout({{0, 16}, {4000, 16}}), "16 at 0, 16 at 4000", 1, false);
   check_case(&shapes[TINY_FULL], layout({{8180, 8}}), "8 at 8180", 3, false);
 }
@@ -256,30 +270,54 @@ static void check_context(const struct attention_shape *s, std::vector<struct at
   world_free(&w);
 }
 
-int main() {
-  us_gpu_begin();
-  us_gpu_watchdog(100);
+static void check_all(void) {
   if (us_gpu_patience()) { /* one of each kind */
     for (int s : {PRO_WINDOWED, PRO_FULL, DRAFTER, PICO})
       check_case(&shapes[s], layout({{0, 3}, {61, 1}, {ATTENTION_ABSENT, 1}, {1021, 3}}),
                  "3 at 0, 1 at 61, none, 3 at 1021", 1, false);
     check_context(&shapes[PICO_DRAFTER], layout({{700, 8}}), 8);
-    return us_gpu_status();
+    return;
   }
   check_cases();
   check_bits(&shapes[PRO_WINDOWED], layout({{700, 8}, {127, 3}, {ATTENTION_ABSENT, 1}, {60, 4}}));
   check_bits(&shapes[PRO_FULL], layout({{1021, 5}, {2500, 2}, {5000, 1}}));
+  check_bits(&shapes[PRO_FULL], layout({{250, 12}, {4090, 12}}));
+  check_bits(&shapes[PRO_FULL], layout({{6140, 8}, {5113, 4}, {4200, 3}}));
   check_bits(&shapes[DRAFTER], layout({{1021, 8}, {130, 8}}));
   check_bits(&shapes[PICO], layout({{1021, 5}, {2500, 2}, {130, 9}}));
   check_bits(&shapes[TINY_FULL], layout({{1021, 5}, {2500, 2}, {5000, 1}}));
-  for (int s : {PRO_WINDOWED, PRO_FULL, TINY}) {
+  check_bits(&shapes[TINY_FULL], layout({{4090, 16}}));
+  check_bits(&shapes[WIDE], layout({{1021, 16}, {5000, 4}}));
+  for (int s : {PRO_WINDOWED, PRO_FULL, TINY, TINY_FULL}) {
     check_spoilt(&shapes[s], INFINITY, "Inf");
     check_spoilt(&shapes[s], 1e30f, "1e30");
   }
   check_context(&shapes[DRAFTER], layout({{700, 5}, {62, 3}}), 2);
   check_context(&shapes[PICO_DRAFTER], layout({{700, 8}}), 8);
-  for (uint32_t position : {700u, 1000u}) attention_time(&shapes[PRO_WINDOWED], position);
-  for (uint32_t position : {1000u, 4000u, 8000u, 65000u}) attention_time(&shapes[PRO_FULL], position);
-  attention_time(&shapes[DRAFTER], 4000);
+}
+
+/* ---- all together ---------------------------------------------------------------------------------------------------- */
+
+/* `only`: negative: all; else the one of that number. */
+static void check_times(int only) {
+  static const struct {
+    int shape;
+    struct attention_load load;
+  } cases[] = {{PRO_WINDOWED, {700, 1, 1}}, {PRO_WINDOWED, {700, 1, 8}}, {PRO_WINDOWED, {700, 8, 1}},
+               {PRO_FULL, {1000, 1, 1}},    {PRO_FULL, {1000, 1, 8}},    {PRO_FULL, {1000, 8, 1}},
+               {PRO_FULL, {4000, 1, 1}},    {PRO_FULL, {4000, 1, 8}},    {PRO_FULL, {4000, 8, 1}},
+               {PRO_FULL, {65000, 1, 1}},   {PRO_FULL, {65000, 1, 8}},   {PRO_FULL, {65000, 8, 1}},
+               {PRO_WHOLE, {700, 1, 1}},    {PRO_WHOLE, {1000, 1, 8}},   {PRO_WHOLE, {65000, 1, 1}},
+               {PRO_WHOLE, {65000, 1, 8}},  {PRO_WHOLE, {65000, 8, 1}},  {DRAFTER, {4000, 1, 8}}};
+  for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]); i++)
+    if (only < 0 || only == i) attention_time(&shapes[cases[i].shape], cases[i].load);
+}
+
+/* Arguments: "check" or "time": only that; "time" and a number: one case. */
+int main(int argc, char **argv) {
+  us_gpu_begin();
+  us_gpu_watchdog(100);
+  if (argc < 2 || !strcmp(argv[1], "check")) check_all();
+  if (argc < 2 || !strcmp(argv[1], "time")) check_times(argc > 2 ? atoi(argv[2]) : -1);
   return us_gpu_status();
 }

@@ -80,7 +80,10 @@ void oracle_append(struct world *w, uint32_t layer, float keys, float values);
 void oracle(const struct world *w, struct mistake m, std::vector<double> *expected,
             std::vector<double> *magnitude);
 
-/* engine_attention_time.cu: microseconds of an operation among others. */
-void attention_time(const struct attention_shape *s, uint32_t position);
+/* engine_attention_time.cu: microseconds of an operation among others: rows of each sequence, sequences * rows <= 8. */
+struct attention_load {
+  uint32_t position, sequences, rows;
+};
+void attention_time(const struct attention_shape *s, struct attention_load load);
 
 #endif

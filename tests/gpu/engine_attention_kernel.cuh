@@ -25,8 +25,13 @@ static __device__ void fake_projection(struct us_engine_block *b, const struct u
 static __device__ struct us_engine_block *make_view(const struct us_engine_launch *launch) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
   struct us_engine_block *b = &shared->warp[threadIdx.x / 32];
-  if (threadIdx.x == 0)
+  if (threadIdx.x == 0) {
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);
+    for (int i = 0; i < US_ENGINE_STAGES; i++) {
+      us_barrier_init(us_shared_address(&shared->full[i]), US_ENGINE_FILLERS);
+      us_barrier_init(us_shared_address(&shared->empty[i]), US_ENGINE_COMPUTE_WARPS);
+    }
+  }
   if (threadIdx.x % 32 == 0) {
     struct us_engine_block view = {};
     view.shared = shared, view.launch = launch, view.rank = launch->rank;
@@ -37,15 +42,41 @@ static __device__ struct us_engine_block *make_view(const struct us_engine_launc
   return b;
 }
 
+/* The last compute warp: an operation into shared memory, as in the engine two ahead of its turn. */
+static __device__ void fetch_op(const struct us_engine_launch *launch, uint32_t n, bool wait) {
+  uint32_t lane = threadIdx.x % 32, many = launch->last - launch->first;
+  if (threadIdx.x / 32 != US_ENGINE_COMPUTE_WARPS - 1 || lane >= sizeof(struct us_engine_op) / 8) return;
+  const uint8_t *from = (const uint8_t *)(launch->rank[0].ops + launch->first + n % many);
+  uint8_t *to = (uint8_t *)&us_engine_shared_of(NULL)->op[n % US_ENGINE_FETCHED];
+  if (wait) asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(us_shared_address(to + lane * 8)),
+               "l"(from + lane * 8)
+               : "memory");
+}
+
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     attention_kernel(const __grid_constant__ struct us_engine_launch launch, uint64_t delay_ns) {
   struct us_engine_block *b = make_view(&launch);
-  if (threadIdx.x >= US_ENGINE_COMPUTE) return;
-  for (uint32_t round = 0; round < launch.rounds; round++)
-    for (uint32_t i = launch.first; i < launch.last; i++) {
+  bool streams = threadIdx.x == US_ENGINE_COMPUTE;
+  if (threadIdx.x > US_ENGINE_COMPUTE) return;
+  if (!streams) {
+    fetch_op(&launch, 0, false), fetch_op(&launch, 1, false);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    us_engine_meet();
+  }
+  for (uint32_t round = 0, n = 0; round < launch.rounds; round++)
+    for (uint32_t i = launch.first; i < launch.last; i++, n++) {
       const struct us_engine_op *op = launch.rank[0].ops + i;
-      __syncwarp();
+      if (!streams) {
+        op = &us_engine_shared_of(NULL)->op[n % US_ENGINE_FETCHED];
+        fetch_op(&launch, n + 2, true);
+        __syncwarp();
+      }
       if (threadIdx.x % 32 == 0) b->round = round, b->op_index = i;
+      if (streams) {
+        if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
+        continue;
+      }
       __syncwarp();
       if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(b, op);
       if (op->kind == US_ENGINE_CONTEXT) us_engine_context_append(b, op);
