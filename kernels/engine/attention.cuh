@@ -8,7 +8,7 @@
  * with the same rounding, the row's last job writes them to the cache. Whoever comes to the end of the jobs folds the results of one
  * row and 16 heads, once they stand; nobody who waits there has a job left.
  *
- * Order of the sums: attention_fold.cuh; precision: attention_tile.cuh; rows that share keys: attention_shared.cuh. The rope table has
+ * Order of the sums: attention_fold.cuh; precision: attention_tile.cuh; rows that share keys: attention_shared.cuh; a row alone beyond 4096 keys: attention_long.cuh. The rope table has
  * one row a position, `rotary` floats: us_rope_table's cosines, then its sines.
  *
  * Bound: for a window of 128 latency and instructions: a rank of four reads 2 x 3 pages of 40 KB for 8 rows of a sequence, 16 jobs
@@ -18,6 +18,7 @@
 #ifndef US_KERNELS_ENGINE_ATTENTION_CUH
 #define US_KERNELS_ENGINE_ATTENTION_CUH
 
+#include "kernels/engine/attention_long.cuh"
 #include "kernels/engine/attention_shared.cuh"
 
 /* ---- results --------------------------------------------------------------------------------------------------------- */
@@ -62,38 +63,6 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_fold_unit
   return whole ? us_attention_tree_end(&tree) : tree.group;
 }
 
-/* The item-th four dims of the chunk in a piece; nothing past the last. */
-static __device__ __forceinline__ struct us_attention_sum us_attention_load_piece(
-    const struct us_attention_shared *sh, uint32_t V, uint32_t piece, uint32_t head, uint32_t item) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
-  if (piece >= row->pieces) return us_attention_nothing();
-  const float *from = us_attention_partial(sh, row, piece);
-  struct us_attention_sum x = {__ldcg(from + 16 * V + head), __ldcg(from + 16 * V + 16 + head),
-                               __ldcg((const float4 *)from + item)};
-  return x;
-}
-
-#define US_ATTENTION_AHEAD 6 /* pieces whose loads are under way together */
-
-/* All pieces of the row and chunk, folded. */
-static __device__ __forceinline__ struct us_attention_sum us_attention_fold_pieces(
-    const struct us_attention_shared *sh, uint32_t V, uint32_t head, uint32_t item) {
-  struct us_attention_tree tree = us_attention_tree_begin();
-  struct us_attention_sum x[US_ATTENTION_AHEAD];
-#pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_AHEAD; i++) x[i] = us_attention_load_piece(sh, V, i, head, item);
-#pragma unroll 1
-  for (uint32_t k = 0; k < sh->row[sh->job.row].pieces; k += US_ATTENTION_AHEAD) {
-#pragma unroll
-    for (uint32_t i = 0; i < US_ATTENTION_AHEAD; i++) {
-      if (k + i < sh->row[sh->job.row].pieces)
-        us_attention_tree_add(&tree, us_attention_piece_leaf(sh, sh->row + sh->job.row, k + i), &x[i]);
-      x[i] = us_attention_load_piece(sh, V, k + i + US_ATTENTION_AHEAD, head, item);
-    }
-  }
-  return us_attention_tree_end(&tree);
-}
-
 static __device__ __forceinline__ uint32_t *us_attention_counter(const struct us_attention_shared *sh,
                                                                  uint32_t row) {
   return sh->a.arrivals + row * sh->chunks + sh->job.chunk;
@@ -121,25 +90,89 @@ static __device__ __forceinline__ void us_attention_keep_piece(const struct us_a
   if (dim == 0) to[16 * V + head] = x.m, to[16 * V + 16 + head] = x.s;
 }
 
-/* Fold `f` of the rows that are cut in pieces: wait for them (whoever has them comes to no fold before), close the row and chunk. */
+/* ---- folds ----------------------------------------------------------------------------------------------------------- */
+
+/* Pieces' sums of some heads, in the ring if it is ours. */
+struct us_attention_pile {
+  float4 *o;  /* (pieces, heads, V) */
+  float2 *ms; /* (pieces, heads) */
+  uint32_t heads, first, most; /* of the chunk; pieces at a time */
+};
+
+static __device__ __forceinline__ struct us_attention_pile us_attention_pile_of(
+    struct us_attention_shared *sh, uint32_t V, uint32_t part) {
+  struct us_attention_pile x;
+  uint32_t room = sh->ring ? US_ENGINE_STAGES * US_ENGINE_STAGE_BYTES : (uint32_t)sizeof sh->sums;
+  x.heads = 16 / sh->parts, x.first = part * x.heads;
+  x.most = room / (x.heads * (V + 2) * sizeof(float));
+  x.o = (float4 *)(sh->ring ? us_attention_slot(0) : (uint8_t *)sh->sums);
+  x.ms = (float2 *)(x.o + x.most * x.heads * (V / 4));
+  return x;
+}
+
+/* All compute threads: pieces [k, k + n). */
+static __device__ __forceinline__ void us_attention_load_pieces(const struct us_attention_shared *sh,
+                                                                uint32_t V, struct us_attention_pile x,
+                                                                uint32_t k, uint32_t n) {
+  const struct us_attention_row *row = sh->row + sh->job.row;
+  uint32_t each = x.heads * (V / 4), abreast = US_ENGINE_COMPUTE / each, at = threadIdx.x % each;
+  uint32_t step = sh->chunks * us_engine_attention_piece(V);
+  const float *from = us_attention_partial(sh, row, k);
+  if (threadIdx.x / each < abreast)
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x / each; i < n; i += abreast)
+      us_attention_copy(x.o + i * each + at, from + i * step + x.first * V + at * 4);
+  from += 16 * V + x.first;
+  for (uint32_t i = threadIdx.x; i < n * x.heads; i += US_ENGINE_COMPUTE) {
+    const float *m = from + i / x.heads * step + i % x.heads;
+    x.ms[i] = make_float2(__ldcg(m), __ldcg(m + 16));
+  }
+  us_attention_copied_all();
+}
+
+/* Fold `f`: some heads of a row and chunk that is cut in pieces: wait for them (whoever has them comes to no fold before), close. */
 template <int VS>
-static __device__ __forceinline__ void us_attention_fold_row(const struct us_engine_block *b,
+static __device__ __noinline__ void us_attention_fold_row(const struct us_engine_block *b,
                                                              struct us_attention_shared *sh, uint32_t f) {
-  uint32_t V = us_attention_V<VS>(sh), item = threadIdx.x, head = item / (V / 4), dim = item % (V / 4) * 4;
+  uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
+  uint32_t parts = sh->parts, fold = f / parts;
   if (threadIdx.x == 0) {
     uint32_t rows = sh->folds;
-    for (uint32_t i = f / sh->chunks; i; i--) rows &= rows - 1;
-    us_attention_set_chunk(sh, __ffs((int)rows) - 1, f % sh->chunks);
+    for (uint32_t i = fold / sh->chunks; i; i--) rows &= rows - 1;
+    us_attention_set_chunk(sh, __ffs((int)rows) - 1, fold % sh->chunks);
     struct us_engine_watch watch = {0, 0};
     uint32_t *counter = us_attention_counter(sh, sh->job.row), want = sh->row[sh->job.row].pieces, have;
-    while ((have = us_load_acquire(counter)) != want)
+    while ((have = us_load_acquire(counter)) < want)
       us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
-    *counter = 0;
+    if (atomicAdd(counter, 1) + 1 == want + parts) *counter = 0; /* all parts have seen it */
   }
   us_engine_meet();
-  if (head >= 16) return;
-  struct us_attention_sum x = us_attention_fold_pieces(sh, V, head, item);
-  us_attention_close(sh, V, head, dim, &x);
+  const struct us_attention_row *row = sh->row + sh->job.row;
+  struct us_attention_pile pile = us_attention_pile_of(sh, V, f % parts);
+  struct us_attention_sum total = us_attention_nothing(), segment = us_attention_nothing();
+  bool groups = row->cut == US_ATTENTION_GROUPS;
+#pragma unroll 1
+  for (uint32_t k = 0; k < row->pieces; k += pile.most) {
+    uint32_t n = row->pieces - k < pile.most ? row->pieces - k : pile.most;
+    if (k) us_engine_meet();
+    us_attention_load_pieces(sh, V, pile, k, n);
+    us_engine_meet();
+    if (head >= pile.heads) continue;
+#pragma unroll 4
+    for (uint32_t i = 0; i < n; i++) {
+      float2 ms = pile.ms[i * pile.heads + head];
+      struct us_attention_sum x = {ms.x, ms.y, pile.o[i * pile.heads * (V / 4) + threadIdx.x]};
+      if (groups && k + i && us_attention_piece_leaf(sh, row, k + i) % US_ATTENTION_SEGMENT == 0)
+        us_attention_fold(&total, &segment), segment = us_attention_nothing();
+      if (groups)
+        us_attention_fold(&segment, &x);
+      else
+        us_attention_fold(&total, &x);
+    }
+  }
+  if (head >= pile.heads) return;
+  if (groups) us_attention_fold(&total, &segment);
+  us_attention_close(sh, V, pile.first + head, dim, &total);
 }
 
 /* A row that does not exist: zeros. */
@@ -172,99 +205,68 @@ static __device__ __forceinline__ bool us_attention_wait(const struct us_engine_
   return sh->ready;
 }
 
-/* The unit's first leaf into its slot in the ring. */
+/* A leaf a unit: this thread's four dims of a head. The keys are on their way before the operation's input is awaited, if it
+ * is: half of them to registers, the rest to L2. */
 template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_fill_slot(const struct us_attention_shared *sh,
-                                                              const uint8_t *page) {
-  uint8_t *slot = us_attention_slot(us_attention_unit());
-  uint32_t i = threadIdx.x % US_ATTENTION_THREADS;
-  if (page) us_attention_copy_keys<QS, US_ATTENTION_THREADS>(sh, slot, page, i);
-  us_attention_commit();
-  if (page) us_attention_copy_values<QS, VS, US_ATTENTION_THREADS>(sh, slot, page, i);
-  us_attention_commit();
-}
-
-/* The step in shared memory: `sum`: the job's so far, of this thread's four dims of a head. The keys are on their way before the
- * operation's input is awaited, if it is: in the ring, or half of them to registers and the rest to L2. */
-template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_step(const struct us_engine_block *b,
-                                                         const struct us_engine_op *op,
-                                                         struct us_attention_shared *sh, bool first,
-                                                         bool wait, bool ring, struct us_attention_sum *sum) {
+static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum(
+    const struct us_engine_block *b, const struct us_engine_op *op, struct us_attention_shared *sh,
+    bool wait) {
   const int groups = us_attention_size<QS, 0>::groups, half = groups / 2;
   const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
   uint4 keys[2][groups];
-#pragma unroll /* or what one of two ways loads would take registers everywhere */
-  for (int i = 0; i < 2 * groups; i++) keys[i / groups][i % groups] = make_uint4(0, 0, 0, 0);
-  if (!ring) us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
-  if (first) {
-    if (ring) us_attention_fill_slot<QS, VS>(sh, leaf->page);
-    if (leaf->page && !ring) us_attention_fetch_page<QS, VS>(sh, leaf->page);
-    us_attention_fetch_rows(sh);
-  }
+  us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
+  if (leaf->page) us_attention_fetch_page<QS, VS>(sh, leaf->page);
+  us_attention_fetch_rows(sh);
   if (wait && !us_attention_wait(b, op, sh)) {
     us_engine_wait_done(b, op->wait);
-    if (!ring) us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
+    us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
   }
-  if (first || sh->job.new_keys) us_attention_stage<QS, VS>(sh);
-  if (ring)
-    us_attention_turn_keys<QS>(sh, leaf->next, keys);
-  else
-    us_attention_load_keys<QS, half, groups>(sh, leaf->page, keys);
+  us_attention_stage<QS, VS>(sh);
+  us_attention_load_keys<QS, half, groups>(sh, leaf->page, keys);
   us_engine_meet();
-  struct us_attention_part<VS> part = {};
+  struct us_attention_part<VS> part;
   if (leaf->id != US_ENGINE_NONE) {
     if (leaf->id == sh->job.own) us_attention_append<QS, VS>(sh, leaf->page);
-    us_attention_leaf_sums<QS, VS>(sh, ring, keys, &part);
-  } else if (ring) {
-    us_attention_next_values<QS, VS>(sh, leaf->next);
+    us_attention_leaf_sums<QS, VS>(sh, keys, &part);
   }
   us_engine_meet();
   if (leaf->id != US_ENGINE_NONE) us_attention_keep_part<VS>(sh, &part);
-  if (leaf->next && !ring) us_attention_fetch_page<QS, VS>(sh, leaf->next);
   us_engine_meet();
   uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
-  if (head >= 16) return;
-  struct us_attention_sum x = us_attention_fold_units(sh, V, head, dim);
-  us_attention_fold(sum, &x);
+  return head < 16 ? us_attention_fold_units(sh, V, head, dim) : us_attention_nothing();
 }
 
-/* The job in shared memory, step after step. */
+/* A job that is a leaf a unit. Out of line, as the other kinds of jobs are: each has the registers to itself. */
+template <int QS, int VS>
+static __device__ __noinline__ void us_attention_run_units(const struct us_engine_block *b,
+                                                           const struct us_engine_op *op,
+                                                           struct us_attention_shared *sh, bool wait) {
+  struct us_attention_sum sum = us_attention_units_sum<QS, VS>(b, op, sh, wait);
+  uint32_t V = us_attention_V<VS>(sh);
+  if (sh->row[sh->job.row].cut == US_ATTENTION_WHOLE)
+    us_attention_close(sh, V, threadIdx.x / (V / 4), threadIdx.x % (V / 4) * 4, &sum);
+  else
+    us_attention_keep_piece<VS>(sh, sh->job.piece, sum);
+}
+
+/* The job in shared memory. */
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_run(const struct us_engine_block *b,
                                                         const struct us_engine_op *op,
                                                         struct us_attention_shared *sh, bool wait) {
-  struct us_attention_sum sum = us_attention_nothing();
-  if (sh->job.rows > 1) {
-    us_attention_run_shared<QS, VS>(b, op, sh, wait);
-    us_attention_arrive(b, sh);
-    return;
-  }
-  if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
+  const struct us_attention_row *row = sh->row + sh->job.row;
+  if (row->sequence == US_ENGINE_NONE) {
     if (wait) us_engine_wait_done(b, op->wait);
     us_attention_close_absent<VS>(sh);
     return;
   }
-  bool cut = sh->row[sh->job.row].cut != US_ATTENTION_WHOLE;
-  bool ring = sh->job.steps > 1; /* more than a step's first keys are worth waiting for */
-#pragma unroll 1
-  for (bool first = true;; first = false) {
-    us_attention_step<QS, VS>(b, op, sh, first, wait && first, ring, &sum);
-    uint32_t done = sh->job.step + 1;
-    if (cut && (done == sh->job.steps || done % US_ATTENTION_SEGMENT_STEPS == 0)) {
-      us_attention_keep_piece<VS>(sh, sh->job.piece + (done - 1) / US_ATTENTION_SEGMENT_STEPS, sum);
-      sum = us_attention_nothing();
-    }
-    if (done == sh->job.steps) break;
-    us_engine_meet();
-    if (threadIdx.x < 32) us_attention_set_step(b, sh, sh->job.step + 1);
-    us_engine_meet();
-  }
-  uint32_t V = us_attention_V<VS>(sh);
-  if (cut)
-    us_attention_arrive(b, sh);
+  if (sh->job.rows > 1)
+    us_attention_run_shared<QS, VS>(b, op, sh, wait);
+  else if (sh->job.leaf != US_ENGINE_NONE)
+    us_attention_run_long<QS, VS>(b, op, sh, wait);
   else
-    us_attention_close(sh, V, threadIdx.x / (V / 4), threadIdx.x % (V / 4) * 4, &sum);
+    us_attention_run_units<QS, VS>(b, op, sh, wait);
+  if (row->cut != US_ATTENTION_WHOLE) us_attention_arrive(b, sh);
 }
 
 /* This block's first job. */
@@ -291,7 +293,7 @@ static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_
   }
   if (early && first >= sh->jobs) us_engine_wait_done(b, op->wait);
 #pragma unroll 1
-  for (; j < sh->jobs + __popc(sh->folds) * sh->chunks; j += b->blocks) {
+  for (; j < sh->jobs + __popc(sh->folds) * sh->chunks * sh->parts; j += b->blocks) {
     us_engine_meet();
     us_attention_fold_row<VS>(b, sh, j - sh->jobs);
   }
@@ -302,11 +304,16 @@ static __device__ __noinline__ void us_engine_attention(struct us_engine_block *
                                                         const struct us_engine_op *op) {
   struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
   uint32_t first = us_attention_first(b, op);
-  bool early = op->attention.ready != US_ENGINE_NONE, ring = us_engine_attention_is_long(&op->attention);
+  bool early = op->attention.ready != US_ENGINE_NONE, may = us_engine_attention_is_long(&op->attention);
   us_engine_wait_done(b, early ? op->attention.ready : op->wait);
   us_engine_drain(b);
-  if (ring) us_attention_take_ring(b);
   us_attention_plan(b, op, sh, first);
+  bool ring = may && sh->ring;
+  if (may) {
+    if (threadIdx.x == 0) us_attention_decide(b, ring);
+    us_engine_count(&b->attentions);
+  }
+  if (ring) us_attention_take_ring(b);
   if (sh->a.Q == 192 && sh->a.V == 128)
     us_attention_jobs<192, 128>(b, op, sh, first, early);
   else if (sh->a.Q == 128 && sh->a.V == 128)

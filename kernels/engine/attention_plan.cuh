@@ -1,7 +1,7 @@
 /* attention_plan.cuh: what each row of a row tile sees, into which jobs its keys are cut, and the shared memory of it all.
  *
  *     us_attention_plan(b, op, shared, j);        // all compute threads, once state and rows stand: rows, jobs, job j's first step
- *     us_attention_set_step(b, shared, step);     // one warp: the units' leaves
+ *     us_attention_set_job(b, shared, j);         // one warp: another job
  *
  * A job is a row, a chunk of 16 query heads and a piece of the row's keys; a block does it in steps of 4 leaves, a unit each. The
  * cut follows from the row's own position alone: up to US_ENGINE_ATTENTION_TOGETHER leaves are one job of one step; up to
@@ -48,23 +48,21 @@ struct us_attention_row {
 
 /* A unit's leaf: where its 64 keys lie and which of the slots the row sees. */
 struct us_attention_leaf {
-  const uint8_t *page,
-      *next;     /* NULL: a drafter's block, or no leaf; `next`: the unit's page in the next step */
+  const uint8_t *page; /* NULL: a drafter's block, or no leaf */
   uint32_t id;   /* NONE: the unit has nothing to do */
   uint32_t base; /* position of slot 0 */
   uint32_t begin, end;
 };
 
-/* The job and step that a block is at. */
+/* The job that a block is at. */
 struct us_attention_job {
   uint32_t row, chunk;
   uint32_t piece, piece_end;     /* of the row; of rows that share it: absolute */
   uint32_t g, first_head, heads; /* of the chunk */
   uint32_t own;                  /* leaf to which the row's key and value are appended; NONE: not here */
-  uint32_t step, steps;
-  uint32_t new_keys;       /* that the step sees: 0 or all of the row's */
+  uint32_t new_keys;       /* that the job sees: 0 or all of the row's */
   uint32_t rows;           /* that share the job; `piece` is then an absolute one */
-  uint32_t leaf, leaf_end; /* shared: leaves that any of them sees */
+  uint32_t leaf, leaf_end; /* segments: from where on, and the end of what is seen; NONE: a leaf a unit, at once */
 };
 
 struct us_attention_shared {
@@ -91,6 +89,9 @@ struct us_attention_shared {
   uint32_t span;  /* segments a job */
   uint32_t folds; /* bit r: row r is cut in pieces, which somebody folds */
   uint32_t ready; /* the input was done when thread 0 looked */
+  uint32_t parts; /* blocks that fold a row and chunk together */
+  bool ring;      /* a row is cut in segments: keys go through the ring */
+  uint32_t turn[4]; /* of each warp of a unit: which unit a segment's sum waits for (attention_long.cuh) */
 };
 static_assert(sizeof(struct us_attention_shared) <= US_ENGINE_VECTOR_BYTES, "shared memory of attention");
 
@@ -193,6 +194,7 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
   row.chunk_jobs = (segments + span - 1) / span + others;
   uint32_t jobs = row.chunk_jobs * chunks, slots = exists ? row.pieces * chunks : 0;
   uint32_t folds = __ballot_sync(0xffffffffu, exists && row.cut != US_ATTENTION_WHOLE);
+  bool ring = __any_sync(0xffffffffu, exists && row.cut == US_ATTENTION_SEGMENTS);
   row.first_job = jobs, row.partial = slots;
 #pragma unroll
   for (uint32_t step = 1; step < US_ENGINE_ROWS; step *= 2) {
@@ -200,9 +202,12 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
     uint32_t slot = __shfl_up_sync(0xffffffffu, row.partial, step);
     if (r >= step && exists) row.first_job += job, row.partial += slot;
   }
-  if (r == US_ENGINE_ROWS - 1)
-    sh->jobs = row.first_job, sh->chunks = chunks, sh->span = span,
+  if (r == US_ENGINE_ROWS - 1) {
+    uint32_t parts = 1; /* as many as there are blocks for */
+    while (parts < 16 && __popc(folds) * chunks * parts * 2 <= b->blocks) parts *= 2;
+    sh->jobs = row.first_job, sh->chunks = chunks, sh->span = span, sh->parts = parts, sh->ring = ring,
     sh->folds = folds >> (lane - (US_ENGINE_ROWS - 1));
+  }
   row.first_job -= jobs, row.partial -= slots;
   if (exists) sh->row[r] = row;
 }
@@ -240,18 +245,18 @@ static __device__ __forceinline__ uint32_t us_attention_piece_leaf(const struct 
                                                          : (row->first & ~(each - 1)) + piece * each;
 }
 
-/* Leaf of a unit in a step; NONE: none. */
+/* Leaf of a unit when the job is a leaf a unit; NONE: none. */
 static __device__ __forceinline__ uint32_t us_attention_leaf_id(const struct us_attention_shared *sh,
                                                                 const struct us_attention_row *row,
-                                                                uint32_t step, uint32_t unit) {
+                                                                uint32_t unit) {
   uint32_t end = row->first + row->leaves, first = us_attention_piece_leaf(sh, row, sh->job.piece);
-  if (row->sequence == US_ENGINE_NONE || step >= sh->job.steps) return US_ENGINE_NONE;
+  if (row->sequence == US_ENGINE_NONE) return US_ENGINE_NONE;
   if (row->cut == US_ATTENTION_WHOLE) {
     uint32_t id = row->first + unit;
     return id < end ? id : id == end && sh->a.draft ? US_ATTENTION_BLOCK : US_ENGINE_NONE;
   }
   if (first == US_ATTENTION_BLOCK) return unit == 0 ? first : US_ENGINE_NONE;
-  uint32_t id = first + step * US_ATTENTION_UNITS + unit;
+  uint32_t id = first + unit;
   return id >= row->first && id < end ? id : US_ENGINE_NONE;
 }
 
@@ -265,24 +270,23 @@ static __device__ __forceinline__ const uint8_t *us_attention_page(const struct 
   return (sh->a.draft ? b->rank->draft_pool : b->rank->kv_pool) + row->table[page];
 }
 
-/* One warp: lanes 0 to 3 have a unit each, lanes 4 to 7 look for the pages of the next step. */
-static __device__ __forceinline__ void us_attention_set_step(const struct us_engine_block *b,
-                                                             struct us_attention_shared *sh, uint32_t step) {
+/* One warp: lanes 0 to 3 have a unit each. */
+static __device__ __forceinline__ void us_attention_set_units(const struct us_engine_block *b,
+                                                              struct us_attention_shared *sh) {
   const struct us_attention_row *row = sh->row + sh->job.row;
-  uint32_t lane = threadIdx.x % 32, unit = lane % US_ATTENTION_UNITS, count = row->count;
+  uint32_t lane = threadIdx.x % 32, count = row->count;
   struct us_attention_leaf leaf;
-  leaf.id = lane < 8 ? us_attention_leaf_id(sh, row, step + lane / US_ATTENTION_UNITS, unit) : US_ENGINE_NONE;
+  leaf.id = lane < US_ATTENTION_UNITS ? us_attention_leaf_id(sh, row, lane) : US_ENGINE_NONE;
   leaf.page = us_attention_page(b, sh, row, leaf.id);
-  leaf.next = (const uint8_t *)__shfl_down_sync(0xffffffffu, (uint64_t)leaf.page, US_ATTENTION_UNITS);
   bool block = leaf.id == US_ATTENTION_BLOCK;
   uint32_t end = block ? row->fresh + count : row->end;
   leaf.base = block ? row->fresh : leaf.id * 64;
   leaf.begin = row->begin > leaf.base ? row->begin - leaf.base : 0;
   leaf.end = end - leaf.base < 64 ? end - leaf.base : 64;
-  bool fresh = lane < US_ATTENTION_UNITS && leaf.id != US_ENGINE_NONE && leaf.base + leaf.end > row->fresh;
+  bool fresh = leaf.id != US_ENGINE_NONE && leaf.base + leaf.end > row->fresh;
   uint32_t any = __ballot_sync(0xffffffffu, fresh);
-  if (lane < US_ATTENTION_UNITS) sh->leaf[unit] = leaf;
-  if (lane == 0) sh->job.step = step, sh->job.new_keys = any ? count : 0;
+  if (lane < US_ATTENTION_UNITS) sh->leaf[lane] = leaf;
+  if (lane == 0) sh->job.leaf = US_ENGINE_NONE, sh->job.new_keys = any ? count : 0;
 }
 
 /* Of a shared job's leaves, in order: its queries lie in the ring. */
@@ -312,7 +316,26 @@ static __device__ __forceinline__ void us_attention_set_shared(const struct us_e
   }
 }
 
-/* One warp: job j, and its first step. */
+/* One warp: the segments of a job of a row alone. Returns false if it is the drafter's own block. */
+static __device__ __forceinline__ bool us_attention_set_long(struct us_attention_shared *sh,
+                                                             const struct us_attention_row *row, uint32_t k) {
+  uint32_t pieces = row->pieces - sh->a.draft, piece = k * sh->span, piece_end = piece + sh->span;
+  bool block = piece >= pieces;
+  piece = block ? pieces : piece, piece_end = block ? pieces + 1 : piece_end < pieces ? piece_end : pieces;
+  uint32_t leaf = us_attention_piece_leaf(sh, row, piece), end = row->first + row->leaves;
+  if (threadIdx.x % 32 == 0) {
+    sh->job.piece = piece, sh->job.piece_end = piece_end, sh->job.leaf = leaf;
+    if (!block) {
+      uint32_t most = leaf + (piece_end - piece) * US_ATTENTION_SEGMENT;
+      sh->job.leaf_end = most = most < end ? most : end;
+      sh->job.new_keys = most * 64 > row->fresh ? row->count : 0;
+    }
+  }
+  __syncwarp();
+  return !block;
+}
+
+/* One warp: job j. */
 static __device__ __forceinline__ void us_attention_set_job(const struct us_engine_block *b,
                                                             struct us_attention_shared *sh, uint32_t j) {
   uint32_t lane = threadIdx.x % 32;
@@ -320,29 +343,17 @@ static __device__ __forceinline__ void us_attention_set_job(const struct us_engi
                                     lane < US_ENGINE_ROWS && sh->row[lane % US_ENGINE_ROWS].first_job <= j)) -
                1;
   const struct us_attention_row *row = sh->row + r;
-  uint32_t k = (j - row->first_job) / sh->chunks, steps = 1, step = 0, piece = k, piece_end = k + 1;
-  bool segments = row->cut == US_ATTENTION_SEGMENTS;
-  if (segments && row->together == 1) {
-    uint32_t pieces = row->pieces - sh->a.draft;
-    piece = k * sh->span < pieces ? k * sh->span : pieces, piece_end = piece + sh->span;
-    piece_end = piece == pieces ? piece + 1 : piece_end < pieces ? piece_end : pieces;
-    uint32_t leaf = us_attention_piece_leaf(sh, row, piece);
-    if (leaf != US_ATTENTION_BLOCK) {
-      uint32_t end = row->first + row->leaves - leaf, most = (piece_end - piece) * US_ATTENTION_SEGMENT;
-      steps = ((end < most ? end : most) + US_ATTENTION_UNITS - 1) / US_ATTENTION_UNITS;
-      step = row->first > leaf ? (row->first - leaf) / US_ATTENTION_UNITS : 0;
-    }
-  }
+  uint32_t k = (j - row->first_job) / sh->chunks;
+  if (lane < 4) sh->turn[lane] = 0;
   if (lane == 0) {
     us_attention_set_chunk(sh, r, (j - row->first_job) % sh->chunks);
-    sh->job.piece = piece, sh->job.piece_end = piece_end, sh->job.steps = steps, sh->job.rows = row->together;
-  }
-  if (row->together > 1) {
-    us_attention_set_shared(b, sh, row, k);
-    return;
+    sh->job.piece = k, sh->job.piece_end = k + 1, sh->job.rows = row->together;
   }
   __syncwarp();
-  us_attention_set_step(b, sh, step);
+  if (row->together > 1)
+    us_attention_set_shared(b, sh, row, k);
+  else if (row->cut != US_ATTENTION_SEGMENTS || !us_attention_set_long(sh, row, k))
+    us_attention_set_units(b, sh);
 }
 
 /* Position of the first new value in shared memory: pieces of 8 line up with the slots of a page, or of a block. */

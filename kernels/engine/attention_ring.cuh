@@ -5,9 +5,9 @@
  *     us_attention_copy_keys<192, 128>(shared, slot, page, i);         // asynchronous: commit, wait, barrier
  *     us_attention_give_ring(b);                                       // all compute threads; weights stream on
  *
- * Who may see more than US_ENGINE_ATTENTION_TOGETHER leaves takes the ring, which the operation alone decides. It then holds one leaf a
- * unit (narrow jobs), or the queries of 8 rows, one leaf, weights (shared jobs). While a leaf is multiplied the next one is on its
- * way. Rows of 16-byte pieces; in odd rows the two halves of every 128 bytes are swapped, so that 8 lanes that load 64 bytes of two rows
+ * An operation takes the ring if a row is cut in segments, which its compute warps find out; other roles wait to hear it, and weights
+ * of the next product stream during attention if not. The ring then holds one leaf a unit (attention_long.cuh), or the queries of 8
+ * rows, one leaf, weights (attention_shared.cuh). While a leaf is multiplied the next one is on its way. Rows of 16-byte pieces; in odd rows the two halves of every 128 bytes are swapped, so that 8 lanes that load 64 bytes of two rows
  * meet every bank once.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_RING_CUH
@@ -35,11 +35,41 @@ static __device__ __forceinline__ uint32_t us_attention_stage_of(const struct us
   return at < US_ENGINE_STAGES ? at : at - US_ENGINE_STAGES;
 }
 
+/* Thread 0: whether the operation takes the ring. */
+static __device__ __forceinline__ void us_attention_decide(struct us_engine_block *b, bool takes) {
+  struct us_engine_shared *s = us_engine_shared_of(b);
+  uint32_t bit = 1u << b->attentions % 32;
+  *(volatile uint32_t *)&s->takes = takes ? s->takes | bit : s->takes & ~bit;
+  __threadfence_block();
+  *(volatile uint32_t *)&s->decided = b->attentions + 1;
+}
+
+/* Another role: wait for it. `warp`: all its lanes are here. */
+static __device__ __forceinline__ bool us_attention_decided(struct us_engine_block *b,
+                                                            const struct us_engine_op *op, bool warp) {
+  const volatile struct us_engine_shared *s = us_engine_shared_of(b);
+  if (!us_engine_attention_is_long(&op->attention)) return false;
+  if (warp) __syncwarp();
+  uint32_t here = b->attentions;
+  if (threadIdx.x % 32 == 0) {
+    struct us_engine_watch watch = {0, 0};
+    while ((int32_t)(s->decided - here) <= 0) {
+      __nanosleep(100);
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_FREE, 0, s->decided, here + 1);
+    }
+    __threadfence_block();
+  }
+  if (warp) __syncwarp();
+  bool takes = s->takes >> here % 32 & 1;
+  us_engine_count(&b->attentions);
+  return takes;
+}
+
 /* The streaming thread: every stage, with nothing in it. */
 static __device__ __forceinline__ void us_engine_attention_stream(struct us_engine_block *b,
                                                                   const struct us_engine_op *op) {
   struct us_engine_shared *s = us_engine_shared_of(b);
-  if (!us_engine_attention_is_long(&op->attention)) return;
+  if (!us_attention_decided(b, op, false)) return;
 #pragma unroll 1
   for (uint32_t i = 0; i < US_ENGINE_STAGES; i++) {
     uint32_t phase, stage = us_attention_stage_of(b, i, &phase);
@@ -52,8 +82,7 @@ static __device__ __forceinline__ void us_engine_attention_stream(struct us_engi
 /* An epilogue warp only passes by. */
 static __device__ __forceinline__ void us_engine_attention_pass(struct us_engine_block *b,
                                                                 const struct us_engine_op *op) {
-  if (!us_engine_attention_is_long(&op->attention)) return;
-  __syncwarp();
+  if (!us_attention_decided(b, op, true)) return;
   if (threadIdx.x % 32 == 0) b->phase ^= 1;
   __syncwarp();
 }

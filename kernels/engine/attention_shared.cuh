@@ -393,7 +393,7 @@ static __device__ __forceinline__ bool us_attention_leaf_shared(struct us_attent
 
 /* The job; then its rows' pieces stand in memory. */
 template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_run_shared(const struct us_engine_block *b,
+static __device__ __noinline__ void us_attention_run_shared(const struct us_engine_block *b,
                                                                const struct us_engine_op *op,
                                                                struct us_attention_shared *sh, bool wait) {
   uint32_t pair = threadIdx.x / 64, count = sh->job.leaf_end - sh->job.leaf;

@@ -100,30 +100,6 @@ static __device__ __forceinline__ void us_attention_load_keys(
     }
 }
 
-/* The same from the unit's slot in the ring, which then may be filled again: `next` or nothing. */
-template <int QS>
-static __device__ __forceinline__ void us_attention_turn_keys(
-    const struct us_attention_shared *sh, const uint8_t *next,
-    uint4 keys[2][us_attention_size<QS, 0>::groups]) {
-  uint32_t lane = threadIdx.x % 32, pieces = us_engine_k_stride(us_attention_Q<QS>(sh)) / 8;
-  uint8_t *slot = us_attention_slot(us_attention_unit());
-  struct us_attention_pieces from =
-      us_attention_pieces_of(slot, pieces, 16 * us_attention_warp() + lane / 4, lane % 4);
-  us_attention_copied<1>();
-  us_attention_meet();
-#pragma unroll
-  for (int j = 0; j < 2; j++)
-#pragma unroll
-    for (int i = 0; i < us_attention_size<QS, 0>::groups; i++) {
-      keys[j][i] = make_uint4(0, 0, 0, 0);
-      if (QS || 32 * i < us_attention_Q<QS>(sh)) keys[j][i] = us_attention_piece_at(from, i, 8 * j * pieces);
-    }
-  us_attention_meet();
-  if (next)
-    us_attention_copy_keys<QS, US_ATTENTION_THREADS>(sh, slot, next, threadIdx.x % US_ATTENTION_THREADS);
-  us_attention_commit();
-}
-
 /* New keys take the place of what the cache held. */
 template <int QS>
 static __device__ __forceinline__ void us_attention_mend_keys(
@@ -252,42 +228,6 @@ static __device__ __forceinline__ void us_attention_load_values(
     }
 }
 
-/* The same from the unit's slot in the ring, which then may be filled again. */
-template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_turn_values(
-    const struct us_attention_shared *sh, const uint8_t *next,
-    uint32_t value[us_attention_size<0, VS>::tiles][2][4]) {
-  const int tiles = us_attention_size<0, VS>::tiles;
-  uint32_t lane = threadIdx.x % 32, first = 8 * tiles * us_attention_warp() + lane / 4;
-  uint8_t *slot = us_attention_slot(us_attention_unit());
-  struct us_attention_pieces from = us_attention_pieces_of(slot + US_ATTENTION_VALUES, 8, first, lane % 4);
-  us_attention_copied<1>();
-  us_attention_meet();
-#pragma unroll
-  for (int i = 0; i < tiles; i++)
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (VS || first + 8 * i < us_attention_V<VS>(sh)) v = us_attention_piece_at(from, c, 64 * i);
-      value[i][c][0] = v.x, value[i][c][1] = v.y, value[i][c][2] = v.z, value[i][c][3] = v.w;
-    }
-  us_attention_meet();
-  if (next)
-    us_attention_copy_values<QS, VS, US_ATTENTION_THREADS>(sh, slot, next,
-                                                           threadIdx.x % US_ATTENTION_THREADS);
-  us_attention_commit();
-}
-
-/* A unit without a leaf: its slot is free. */
-template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_next_values(const struct us_attention_shared *sh,
-                                                                const uint8_t *next) {
-  if (next)
-    us_attention_copy_values<QS, VS, US_ATTENTION_THREADS>(sh, us_attention_slot(us_attention_unit()), next,
-                                                           threadIdx.x % US_ATTENTION_THREADS);
-  us_attention_commit();
-}
-
 /* Bits of the 8 slots from `slot` on that lie in [begin, end). */
 static __device__ __forceinline__ uint32_t us_attention_slots(uint32_t slot, uint32_t begin, uint32_t end) {
   uint32_t from = begin > slot ? begin - slot : 0, to = end > slot ? end - slot : 0;
@@ -347,21 +287,20 @@ static __device__ __forceinline__ void us_attention_attend(
 
 /* ---- a leaf ---------------------------------------------------------------------------------------------------------- */
 
-/* All threads of a unit. `ring`: its values come through the unit's slot. */
+/* All threads of a unit. */
 template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_leaf_sums(struct us_attention_shared *sh, bool ring,
+static __device__ __forceinline__ void us_attention_leaf_sums(struct us_attention_shared *sh,
                                                               uint4 keys[2][us_attention_size<QS, 0>::groups],
                                                               struct us_attention_part<VS> *out) {
-  uint32_t value[us_attention_size<0, VS>::tiles][2][4] = {};
+  uint32_t value[us_attention_size<0, VS>::tiles][2][4];
   const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
   bool fresh = leaf->base + leaf->end > sh->row[sh->job.row].fresh;
   float score[2][4], factor = sh->a.scale * US_ATTENTION_LOG2E;
   if (fresh) us_attention_mend_keys<QS>(sh, leaf, keys);
   us_attention_scores<QS>(sh, keys, score);
-  if (!ring) us_attention_load_values<QS, VS>(sh, leaf->page, value);
+  us_attention_load_values<QS, VS>(sh, leaf->page, value);
   us_attention_largest(sh, leaf, factor, score, out->m);
   us_attention_weights(sh, factor, score, out->m, out->s);
-  if (ring) us_attention_turn_values<QS, VS>(sh, leaf->next, value);
   if (fresh || leaf->begin || leaf->end < 64) us_attention_mend_values<VS>(sh, leaf, value);
   us_attention_attend<VS>(sh, value, out->o);
 }

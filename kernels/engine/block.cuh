@@ -65,6 +65,7 @@ struct us_engine_block {
   uint32_t stage, phase; /* cursor in the ring */
   uint32_t tile;         /* of products: how many this role has passed, and so partial-sum buffers used */
   uint32_t routes;       /* ROUTE operations passed */
+  uint32_t attentions;   /* ATTENTION operations passed that may take the ring (attention_ring.cuh) */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
   uint32_t spans;               /* engine_profile.cu: intervals of this role so far */
 };
@@ -87,6 +88,7 @@ struct us_engine_shared {
   uint64_t ended;  /* one phase a round */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
   uint32_t stop; /* no further round */
+  uint32_t decided, takes; /* ATTENTION operations that may take the ring: how many have said so, and of the last 32 which do */
   uint32_t item
       [US_ENGINE_ITEMS]; /* of tile t of the launch, at t % US_ENGINE_ITEMS: US_ENGINE_NONE ends a product */
   float row[4][US_ENGINE_ROWS]; /* small things of one operation */

@@ -182,7 +182,7 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
   us_barrier_init(us_shared_address(&s->routed), 1);
   us_barrier_init(us_shared_address(&s->listed), 1 + US_ENGINE_EPILOGUES);
   us_barrier_init(us_shared_address(&s->ended), 1);
-  s->stop = 0;
+  s->stop = 0, s->decided = 0;
 }
 
 /* A launch that begins behind its ROUTE operation: the compute warps make the active list again, the others count it. */

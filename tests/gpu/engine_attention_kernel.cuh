@@ -26,6 +26,7 @@ static __device__ struct us_engine_block *make_view(const struct us_engine_launc
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
   struct us_engine_block *b = &shared->warp[threadIdx.x / 32];
   if (threadIdx.x == 0) {
+    shared->decided = 0;
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);
     for (int i = 0; i < US_ENGINE_STAGES; i++) {
       us_barrier_init(us_shared_address(&shared->full[i]), US_ENGINE_FILLERS);
