@@ -49,6 +49,13 @@ struct us_engine_down_stage {
   uint32_t count, rows[2];
 };
 
+/* Rows that were routed last (route.cuh). */
+struct us_engine_routed {
+  uint64_t seed[US_ENGINE_ROWS];
+  uint32_t exists[US_ENGINE_ROWS], position[US_ENGINE_ROWS], sample[US_ENGINE_ROWS];
+  uint32_t pass; /* round, program and row tile; 0: none yet */
+};
+
 struct us_engine_shared;
 
 /* One warp's view, in shared memory: the same for all its lanes. (On the stack it would be 640 copies, more than the first-level
@@ -93,6 +100,7 @@ struct us_engine_shared {
       [US_ENGINE_ITEMS]; /* of tile t of the launch, at t % US_ENGINE_ITEMS: US_ENGINE_NONE ends a product */
   float row[4][US_ENGINE_ROWS]; /* small things of one operation */
   struct us_engine_down_stage down[US_ENGINE_STAGES];
+  struct us_engine_routed rows;
   struct us_engine_rank rank;
   alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
   alignas(16) uint8_t launch[offsetof(struct us_engine_launch, rank)];
@@ -337,15 +345,21 @@ static __device__ __forceinline__ uint32_t us_engine_target(const struct us_engi
   return (op < b->op_index ? b->round + 1 : b->round) * b->blocks;
 }
 
-/* One thread: poll until the operation is done. */
-static __device__ __forceinline__ void us_engine_poll_done(const struct us_engine_block *b, uint32_t op) {
-  uint32_t want = us_engine_target(b, op), have;
+/* One thread: poll until a counter of `op` is there. */
+static __device__ __forceinline__ void us_engine_poll(const struct us_engine_block *b,
+                                                      const uint32_t *counter, uint32_t op, uint32_t want) {
+  uint32_t have;
   if (!want) return;
   struct us_engine_watch watch = {0, 0};
   uint64_t begin = us_engine_span_begin(b);
-  while ((int32_t)((have = us_load_acquire(b->rank->done + op)) - want) < 0)
+  while ((int32_t)((have = us_load_acquire(counter)) - want) < 0)
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
   us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
+}
+
+/* One thread: until the operation is done. */
+static __device__ __forceinline__ void us_engine_poll_done(const struct us_engine_block *b, uint32_t op) {
+  us_engine_poll(b, b->rank->done + op, op, us_engine_target(b, op));
 }
 
 /* Thread 0: whether it has found an earlier operation of this round done already; else it is about to. A look costs a microsecond. */

@@ -231,10 +231,13 @@ static __device__ __noinline__ void us_engine_down_compute(struct us_engine_bloc
   /* What rows have of an expert they do not use; nothing since the last barrier of a vector operation has touched it. */
   if (threadIdx.x < US_DOWN_ZEROS / 16)
     ((uint4 *)us_engine_shared_of(b)->scratch)[threadIdx.x] = make_uint4(0, 0, 0, 0);
-  us_engine_wait_done(b, op->wait);
-  uint32_t groups = us_engine_down_groups(d);
+  uint32_t groups = us_engine_down_groups(d), first = us_engine_first_item(b, op->shift);
+  if (first < groups && us_engine_shared_of(b)->active.count)
+    us_engine_meet(); /* the last stage is full when the pairs' thread has waited */
+  else
+    us_engine_wait_done(b, op->wait);
   bool whole = d->w.format == US_FORMAT_MXFP4 && d->w.groups == 4;
-  for (uint32_t group = us_engine_first_item(b, op->shift); group < groups; group += b->blocks) {
+  for (uint32_t group = first; group < groups; group += b->blocks) {
     uint32_t tiles = us_engine_down_tiles(d, group);
     float y[4 * US_DOWN_TILES] = {};
     uint32_t working = tiles * d->step_slices, warp = threadIdx.x / 32;

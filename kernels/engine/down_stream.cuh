@@ -206,8 +206,25 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
   b->stage = c.stage, b->phase = c.phase;
 }
 
-/* One thread of the epilogue warps, which have nothing else to do: what the stages hold, and the activations, once the gate and up
- * projection is done on all blocks. */
+/* Whether DOWN waits for a gate and up projection, which tells early; a test may let it wait for something else. */
+static __device__ __forceinline__ bool us_down_follows_up(const struct us_engine_block *b, uint32_t wait) {
+  if (wait == US_ENGINE_NONE) return false;
+  const struct us_engine_op *up = b->rank->ops + wait;
+  return up->kind == US_ENGINE_GEMM && up->gemm.experts;
+}
+
+/* The activations of the first experts of the list stand when the gate and up projection's early count does, all when it is done. */
+static __device__ __forceinline__ void us_down_await(const struct us_engine_block *b, uint32_t wait,
+                                                     bool early) {
+  if (early)
+    us_engine_poll(b, us_engine_counter(b, wait, US_ENGINE_EARLY), wait,
+                   US_ENGINE_EPILOGUES * us_engine_target(b, wait));
+  else
+    us_engine_poll_done(b, wait);
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+/* One thread of the epilogue warps, which have nothing else to do: what the stages hold, and the activations. */
 static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
@@ -217,11 +234,13 @@ static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_blo
            wait = op->wait; /* before waiting, as above */
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
-  us_engine_poll_done(b, wait);
-  asm volatile("fence.proxy.async;" ::: "memory");
+  uint32_t early = us_down_follows_up(b, wait) ? us_engine_early(s) : 0;
+  if (early) us_down_await(b, wait, true);
   for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks)
     for (struct us_down_at at = us_down_begin(s); at.slot < p.active;) {
       struct us_down_stage stage = us_down_stage(&p, &at);
+      if (at.slot + 1 >= early && early != US_ENGINE_NONE) /* a stage may have two experts */
+        us_down_await(b, wait, false), early = US_ENGINE_NONE;
       us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
       us_down_tell(s, &p, &at, &stage, c.stage);
       us_engine_down_rows(s, d, &p, &at, &stage, c.stage);

@@ -182,7 +182,7 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
   us_barrier_init(us_shared_address(&s->routed), 1);
   us_barrier_init(us_shared_address(&s->listed), 1 + US_ENGINE_EPILOGUES);
   us_barrier_init(us_shared_address(&s->ended), 1);
-  s->stop = 0, s->decided = 0;
+  s->stop = 0, s->decided = 0, s->rows.pass = 0;
 }
 
 /* A launch that begins behind its ROUTE operation: the compute warps make the active list again, the others count it. */
@@ -256,9 +256,14 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
                                              : (const void *)us_engine_kernel<true>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             (int)sizeof(struct us_engine_shared));
-  for (uint32_t i = 0; status == cudaSuccess && i < launch->ranks; i++)
-    status = cudaMemsetAsync(launch->rank[i].done + launch->first, 0,
-                             (launch->last - launch->first) * sizeof(uint32_t), stream);
+  uint32_t ops = launch->last - launch->first;
+  for (uint32_t i = 0; status == cudaSuccess && i < launch->ranks; i++) {
+    const struct us_engine_rank *rank = &launch->rank[i];
+    status = cudaMemsetAsync(rank->done + launch->first, 0, ops * sizeof(uint32_t), stream);
+    if (status == cudaSuccess && ops > 1 && rank->claimed) /* lists without products have none */
+      status = cudaMemsetAsync(rank->claimed + launch->first * US_ENGINE_COUNTERS, 0,
+                               ops * US_ENGINE_COUNTERS * sizeof(uint32_t), stream);
+  }
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute together = {};
   together.id = cudaLaunchAttributeCooperative, together.val.cooperative = 1;

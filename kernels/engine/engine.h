@@ -463,14 +463,20 @@ const void *us_engine_profiled(void);
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
+/* Counters of an operation: one a part of a product, if it has few, and one of its first experts. */
+#define US_ENGINE_PARTS    4
+#define US_ENGINE_EARLY    US_ENGINE_PARTS
+#define US_ENGINE_COUNTERS 8
+
 /* One rank: pointers into the memory of its GPU, peers' where it says so. */
 struct us_engine_rank {
   uint32_t rank, ranks;
   uint32_t blocks; /* of the launch, for this rank */
   const struct us_engine_op *ops;
   uint32_t *done; /* (ops) zero at the launch */
-  /* (ops) Tiles of a product that blocks have asked for: zero before the first launch, and again when all have done so. They ask
-   * before they wait for anything, so a round's last operation waits for all of its products. */
+  /* (ops, US_ENGINE_COUNTERS) Zero before the first launch. Of each part of a product: tiles that blocks have asked for, zero again when
+   * all have done so. They ask before they wait for anything, so a round's last operation waits for all of its products. And how many
+   * epilogue warps have done with the experts that DOWN begins with; zero at a launch of several operations. */
   uint32_t *claimed;
   struct us_engine_state *state;
   float *exchange

@@ -27,38 +27,52 @@ static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_
   return g->w.tiles * (g->experts ? us_engine_shared_of(b)->active.count : g->parts);
 }
 
-/* A block's items of a product: the first two, and how many there are in all. The streaming thread asks for the others two tiles
- * ahead, which hides the way to L2, and writes them down for the other roles: shared.item of tile t (of the launch) stands before
- * the last stage of tile t - 2 is full. */
+/* A block's share of a product: items [base, base + count), which `blocks` blocks have together; the first two are dealt out. If the
+ * parts of K divide the rank's blocks, a share is a part's tiles, so that a block loads its activations once. The streaming thread asks
+ * for the others two tiles ahead, which hides the way to L2, and writes them down for the other roles: shared.item of tile t (of the
+ * launch) stands before the last stage of tile t - 2 is full. */
 #define US_ENGINE_DEALT 2
 struct us_engine_items {
-  uint32_t first, second, count;
+  uint32_t first, second; /* US_ENGINE_NONE: there is none */
+  uint32_t base, count, blocks, counter;
 };
 static __device__ __forceinline__ struct us_engine_items us_engine_items(const struct us_engine_block *b,
                                                                          const struct us_engine_gemm *g,
                                                                          uint32_t shift) {
-  uint32_t count = us_engine_gemm_items(b, g), first = us_engine_first_item(b, shift),
-           second = first + b->blocks;
-  struct us_engine_items items = {first < count ? first : US_ENGINE_NONE,
-                                  second < count ? second : US_ENGINE_NONE, count};
-  return items;
+  struct us_engine_items x = {0, 0, 0, us_engine_gemm_items(b, g), b->blocks, 0};
+  uint32_t place = us_engine_first_item(b, shift), parts = g->parts;
+  if (parts > 1 && parts <= US_ENGINE_PARTS && b->blocks % parts == 0) { /* experts have one */
+    x.counter = place % parts, place /= parts;
+    x.base = x.counter * g->w.tiles, x.count = g->w.tiles, x.blocks /= parts;
+  }
+  x.first = place < x.count ? x.base + place : US_ENGINE_NONE;
+  x.second = place + x.blocks < x.count ? x.base + place + x.blocks : US_ENGINE_NONE;
+  return x;
+}
+
+static __device__ __forceinline__ uint32_t *us_engine_counter(const struct us_engine_block *b, uint32_t op,
+                                                              uint32_t counter) {
+  return b->rank->claimed + op * US_ENGINE_COUNTERS + counter;
 }
 
 /* Ask for an item that was not dealt out: its number, or one past the last. The answer is on its way while the thread goes on. */
-static __device__ __forceinline__ uint32_t us_engine_claim(const struct us_engine_block *b) {
+static __device__ __forceinline__ uint32_t us_engine_claim(const struct us_engine_block *b,
+                                                           uint32_t counter) {
   uint32_t number;
   asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
                : "=r"(number)
-               : "l"(b->rank->claimed + b->op_index));
+               : "l"(us_engine_counter(b, b->op_index, counter)));
   return number;
 }
 
 /* The item that an answer means. Every block asks in vain once; the last to do so leaves the counter as it was. */
-static __device__ __forceinline__ uint32_t us_engine_claimed(const struct us_engine_block *b, uint32_t count,
+static __device__ __forceinline__ uint32_t us_engine_claimed(const struct us_engine_block *b,
+                                                             const struct us_engine_items *x,
                                                              uint32_t number) {
-  uint32_t item = US_ENGINE_DEALT * b->blocks + number;
-  if (item < count) return item;
-  if (item == count + b->blocks - 1) *(volatile uint32_t *)(b->rank->claimed + b->op_index) = 0;
+  uint32_t item = US_ENGINE_DEALT * x->blocks + number;
+  if (item < x->count) return x->base + item;
+  if (item == x->count + x->blocks - 1)
+    *(volatile uint32_t *)us_engine_counter(b, b->op_index, x->counter) = 0;
   return US_ENGINE_NONE;
 }
 
@@ -132,16 +146,16 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
   uint64_t policy = us_read_once();
   if (g->experts) us_engine_wait_routed(b);
   struct us_engine_items items = us_engine_items(b, g, shift);
-  bool more = items.count > US_ENGINE_DEALT * b->blocks; /* then every block has all that are dealt out */
+  bool more = items.count > US_ENGINE_DEALT * items.blocks; /* then every block has all that are dealt out */
   uint32_t tile = b->tile;
   for (uint32_t i = items.first, next = items.second, after; i != US_ENGINE_NONE; i = next, next = after) {
     bool asks = more && next != US_ENGINE_NONE;
     if (asks) us_engine_jitter(b);
-    uint32_t number = asks ? us_engine_claim(b) : 0;
+    uint32_t number = asks ? us_engine_claim(b, items.counter) : 0;
     const uint8_t *from = us_engine_gemm_item(g, s, i);
     for (uint32_t j = 0; j < subs; j++, from += bytes) {
       if (j + 1 == subs) {
-        after = asks ? us_engine_claimed(b, items.count, number) : US_ENGINE_NONE;
+        after = asks ? us_engine_claimed(b, &items, number) : US_ENGINE_NONE;
         s->item[(tile++ + US_ENGINE_DEALT) % US_ENGINE_ITEMS] = after;
       }
       uint32_t full = us_engine_take(b, s, c, copies ? bytes : 0);
@@ -211,15 +225,14 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
  * memory. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_block *b,
-                                                            const struct us_engine_op *op) {
+                                                            const struct us_engine_op *op, uint32_t i,
+                                                            uint32_t next) {
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps;
-  struct us_engine_items items = us_engine_items(b, g, op->shift);
-  uint32_t i = items.first, next = items.second;
   while (i != US_ENGINE_NONE) {
     uint32_t part = g->experts ? 0 : i / g->w.tiles,
              end = g->experts ? US_ENGINE_NONE : (part + 1) * g->w.tiles;
@@ -238,26 +251,28 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
 
 template <int FORMAT, int HALVES>
 static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b,
-                                                            const struct us_engine_op *op) {
+                                                            const struct us_engine_op *op, uint32_t i,
+                                                            uint32_t next) {
   if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most &&
       op->gemm.warps == US_ENGINE_COMPUTE_WARPS)
-    us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op);
+    us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op, i, next);
   else
-    us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op);
+    us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op, i, next);
 }
 
 static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_block *b,
                                                               const struct us_engine_op *op) {
+  struct us_engine_items items = us_engine_items(b, &op->gemm, op->shift);
+  uint32_t first = items.first, second = items.second, format = op->gemm.w.format;
   us_engine_wait_done(b, op->wait);
-  uint32_t format = op->gemm.w.format;
   bool two = op->gemm.w.halves == 2;
-  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op);
-  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op);
-  if (format == US_FORMAT_FP8 && two) us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op);
-  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op);
-  if (format == US_FORMAT_BF16 && two) us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op);
-  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op);
-  if (format == US_FORMAT_F32) us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op);
+  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op, first, second);
+  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op, first, second);
+  if (format == US_FORMAT_FP8 && two) us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op, first, second);
+  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op, first, second);
+  if (format == US_FORMAT_BF16 && two) us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op, first, second);
+  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op, first, second);
+  if (format == US_FORMAT_F32) us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op, first, second);
 }
 
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
@@ -381,6 +396,19 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
   }
 }
 
+/* Experts of the list that DOWN begins with before all are multiplied: the hand-off hides behind the last ones. */
+static __device__ __forceinline__ uint32_t us_engine_early(const struct us_engine_shared *s) {
+  uint32_t count = s->active.count;
+  return count - (count + 7) / 8;
+}
+/* An epilogue warp: its tiles of these are written. */
+static __device__ __forceinline__ void us_engine_tell_early(const struct us_engine_block *b, int lane) {
+  __syncwarp();
+  if (lane) return;
+  us_engine_jitter(b);
+  us_add_release(us_engine_counter(b, b->op_index, US_ENGINE_EARLY), 1);
+}
+
 static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b,
                                                                const struct us_engine_op *op) {
   const struct us_engine_gemm local = op->gemm,
@@ -394,8 +422,11 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
   bool even = b->tile % 2 == mine; /* takes the first */
   uint32_t tile = b->tile + !even, i = even ? items.first : items.second,
            end = b->tile +
-                 (items.first != US_ENGINE_NONE); /* behind the last tile, as far as this warp knows */
-  while (i != US_ENGINE_NONE) {
+                 (items.first != US_ENGINE_NONE);   /* behind the last tile, as far as this warp knows */
+  uint32_t early = us_engine_early(s) * g->w.tiles; /* the first item that DOWN's beginning does not need */
+  for (bool told = !g->experts;;) {
+    if (!told && i >= early) us_engine_tell_early(b, lane), told = true;
+    if (i == US_ENGINE_NONE) break;
     struct us_engine_place at = us_engine_place(b, g, i, lane);
     us_engine_barrier_wait(b, &s->sums_full[mine], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
     us_engine_gemm_tile_out(b, g, at, mine, lane);

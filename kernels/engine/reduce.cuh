@@ -238,7 +238,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
     us_engine_meet();
     if (r->weight && threadIdx.x < US_ENGINE_ROWS)
       us_reduce_publish(b, slices, slice, running, squares, tiles);
-    us_engine_meet();
+    if (slice + b->blocks < slices) us_engine_meet(); /* the next slice's squares go to the same place */
   }
   if (r->weight &&
       b->index <

@@ -17,15 +17,13 @@
 /* Over us_engine_scratch. Loops are kept rolled where a row has few of a thing: this code runs once a layer, and fetching a
  * long straight run of instructions costs more than executing it. */
 struct us_route_work {
-  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];   /* logit, then its sigmoid */
-  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* what is chosen by; 0: no expert. Before that the bias */
+  float score[US_ENGINE_ROWS][US_ROUTE_EXPERTS];  /* logit, then its sigmoid */
+  uint32_t key[US_ENGINE_ROWS][US_ROUTE_EXPERTS]; /* what is chosen by; 0: no expert. Before that the bias */
+  uint16_t candidate[US_ENGINE_ROWS][US_ROUTE_EXPERTS];
   uint32_t any[US_ROUTE_WORDS];                    /* bit mask of the experts somebody chose */
   uint32_t users[US_ENGINE_ACTIVE];                /* bit mask of the rows that use an active expert */
   uint32_t id[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK]; /* a row's chosen experts, ascending, and their scores */
   float chosen[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK];
-  /* Of the rows: read once a block, since 132 blocks that read one word wait for each other. */
-  uint64_t seed[US_ENGINE_ROWS];
-  uint32_t exists[US_ENGINE_ROWS], position[US_ENGINE_ROWS], sample[US_ENGINE_ROWS];
 };
 static_assert(sizeof(struct us_route_work) <= US_ENGINE_VECTOR_BYTES, "routing in shared memory");
 
@@ -50,35 +48,42 @@ static __device__ __forceinline__ uint32_t us_route_key(float choice) {
 }
 
 /* Uniform routing: a random key an expert, a function of request, position and layer, so that plain and speculative decoding
- * route a token alike. One thread makes four experts' keys. */
+ * route a token alike. One thread makes four experts' keys; the first warp goes on to wait for the router. */
 static __device__ __forceinline__ void us_route_random(const struct us_engine_block *b,
                                                        const struct us_engine_op *op,
                                                        struct us_route_work *work) {
+  const struct us_engine_routed *rows = &us_engine_shared_of(b)->rows;
   uint32_t E = op->route.E, quads = (E + 3) / 4;
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * quads; i += US_ENGINE_COMPUTE) {
+  for (uint32_t i = threadIdx.x - 32; i < US_ENGINE_ROWS * quads; i += US_ENGINE_COMPUTE - 32) {
     uint32_t token = i / quads, quad = i % quads, out[4];
-    struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ work->seed[token]);
-    us_philox_quad(philox, work->position[token], work->sample[token], quad, US_STREAM_ROUTE | op->layer << 8,
+    struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ rows->seed[token]);
+    us_philox_quad(philox, rows->position[token], rows->sample[token], quad, US_STREAM_ROUTE | op->layer << 8,
                    out);
     for (uint32_t j = 0; j < 4 && quad * 4 + j < E; j++) work->key[token][quad * 4 + j] = (out[j] >> 1) + 1;
   }
 }
 
-/* What routing needs to know of the rows. */
+/* All compute threads: what routing needs to know of the operation's rows, in struct us_engine_routed. The first layer of a pass
+ * looks it up, rows and then their sequences, which takes longer than a router's hand-off. */
 static __device__ __forceinline__ void us_route_rows(const struct us_engine_block *b,
-                                                     const struct us_engine_op *op,
-                                                     struct us_route_work *work) {
-  uint32_t token = threadIdx.x;
-  if (token >= US_ENGINE_ROWS) return;
-  const struct us_engine_row *row = us_engine_rows(b, op) + token;
-  uint32_t sequence = __ldcg(&row->sequence);
-  work->exists[token] = sequence != US_ENGINE_NONE;
-  work->position[token] = __ldcg(&row->position);
-  work->seed[token] = 0, work->sample[token] = 0;
-  if (sequence == US_ENGINE_NONE || !op->route.uniform) return;
-  const struct us_engine_sequence *s = &b->rank->state->sequence[sequence];
-  work->seed[token] = __ldcg(&s->seed), work->sample[token] = __ldcg(&s->sample);
+                                                     const struct us_engine_op *op) {
+  struct us_engine_routed *rows = &us_engine_shared_of(b)->rows;
+  uint32_t token = threadIdx.x,
+           pass = (b->round * US_ENGINE_PASSES + op->program) * US_ENGINE_MAX_TILES + op->row_tile + 1;
+  if (rows->pass == pass) return;
+  us_engine_meet(); /* all have looked */
+  if (token < US_ENGINE_ROWS) {
+    const struct us_engine_row *row = us_engine_rows(b, op) + token;
+    uint32_t sequence = __ldcg(&row->sequence);
+    bool draws = sequence != US_ENGINE_NONE && op->route.uniform;
+    const struct us_engine_sequence *s = &b->rank->state->sequence[draws ? sequence : 0];
+    rows->exists[token] = sequence != US_ENGINE_NONE;
+    rows->position[token] = __ldcg(&row->position);
+    rows->seed[token] = draws ? __ldcg(&s->seed) : 0, rows->sample[token] = draws ? __ldcg(&s->sample) : 0;
+  }
+  if (token == 0) rows->pass = pass;
+  us_engine_meet();
 }
 
 #define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together, in each of */
@@ -126,42 +131,69 @@ static __device__ __forceinline__ void us_route_score(struct us_route_work *work
   }
 }
 
-/* The largest of this lane's keys, the first if equal. */
-static __device__ __forceinline__ uint32_t us_route_best(const uint32_t *key, uint32_t lane, uint32_t *mine) {
+/* The largest of this lane's keys; 0: it has none. */
+static __device__ __forceinline__ uint32_t us_route_best(const uint32_t *key, uint32_t E, uint32_t lane) {
   uint32_t best = 0;
-#pragma unroll
-  for (int i = 0; i < US_ROUTE_WORDS; i++)
-    if (key[i] > best) best = key[i], *mine = i * 32 + lane;
+#pragma unroll 4
+  for (uint32_t e = lane; e < E; e += 32) best = key[e] > best ? key[e] : best;
   return best;
 }
 
-/* One warp: the row's experts, ascending, and their scores into `work`; ORed into the mask of those that somebody chose. A round finds
- * the best of the lanes' best; only the lane that lost its own looks for another. */
+/* One warp: the top_k-th largest of the lanes' best, or 0. Everything that is chosen reaches it. */
+static __device__ __forceinline__ uint32_t us_route_least(uint32_t best, uint32_t top_k, uint32_t lane) {
+  uint32_t above = 0;
+#pragma unroll 4
+  for (uint32_t j = 0; j < 32; j++) {
+    uint32_t other = __shfl_sync(0xffffffffu, best, j);
+    above += other > best || (other == best && j < lane);
+  }
+  return __reduce_max_sync(0xffffffffu, above == top_k - 1 ? best : 0);
+}
+
+/* One warp: the experts whose keys reach `least`, ids ascending, into `id`, their keys to the front of `key`. How many they are. */
+static __device__ __forceinline__ uint32_t us_route_reaching(uint32_t *key, uint16_t *id, uint32_t least,
+                                                             uint32_t E, uint32_t lane) {
+  uint32_t count = 0;
+#pragma unroll 1
+  for (uint32_t begin = 0; begin < E; begin += 4 * 32) { /* all lanes as often */
+    uint32_t first = begin + lane, k[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) k[i] = first + i * 32 < E ? key[first + i * 32] : 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      bool reaches = k[i] && k[i] >= least;
+      uint32_t mask = __ballot_sync(0xffffffffu, reaches), to = count + __popc(mask & ((1u << lane) - 1));
+      if (reaches) key[to] = k[i], id[to] = (uint16_t)(first + i * 32); /* a place that has been read */
+      count += __popc(mask);
+    }
+  }
+  __syncwarp();
+  return count;
+}
+
+/* One warp: the row's experts, ascending, and their scores into `work`; ORed into the mask of those that somebody chose. Of all
+ * keys only some ten reach the top_k-th largest of the lanes' best; of these each counts how many are above it. Rolled loops: a search
+ * for the best, top_k times, takes longer, and so does fetching unrolled code. */
 static __device__ __forceinline__ void us_route_choose(struct us_route_work *work,
                                                        const struct us_engine_route *r, uint32_t token,
                                                        uint32_t lane) {
-  uint32_t key[US_ROUTE_WORDS], id = US_ENGINE_NONE, mine = US_ENGINE_NONE, top_k = r->top_k, E = r->E;
-#pragma unroll
-  for (int i = 0; i < US_ROUTE_WORDS; i++) key[i] = i * 32 + lane < E ? work->key[token][i * 32 + lane] : 0;
-  uint32_t best = us_route_best(key, lane, &mine);
+  uint32_t *key = work->key[token], top_k = r->top_k, E = r->E, placed = 0;
+  uint16_t *candidate = work->candidate[token];
+  uint32_t least = us_route_least(us_route_best(key, E, lane), top_k, lane);
+  uint32_t count = us_route_reaching(key, candidate, least, E, lane);
 #pragma unroll 1
-  for (uint32_t k = 0; k < top_k; k++) {
-    uint32_t most = __reduce_max_sync(0xffffffffu, best);
-    uint32_t first = __reduce_min_sync(0xffffffffu, best == most ? mine : US_ENGINE_NONE);
-    if (lane == k) id = first;
-    if (mine != first) continue;
-#pragma unroll
-    for (int i = 0; i < US_ROUTE_WORDS; i++)
-      if (i * 32 + lane == first) key[i] = 0;
-    mine = US_ENGINE_NONE, best = us_route_best(key, lane, &mine);
+  for (uint32_t first = 0; first < count && placed < top_k; first += 32) {
+    uint32_t mine = first + lane, k = mine < count ? key[mine] : 0, above = 0;
+#pragma unroll 4
+    for (uint32_t j = 0; j < count; j++) above += key[j] > k || (key[j] == k && j < mine);
+    bool chosen = mine < count && above < top_k;
+    uint32_t mask = __ballot_sync(0xffffffffu, chosen), place = placed + __popc(mask & ((1u << lane) - 1));
+    placed += __popc(mask);
+    if (!chosen) continue;
+    uint32_t id = candidate[mine];
+    work->id[token][place] = id, work->chosen[token][place] = work->score[token][id];
+    atomicOr(&work->any[id / 32], 1u << id % 32);
   }
-  __syncwarp();
-  uint32_t rank = 0;
-#pragma unroll
-  for (int k = 0; k < US_ENGINE_MAX_TOPK; k++) rank += __shfl_sync(0xffffffffu, id, k) < id;
-  if (lane >= top_k) return;
-  work->id[token][rank] = id, work->chosen[token][rank] = work->score[token][id];
-  atomicOr(&work->any[id / 32], 1u << id % 32);
 }
 
 /* One warp, a row: enter its pairs into the table, lane k the k-th. An expert's place is the number of active ones below it. */
@@ -223,13 +255,12 @@ static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
   us_engine_drain(b);
-  us_route_rows(b, op, work);
+  us_route_rows(b, op);
   ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
   if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
   if (threadIdx.x < US_ENGINE_ACTIVE) work->users[threadIdx.x] = 0;
   if (r->uniform) {
-    us_engine_meet();
-    us_route_random(b, op, work);
+    if (threadIdx.x >= 32) us_route_random(b, op, work);
     return;
   }
 #pragma unroll 2
@@ -247,7 +278,7 @@ static __device__ __forceinline__ void us_route_build(struct us_engine_block *b,
   us_route_gather(work, r);
   us_route_score(work, r);
   us_engine_meet();
-  bool chooses = token < US_ENGINE_ROWS && work->exists[token];
+  bool chooses = token < US_ENGINE_ROWS && us_engine_shared_of(b)->rows.exists[token];
   if (chooses) us_route_choose(work, r, token, lane);
   us_engine_meet();
   if (chooses) us_route_enter(active, work, r, token, lane, b->index == 0);

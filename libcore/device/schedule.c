@@ -74,18 +74,19 @@ static void resolve(struct us_device_schedule *s, const struct us_device_schedul
   s->logits_stride = (s->logits_count + 63) / 64 * 64;
 }
 
-/* The list and its counters to the device: done, then claimed. */
+/* The list and its counters to the device: claimed, then done. */
 static enum us_status upload(struct us_device_schedule *s, struct us_err *err) {
   struct us_schedule_owner *owner = us_schedule_owner(s);
   const struct us_device_memory_ops *m = &owner->memory;
-  uint64_t ops = s->op_count * sizeof *s->ops, done = 2 * s->op_count * sizeof *s->rank.done;
+  uint64_t ops = s->op_count * sizeof *s->ops,
+           done = (US_ENGINE_COUNTERS + 1) * s->op_count * sizeof *s->rank.done;
   enum us_status status = m->alloc(m->arg, ops, &owner->ops, err);
   if (status == US_OK) status = m->alloc(m->arg, done, &owner->done, err);
   if (status == US_OK && m->upload) status = m->upload(m->arg, owner->ops, s->ops, ops, err);
   if (status == US_OK && m->fill) status = m->fill(m->arg, owner->done, 0, done, err);
   s->rank.ops = owner->ops;
-  s->rank.done = owner->done;
-  s->rank.claimed = s->rank.done + s->op_count;
+  s->rank.claimed = owner->done;
+  s->rank.done = s->rank.claimed + US_ENGINE_COUNTERS * s->op_count;
   s->workspace_bytes = owner->arena_bytes + us_device_align(ops) + us_device_align(done);
   return status;
 }

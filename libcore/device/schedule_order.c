@@ -16,6 +16,8 @@
  * - Which block multiplies a tile of a product is decided by a counter that blocks ask before they wait for anything, and that the
  *   last question of a round sets back. A block asks in an operation of the next round only when it has passed the round's last
  *   SELECT and so knows the last product done; products before it are, too, and a block is not done with one that it still asks for.
+ * - A block with a share of the experts' down projection ends it after all of gate and up is done, but begins with the experts whose
+ *   epilogues have said so. Others wait at its beginning. What it writes, it writes at its end.
  * - Slices of columns belong to the same block in every reduction: residual and taps are that block's own.
  */
 #include "device/schedule_order.h"

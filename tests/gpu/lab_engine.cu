@@ -395,7 +395,8 @@ void lab_upload_ops(struct lab_run *run, bool chained) {
       if (!chained) op.wait = US_ENGINE_NONE;
     run->launch.rank[i].ops = lab_keep(run, lab_upload(run->ops[i]));
     run->launch.rank[i].done = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
-    run->launch.rank[i].claimed = (uint32_t *)lab_buffer(run, count * sizeof(uint32_t), 0);
+    run->launch.rank[i].claimed =
+        (uint32_t *)lab_buffer(run, US_ENGINE_COUNTERS * count * sizeof(uint32_t), 0);
   }
   run->launch.first = 0, run->launch.last = count, run->launch.exchanges_a_round = run->exchanges[0];
 }
@@ -404,7 +405,8 @@ cudaError_t lab_fire(struct lab_run *run, uint32_t rounds) {
   run->launch.rounds = rounds;
   cudaError_t status = cudaSuccess;
   for (uint32_t i = 0; status == cudaSuccess && i < run->shape.count; i++) /* a list to time may mix rounds */
-    status = cudaMemsetAsync(run->launch.rank[i].claimed, 0, run->launch.last * sizeof(uint32_t));
+    status = cudaMemsetAsync(run->launch.rank[i].claimed, 0,
+                             US_ENGINE_COUNTERS * run->launch.last * sizeof(uint32_t));
   if (status == cudaSuccess) status = (cudaError_t)us_engine_run(&run->launch, 0);
   run->launch.exchanges += rounds * run->launch.exchanges_a_round;
   return status;

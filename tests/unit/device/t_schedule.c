@@ -193,7 +193,8 @@ START_TEST(buffers_are_as_the_first_round_expects_them) {
   const uint8_t *features = s->features;
   for (size_t i = 0; i < 2ull * f.draft.taps * r->D * 16; i++) ck_assert_uint_eq(features[i], 0);
   ck_assert_int_eq(memcmp(r->ops, s->ops, s->op_count * sizeof *s->ops), 0);
-  for (uint32_t i = 0; i < s->op_count; i++) ck_assert(r->done[i] == 0 && r->claimed[i] == 0);
+  for (uint32_t i = 0; i < s->op_count; i++) ck_assert_uint_eq(r->done[i], 0);
+  for (uint32_t i = 0; i < US_ENGINE_COUNTERS * s->op_count; i++) ck_assert_uint_eq(r->claimed[i], 0);
   release(&f);
 }
 END_TEST
