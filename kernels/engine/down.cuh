@@ -117,6 +117,14 @@ static __device__ __forceinline__ void us_down_multiply(const struct us_down_pag
   y[2] = __fmaf_rn(p->weight.x, acc[2], y[2]), y[3] = __fmaf_rn(p->weight.y, acc[3], y[3]);
 }
 
+/* A warp has loaded all that it needs of a stage, which is free then, before it has been multiplied. The barrier of the lanes also keeps
+ * the assembler from putting loads off until they are used: eight latencies one after the other. */
+static __device__ __forceinline__ void us_down_release(const struct us_engine_shared *s, uint32_t stage,
+                                                       uint32_t lane, uint32_t arrivals) {
+  __syncwarp();
+  if (lane == 0) us_barrier_arrive_many(us_shared_address(&s->empty[stage]), arrivals);
+}
+
 /* All active experts' share of three tiles, if pages are MXFP4 of four groups: warp tile * step_slices + slice, of `working` warps,
  * has that page of every step. The others sleep: instructions are what this loop is short of. */
 static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_block *b,
@@ -141,18 +149,16 @@ static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_bloc
     uint32_t stride = slices * (joined ? 512 : 256) + US_DOWN_PAD;
     if (joined) from += apart;
     uint32_t rows = inner + us_down_lane_rows(at.pair + slot * 16, tell.z, stride);
-    struct us_down_page first, second;
+    struct us_down_page p;
+    us_down_load(&p, from, rows, at.weight + slot * 32, lane);
     if (count & 2) {
       uint32_t rows2 = inner + us_down_lane_rows(at.pair + next * 16, tell.w, stride);
-      us_down_load(&first, from, rows, at.weight + slot * 32, lane);
-      us_down_load(&second, from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
-      us_down_multiply(&first, y), us_down_multiply(&second, y);
-    } else {
-      us_down_load(&first, from, rows, at.weight + slot * 32, lane);
-      us_down_multiply(&first, y);
+      __syncwarp();
+      us_down_multiply(&p, y);
+      us_down_load(&p, from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
     }
-    __syncwarp();
-    if (lane == 0) us_barrier_arrive_many(us_shared_address(&s->empty[c.stage]), arrivals);
+    us_down_release(s, c.stage, lane, arrivals);
+    us_down_multiply(&p, y);
     us_engine_advance(&c);
   } while (!(count & US_DOWN_LAST));
   b->stage = c.stage, b->phase = c.phase;
