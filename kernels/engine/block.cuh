@@ -30,16 +30,33 @@
  * ring beyond what the compute warps are at, and these at most two tiles beyond what the epilogue has read: 11 in all. */
 #define US_ENGINE_ITEMS 16
 
-/* The experts that the 8 rows of a row tile chose, ascending id. Pairs are numbered expert by expert, rows ascending. */
+/* The experts that rows chose, ascending id, in slots. Pairs are numbered expert by expert, rows ascending. Of one row tile: a slot an
+ * expert. Of several (gather.cuh): a slot up to 8 pairs of an expert, whose weights and rows lie by their numbers. */
 struct us_engine_active {
-  alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
-  int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
+  union {
+    alignas(16) float weight[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* routing weight, or 0 */
+    float pair_weight[US_ENGINE_SLOTS];
+  };
+  union {
+    int16_t pair[US_ENGINE_ACTIVE][US_ENGINE_ROWS]; /* number, or -1: the row does not use this expert */
+    uint8_t row[US_ENGINE_SLOTS];
+  };
   uint16_t expert[US_ENGINE_ACTIVE];
-  uint32_t brief[US_ENGINE_ACTIVE]; /* us_engine_brief: what streaming needs of it, in one load */
+  uint32_t brief[US_ENGINE_SLOTS]; /* us_engine_brief: what streaming needs of it, in one load */
   uint32_t count;
 };
+/* An expert, its slot's first pair, and how many pairs the slot has. */
 static __device__ __forceinline__ uint32_t us_engine_brief(uint32_t expert, uint32_t first, uint32_t pairs) {
-  return expert | first << 16 | pairs << 24; /* its first pair, and how many it has */
+  return expert | first << 16 | pairs << 28;
+}
+static __device__ __forceinline__ uint32_t us_engine_brief_expert(uint32_t brief) {
+  return brief & 0xffffu;
+}
+static __device__ __forceinline__ uint32_t us_engine_brief_first(uint32_t brief) {
+  return brief >> 16 & 0xfffu;
+}
+static __device__ __forceinline__ uint32_t us_engine_brief_pairs(uint32_t brief) {
+  return brief >> 28;
 }
 
 /* DOWN: what a stage of the ring holds: one or two steps (down.cuh: US_DOWN_...), the slots of their experts (16 bits each), where
@@ -215,6 +232,12 @@ static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_
  * this code with US_ENGINE_PROFILED 1; in engine.cu nothing is left of it. */
 #ifndef US_ENGINE_PROFILED
 #define US_ENGINE_PROFILED 0
+#endif
+
+/* Operations of several row tiles would take registers from the loops of one row tile, so they are another kernel's too:
+ * engine_several.cu compiles this code with US_ENGINE_SEVERAL 1. The kernel that records has them. */
+#ifndef US_ENGINE_SEVERAL
+#define US_ENGINE_SEVERAL US_ENGINE_PROFILED
 #endif
 
 /* The thread that speaks for its role. */

@@ -88,19 +88,23 @@ struct us_down_page {
   uint2 scales;
   float2 weight;
 };
-static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                    uint32_t weight, int lane) {
+static __device__ __forceinline__ void us_down_load_page(struct us_down_page *p, uint32_t page, uint32_t rows,
+                                                         int lane) {
   p->code[0] = us_shared_load16(page + lane * 16), p->code[1] = us_shared_load16(page + 512 + lane * 16);
   p->scales = us_shared_load8(page + 1024 + lane / 4 * 8);
 #pragma unroll
   for (int q = 0; q < 4; q++) p->rows[q] = us_shared_load16(rows + q * 64);
+}
+static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
+                                                    uint32_t weight, int lane) {
+  us_down_load_page(p, page, rows, lane);
   p->weight = us_down_weight(weight);
 }
 
-/* y += routing weight * the page's columns. A group's sums are scaled while the next one's are multiplied. */
-static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
+/* acc += the page's columns. A group's sums are scaled while the next one's are multiplied. */
+static __device__ __forceinline__ void us_down_page_sums(const struct us_down_page *p, float *acc) {
   const float zero[4] = {0, 0, 0, 0};
-  float acc[4] = {}, before[4];
+  float before[4];
 #pragma unroll
   for (int q = 0; q < 4; q++) {
     uint4 w = p->code[q / 2], rows = p->rows[q];
@@ -113,6 +117,12 @@ static __device__ __forceinline__ void us_down_multiply(const struct us_down_pag
     for (int i = 0; i < 4; i++) before[i] = d[i];
   }
   us_page_scale(before, p->scales.x, p->scales.y, 3, acc);
+}
+
+/* y += routing weight * the page's columns. */
+static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
+  float acc[4] = {};
+  us_down_page_sums(p, acc);
   y[0] = __fmaf_rn(p->weight.x, acc[0], y[0]), y[1] = __fmaf_rn(p->weight.y, acc[1], y[1]);
   y[2] = __fmaf_rn(p->weight.x, acc[2], y[2]), y[3] = __fmaf_rn(p->weight.y, acc[3], y[3]);
 }

@@ -51,16 +51,16 @@ struct us_down_at {
   uint32_t slot, step, brief, next;
 };
 static __device__ __forceinline__ uint32_t us_down_expert(uint32_t brief) {
-  return brief & 0xffffu;
+  return us_engine_brief_expert(brief);
 }
 static __device__ __forceinline__ uint32_t us_down_first(uint32_t brief) {
-  return brief >> 16 & 0xffu;
+  return us_engine_brief_first(brief);
 }
 static __device__ __forceinline__ uint32_t us_down_pairs(uint32_t brief) {
-  return brief >> 24;
+  return us_engine_brief_pairs(brief);
 }
 static __device__ __forceinline__ uint32_t us_down_brief(const struct us_engine_shared *s, uint32_t slot) {
-  return s->active.brief[slot < US_ENGINE_ACTIVE ? slot : 0];
+  return s->active.brief[slot < US_ENGINE_SLOTS ? slot : 0];
 }
 static __device__ __forceinline__ struct us_down_at us_down_begin(const struct us_engine_shared *s) {
   struct us_down_at at = {0, 0, us_down_brief(s, 0), us_down_brief(s, 1)};
@@ -210,7 +210,7 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
 static __device__ __forceinline__ bool us_down_follows_up(const struct us_engine_block *b, uint32_t wait) {
   if (wait == US_ENGINE_NONE) return false;
   const struct us_engine_op *up = b->rank->ops + wait;
-  return up->kind == US_ENGINE_GEMM && up->gemm.experts;
+  return up->kind == US_ENGINE_GEMM && up->gemm.experts && up->row_tiles <= 1; /* several row tiles do not */
 }
 
 /* The activations of the first experts of the list stand when the gate and up projection's early count does, all when it is done. */

@@ -6,16 +6,43 @@
 #include "kernels/engine/accept.cuh"
 #include "kernels/engine/attention.cuh"
 #include "kernels/engine/context.cuh"
-#include "kernels/engine/down.cuh"
-#include "kernels/engine/gemm.cuh"
+#include "kernels/engine/down_gather.cuh"
+#include "kernels/engine/gather.cuh"
 #include "kernels/engine/reduce.cuh"
-#include "kernels/engine/route.cuh"
+#include "kernels/engine/reduce_wide.cuh"
 #include "kernels/engine/select.cuh"
+#include "kernels/engine/wide.cuh"
 
 enum { ROLE_COMPUTE, ROLE_STREAM, ROLE_EPILOGUE };
 
 static __device__ bool uses_experts(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.experts);
+}
+
+/* Operations of several row tiles, out of line. */
+static __device__ __noinline__ void compute_several(struct us_engine_block *b,
+                                                    const struct us_engine_op *op) {
+  if (op->kind == US_ENGINE_GEMM && op->gemm.experts)
+    us_engine_gather_compute(b, op);
+  else if (op->kind == US_ENGINE_GEMM)
+    us_engine_wide_compute(b, op);
+  else if (op->kind == US_ENGINE_DOWN)
+    us_engine_down_gathered(b, op);
+  else
+    us_engine_reduce_wide(b, op);
+}
+static __device__ __noinline__ void stream_several(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (op->gemm.experts)
+    us_engine_gather_stream(b, op);
+  else
+    us_engine_wide_stream(b, op);
+}
+static __device__ __noinline__ void epilogue_several(struct us_engine_block *b,
+                                                     const struct us_engine_op *op) {
+  if (op->gemm.experts)
+    us_engine_gather_epilogue(b, op);
+  else if (threadIdx.x < US_ENGINE_EPILOGUE + 32)
+    us_engine_wide_rows(b, op);
 }
 
 /* Out of line: what runs once a round must not take registers from the loops that stream. */
@@ -29,6 +56,10 @@ static __device__ __noinline__ void decide(struct us_engine_block *b, const stru
 
 template <bool FILTERS>
 static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
+  if (US_ENGINE_SEVERAL && op->row_tiles > 1 && op->kind != US_ENGINE_ROUTE) {
+    compute_several(b, op);
+    return;
+  }
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
   case US_ENGINE_REDUCE:
@@ -59,15 +90,24 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
 }
 
 static __device__ void stream(struct us_engine_block *b, const struct us_engine_op *op) {
-  if (op->kind == US_ENGINE_GEMM) us_engine_gemm_stream(b, op);
-  if (op->kind == US_ENGINE_DOWN) us_engine_down_stream(b, op);
-  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
+  uint32_t kind = op->kind,
+           row_tiles = US_ENGINE_SEVERAL ? op->row_tiles : 1; /* both at once: a look takes long */
+  if (kind == US_ENGINE_GEMM && row_tiles > 1)
+    stream_several(b, op);
+  else if (kind == US_ENGINE_GEMM)
+    us_engine_gemm_stream(b, op);
+  if (kind == US_ENGINE_DOWN) us_engine_down_stream(b, op);
+  if (kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
 }
 
 static __device__ void epilogue(struct us_engine_block *b, const struct us_engine_op *op) {
-  if (op->kind == US_ENGINE_GEMM) us_engine_gemm_epilogue(b, op);
-  if (op->kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) us_engine_down_pairs(b, op);
-  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
+  uint32_t kind = op->kind, row_tiles = US_ENGINE_SEVERAL ? op->row_tiles : 1;
+  if (kind == US_ENGINE_GEMM && row_tiles > 1)
+    epilogue_several(b, op);
+  else if (kind == US_ENGINE_GEMM)
+    us_engine_gemm_epilogue(b, op);
+  if (kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) us_engine_down_pairs(b, op);
+  if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without
@@ -197,9 +237,9 @@ static __device__ void restore_route(struct us_engine_block *b) {
   const struct us_engine_op *first = b->rank->ops + b->launch->first;
   if (!begins_behind_route(b)) return;
   pass_route<ROLE_COMPUTE>(b);
-  us_engine_route_build(
-      b, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route),
-      US_ENGINE_NONE);
+  us_engine_route_list(b,
+                       b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route),
+                       US_ENGINE_NONE);
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }
 
@@ -229,6 +269,12 @@ const void *us_engine_profiled(void) {
   return (const void *)us_engine_kernel<false>; /* profiles draw without filters */
 }
 
+#elif US_ENGINE_SEVERAL
+
+const void *us_engine_several(bool unfiltered) {
+  return unfiltered ? (const void *)us_engine_kernel<false> : (const void *)us_engine_kernel<true>;
+}
+
 #else
 
 const char *us_engine_kind_name(enum us_engine_kind kind) {
@@ -252,6 +298,7 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   if (blocks < 0) return -blocks;
   if (launch->profile.spans && !launch->profile.kernel) return cudaErrorInvalidValue;
   const void *kernel = launch->profile.spans ? launch->profile.kernel
+                       : launch->several     ? us_engine_several(launch->unfiltered)
                        : launch->unfiltered  ? (const void *)us_engine_kernel<false>
                                              : (const void *)us_engine_kernel<true>;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

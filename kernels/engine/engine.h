@@ -12,7 +12,9 @@
  * operations and layers; warps 17 and 18 add the compute warps' partial sums, apply the epilogue and hand over, and 17 streams the
  * activations of the experts' down projection.
  *
- * Row tiles: every operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations).
+ * Row tiles: an operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations), but where it says how many
+ * row tiles it has: the experts of up to 8 row tiles are routed, multiplied and summed together (gather.cuh), and dense products multiply up to
+ * 8 row tiles (wide.cuh), so that weights are streamed once; reductions of several wait once (reduce_wide.cuh).
  *
  * Operand: activations as the tensor cores' 8-column operand: bf16 times 2^64 (so that products with weights that are decoded to
  * bf16 times 2^-126 or 2^-120 are normal FP32 numbers; |x| < 2^63), group of 32 columns g, lane 4n + t: 16 bytes, token n,
@@ -42,6 +44,8 @@ extern "C" {
 #define US_ENGINE_SEQUENCES 8 /* requests that run together */
 #define US_ENGINE_MAX_TOPK  8 /* experts a row; 64 active in a row tile */
 #define US_ENGINE_ACTIVE    (US_ENGINE_ROWS * US_ENGINE_MAX_TOPK)
+#define US_ENGINE_GATHERED  8 /* row tiles whose experts are streamed together, at most */
+#define US_ENGINE_SLOTS     (US_ENGINE_GATHERED * US_ENGINE_ACTIVE)
 #define US_ENGINE_NONE      UINT32_MAX
 
 #define US_ENGINE_COMPUTE_WARPS 16
@@ -106,8 +110,10 @@ static US_HD uint32_t us_engine_pair_bytes(uint32_t F) {
 
 struct us_engine_gemm {
   struct us_engine_matrix w;
-  const void *operand; /* of this row tile; K / 32 groups */
+  const void *operand;   /* of this row tile; K / 32 groups */
+  uint64_t operand_tile; /* several row tiles: bytes from one's operand to the next's */
   void *out;
+  uint64_t out_tile;   /* several row tiles: bytes from one's output to the next's */
   uint32_t parts;      /* K is cut into so many parts, each a partial sum of its own */
   uint32_t warps;      /* compute warps that share a part: slices of a part = warps * subs */
   uint32_t subs;       /* stages a tile and part */
@@ -115,7 +121,7 @@ struct us_engine_gemm {
   uint32_t valid;      /* output rows that exist; rows of the last tile past it are padding */
   uint32_t first;      /* PUSH: column of output row 0 */
   uint32_t epilogue;   /* enum us_engine_epilogue */
-  uint32_t exchange;   /* PUSH: of the REDUCE that adds it up */
+  uint32_t exchange;   /* PUSH: of the REDUCE that adds it up; of the first row tile, the others follow */
   uint32_t route;      /* experts: the ROUTE operation, run again by a launch that starts here */
   uint32_t F;          /* SWIGLU_EXPERT: columns of a pair */
   bool gather;         /* PUSH: ranks hold different columns, not different sums */
@@ -133,13 +139,13 @@ struct us_engine_gemm {
 
 struct us_engine_down {
   struct us_engine_matrix w; /* tiles of 16 rows; an expert's (D, F) */
-  const void *pairs;         /* (8 * top_k) pairs of this row tile */
+  const void *pairs;         /* (8 * top_k) pairs a row tile */
   uint32_t F;                /* of one rank */
   uint32_t step_slices;      /* slices a step: step_slices * groups <= 16 */
   uint32_t steps;            /* steps an expert: slices / step_slices */
   uint32_t
       stage_steps; /* steps a ring stage, 1 or 2; a step's pages of three tiles and 8 rows' activations fit a stage */
-  uint32_t exchange; /* of the REDUCE that adds it up */
+  uint32_t exchange; /* of the REDUCE that adds it up; of the first row tile, the others follow */
   uint32_t route;    /* the ROUTE operation, run again by a launch that starts here */
 };
 
@@ -160,6 +166,8 @@ struct us_engine_reduce { /* also EMBED */
   void *operand;          /* normed rows */
   float *opt_plain;       /* (8, D): what was normed, for observers; NULL: not wanted */
   void *opt_tap;          /* operand of the drafter's features: this layer's D columns; NULL: not tapped */
+  uint64_t operand_tile,
+      tap_tile; /* several row tiles: bytes from one's to the next's; residuals lie one behind the other */
   float eps;
   uint32_t D;
   uint32_t addends; /* partial sums that arrive: ranks * parts; 1 if gathered; 0: EMBED */
@@ -238,7 +246,12 @@ struct us_engine_route {
   bool
       uniform; /* draw experts from Philox instead (key: uniform_seed ^ request seed; counter: position, sample, layer) */
   uint64_t uniform_seed;
-  uint32_t *opt_routed; /* (8, top_k) ascending ids, for statistics and observers; NULL: not wanted */
+  uint32_t
+      *opt_routed; /* (8 a row tile, top_k) ascending ids, for statistics and observers; NULL: not wanted */
+  /* Several row tiles: each is a block's to choose for, and all blocks read what it chose. */
+  uint64_t logits_tile; /* floats from one's logits to the next's */
+  uint64_t *choices;    /* (rows, 8) routing weight | running << 32 | expert << 48: who waits for `running` */
+  uint32_t exchange;    /* of the first row tile's REDUCE, which makes the running number */
 };
 
 /* Drafter context: K and V of committed rows (slot < the sequence's committed) into every layer of the drafter's cache. */
@@ -278,6 +291,7 @@ struct us_engine_op {
   uint32_t layer;   /* US_LAYER_NONE outside the layers */
   uint32_t task_op; /* enum us_task_op of the tile program, for profiles */
   uint32_t row_tile;
+  uint32_t row_tiles; /* from row_tile on: 1, or of ROUTE, products and reductions up to US_ENGINE_GATHERED */
   uint32_t
       wait; /* op whose output is read, US_ENGINE_NONE: the launch's start; of the round before if not earlier */
   uint32_t shift; /* the block that takes tile 0: spreads the remainders of consecutive operations */
@@ -458,7 +472,10 @@ struct us_engine_profile {
   const void *kernel; /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
 };
 
-/* Only a program that profiles carries this second kernel (engine_profile.cu). */
+/* The kernel that knows operations of several row tiles (engine_several.cu); `unfiltered` as in us_engine_launch. */
+const void *us_engine_several(bool unfiltered);
+
+/* Only a program that profiles carries this kernel (engine_profile.cu). */
 const void *us_engine_profiled(void);
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
@@ -485,7 +502,8 @@ struct us_engine_rank {
       D; /* slots: 3 a row tile. A rank may push an exchange while another still empties those of the norm
                                * before, and an EMBED between the two takes numbers without sums; fewer are refused by the
                                * proof in device/schedule_order.c, which follows who knows what from whose sums */
-  uint64_t *norm;                      /* (2, 8, D / slice) {float bits, running index} */
+  uint64_t *norm;      /* (2, norm_tiles, 8, D / slice) {float bits, running index} */
+  uint32_t norm_tiles; /* row tiles of a pass: exchanges from one of a row tile to its next; 0 is 1 */
   void *select[US_ENGINE_MAX_RANKS];   /* every rank's: us_engine_select_bytes, zero before round 0 */
   const uint8_t *kv_pool, *draft_pool; /* pages of this rank */
   const uint16_t *embed
@@ -531,6 +549,7 @@ struct us_engine_launch {
   uint32_t
       exchanges; /* running index of exchange 0: REDUCE and EMBED operations executed before, less those of the list before `first` */
   uint32_t exchanges_a_round; /* of the whole list */
+  bool several;               /* the lists may have operations of several row tiles: a kernel of their own */
   bool unfiltered; /* us_engine_is_simple (round.h): a kernel whose streaming loops have more registers */
   uint32_t jitter; /* test: random delays of up to so many ns before every hand-off; 0: none */
   bool

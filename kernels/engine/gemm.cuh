@@ -342,18 +342,18 @@ static __device__ __forceinline__ struct us_engine_place us_engine_place(const s
   return at;
 }
 
-static __device__ __forceinline__ void us_engine_store(const struct us_engine_gemm *g,
+/* out: g->out, of the row tile. */
+static __device__ __forceinline__ void us_engine_store(const struct us_engine_gemm *g, void *out,
                                                        struct us_engine_place at, uint32_t row, float4 v) {
-  float *to = (float *)g->out + ((size_t)at.outer * 8 + at.token) * g->out_stride + row,
+  float *to = (float *)out + ((size_t)at.outer * 8 + at.token) * g->out_stride + row,
         *next = to + g->out_stride;
   if (row < g->valid) *to = v.x, *next = v.y;
   if (row + 8 < g->valid) to[8] = v.z, next[8] = v.w;
 }
 
 /* Gate and up sums to inner activations: two rows of two tokens. */
-static __device__ __forceinline__ void us_engine_gate(const struct us_engine_gemm *g,
+static __device__ __forceinline__ void us_engine_gate(const struct us_engine_gemm *g, uint8_t *out,
                                                       struct us_engine_place at, float4 gate, float4 up) {
-  uint8_t *out = (uint8_t *)g->out;
   uint32_t row = at.tile * 16 + at.row, bytes = us_engine_pair_bytes(g->F);
 #pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
   for (int half = 0; half < 2; half++, row += 8) {
@@ -380,7 +380,8 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
   float undo = us_engine_undo(g->w.format);
   if (g->epilogue == US_ENGINE_SWIGLU || g->epilogue == US_ENGINE_SWIGLU_EXPERT) {
     float4 gate = us_engine_times(us_engine_add_warps(b, buffer, 0, g->warps, lane), undo);
-    us_engine_gate(g, at, gate, us_engine_times(us_engine_add_warps(b, buffer, 1, g->warps, lane), undo));
+    us_engine_gate(g, (uint8_t *)g->out, at, gate,
+                   us_engine_times(us_engine_add_warps(b, buffer, 1, g->warps, lane), undo));
     return;
   }
   uint32_t halves = g->w.halves;
@@ -392,7 +393,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
       us_engine_push(b, g->exchange, g->gather ? at.outer : b->rank->rank * g->parts + at.outer,
                      g->first + row, lane, v);
     else
-      us_engine_store(g, at, row + at.row, v);
+      us_engine_store(g, g->out, at, row + at.row, v);
   }
 }
 

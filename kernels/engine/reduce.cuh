@@ -150,23 +150,35 @@ static __device__ __forceinline__ void us_reduce_squares(float4 x, uint32_t lane
   if (lane < 4) out[lane * 2] = even, out[lane * 2 + 1] = odd;
 }
 
+/* Where the words of the 8 rows of an operation's row tile are: of every second reduction of the row tile. */
+static __device__ __forceinline__ uint64_t *us_reduce_words(const struct us_engine_block *b,
+                                                            const struct us_engine_op *op, uint32_t running,
+                                                            uint32_t row_tile, uint32_t slices) {
+  const struct us_engine_rank *rank = b->rank;
+  uint32_t tiles = rank->norm_tiles, at = running % 2;
+  if (US_ENGINE_SEVERAL && tiles > 1) at = running / tiles % 2 * tiles + op->row_tile + row_tile;
+  return rank->norm + (size_t)at * US_ENGINE_ROWS * slices;
+}
+
 /* Publish a slice's sums of squares: 8 rows, each with the running index as its flag. */
-static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_block *b, uint32_t slices,
+static __device__ __forceinline__ void us_reduce_publish(const struct us_engine_block *b,
+                                                         const struct us_engine_op *op, uint32_t slices,
                                                          uint32_t slice, uint32_t running,
                                                          const float (*squares)[US_ENGINE_ROWS],
                                                          uint32_t tiles) {
   uint32_t token = threadIdx.x;
   float sum = squares[0][token];
   for (uint32_t t = 1; t < tiles; t++) sum += squares[t][token];
-  uint64_t *to = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices + slice;
+  uint64_t *to = us_reduce_words(b, op, running, 0, slices) + token * slices + slice;
   us_store_flagged(to, (uint64_t)(running + 1) << 32 | __float_as_uint(sum));
 }
 
 /* Warp `token`: 1 / sqrt(mean + eps) of its row, from all blocks' slices. */
 static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_block *b,
-                                                        const struct us_engine_reduce *r, uint32_t slices,
+                                                        const struct us_engine_op *op, uint32_t slices,
                                                         uint32_t token, uint32_t running, uint32_t lane) {
-  const uint64_t *from = b->rank->norm + ((size_t)(running % 2) * US_ENGINE_ROWS + token) * slices;
+  const struct us_engine_reduce *r = &op->reduce;
+  const uint64_t *from = us_reduce_words(b, op, running, 0, slices) + token * slices;
   float sum = 0;
 #pragma unroll 1
   for (uint32_t first = lane; first < slices; first += US_REDUCE_AHEAD * 32) {
@@ -237,7 +249,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
     }
     us_engine_meet();
     if (r->weight && threadIdx.x < US_ENGINE_ROWS)
-      us_reduce_publish(b, slices, slice, running, squares, tiles);
+      us_reduce_publish(b, op, slices, slice, running, squares, tiles);
     if (slice + b->blocks < slices) us_engine_meet(); /* the next slice's squares go to the same place */
   }
   if (r->weight &&
@@ -246,7 +258,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
     us_engine_jitter(b);
     uint64_t begin = us_engine_span_begin(b);
     if (warp < US_ENGINE_ROWS) {
-      float s = us_reduce_scale(b, r, slices, warp, running, lane);
+      float s = us_reduce_scale(b, op, slices, warp, running, lane);
       if (lane == 0) scale[warp] = s;
     }
     us_engine_span_end(b, US_ENGINE_WAIT_NORM, begin);

@@ -24,6 +24,8 @@ struct us_route_work {
   uint32_t users[US_ENGINE_ACTIVE];                /* bit mask of the rows that use an active expert */
   uint32_t id[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK]; /* a row's chosen experts, ascending, and their scores */
   float chosen[US_ENGINE_ROWS][US_ENGINE_MAX_TOPK];
+  /* Of several row tiles, by expert: bit masks of their rows, first pair. */
+  uint32_t rows[US_ROUTE_EXPERTS][2], first[US_ROUTE_EXPERTS], counts[US_ENGINE_COMPUTE_WARPS];
 };
 static_assert(sizeof(struct us_route_work) <= US_ENGINE_VECTOR_BYTES, "routing in shared memory");
 
@@ -67,14 +69,14 @@ static __device__ __forceinline__ void us_route_random(const struct us_engine_bl
 /* All compute threads: what routing needs to know of the operation's rows, in struct us_engine_routed. The first layer of a pass
  * looks it up, rows and then their sequences, which takes longer than a router's hand-off. */
 static __device__ __forceinline__ void us_route_rows(const struct us_engine_block *b,
-                                                     const struct us_engine_op *op) {
+                                                     const struct us_engine_op *op, uint32_t tile) {
   struct us_engine_routed *rows = &us_engine_shared_of(b)->rows;
   uint32_t token = threadIdx.x,
-           pass = (b->round * US_ENGINE_PASSES + op->program) * US_ENGINE_MAX_TILES + op->row_tile + 1;
+           pass = (b->round * US_ENGINE_PASSES + op->program) * US_ENGINE_MAX_TILES + op->row_tile + tile + 1;
   if (rows->pass == pass) return;
   us_engine_meet(); /* all have looked */
   if (token < US_ENGINE_ROWS) {
-    const struct us_engine_row *row = us_engine_rows(b, op) + token;
+    const struct us_engine_row *row = us_engine_rows(b, op) + tile * US_ENGINE_ROWS + token;
     uint32_t sequence = __ldcg(&row->sequence);
     bool draws = sequence != US_ENGINE_NONE && op->route.uniform;
     const struct us_engine_sequence *s = &b->rank->state->sequence[draws ? sequence : 0];
@@ -91,11 +93,11 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 
 /* This thread's logits, the parts' sums added in order, into shared memory. */
 static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
-                                                       const struct us_engine_route *r) {
+                                                       const struct us_engine_route *r, const float *logits) {
   uint32_t E = r->E, parts = r->parts, part = US_ENGINE_ROWS * r->stride, token = us_route_token();
 #pragma unroll 1
   for (uint32_t first = us_route_first(); first < E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
-    const float *from = r->logits + token * r->stride + first;
+    const float *from = logits + token * r->stride + first;
     float sum[US_ROUTE_AHEAD] = {};
 #pragma unroll 1
     for (uint32_t p = 0; p < parts; p += US_ROUTE_PARTS, from += US_ROUTE_PARTS * part) {
@@ -196,6 +198,19 @@ static __device__ __forceinline__ void us_route_choose(struct us_route_work *wor
   }
 }
 
+/* Routing weight of the lane's choice of a row. */
+static __device__ __forceinline__ float us_route_weight(const struct us_route_work *work,
+                                                        const struct us_engine_route *r, uint32_t token,
+                                                        uint32_t lane) {
+  uint32_t top_k = r->top_k;
+  float sum = 0, weight = work->chosen[token][lane];
+#pragma unroll
+  for (int k = 0; k < US_ENGINE_MAX_TOPK; k++)
+    if (k < top_k) sum = __fadd_rn(sum, work->chosen[token][k]);
+  if (r->normalise) weight = weight / (sum + 1e-20f);
+  return weight * r->scaling;
+}
+
 /* One warp, a row: enter its pairs into the table, lane k the k-th. An expert's place is the number of active ones below it. */
 static __device__ __forceinline__ void us_route_enter(struct us_engine_active *active,
                                                       struct us_route_work *work,
@@ -210,13 +225,8 @@ static __device__ __forceinline__ void us_route_enter(struct us_engine_active *a
   }
   below = __shfl_sync(0xffffffffu, sum_k - below, e / 32), word = __shfl_sync(0xffffffffu, word, e / 32);
   if (lane >= top_k) return;
-  float sum = 0, weight = work->chosen[token][lane];
-#pragma unroll
-  for (int k = 0; k < US_ENGINE_MAX_TOPK; k++)
-    if (k < top_k) sum = __fadd_rn(sum, work->chosen[token][k]);
-  if (r->normalise) weight = weight / (sum + 1e-20f);
   uint32_t slot = below + __popc(word & ((1u << e % 32) - 1));
-  active->weight[slot][token] = weight * r->scaling;
+  active->weight[slot][token] = us_route_weight(work, r, token, lane);
   active->expert[slot] = (uint16_t)e;
   atomicOr(&work->users[slot], 1u << token);
   if (report && r->opt_routed) r->opt_routed[token * top_k + lane] = e;
@@ -248,17 +258,11 @@ static __device__ __forceinline__ void us_route_number(struct us_engine_active *
   if (threadIdx.x == 0) active->count = count;
 }
 
-/* What does not depend on the logits, while they are on their way. */
-static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *b,
-                                                        const struct us_engine_op *op) {
+/* What experts are chosen by, but for their scores. The rows have been read by this block, not yet met. */
+static __device__ __forceinline__ void us_route_keys(const struct us_engine_block *b,
+                                                     const struct us_engine_op *op,
+                                                     struct us_route_work *work) {
   const struct us_engine_route *r = &op->route;
-  struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
-  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
-  us_engine_drain(b);
-  us_route_rows(b, op);
-  ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
-  if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
-  if (threadIdx.x < US_ENGINE_ACTIVE) work->users[threadIdx.x] = 0;
   if (r->uniform) {
     if (threadIdx.x >= 32) us_route_random(b, op, work);
     return;
@@ -268,6 +272,19 @@ static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *
     work->key[us_route_token()][e] = r->bias ? __float_as_uint(r->bias[e]) : 0;
 }
 
+/* What does not depend on the logits, while they are on their way. */
+static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *b,
+                                                        const struct us_engine_op *op) {
+  struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+  us_engine_drain(b);
+  us_route_rows(b, op, 0);
+  ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
+  if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
+  if (threadIdx.x < US_ENGINE_ACTIVE) work->users[threadIdx.x] = 0;
+  us_route_keys(b, op, work);
+}
+
 /* The active list from the rows' logits; the router's operation is done, and all threads have met since us_route_prepare. */
 static __device__ __forceinline__ void us_route_build(struct us_engine_block *b,
                                                       const struct us_engine_op *op) {
@@ -275,7 +292,7 @@ static __device__ __forceinline__ void us_route_build(struct us_engine_block *b,
   struct us_engine_active *active = &us_engine_shared_of(b)->active;
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32;
-  us_route_gather(work, r);
+  us_route_gather(work, r, r->logits);
   us_route_score(work, r);
   us_engine_meet();
   bool chooses = token < US_ENGINE_ROWS && us_engine_shared_of(b)->rows.exists[token];
@@ -294,18 +311,6 @@ static __device__ __noinline__ void us_engine_route_build(struct us_engine_block
   us_route_prepare(b, op);
   us_engine_wait_done(b, wait);
   us_route_build(b, op);
-}
-
-static __device__ void us_engine_route(struct us_engine_block *b, const struct us_engine_op *op) {
-  us_engine_route_build(b, op, op->wait);
-  if (threadIdx.x == 0) {
-    us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
-    if (b->index == 0) { /* without waiting for the sums */
-      atomicAdd((unsigned long long *)&b->rank->state->experts, us_engine_shared_of(b)->active.count);
-      atomicAdd((unsigned long long *)&b->rank->state->expert_layers, 1ull);
-    }
-  }
-  us_engine_finish(b);
 }
 
 #endif

@@ -18,12 +18,12 @@ struct us_device_graph {
 
 /* ---- running indices --------------------------------------------------------------------------------------------- */
 
-/* Operations of [first, last) that take a running index. */
+/* Running indices that operations [first, last) take: one a row tile. */
 static uint32_t count(const struct us_device_group *group, uint32_t first, uint32_t last) {
   const struct us_engine_op *ops = group->schedule[0]->ops;
   uint32_t n = 0;
   for (uint32_t i = first; i < last; i++)
-    n += ops[i].kind == US_ENGINE_EMBED || ops[i].kind == US_ENGINE_REDUCE;
+    if (ops[i].kind == US_ENGINE_EMBED || ops[i].kind == US_ENGINE_REDUCE) n += ops[i].row_tiles;
   return n;
 }
 
@@ -51,6 +51,7 @@ static void fill(const struct us_device_group *group, uint32_t gpu, uint32_t fir
                                     .rounds = 1,
                                     .exchanges = exchanges - count(group, 0, first),
                                     .exchanges_a_round = count(group, first, last),
+                                    .several = group->schedule[0]->row_tiles > 1,
                                     .unfiltered = !filters(group),
                                     .jitter = group->jitter,
                                     .timeout_ns = group->timeout_ns,

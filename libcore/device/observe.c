@@ -1,6 +1,6 @@
 /* observe.c: the CUDA executor operation by operation: after each, its output as the reference executor names it.
  *
- * An operation has 8 rows and a rank its share; the observer sees all rows and all ranks: outputs are kept until the last row
+ * An operation has 8 rows, a product of several row tiles more, and a rank its share; the observer sees all rows and all ranks: outputs are kept until the last row
  * tile's is there. Partial sums that cross between ranks are read where they arrived, before the reduction takes them.
  */
 #include "device/executor_impl.h"
@@ -65,23 +65,30 @@ static enum us_status fetch(struct watch *w, uint32_t rank, const void *from, si
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
+/* Where a row tile of an operation's lies. */
+static const void *tile_of(const void *first, uint64_t tile_bytes, uint32_t tile) {
+  return (const uint8_t *)first + tile * tile_bytes;
+}
+
 static float *row_of(const struct watch *w, const struct us_engine_op *op, enum output output, size_t r,
                      size_t width) {
   return w->kept[output] + ((size_t)op->row_tile * US_ENGINE_ROWS + r) * width;
 }
 
-static enum us_status take_residual(struct watch *w, const struct us_engine_op *op) {
-  size_t D = op->reduce.D;
+static enum us_status take_residual(struct watch *w, const struct us_engine_op *op, uint32_t tile) {
+  size_t D = op->reduce.D, bytes = US_ENGINE_ROWS * D * sizeof(float), row = tile * US_ENGINE_ROWS;
   const void *from;
-  enum us_status status = fetch(w, 0, op->reduce.residual, US_ENGINE_ROWS * D * sizeof(float), &from);
-  if (status == US_OK) memcpy(row_of(w, op, RESIDUAL, 0, D), from, US_ENGINE_ROWS * D * sizeof(float));
-  if (status == US_OK) status = fetch(w, 0, op->reduce.operand, us_operand_bytes(D), &from);
-  if (status == US_OK) us_operand_unpack(from, US_ENGINE_ROWS, D, row_of(w, op, NORMED, 0, D));
+  enum us_status status = fetch(w, 0, tile_of(op->reduce.residual, bytes, tile), bytes, &from);
+  if (status == US_OK) memcpy(row_of(w, op, RESIDUAL, row, D), from, bytes);
+  if (status == US_OK)
+    status =
+        fetch(w, 0, tile_of(op->reduce.operand, op->reduce.operand_tile, tile), us_operand_bytes(D), &from);
+  if (status == US_OK) us_operand_unpack(from, US_ENGINE_ROWS, D, row_of(w, op, NORMED, row, D));
   return status;
 }
 
 /* A rank's heads to where the model's projection has them. */
-static enum us_status take_qkv(struct watch *w, uint32_t index) {
+static enum us_status take_qkv(struct watch *w, uint32_t index, uint32_t tile) {
   const struct us_shape *s = &w->cuda->base.model->shape;
   const struct us_engine_op *op = &w->schedule->ops[index];
   const struct us_attention_shape *a = us_shape_attention(s, op->layer);
@@ -89,12 +96,13 @@ static enum us_status take_qkv(struct watch *w, uint32_t index) {
   size_t width = us_attention_qkv_rows(a), stride = op->gemm.out_stride;
   for (uint32_t rank = 0; rank < ranks; rank++) {
     const void *raw;
-    const float *out = w->chunk->group->schedule[rank]->ops[index].gemm.out;
+    const struct us_engine_gemm *gemm = &w->chunk->group->schedule[rank]->ops[index].gemm;
+    const void *out = tile_of(gemm->out, gemm->out_tile, tile);
     enum us_status status = fetch(w, rank, out, US_ENGINE_ROWS * stride * sizeof(float), &raw);
     if (status != US_OK) return status;
     for (size_t r = 0; r < US_ENGINE_ROWS; r++) {
       const float *from = (const float *)raw + r * stride;
-      float *to = row_of(w, op, QKV, r, width);
+      float *to = row_of(w, op, QKV, tile * US_ENGINE_ROWS + r, width);
       for (uint32_t h = 0; h < H; h++, from += a->qk_dim)
         memcpy(to + us_attention_q_row(a, s->qkv_chunks, rank * H + h), from, a->qk_dim * sizeof *to);
       for (uint32_t g = 0; g < G; g++, from += a->qk_dim)
@@ -125,12 +133,14 @@ static enum us_status take_attended(struct watch *w, uint32_t index) {
   return status;
 }
 
-/* What rank 0 will add to its residual: the partial sums of an exchange, in rank order. */
-static enum us_status take_sums(struct watch *w, const struct us_engine_op *op) {
+/* What rank 0 will add to its residual: the partial sums of an exchange, in rank order. tile: of the operation's row tiles. */
+static enum us_status take_sums(struct watch *w, const struct us_engine_op *op, uint32_t tile) {
   const struct us_engine_rank *rank = &w->schedule->rank;
-  uint32_t exchange = op->kind == US_ENGINE_DOWN ? op->down.exchange : op->gemm.exchange, addends = 0;
+  uint32_t exchange = (op->kind == US_ENGINE_DOWN ? op->down.exchange : op->gemm.exchange) + tile,
+           addends = 0;
   for (uint32_t i = 0; i < w->schedule->op_count; i++)
-    if (w->schedule->ops[i].kind == US_ENGINE_REDUCE && w->schedule->ops[i].reduce.exchange == exchange)
+    if (w->schedule->ops[i].kind == US_ENGINE_REDUCE &&
+        exchange - w->schedule->ops[i].reduce.exchange < w->schedule->ops[i].row_tiles)
       addends = w->schedule->ops[i].reduce.addends;
   struct us_engine_launch launch;
   us_device_group_fill(w->chunk->group, 0, (uint32_t)(op - w->schedule->ops),
@@ -145,39 +155,39 @@ static enum us_status take_sums(struct watch *w, const struct us_engine_op *op) 
       const float *from = (const float *)raw + us_engine_fragment_index(r, c);
       float sum = from[0];
       for (uint32_t i = 1; i < addends; i++) sum += from[i * one];
-      row_of(w, op, SUMS, r, D)[c] = sum;
+      row_of(w, op, SUMS, tile * US_ENGINE_ROWS + r, D)[c] = sum;
     }
   return US_OK;
 }
 
-static enum us_status take_router(struct watch *w, const struct us_engine_op *op) {
+static enum us_status take_router(struct watch *w, const struct us_engine_op *op, uint32_t tile) {
   size_t E = w->cuda->base.model->shape.experts, stride = op->gemm.out_stride;
   const void *raw;
-  enum us_status status =
-      fetch(w, 0, op->gemm.out, op->gemm.parts * US_ENGINE_ROWS * stride * sizeof(float), &raw);
+  enum us_status status = fetch(w, 0, tile_of(op->gemm.out, op->gemm.out_tile, tile),
+                                op->gemm.parts * US_ENGINE_ROWS * stride * sizeof(float), &raw);
   if (status != US_OK) return status;
   for (size_t r = 0; r < US_ENGINE_ROWS; r++)
     for (size_t e = 0; e < E; e++) {
       const float *from = (const float *)raw + r * stride + e;
       float sum = from[0];
       for (uint32_t i = 1; i < op->gemm.parts; i++) sum += from[i * US_ENGINE_ROWS * stride];
-      row_of(w, op, ROUTER, r, E)[e] = sum;
+      row_of(w, op, ROUTER, tile * US_ENGINE_ROWS + r, E)[e] = sum;
     }
   return US_OK;
 }
 
-static enum us_status take_logits(struct watch *w, const struct us_engine_op *op) {
+static enum us_status take_logits(struct watch *w, const struct us_engine_op *op, uint32_t tile) {
   size_t N = w->cuda->base.model->shape.vocab;
   for (uint32_t rank = 0; rank < w->cuda->devices->ranks; rank++) {
     const struct us_device_schedule *s = w->chunk->group->schedule[rank];
-    size_t first = (size_t)op->row_tile * US_ENGINE_ROWS;
+    size_t first = ((size_t)op->row_tile + tile) * US_ENGINE_ROWS;
     const void *raw;
     enum us_status status = fetch(w, rank, s->logits + first * s->logits_stride,
                                   US_ENGINE_ROWS * s->logits_stride * sizeof(float), &raw);
     if (status != US_OK) return status;
     for (size_t r = 0; r < US_ENGINE_ROWS; r++)
-      memcpy(row_of(w, op, LOGITS, r, N) + s->logits_first, (const float *)raw + r * s->logits_stride,
-             s->logits_count * sizeof(float));
+      memcpy(row_of(w, op, LOGITS, tile * US_ENGINE_ROWS + r, N) + s->logits_first,
+             (const float *)raw + r * s->logits_stride, s->logits_count * sizeof(float));
   }
   return US_OK;
 }
@@ -216,19 +226,20 @@ static enum us_status observe(struct watch *w, uint32_t index, bool *ret_go) {
   const struct us_engine_op *op = &w->schedule->ops[index];
   const struct us_shape *s = &w->cuda->base.model->shape;
   uint32_t last_tile = w->chunk->place[w->chunk->rows - 1] / US_ENGINE_ROWS;
-  bool last = op->row_tile == last_tile;
+  uint32_t tiles = last_tile - op->row_tile < op->row_tiles ? last_tile - op->row_tile + 1 : op->row_tiles;
+  bool last = op->row_tile + op->row_tiles > last_tile;
   const struct us_attention_shape *a = op->layer < s->layers ? us_shape_attention(s, op->layer) : &s->full;
-  enum us_status status;
+  enum us_status status = US_OK;
   *ret_go = true;
   if (op->row_tile > last_tile) return US_OK; /* rows that do not exist */
   switch ((enum us_task_op)op->task_op) {
   case US_TASK_EMBED_NORM:
   case US_TASK_RESIDUAL_NORM:
-    status = take_residual(w, op);
+    for (uint32_t t = 0; status == US_OK && t < tiles; t++) status = take_residual(w, op, t);
     if (status == US_OK && last) *ret_go = tell_reduction(w, op);
     return status;
   case US_TASK_QKV:
-    status = take_qkv(w, index);
+    for (uint32_t t = 0; status == US_OK && t < tiles; t++) status = take_qkv(w, index, t);
     if (status == US_OK && last) *ret_go = tell(w, "qkv", op->layer, QKV, us_attention_qkv_rows(a));
     return status;
   case US_TASK_ATTENTION:
@@ -239,7 +250,7 @@ static enum us_status observe(struct watch *w, uint32_t index, bool *ret_go) {
   case US_TASK_O_PROJ:
   case US_TASK_EXPERT_DOWN:
   case US_TASK_DENSE_DOWN:
-    status = take_sums(w, op);
+    for (uint32_t t = 0; status == US_OK && t < tiles; t++) status = take_sums(w, op, t);
     if (status == US_OK && last)
       *ret_go = tell(w,
                      op->task_op == US_TASK_O_PROJ        ? "o_proj"
@@ -248,11 +259,11 @@ static enum us_status observe(struct watch *w, uint32_t index, bool *ret_go) {
                      op->layer, SUMS, s->hidden);
     return status;
   case US_TASK_ROUTER:
-    status = take_router(w, op);
+    for (uint32_t t = 0; status == US_OK && t < tiles; t++) status = take_router(w, op, t);
     if (status == US_OK && last) *ret_go = tell(w, "router", op->layer, ROUTER, s->experts);
     return status;
   case US_TASK_HEAD:
-    status = take_logits(w, op);
+    for (uint32_t t = 0; status == US_OK && t < tiles; t++) status = take_logits(w, op, t);
     if (status == US_OK && last) *ret_go = tell(w, "head", US_LAYER_NONE, LOGITS, s->vocab);
     return status;
   default:

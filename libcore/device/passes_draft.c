@@ -84,10 +84,15 @@ static enum us_status fetch_hidden(struct us_cuda *cuda, struct us_device_group 
   for (uint32_t i = schedule->end[US_ENGINE_PASS_DRAFT];
        status == US_OK && i-- > schedule->begin[US_ENGINE_PASS_DRAFT];) {
     const struct us_engine_op *op = &schedule->ops[i];
-    if (op->kind != US_ENGINE_REDUCE || op->row_tile >= tiles || found[op->row_tile]) continue;
-    found[op->row_tile] = true;
-    status = us_cuda_fetch(cuda, 0, staging + op->row_tile * us_operand_bytes(D), op->reduce.operand,
-                           us_operand_bytes(D), err);
+    if (op->kind != US_ENGINE_REDUCE) continue;
+    for (uint32_t t = op->row_tile; status == US_OK && t < op->row_tile + op->row_tiles && t < tiles; t++) {
+      if (found[t]) continue;
+      found[t] = true;
+      status =
+          us_cuda_fetch(cuda, 0, staging + t * us_operand_bytes(D),
+                        (const uint8_t *)op->reduce.operand + (t - op->row_tile) * op->reduce.operand_tile,
+                        us_operand_bytes(D), err);
+    }
   }
   if (status == US_OK) status = us_device_group_sync(group, err);
   for (size_t t = 0; status == US_OK && t < tiles; t++) {

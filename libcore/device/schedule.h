@@ -8,7 +8,8 @@
  *     us_device_schedule_free(schedule);
  *
  * A round's list is context, draft, target, each lowered by plan/lower.h for batch * block rows and grouped into operations:
- * what the tile program cuts into tasks of one operation, layer and rank becomes one operation a row tile of 8 rows. All row
+ * what the tile program cuts into tasks of one operation, layer and rank becomes one operation a row tile of 8 rows, or of up to 8
+ * row tiles where weights or hand-offs are shared. All row
  * tiles of an operation come before the next operation, so that the hand-offs of one tile hide behind the others' work; only
  * routing, gate and up, and down of the experts stay together, since a block holds one list of active experts at a time.
  * us_device_schedule_check proves the list against the programs.
@@ -46,7 +47,7 @@ struct us_device_schedule {
       end[US_ENGINE_PASSES]; /* ranges of the list; the target's ends with SELECT and ACCEPT */
   uint32_t head_end;         /* the target's operations up to its logits: what a plain forward pass runs */
   uint32_t exchanges[US_ENGINE_PASSES],
-      selects[US_ENGINE_PASSES]; /* EMBED and REDUCE, and SELECT operations of each */
+      selects[US_ENGINE_PASSES]; /* row tiles of EMBED and REDUCE operations of each, and SELECT operations */
   uint32_t row_tiles;
   float *logits;       /* device: (row_tiles * 8, logits_stride) of this rank's vocabulary share */
   float *draft_logits; /* NULL without a drafter */

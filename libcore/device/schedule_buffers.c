@@ -118,6 +118,7 @@ static void place_tiles(struct us_device_schedule *s, const struct sizes *z, str
   b->inner = place(a, T * b->inner_tile);
   b->router = place(a, T * b->router_tile);
   b->pairs = place(a, T * b->pairs_tile);
+  b->choices = place(a, z->router_parts && T > 1 ? T * US_ENGINE_ACTIVE * sizeof *b->choices : 0);
   b->logits = place(a, T * b->logits_tile);
   if (s->options.observe) b->routed = place(a, shape->layers * rows * shape->top_k * sizeof(uint32_t));
   if (!us_schedule_drafts(s)) return;
@@ -164,7 +165,8 @@ static void place_rank(struct us_device_schedule *s, const struct sizes *z, stru
   r->embed[me] = w->embed;
   r->state = place(a, sizeof *r->state);
   r->exchange[me] = place(a, exchange_bytes(r));
-  r->norm = place(a, 2ull * US_ENGINE_ROWS * (D / us_engine_slice(D)) * sizeof(uint64_t));
+  r->norm_tiles = s->row_tiles;
+  r->norm = place(a, 2ull * s->row_tiles * US_ENGINE_ROWS * (D / us_engine_slice(D)) * sizeof(uint64_t));
   r->select[me] = place(a, us_engine_select_bytes(w->ranks, US_DEVICE_SCHEDULE_BLOCKS, s->row_tiles));
   if (w->ranks > 1)
     r->logits_all[me] = place(a, (uint64_t)s->row_tiles * US_ENGINE_ROWS * w->shape.vocab * sizeof(float));

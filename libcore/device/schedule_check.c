@@ -39,7 +39,7 @@ static enum us_status check_pass(const struct us_device_schedule *s, uint32_t pa
   uint32_t exchanges = 0, selects = 0;
   for (uint32_t i = s->begin[pass]; i < s->end[pass]; i++) {
     if (s->ops[i].program != pass) return us_schedule_wrong(s, i, err, "it stands in another pass");
-    exchanges += us_schedule_reduces(&s->ops[i]);
+    exchanges += us_schedule_reduces(&s->ops[i]) ? s->ops[i].row_tiles : 0;
     selects += s->ops[i].kind == US_ENGINE_SELECT;
   }
   if (exchanges == s->exchanges[pass] && selects == s->selects[pass]) return US_OK;
@@ -113,15 +113,22 @@ static uint32_t unit_of(const struct pass *p, uint32_t index) {
   return US_ENGINE_NONE;
 }
 
+static bool in_list(const struct us_device_schedule *s, const struct us_engine_op *op) {
+  return op->row_tile < s->row_tiles && op->row_tiles && op->row_tiles <= s->row_tiles - op->row_tile &&
+         op->row_tiles <= US_ENGINE_GATHERED;
+}
+
 static enum us_status find_ops(struct pass *p) {
   for (uint32_t i = p->s->begin[p->index]; i < p->s->end[p->index]; i++) {
     const struct us_engine_op *op = &p->s->ops[i];
     bool end = op->kind == US_ENGINE_SELECT || op->kind == US_ENGINE_ACCEPT;
     if (end && op->task_op == US_TASK_OP_COUNT && op->layer == US_LAYER_NONE) continue; /* of no task */
-    uint32_t t = op->row_tile, unit = t < p->s->row_tiles ? unit_of(p, i) : US_ENGINE_NONE;
+    uint32_t t = op->row_tile, unit = in_list(p->s, op) ? unit_of(p, i) : US_ENGINE_NONE;
     if (unit == US_ENGINE_NONE) return us_schedule_wrong(p->s, i, p->err, "it belongs to no task");
-    if (!p->ops[unit][t].count++) p->ops[unit][t].first = i;
-    p->ops[unit][t].last = i;
+    for (uint32_t tile = t; tile < t + op->row_tiles; tile++) {
+      if (!p->ops[unit][tile].count++) p->ops[unit][tile].first = i;
+      p->ops[unit][tile].last = i;
+    }
     if (op->kind != kind_of((enum us_task_op)op->task_op, p->ops[unit][t].count > 1))
       return us_schedule_wrong(p->s, i, p->err, "its kind is not its task's");
   }
@@ -153,21 +160,23 @@ static enum us_status check_event(const struct pass *p, uint32_t op, uint32_t fr
   uint32_t before = p->ops[from][t].last;
   const struct us_engine_op *x = &s->ops[op], *y = &s->ops[before];
   if (x->kind == US_ENGINE_REDUCE) { /* by data that carries its own flag */
-    if (us_schedule_pushes(y) && us_schedule_exchange(y) == x->reduce.exchange) return US_OK;
+    if (us_schedule_pushes(y) &&
+        us_schedule_exchange(y) + t - y->row_tile == x->reduce.exchange + t - x->row_tile)
+      return US_OK;
     return us_schedule_wrong(s, op, p->err, "it adds other sums than its task's");
   }
   if (y->kind ==
       US_ENGINE_ROUTE) { /* in every block's own memory; and the rows that were routed are multiplied */
-    uint32_t logits = us_schedule_source(p->order, before);
-    bool same =
-        logits != US_ENGINE_NONE && us_schedule_source(p->order, op) == us_schedule_source(p->order, logits);
+    uint32_t logits = us_schedule_source(p->order, before, t);
+    bool same = logits != US_ENGINE_NONE &&
+                us_schedule_source(p->order, op, t) == us_schedule_source(p->order, logits, t);
     return same && x->gemm.route == before
                ? US_OK
                : us_schedule_wrong(s, op, p->err, "it multiplies other rows than were routed");
   }
   if (!us_schedule_after(p->order, op, before))
     return us_schedule_wrong(s, op, p->err, "it does not wait for operation %u as its tasks do", before);
-  if (us_schedule_source(p->order, op) != before)
+  if (us_schedule_source(p->order, op, t) != before)
     return us_schedule_wrong(s, op, p->err, "it does not read what operation %u wrote", before);
   return US_OK;
 }
@@ -189,7 +198,7 @@ static enum us_status check_ends(const struct pass *p) {
   for (uint32_t i = p->s->begin[p->index]; i < p->s->end[p->index]; i++) {
     const struct us_engine_op *op = &p->s->ops[i];
     if (op->kind != US_ENGINE_CONTEXT && op->kind != US_ENGINE_SELECT) continue;
-    if (us_schedule_source(p->order, i) != p->ops[last][op->row_tile].first)
+    if (us_schedule_source(p->order, i, op->row_tile) != p->ops[last][op->row_tile].first)
       return us_schedule_wrong(p->s, i, p->err, "it does not read its row tile's product");
   }
   return US_OK;

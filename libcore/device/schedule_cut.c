@@ -85,3 +85,21 @@ enum us_status us_schedule_cut_of(const struct us_device_schedule *s, uint32_t p
   return us_err_set(err, US_ERR_USAGE, "%s: %u columns in %s cannot be multiplied in one sum on the GPU",
                     us_task_op_name(op), m->cols, us_format_name((enum us_format)m->pages.format));
 }
+
+static bool gathers(const struct us_device_schedule *s, uint32_t program, uint32_t layer) {
+  const struct us_device_layer *from = us_schedule_layer(s, program, layer);
+  const struct us_engine_matrix *up = &from->up.pages, *down = &from->down.pages;
+  return up->format == US_FORMAT_MXFP4 && up->halves == 2 && down->format == US_FORMAT_MXFP4 &&
+         down->groups == 4;
+}
+
+uint32_t us_schedule_together(const struct us_device_schedule *s, uint32_t program, enum us_task_op op,
+                              uint32_t layer, uint32_t tile) {
+  bool experts = op == US_TASK_ROUTE || op == US_TASK_EXPERT_UP || op == US_TASK_EXPERT_DOWN;
+  bool reduces = op == US_TASK_EMBED_NORM || op == US_TASK_RESIDUAL_NORM || op == US_TASK_CONTEXT_NORM;
+  const struct us_device_matrix *m = experts ? NULL : us_schedule_matrix(s, program, op, layer);
+  uint32_t left = s->row_tiles - tile;
+  if (experts && !gathers(s, program, layer)) return 1;
+  if (!experts && !reduces && (!m || m->pages.format == US_FORMAT_MXFP4)) return 1;
+  return left < US_ENGINE_GATHERED ? left : US_ENGINE_GATHERED;
+}

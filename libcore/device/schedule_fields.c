@@ -30,8 +30,8 @@ static bool inside(struct us_schedule_range r, const void *begin, uint64_t bytes
   return begin && r.begin >= from && r.end <= from + bytes;
 }
 
-/* Whether the range lies in the operation's row tile of one buffer. */
-static bool in_tile(const struct fields *f, struct us_schedule_range r) {
+/* Whether the range lies in `count` row tiles of one buffer, the first the operation's `tile`-th. */
+static bool in_tiles(const struct fields *f, struct us_schedule_range r, uint32_t tile, uint32_t count) {
   const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
   const struct {
     const void *begin;
@@ -41,30 +41,32 @@ static bool in_tile(const struct fields *f, struct us_schedule_range r) {
                  {b->pairs, b->pairs_tile},     {b->features, b->features_tile},
                  {b->logits, b->logits_tile},   {b->draft_logits, b->logits_tile},
                  {b->partial, b->partial_tile}, {b->arrivals, b->arrivals_tile}};
-  uint32_t t = op_of(f)->row_tile;
+  uint32_t t = op_of(f)->row_tile + tile;
   for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++)
     if (buffers[i].begin &&
-        inside(r, (const uint8_t *)buffers[i].begin + t * buffers[i].tile, buffers[i].tile))
+        inside(r, (const uint8_t *)buffers[i].begin + t * buffers[i].tile, count * buffers[i].tile))
       return true;
   return false;
 }
 
 /* Rows of the operation's row tile in a buffer of (rows of the pass, columns). */
-static bool in_rows(const struct fields *f, struct us_schedule_range r, const void *base, uint64_t columns) {
+static bool in_rows(const struct fields *f, struct us_schedule_range r, uint32_t piece, const void *base,
+                    uint64_t columns) {
   uint64_t tile = US_ENGINE_ROWS * columns * sizeof(float);
-  return base && r.begin == (uintptr_t)base + op_of(f)->row_tile * tile && r.end == r.begin + tile;
+  return base && r.begin == (uintptr_t)base + (op_of(f)->row_tile + piece) * tile && r.end == r.begin + tile;
 }
 
-static enum us_status check_range(const struct fields *f, struct us_schedule_range r, const char *what) {
+static enum us_status check_range(const struct fields *f, struct us_schedule_range r, uint32_t tile,
+                                  uint32_t count, const char *what) {
   const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
   const struct us_engine_op *op = op_of(f);
   bool rows =
       op->task_op == US_TASK_CONTEXT_KV || op->task_op == US_TASK_QKV || op->task_op == US_TASK_ATTENTION;
-  if (r.begin == r.end || in_tile(f, r)) return US_OK;
+  if (r.begin == r.end || in_tiles(f, r, tile, count)) return US_OK;
   if (rows && op->task_op == US_TASK_CONTEXT_KV)
-    rows = in_rows(f, r, b->context_kv, f->s->weights->draft_kv.rows);
+    rows = in_rows(f, r, tile, b->context_kv, f->s->weights->draft_kv.rows);
   else if (rows)
-    rows = in_rows(f, r, b->qkv, us_schedule_layer(f->s, op->program, op->layer)->qkv.rows);
+    rows = in_rows(f, r, tile, b->qkv, us_schedule_layer(f->s, op->program, op->layer)->qkv.rows);
   WANT(rows, "its %s lies outside of its row tile's buffers", what);
   return US_OK;
 }
@@ -130,9 +132,40 @@ static enum us_status check_route(const struct fields *f, uint32_t route) {
   while (before && f->s->ops[before].kind != US_ENGINE_ROUTE) before--;
   const struct us_engine_op *from = &f->s->ops[before];
   WANT(route == before && from->kind == US_ENGINE_ROUTE && from->layer == op->layer &&
-           from->row_tile == op->row_tile,
+           from->row_tile == op->row_tile && from->row_tiles == op->row_tiles,
        "its choice of experts is not operation %u", route);
   return US_OK;
+}
+
+/* From a row tile's operand to the next's, and its output. */
+static uint64_t operand_tile(const struct fields *f) {
+  const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
+  switch ((enum us_task_op)op_of(f)->task_op) {
+  case US_TASK_CONTEXT_FC:
+    return b->features_tile;
+  case US_TASK_O_PROJ:
+    return b->attended_tile;
+  case US_TASK_DENSE_DOWN:
+    return b->inner_tile;
+  default:
+    return b->normed_tile;
+  }
+}
+static uint64_t out_tile(const struct fields *f, const struct us_engine_gemm *g) {
+  const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
+  switch ((enum us_task_op)op_of(f)->task_op) {
+  case US_TASK_ROUTER:
+    return b->router_tile;
+  case US_TASK_HEAD:
+    return b->logits_tile;
+  case US_TASK_DENSE_UP:
+    return b->inner_tile;
+  case US_TASK_QKV:
+  case US_TASK_CONTEXT_KV:
+    return us_schedule_row_bytes(g->valid);
+  default:
+    return 0;
+  }
 }
 
 static enum us_status check_gemm(const struct fields *f) {
@@ -154,6 +187,9 @@ static enum us_status check_gemm(const struct fields *f) {
          g->out_stride);
   }
   WANT(g->experts == (op->task_op == US_TASK_EXPERT_UP), "takes other weights than its task's");
+  WANT(g->operand_tile == (op->row_tiles > 1 ? operand_tile(f) : 0) &&
+           g->out_tile == (op->row_tiles > 1 ? out_tile(f, g) : 0),
+       "its row tiles lie elsewhere");
   if (g->experts) status = check_route(f, g->route);
   return status == US_OK && g->epilogue == US_ENGINE_PUSH ? check_push(f, g) : status;
 }
@@ -180,6 +216,24 @@ static enum us_status check_down(const struct fields *f) {
   return US_OK;
 }
 
+/* Where row tiles that are chosen for together lie, and who makes their choices' running number. */
+static enum us_status check_choices(const struct fields *f, const struct us_engine_route *r) {
+  const struct us_engine_op *op = op_of(f);
+  const struct us_schedule_buffers *b = &us_schedule_owner(f->s)->buffers;
+  uint32_t exchange = 0;
+  bool several = op->row_tiles > 1;
+  for (uint32_t i = f->op; several && i < f->s->op_count; i++)
+    if (f->s->ops[i].kind == US_ENGINE_DOWN && f->s->ops[i].down.route == f->op) {
+      exchange = f->s->ops[i].down.exchange;
+      break;
+    }
+  WANT(r->logits_tile == (several ? b->router_tile / sizeof(float) : 0) &&
+           r->choices == (several ? b->choices + (size_t)op->row_tile * US_ENGINE_ACTIVE : NULL),
+       "its row tiles' choices lie elsewhere");
+  WANT(r->exchange == exchange, "its choices' number is another's");
+  return US_OK;
+}
+
 static enum us_status check_routing(const struct fields *f) {
   const struct us_engine_op *op = op_of(f);
   const struct us_engine_route *r = &op->route;
@@ -195,7 +249,7 @@ static enum us_status check_routing(const struct fields *f) {
   WANT(r->uniform == f->s->options.uniform && r->uniform_seed == f->s->options.uniform_seed,
        "it draws otherwise than asked");
   WANT(r->opt_routed == routed, "its choice is kept elsewhere");
-  return US_OK;
+  return check_choices(f, r);
 }
 
 /* ---- reductions -------------------------------------------------------------------------------------------------- */
@@ -203,7 +257,7 @@ static enum us_status check_routing(const struct fields *f) {
 static uint32_t addends_of(const struct us_device_schedule *s, uint32_t exchange) {
   for (uint32_t i = 0; i < s->op_count; i++) {
     const struct us_engine_op *op = &s->ops[i];
-    if (!us_schedule_pushes(op) || us_schedule_exchange(op) != exchange) continue;
+    if (!us_schedule_pushes_to(op, exchange)) continue;
     if (op->kind == US_ENGINE_DOWN) return s->rank.ranks;
     return op->gemm.gather ? op->gemm.parts : s->rank.ranks * op->gemm.parts;
   }
@@ -213,7 +267,7 @@ static uint32_t addends_of(const struct us_device_schedule *s, uint32_t exchange
 /* Whether it adds the sums of an MLP. */
 static bool after_mlp(const struct us_device_schedule *s, uint32_t exchange) {
   for (uint32_t i = 0; i < s->op_count; i++)
-    if (us_schedule_pushes(&s->ops[i]) && us_schedule_exchange(&s->ops[i]) == exchange)
+    if (us_schedule_pushes_to(&s->ops[i], exchange))
       return s->ops[i].task_op == US_TASK_DENSE_DOWN || s->ops[i].task_op == US_TASK_EXPERT_DOWN;
   return false;
 }
@@ -235,7 +289,8 @@ static enum us_status check_reduce(struct fields *f) {
   const struct us_device_weights *w = f->s->weights;
   bool embed = op->kind == US_ENGINE_EMBED, target = op->program == US_ENGINE_PASS_TARGET;
   bool mlp = !embed && after_mlp(f->s, r->exchange);
-  WANT(r->exchange == f->exchanges++, "exchange %u is out of order", r->exchange);
+  WANT(r->exchange == f->exchanges, "exchange %u is out of order", r->exchange);
+  f->exchanges += op->row_tiles;
   uint32_t addends = addends_of(f->s, r->exchange); /* EMBED: none */
   WANT(r->addends == addends && addends <= f->s->rank.addends, "adds %u sums where %u come", r->addends,
        addends);
@@ -249,9 +304,13 @@ static enum us_status check_reduce(struct fields *f) {
   WANT(r->draft == (embed && !target), "it embeds another pass's rows");
   struct us_schedule_range rows = {(uintptr_t)r->residual,
                                    (uintptr_t)r->residual + US_ENGINE_ROWS * r->D * sizeof(float)};
-  WANT(in_rows(f, rows, us_schedule_owner(f->s)->buffers.residual, r->D),
+  WANT(in_rows(f, rows, 0, us_schedule_owner(f->s)->buffers.residual, r->D),
        "its residual is not its row tile's");
   WANT(!r->opt_plain, "nobody looks at its plain rows");
+  WANT(r->operand_tile == (op->row_tiles > 1 ? us_schedule_owner(f->s)->buffers.normed_tile : 0) &&
+           r->tap_tile ==
+               (op->row_tiles > 1 && r->opt_tap ? us_schedule_owner(f->s)->buffers.features_tile : 0),
+       "its row tiles lie elsewhere");
   return check_tap(f, mlp);
 }
 
@@ -288,7 +347,7 @@ static enum us_status check_attention(const struct fields *f) {
   uint64_t partial =
       us_engine_attention_partial_bytes(t->H, t->G, t->V, t->window, f->s->options.max_positions);
   struct us_schedule_range work = {(uintptr_t)t->partial, (uintptr_t)t->partial + partial};
-  WANT(in_tile(f, work) &&
+  WANT(in_tiles(f, work, 0, 1) &&
            t->arrivals == b->arrivals + op->row_tile * (b->arrivals_tile / sizeof *b->arrivals),
        "its partial results lie outside of its row tile's");
   return US_OK;
@@ -340,6 +399,11 @@ static enum us_status check_op(struct fields *f) {
   const struct us_engine_op *op = op_of(f);
   bool streams = op->kind == US_ENGINE_GEMM || op->kind == US_ENGINE_DOWN;
   WANT(op->row_tile < f->s->row_tiles, "there is no row tile %u", op->row_tile);
+  bool together = streams || op->kind == US_ENGINE_ROUTE || us_schedule_reduces(op);
+  WANT(op->row_tiles == (together ? us_schedule_together(f->s, op->program, (enum us_task_op)op->task_op,
+                                                         op->layer, op->row_tile)
+                                  : 1),
+       "it has %u row tiles", op->row_tiles);
   WANT(streams || !op->bytes, "it streams nothing, but has bytes");
   enum us_status status = US_OK;
   switch ((enum us_engine_kind)op->kind) {
@@ -371,8 +435,13 @@ static enum us_status check_op(struct fields *f) {
   default:
     WANT(false, "there is no such kind");
   }
-  if (status == US_OK) status = check_range(f, us_schedule_input(f->s, op), "input");
-  return status == US_OK ? check_range(f, us_schedule_output(f->s, op), "output") : status;
+  uint32_t inputs = us_schedule_inputs(op);
+  for (uint32_t t = 0; status == US_OK && t < inputs; t++)
+    status = check_range(f, us_schedule_input(f->s, op, t), t, inputs == 1 ? op->row_tiles : 1, "input");
+  uint32_t outputs = us_schedule_outputs(op);
+  for (uint32_t t = 0; status == US_OK && t < outputs; t++)
+    status = check_range(f, us_schedule_output(f->s, op, t), t, outputs == 1 ? op->row_tiles : 1, "output");
+  return status;
 }
 
 enum us_status us_schedule_check_fields(const struct us_device_schedule *s, struct us_err *err) {

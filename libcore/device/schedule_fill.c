@@ -24,16 +24,26 @@ static void *tile_at(const struct fill *f, const void *base, uint64_t tile_bytes
   return base ? (uint8_t *)base + f->tile * tile_bytes : NULL;
 }
 
-static void store(struct us_engine_gemm *g, void *out, uint32_t stride) {
+/* Buffers of the operation's first row tile, tile_bytes a row tile. */
+static void *operand(const struct fill *f, struct us_engine_gemm *g, const void *base, uint64_t tile_bytes) {
+  g->operand_tile = f->op->row_tiles > 1 ? tile_bytes : 0;
+  return tile_at(f, base, tile_bytes);
+}
+static void out(const struct fill *f, struct us_engine_gemm *g, void *base, uint64_t tile_bytes) {
+  g->out_tile = f->op->row_tiles > 1 ? tile_bytes : 0;
+  g->out = tile_at(f, base, tile_bytes);
+}
+
+static void store(const struct fill *f, struct us_engine_gemm *g, void *base, uint64_t tile_bytes,
+                  uint32_t stride) {
   g->epilogue = US_ENGINE_STORE;
-  g->out = out;
   g->out_stride = stride;
+  out(f, g, base, tile_bytes);
 }
 
 /* Gate and up: half of the rows come out. */
-static void gate(struct us_engine_gemm *g, enum us_engine_epilogue epilogue, void *out) {
+static void gate(struct us_engine_gemm *g, enum us_engine_epilogue epilogue) {
   g->epilogue = epilogue;
-  g->out = out;
   g->valid /= 2;
   g->F = g->valid;
 }
@@ -45,34 +55,36 @@ static void route_sums(const struct fill *f, struct us_engine_gemm *g) {
   g->epilogue = US_ENGINE_PUSH;
   switch ((enum us_task_op)f->op->task_op) {
   case US_TASK_QKV:
-    store(g, tile_at(f, b->qkv, us_schedule_row_bytes(g->valid)), g->valid);
+    store(f, g, b->qkv, us_schedule_row_bytes(g->valid), g->valid);
     break;
   case US_TASK_CONTEXT_KV:
-    store(g, tile_at(f, b->context_kv, us_schedule_row_bytes(g->valid)), g->valid);
+    store(f, g, b->context_kv, us_schedule_row_bytes(g->valid), g->valid);
     break;
   case US_TASK_ROUTER:
-    store(g, tile_at(f, b->router, b->router_tile), g->valid);
+    store(f, g, b->router, b->router_tile, g->valid);
     break;
   case US_TASK_HEAD:
-    store(g, tile_at(f, draft ? b->draft_logits : b->logits, b->logits_tile), f->s->logits_stride);
+    store(f, g, draft ? b->draft_logits : b->logits, b->logits_tile, f->s->logits_stride);
     break;
   case US_TASK_DENSE_UP:
-    gate(g, US_ENGINE_SWIGLU, tile_at(f, b->inner, b->inner_tile));
+    gate(g, US_ENGINE_SWIGLU);
+    out(f, g, b->inner, b->inner_tile);
     break;
   case US_TASK_EXPERT_UP:
-    gate(g, US_ENGINE_SWIGLU_EXPERT, tile_at(f, b->pairs, b->pairs_tile));
+    gate(g, US_ENGINE_SWIGLU_EXPERT);
+    g->out = tile_at(f, b->pairs, b->pairs_tile);
     g->experts = true;
     break;
   case US_TASK_CONTEXT_FC:
-    g->operand = tile_at(f, b->features, b->features_tile);
+    g->operand = operand(f, g, b->features, b->features_tile);
     g->gather = true;
     g->first = f->w->rank * g->valid;
     break;
   case US_TASK_O_PROJ:
-    g->operand = tile_at(f, b->attended, b->attended_tile);
+    g->operand = operand(f, g, b->attended, b->attended_tile);
     break;
   default: /* DENSE_DOWN */
-    g->operand = tile_at(f, b->inner, b->inner_tile);
+    g->operand = operand(f, g, b->inner, b->inner_tile);
   }
 }
 
@@ -85,12 +97,9 @@ static enum us_status fill_gemm(const struct fill *f) {
       us_schedule_cut_of(f->s, op->program, (enum us_task_op)op->task_op, op->layer, &cut, f->err);
   if (status != US_OK) return status;
   op->bytes = m->bytes;
-  op->gemm = (struct us_engine_gemm){.w = m->pages,
-                                     .operand = tile_at(f, f->b->normed, f->b->normed_tile),
-                                     .parts = cut.parts,
-                                     .warps = cut.warps,
-                                     .subs = cut.subs,
-                                     .valid = m->rows};
+  op->gemm = (struct us_engine_gemm){
+      .w = m->pages, .parts = cut.parts, .warps = cut.warps, .subs = cut.subs, .valid = m->rows};
+  op->gemm.operand = operand(f, &op->gemm, f->b->normed, f->b->normed_tile);
   route_sums(f, &op->gemm);
   return US_OK;
 }
@@ -114,6 +123,10 @@ static enum us_status fill_route(const struct fill *f) {
                                        .normalise = shape->norm_topk_prob,
                                        .uniform = f->s->options.uniform,
                                        .uniform_seed = f->s->options.uniform_seed};
+  if (op->row_tiles > 1) {
+    op->route.logits_tile = f->b->router_tile / sizeof(float);
+    op->route.choices = f->b->choices + (size_t)f->tile * US_ENGINE_ACTIVE;
+  }
   if (f->b->routed)
     op->route.opt_routed =
         f->b->routed + ((size_t)op->layer * rows + f->tile * US_ENGINE_ROWS) * shape->top_k;
@@ -166,6 +179,8 @@ static void fill_reduce(const struct fill *f, uint32_t slot) {
                                 .draft = op->kind == US_ENGINE_EMBED && !target};
   uint32_t tap = target && task == US_TASK_RESIDUAL_NORM && slot == 1 ? us_schedule_tap(f->s, op->layer)
                                                                       : US_ENGINE_NONE;
+  if (op->row_tiles > 1) op->reduce.operand_tile = f->b->normed_tile;
+  if (tap != US_ENGINE_NONE && op->row_tiles > 1) op->reduce.tap_tile = f->b->features_tile;
   if (tap != US_ENGINE_NONE)
     op->reduce.opt_tap = (uint8_t *)tile_at(f, f->b->features, f->b->features_tile) + tap * f->b->normed_tile;
 }
@@ -286,6 +301,7 @@ uint32_t us_schedule_items(const struct us_device_schedule *s, const struct us_e
   uint32_t most = US_ENGINE_ROWS * shape->top_k, active = most < shape->experts ? most : shape->experts;
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_GEMM:
+    if (op->row_tiles > 1) return 0; /* each block has its share */
     return op->gemm.w.tiles * (op->gemm.experts ? active : op->gemm.parts);
   case US_ENGINE_DOWN:
     return (op->down.w.tiles + 2) / 3;

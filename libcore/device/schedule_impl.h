@@ -71,6 +71,12 @@ uint32_t us_schedule_step_bytes(const struct us_engine_matrix *w, uint32_t step_
 /* Fills step_slices, steps and stage_steps: two steps a stage if their pages fit; the kernel takes one where the rows do not. */
 void us_schedule_cut_down(const struct us_engine_matrix *w, struct us_engine_down *down);
 
+/* Row tiles, `tile` the first, that a task's operation takes together. Experts are gathered (kernels/engine/gather.cuh, down_gather.cuh) if
+ * their pages are MXFP4, down's of four groups; other products are wide (wide.cuh) unless they are MXFP4, and
+ * so are reductions (reduce_wide.cuh). */
+uint32_t us_schedule_together(const struct us_device_schedule *s, uint32_t program, enum us_task_op op,
+                              uint32_t layer, uint32_t tile);
+
 /* ---- attention --------------------------------------------------------------------------------------------------- */
 
 enum us_schedule_attention {
@@ -108,6 +114,7 @@ struct us_schedule_buffers {
   float *router; /* (tiles, parts, 8, E) */
   uint8_t *pairs;
   uint64_t router_tile, pairs_tile;
+  uint64_t *choices; /* (tiles, US_ENGINE_ACTIVE); NULL: one row tile */
   uint8_t *features;
   uint64_t features_tile;
   float *context_kv; /* (tiles * 8, rows of draft_kv) */
@@ -142,7 +149,7 @@ US_CHECKED enum us_status us_schedule_list_create(struct us_device_schedule *s,
                                                   const struct us_schedule_programs *programs,
                                                   struct us_err *err);
 
-/* Sets everything of an operation that does not refer to another: kind, program, layer, task_op and row_tile are there. slot: of a
+/* Sets everything of an operation that does not refer to another: kind, program, layer, task_op and the row tiles are there. slot: of a
  * reduction's tasks. US_ERR_USAGE: a K that is too long. */
 US_CHECKED enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_engine_op *op,
                                            uint32_t slot, struct us_err *err);
@@ -174,11 +181,18 @@ struct us_schedule_span us_schedule_span(const struct us_device_schedule *s, uin
 
 /* ---- the proof --------------------------------------------------------------------------------------------------- */
 
+/* A product whose epilogue warps count it done. One of several row tiles that is not the experts' ends in the compute warps, as a vector
+ * operation does. */
 static inline bool us_schedule_is_gemm(const struct us_engine_op *op) {
-  return op->kind == US_ENGINE_GEMM;
+  return op->kind == US_ENGINE_GEMM && (op->row_tiles == 1 || op->gemm.experts);
 }
 static inline bool us_schedule_pushes(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.epilogue == US_ENGINE_PUSH);
+}
+/* Whether it pushes the sums of an exchange: one a row tile, one behind the other. */
+static inline uint32_t us_schedule_exchange(const struct us_engine_op *op);
+static inline bool us_schedule_pushes_to(const struct us_engine_op *op, uint32_t exchange) {
+  return us_schedule_pushes(op) && exchange - us_schedule_exchange(op) < op->row_tiles;
 }
 static inline bool us_schedule_reduces(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_EMBED || op->kind == US_ENGINE_REDUCE;
@@ -202,11 +216,19 @@ struct us_schedule_range {
   uintptr_t begin, end;
 };
 
-/* What an operation reads first of all: a product its operand, attention its projection, a choice its logits. Empty for others. */
-struct us_schedule_range us_schedule_input(const struct us_device_schedule *s, const struct us_engine_op *op);
+/* What an operation reads first of all: a product its operand, attention its projection, a choice its logits. Empty for others. One
+ * piece each of its row tiles, from 0; pairs are one piece. */
+struct us_schedule_range us_schedule_input(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                           uint32_t piece);
+static inline uint32_t us_schedule_inputs(const struct us_engine_op *op) {
+  return op->kind == US_ENGINE_DOWN ? 1 : op->row_tiles;
+}
 /* What it writes for another operation to read; a reduction's is the normed operand. Empty: partial sums, state. */
-struct us_schedule_range us_schedule_output(const struct us_device_schedule *s,
-                                            const struct us_engine_op *op);
+struct us_schedule_range us_schedule_output(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                            uint32_t piece);
+static inline uint32_t us_schedule_outputs(const struct us_engine_op *op) {
+  return op->kind == US_ENGINE_GEMM && op->gemm.experts ? 1 : op->row_tiles;
+}
 
 /* Hand-offs over several rounds; *ret_order keeps what every operation knows, for whoever asks about tasks. */
 struct us_schedule_order;
@@ -217,7 +239,7 @@ void us_schedule_order_free(struct us_schedule_order *order);
 /* Whether every block knows, when it begins operation `op` of a round, that `before` of the same round is done and visible. */
 bool us_schedule_after(const struct us_schedule_order *order, uint32_t op, uint32_t before);
 
-/* The operation that wrote what `op` reads first of all; US_ENGINE_NONE: none of the list. */
-uint32_t us_schedule_source(const struct us_schedule_order *order, uint32_t op);
+/* The operation that wrote what `op` reads first of all for one of its row tiles; US_ENGINE_NONE: none of the list. */
+uint32_t us_schedule_source(const struct us_schedule_order *order, uint32_t op, uint32_t row_tile);
 
 #endif

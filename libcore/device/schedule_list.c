@@ -2,6 +2,8 @@
  *
  * Contents: growing; waits; reductions; experts; units; ends of a pass; the round.
  *
+ * Products of several row tiles are one operation, where kernels can (us_schedule_together).
+ *
  * Waits come from the programs' events. One that every block of the rank has already waited for, itself or through others, is
  * left out: each costs a load from L2 on the way of a hand-off, and between router and experts nothing hides it.
  */
@@ -50,10 +52,10 @@ static bool grow(struct list *list) {
   return true;
 }
 
-/* Append an operation for a row tile, of a unit or of none; NULL after a failure. Consecutive operations go on dealing out items
+/* Append an operation for row tiles, of a unit or of none; NULL after a failure. Consecutive operations go on dealing out items
  * where the one before ended. */
-static struct us_engine_op *add(struct list *list, enum us_engine_kind kind,
-                                const struct us_schedule_unit *unit, uint32_t tile) {
+static struct us_engine_op *add_tiles(struct list *list, enum us_engine_kind kind,
+                                      const struct us_schedule_unit *unit, uint32_t tile, uint32_t tiles) {
   if (list->status != US_OK || !grow(list)) return NULL;
   uint32_t index = list->s->op_count;
   struct us_engine_op *op = &list->s->ops[index];
@@ -62,6 +64,7 @@ static struct us_engine_op *add(struct list *list, enum us_engine_kind kind,
                               .layer = unit ? unit->layer : US_LAYER_NONE,
                               .task_op = unit ? unit->op : US_TASK_OP_COUNT,
                               .row_tile = tile,
+                              .row_tiles = tiles,
                               .wait = US_ENGINE_NONE,
                               .shift = list->shift};
   list->status = us_schedule_fill(list->s, op, unit ? unit->slot : 0, list->err);
@@ -70,8 +73,13 @@ static struct us_engine_op *add(struct list *list, enum us_engine_kind kind,
   list->s->op_count++;
   list->shift = (list->shift + us_schedule_items(list->s, op)) % US_SCHEDULE_NOMINAL_BLOCKS;
   list->at[index] = list->known;
-  if (unit) list->last[unit - list->units->unit][tile] = index;
+  for (uint32_t t = tile; unit && t < tile + tiles; t++) list->last[unit - list->units->unit][t] = index;
   return op;
+}
+
+static struct us_engine_op *add(struct list *list, enum us_engine_kind kind,
+                                const struct us_schedule_unit *unit, uint32_t tile) {
+  return add_tiles(list, kind, unit, tile, 1);
 }
 
 /* ---- waits ------------------------------------------------------------------------------------------------------- */
@@ -111,7 +119,7 @@ struct us_schedule_span us_schedule_span(const struct us_device_schedule *s, uin
 /* What a product or an attention multiplies stands. New keys of a drafter's block may lie in a later row tile. The features stand
  * without a wait: no block leaves a round's ACCEPT before it knows the round's last SELECT, and so all reductions, done. */
 static void wait_for_rows(struct list *list, struct us_engine_op *op, const struct us_schedule_unit *unit) {
-  uint32_t t = op->row_tile;
+  uint32_t t = op->row_tile + op->row_tiles - 1; /* row tiles are in order */
   if (op->kind == US_ENGINE_ATTENTION && op->attention.draft) t = us_schedule_span(list->s, t).last;
   wait_for_events(list, op, unit, t);
 }
@@ -122,48 +130,53 @@ static void wait_for_tokens(struct list *list, struct us_engine_op *op) {
   const struct us_device_schedule *s = list->s;
   uint32_t selects = s->selects[US_ENGINE_PASS_DRAFT];
   bool drafted = list->pass == US_ENGINE_PASS_TARGET && selects;
-  uint32_t tile =
-      s->options.adaptive ? selects - 1 : op->row_tile; /* the last one decides which rows there are */
+  uint32_t tile = s->options.adaptive ? selects - 1 /* the last one decides which rows there are */
+                                      : op->row_tile + op->row_tiles - 1;
   wait_for(list, op, drafted ? (int64_t)s->end[US_ENGINE_PASS_DRAFT] - selects + tile : AFTER_ROUND);
 }
 
 /* ---- reductions -------------------------------------------------------------------------------------------------- */
 
-/* A reduction takes a number, and the products whose sums it adds learn it. EMBED has none. */
+/* A reduction takes a number a row tile, and the products whose sums it adds learn them. EMBED has none. */
 static void number(struct list *list, struct us_engine_op *op, const struct us_schedule_unit *unit) {
   uint32_t ranks = list->s->weights->ranks;
-  op->reduce.exchange = list->exchanges++;
-  for (uint32_t i = 0; i < unit->wait_count; i++) {
-    struct us_engine_op *from = &list->s->ops[list->last[unit->waits[i]][op->row_tile]];
-    if (from->kind == US_ENGINE_DOWN) {
-      from->down.exchange = op->reduce.exchange;
-      op->reduce.addends = ranks;
-    } else {
-      from->gemm.exchange = op->reduce.exchange;
-      op->reduce.addends = from->gemm.gather ? from->gemm.parts : ranks * from->gemm.parts;
+  op->reduce.exchange = list->exchanges;
+  list->exchanges += op->row_tiles;
+  for (uint32_t i = 0; i < unit->wait_count; i++)
+    for (uint32_t t = 0; t < op->row_tiles; t++) {
+      struct us_engine_op *from = &list->s->ops[list->last[unit->waits[i]][op->row_tile + t]];
+      uint32_t exchange = op->reduce.exchange + t;
+      bool down = from->kind == US_ENGINE_DOWN;
+      op->reduce.addends = down || !from->gemm.gather ? ranks : 1;
+      if (!down) op->reduce.addends *= from->gemm.parts;
+      if (from->row_tile != op->row_tile + t) continue; /* the exchanges of its other row tiles follow */
+      *(down ? &from->down.exchange : &from->gemm.exchange) = exchange;
+      if (down && from->row_tiles > 1) list->s->ops[from->down.route].route.exchange = exchange;
     }
-  }
 }
 
 /* ---- experts ----------------------------------------------------------------------------------------------------- */
 
-/* Route, gate and up, down of one row tile after the other: `down` is the unit of the last, the others found by its events. */
+/* Route, gate and up, down of row tiles that go together, one after the other: `down` is the unit of the last, the others found by its
+ * events. A wait for the last row tile's operation is one for those before it. */
 static void add_experts(struct list *list, const struct us_schedule_unit *down) {
   const struct us_schedule_unit *up = &list->units->unit[down->waits[0]];
   const struct us_schedule_unit *route = &list->units->unit[up->waits[0]];
   const struct us_schedule_unit *router = &list->units->unit[route->waits[0]];
-  for (uint32_t t = 0; t < list->tiles; t++) {
-    uint32_t routed = list->s->op_count;
-    struct us_engine_op *op = add(list, US_ENGINE_ROUTE, route, t);
+  for (uint32_t t = 0, n; t < list->tiles; t += n) {
+    uint32_t routed = list->s->op_count, last;
+    n = us_schedule_together(list->s, list->pass, down->op, down->layer, t);
+    last = t + n - 1;
+    struct us_engine_op *op = add_tiles(list, US_ENGINE_ROUTE, route, t, n);
     if (!op) return;
-    wait_for_events(list, op, route, t);
-    if (!(op = add(list, US_ENGINE_GEMM, up, t))) return;
+    wait_for_events(list, op, route, last);
+    if (!(op = add_tiles(list, US_ENGINE_GEMM, up, t, n))) return;
     op->gemm.route = routed;
     wait_for_events(list, op, router,
-                    t); /* the choice is in the block's own memory; the rows are the router's */
-    if (!(op = add(list, US_ENGINE_DOWN, down, t))) return;
+                    last); /* the choice is in the block's own memory; the rows are the router's */
+    if (!(op = add_tiles(list, US_ENGINE_DOWN, down, t, n))) return;
     op->down.route = routed;
-    wait_for_events(list, op, down, t);
+    wait_for_events(list, op, down, last);
   }
 }
 
@@ -189,8 +202,9 @@ static void add_unit(struct list *list, const struct us_schedule_unit *unit) {
     add_experts(list, unit);
     return;
   }
-  for (uint32_t t = 0; t < list->tiles; t++) {
-    struct us_engine_op *op = add(list, kind_of(unit->op), unit, t);
+  for (uint32_t t = 0, n; t < list->tiles; t += n) {
+    n = us_schedule_together(list->s, list->pass, unit->op, unit->layer, t);
+    struct us_engine_op *op = add_tiles(list, kind_of(unit->op), unit, t, n);
     if (!op) return;
     if (us_schedule_reduces(op)) number(list, op, unit);
     if (op->kind == US_ENGINE_EMBED)

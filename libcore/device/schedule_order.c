@@ -5,6 +5,7 @@
  * How blocks run a list (kernels/engine/block.cuh), and so what may be concluded:
  * - The compute warps of a block take operations in order. All of them wait for op->wait before they touch memory, also in blocks
  *   that have no part in the operation; weights alone are read ahead.
+ * - A dense product of several row tiles (wide.cuh) is a vector operation to the others: its compute warps finish it.
  * - done[op] of a vector operation counts blocks whose compute warps have passed it: then all blocks have passed all operations
  *   before it, except that the epilogue warps of products before it may still be writing.
  * - done[op] of a product counts epilogue warps, which take products in order: then all products up to it are written. A block
@@ -74,9 +75,11 @@ static void learn_done(const struct us_schedule_order *o, struct view *view, int
 static void learn_pushed(const struct us_schedule_order *o, struct view *view, int64_t x) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   if (op->kind != US_ENGINE_REDUCE) return;
-  const struct view *pusher = &o->start[x / o->n * o->n + o->pusher[op->reduce.exchange]];
-  join_over(view, pusher);
-  us_schedule_raise(&view->peers, pusher->over.vector);
+  for (uint32_t t = 0; t < op->row_tiles; t++) {
+    const struct view *pusher = &o->start[x / o->n * o->n + o->pusher[op->reduce.exchange + t]];
+    join_over(view, pusher);
+    us_schedule_raise(&view->peers, pusher->over.vector);
+  }
   us_schedule_raise(&view->pushed, x);
 }
 
@@ -129,45 +132,65 @@ static enum us_status write_state(struct us_schedule_order *o, int64_t x, enum s
 /* The input of most operations: exactly what one operation wrote, but for the taps. */
 static enum us_status touch_input(struct us_schedule_order *o, int64_t x) {
   const struct us_engine_op *op = us_schedule_op(o, x);
-  struct access a = {.x = x, .view = &o->start[x], .range = us_schedule_input(o->s, op)};
-  int64_t writer = -1;
-  enum us_status status = us_schedule_read(o, &a, op->task_op == US_TASK_CONTEXT_FC, &writer);
-  o->source[x % o->n] = writer < 0 ? US_ENGINE_NONE : (uint32_t)(writer % o->n);
+  uint32_t inputs = us_schedule_inputs(op), *source = o->source + x % o->n * US_ENGINE_GATHERED;
+  enum us_status status = US_OK;
+  for (uint32_t t = 0; status == US_OK && t < op->row_tiles; t++) {
+    struct access a = {.x = x, .view = &o->start[x], .range = us_schedule_input(o->s, op, t)};
+    int64_t writer = -1;
+    source[t] = source[0];
+    if (t >= inputs) continue;
+    status = us_schedule_read(o, &a, op->task_op == US_TASK_CONTEXT_FC, &writer);
+    source[t] = writer < 0 ? US_ENGINE_NONE : (uint32_t)(writer % o->n);
+  }
   return status;
 }
 
 static enum us_status touch_output(struct us_schedule_order *o, int64_t x, const struct view *view) {
-  struct access a = {.x = x, .view = view, .range = us_schedule_output(o->s, us_schedule_op(o, x))};
-  return a.range.end > a.range.begin ? us_schedule_write(o, &a) : US_OK;
+  const struct us_engine_op *op = us_schedule_op(o, x);
+  enum us_status status = US_OK;
+  for (uint32_t t = 0; status == US_OK && t < us_schedule_outputs(op); t++) {
+    struct access a = {.x = x, .view = view, .range = us_schedule_output(o->s, op, t)};
+    if (a.range.end > a.range.begin) status = us_schedule_write(o, &a);
+  }
+  return status;
 }
 
-/* The slot of a push was last read by a reduction that every rank has ended. */
-static enum us_status check_slot(const struct us_schedule_order *o, int64_t x) {
-  int64_t all = o->exchanges, e = x / o->n * all + us_schedule_exchange(us_schedule_op(o, x)),
+/* The slot of a push was last read by a reduction that every rank has ended. tile: of its row tiles. */
+static enum us_status check_slot(const struct us_schedule_order *o, int64_t x, uint32_t tile) {
+  int64_t all = o->exchanges, e = x / o->n * all + us_schedule_exchange(us_schedule_op(o, x)) + tile,
           before = e - o->s->rank.slots;
   while (before >= 0 && o->pusher[before % all] == US_ENGINE_NONE) before -= o->s->rank.slots;
   if (before < 0 || o->start[x].peers >= before / all * o->n + o->reduction[before % all]) return US_OK;
   return us_schedule_order_wrong(o, x, "pushes into an exchange slot that a rank may not have emptied");
 }
 
-static enum us_status touch_reduce(struct us_schedule_order *o, int64_t x) {
+/* A row tile's residual, and what is tapped of it. */
+static enum us_status touch_residual(struct us_schedule_order *o, int64_t x, uint32_t tile) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   const struct us_engine_reduce *r = &op->reduce;
+  uint64_t bytes = us_schedule_row_bytes(r->D);
   struct access a = {.x = x,
                      .view = &o->start[x],
-                     .range = us_schedule_range(r->residual, us_schedule_row_bytes(r->D)),
+                     .range = us_schedule_range((const uint8_t *)r->residual + tile * bytes, bytes),
                      .own = true};
   enum us_status status = US_OK;
   if (op->kind == US_ENGINE_EMBED) {
-    status = read_state(o, x, a.view, TOKENS + op->program, op->row_tile * US_ENGINE_ROWS, US_ENGINE_ROWS);
+    status = read_state(o, x, a.view, TOKENS + op->program, (op->row_tile + tile) * US_ENGINE_ROWS,
+                        US_ENGINE_ROWS);
   } else if (!r->replace) {
     status = us_schedule_read(o, &a, false, NULL);
   }
   if (status == US_OK) status = us_schedule_write(o, &a);
-  if (status == US_OK && r->opt_tap) {
-    a.range = us_schedule_range(r->opt_tap, us_schedule_operand_bytes(r->D));
-    status = us_schedule_write(o, &a);
-  }
+  if (status != US_OK || !r->opt_tap) return status;
+  a.range =
+      us_schedule_range((const uint8_t *)r->opt_tap + tile * r->tap_tile, us_schedule_operand_bytes(r->D));
+  return us_schedule_write(o, &a);
+}
+
+static enum us_status touch_reduce(struct us_schedule_order *o, int64_t x) {
+  enum us_status status = US_OK;
+  for (uint32_t t = 0; status == US_OK && t < us_schedule_op(o, x)->row_tiles; t++)
+    status = touch_residual(o, x, t);
   return status == US_OK ? touch_output(o, x, &o->end[x]) : status; /* after the norm's exchange */
 }
 
@@ -199,7 +222,7 @@ static enum us_status touch_early(struct us_schedule_order *o, int64_t x, struct
 static enum us_status touch_attention(struct us_schedule_order *o, int64_t x, struct view before) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   const struct us_engine_attention *t = &op->attention;
-  struct us_schedule_range mine = us_schedule_input(o->s, op);
+  struct us_schedule_range mine = us_schedule_input(o->s, op, 0);
   struct us_schedule_span span = us_schedule_span(o->s, op->row_tile);
   if (!t->draft) { /* a pass that is not ACCEPT's may lay out a sequence's 16 rows anywhere */
     span.first = op->row_tile > 2 ? op->row_tile - 2 : 0;
@@ -247,8 +270,17 @@ static enum us_status touch_route(struct us_schedule_order *o, int64_t x) {
     break;
   }
   enum us_status status = touch_input(o, x);
+  if (status == US_OK && op->row_tiles > 1) { /* all blocks have read what was chosen here before */
+    struct access a = {.x = x,
+                       .view = &o->start[x],
+                       .range =
+                           us_schedule_range(op->route.choices, (uint64_t)op->row_tiles * US_ENGINE_ACTIVE *
+                                                                    sizeof *op->route.choices)};
+    status = us_schedule_write(o, &a);
+  }
   if (status != US_OK) return status;
-  return read_state(o, x, &o->start[x], PLACES + op->program, op->row_tile * US_ENGINE_ROWS, US_ENGINE_ROWS);
+  return read_state(o, x, &o->start[x], PLACES + op->program, op->row_tile * US_ENGINE_ROWS,
+                    op->row_tiles * US_ENGINE_ROWS);
 }
 
 static enum us_status touch_select(struct us_schedule_order *o, int64_t x) {
@@ -294,7 +326,9 @@ static enum us_status touch_accept(struct us_schedule_order *o, int64_t x) {
 /* `before`: what all blocks know before they wait. */
 static enum us_status touch(struct us_schedule_order *o, int64_t x, struct view before) {
   const struct us_engine_op *op = us_schedule_op(o, x);
-  enum us_status status = us_schedule_pushes(op) ? check_slot(o, x) : US_OK;
+  enum us_status status = US_OK;
+  for (uint32_t t = 0; us_schedule_pushes(op) && status == US_OK && t < op->row_tiles; t++)
+    status = check_slot(o, x, t);
   if (status != US_OK) return status;
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
@@ -325,13 +359,15 @@ static enum us_status pair_exchanges(struct us_schedule_order *o) {
     const struct us_engine_op *op = &o->s->ops[i];
     bool reduces = us_schedule_reduces(op);
     if (!reduces && !us_schedule_pushes(op)) continue;
-    uint32_t e = us_schedule_exchange(op);
     uint32_t *of = reduces ? o->reduction : o->pusher;
-    if (e >= o->exchanges || of[e] != US_ENGINE_NONE)
-      return us_schedule_order_wrong(o, i, "shares its exchange with another operation");
-    of[e] = i;
-    if (op->kind == US_ENGINE_REDUCE && o->pusher[e] == US_ENGINE_NONE)
-      return us_schedule_order_wrong(o, i, "waits for sums that nothing before it pushes");
+    for (uint32_t t = 0; t < op->row_tiles; t++) {
+      uint32_t e = us_schedule_exchange(op) + t;
+      if (e >= o->exchanges || of[e] != US_ENGINE_NONE)
+        return us_schedule_order_wrong(o, i, "shares its exchange with another operation");
+      of[e] = i;
+      if (op->kind == US_ENGINE_REDUCE && o->pusher[e] == US_ENGINE_NONE)
+        return us_schedule_order_wrong(o, i, "waits for sums that nothing before it pushes");
+    }
   }
   for (uint32_t e = 0; e < o->exchanges; e++)
     if (o->pusher[e] != US_ENGINE_NONE &&
@@ -370,10 +406,10 @@ static enum us_status allocate(struct us_schedule_order *o) {
   o->end = malloc(views);
   o->pusher = malloc((o->exchanges + 1) * sizeof *o->pusher);
   o->reduction = malloc((o->exchanges + 1) * sizeof *o->reduction);
-  o->source = malloc(o->n * sizeof *o->source);
+  o->source = malloc((size_t)o->n * US_ENGINE_GATHERED * sizeof *o->source);
   if (!o->start || !o->end || !o->pusher || !o->reduction || !o->source)
     return us_err_memory(o->err, "a proof", views);
-  for (uint32_t i = 0; i < o->n; i++) o->source[i] = US_ENGINE_NONE;
+  for (uint32_t i = 0; i < o->n * US_ENGINE_GATHERED; i++) o->source[i] = US_ENGINE_NONE;
   return US_OK;
 }
 
@@ -412,6 +448,7 @@ bool us_schedule_after(const struct us_schedule_order *o, uint32_t op, uint32_t 
   return us_schedule_is_written(o, &o->start[first + op].seen, first + before);
 }
 
-uint32_t us_schedule_source(const struct us_schedule_order *o, uint32_t op) {
-  return o->source[op];
+uint32_t us_schedule_source(const struct us_schedule_order *o, uint32_t op, uint32_t row_tile) {
+  uint32_t t = row_tile - o->s->ops[op].row_tile;
+  return t < o->s->ops[op].row_tiles ? o->source[op * US_ENGINE_GATHERED + t] : US_ENGINE_NONE;
 }

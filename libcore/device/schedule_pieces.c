@@ -16,7 +16,8 @@ bool us_schedule_read_is_over(const struct us_schedule_order *o, const struct vi
   const struct us_engine_op *op = us_schedule_op(o, reader);
   if (us_schedule_is_gemm(op) && v->over.gemm >= reader) return true;
   if (!us_schedule_pushes(op)) return false;
-  return v->pushed >= reader / o->n * o->n + o->reduction[us_schedule_exchange(op)];
+  return v->pushed >= reader / o->n * o->n +
+                          o->reduction[us_schedule_exchange(op) + op->row_tiles - 1]; /* the last of its */
 }
 
 bool us_schedule_is_written(const struct us_schedule_order *o, const struct known *k, int64_t writer) {
@@ -116,19 +117,26 @@ enum us_status us_schedule_stands(struct us_schedule_order *o, struct us_schedul
 
 /* ---- what operations read and write ------------------------------------------------------------------------------ */
 
-struct us_schedule_range us_schedule_input(const struct us_device_schedule *s,
-                                           const struct us_engine_op *op) {
+/* A row tile's piece of what an operation reads. */
+static struct us_schedule_range piece_of(const void *base, uint64_t tile_bytes, uint32_t piece,
+                                         uint64_t bytes) {
+  return us_schedule_range((const uint8_t *)base + piece * tile_bytes, bytes);
+}
+
+struct us_schedule_range us_schedule_input(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                           uint32_t piece) {
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_GEMM:
-    return us_schedule_range(op->gemm.operand,
-                             us_schedule_operand_bytes((uint64_t)op->gemm.w.slices * op->gemm.w.groups * 32));
+    return piece_of(op->gemm.operand, op->gemm.operand_tile, piece,
+                    us_schedule_operand_bytes((uint64_t)op->gemm.w.slices * op->gemm.w.groups * 32));
   case US_ENGINE_DOWN:
-    return us_schedule_range(op->down.pairs, (uint64_t)US_ENGINE_ROWS * s->weights->shape.top_k *
-                                                 us_engine_pair_bytes(op->down.F));
+    return us_schedule_range(op->down.pairs, (uint64_t)op->row_tiles * US_ENGINE_ROWS *
+                                                 s->weights->shape.top_k * us_engine_pair_bytes(op->down.F));
   case US_ENGINE_ATTENTION:
     return us_schedule_range(op->attention.qkv, us_schedule_row_bytes(op->attention.qkv_rows));
   case US_ENGINE_ROUTE:
-    return us_schedule_range(op->route.logits, op->route.parts * us_schedule_row_bytes(op->route.stride));
+    return piece_of(op->route.logits, op->route.logits_tile * sizeof(float), piece,
+                    op->route.parts * us_schedule_row_bytes(op->route.stride));
   case US_ENGINE_CONTEXT:
     return us_schedule_range(op->context.kv,
                              us_schedule_row_bytes((uint64_t)op->context.layers * op->context.G *
@@ -140,18 +148,20 @@ struct us_schedule_range us_schedule_input(const struct us_device_schedule *s,
   }
 }
 
-struct us_schedule_range us_schedule_output(const struct us_device_schedule *s,
-                                            const struct us_engine_op *op) {
+struct us_schedule_range us_schedule_output(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                            uint32_t piece) {
   const struct us_engine_gemm *g = &op->gemm;
   if (us_schedule_reduces(op))
-    return us_schedule_range(op->reduce.operand, us_schedule_operand_bytes(op->reduce.D));
+    return piece_of(op->reduce.operand, op->reduce.operand_tile, piece,
+                    us_schedule_operand_bytes(op->reduce.D));
   if (op->kind == US_ENGINE_ATTENTION)
     return us_schedule_range(op->attention.operand,
                              us_schedule_operand_bytes((uint64_t)op->attention.H * op->attention.V));
   if (op->kind != US_ENGINE_GEMM || g->epilogue == US_ENGINE_PUSH) return us_schedule_range(NULL, 0);
   if (g->epilogue == US_ENGINE_STORE)
-    return us_schedule_range(g->out, g->parts * us_schedule_row_bytes(g->out_stride));
-  if (g->epilogue == US_ENGINE_SWIGLU) return us_schedule_range(g->out, us_schedule_operand_bytes(g->F));
-  return us_schedule_range(g->out,
-                           (uint64_t)US_ENGINE_ROWS * s->weights->shape.top_k * us_engine_pair_bytes(g->F));
+    return piece_of(g->out, g->out_tile, piece, g->parts * us_schedule_row_bytes(g->out_stride));
+  if (g->epilogue == US_ENGINE_SWIGLU)
+    return piece_of(g->out, g->out_tile, piece, us_schedule_operand_bytes(g->F));
+  return us_schedule_range(g->out, (uint64_t)op->row_tiles * US_ENGINE_ROWS * s->weights->shape.top_k *
+                                       us_engine_pair_bytes(g->F));
 }

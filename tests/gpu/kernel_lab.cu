@@ -79,10 +79,8 @@ struct part {
   void (*run)(uint64_t seed);
 };
 
-static const struct part parts[] = {{"gemm", lab_gemm},
-                                    {"route", lab_route},
-                                    {"experts", lab_experts},
-                                    {"reduce", lab_reduce},
+static const struct part parts[] = {{"gemm", lab_gemm},     {"route", lab_route}, {"experts", lab_experts},
+                                    {"gather", lab_gather}, {"wide", lab_wide},   {"reduce", lab_reduce},
                                     {"chain", lab_chain}};
 
 /* kernel_lab [SEED [PART...]] */

@@ -391,6 +391,7 @@ void lab_upload_ops(struct lab_run *run, bool chained) {
   uint32_t count = (uint32_t)run->ops[0].size();
   for (uint32_t i = 0; i < run->shape.count; i++) {
     run->ops[i][0].wait = count - 1;
+    for (const struct us_engine_op &op : run->ops[i]) run->launch.several |= op.row_tiles > 1;
     for (struct us_engine_op &op : run->ops[i])
       if (!chained) op.wait = US_ENGINE_NONE;
     run->launch.rank[i].ops = lab_keep(run, lab_upload(run->ops[i]));

@@ -155,6 +155,8 @@ double lab_resident_us(struct lab_run *run, uint32_t rounds);
 void lab_gemm(uint64_t seed);
 void lab_route(uint64_t seed);
 void lab_experts(uint64_t seed);
+void lab_gather(uint64_t seed);
+void lab_wide(uint64_t seed);
 void lab_reduce(uint64_t seed);
 void lab_chain(uint64_t seed);
 

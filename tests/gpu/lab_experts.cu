@@ -48,8 +48,8 @@ static uint32_t matrix_of(const struct problem *p, uint32_t pass, uint32_t exper
 
 static uint32_t add_route(struct lab_run *run, const struct problem *p, uint32_t layer, uint32_t *routed) {
   const struct expert_case *c = p->of;
-  struct us_engine_route route = {p->device_logits, NULL,  1, c->E, c->E, c->top_k, 1.0f, true, true,
-                                  p->seed,          routed};
+  struct us_engine_route route = {p->device_logits, NULL,   1, c->E, c->E, c->top_k, 1.0f, true, true,
+                                  p->seed,          routed, 0, NULL, 0};
   return lab_add_route(run, 0, route, layer);
 }
 

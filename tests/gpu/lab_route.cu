@@ -141,7 +141,8 @@ static void lab_one(const struct route_case *c, uint64_t seed) {
                                     c->E,          c->top_k,
                                     c->scaling,    c->normalise,
                                     c->uniform,    seed,
-                                    NULL};
+                                    NULL,          0,
+                                    NULL,          0};
     uint32_t op = lab_add_route(&run, 0, route, l);
     lab_add_down(&run, 0, &w, 0, device_pairs, op);
     struct us_engine_reduce reduce = {};
