@@ -186,6 +186,10 @@ struct us_schedule_span us_schedule_span(const struct us_device_schedule *s, uin
 static inline bool us_schedule_is_gemm(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_GEMM && (op->row_tiles == 1 || op->gemm.experts);
 }
+/* A dense product of several row tiles (kernels/engine/wide.cuh). */
+static inline bool us_schedule_is_wide(const struct us_engine_op *op) {
+  return op->kind == US_ENGINE_GEMM && op->row_tiles > 1 && !op->gemm.experts;
+}
 static inline bool us_schedule_pushes(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.epilogue == US_ENGINE_PUSH);
 }

@@ -116,11 +116,13 @@ struct us_schedule_span us_schedule_span(const struct us_device_schedule *s, uin
   return span;
 }
 
-/* What a product or an attention multiplies stands. New keys of a drafter's block may lie in a later row tile. The features stand
- * without a wait: no block leaves a round's ACCEPT before it knows the round's last SELECT, and so all reductions, done. */
+/* What a product or an attention multiplies stands. New keys of a drafter's block may lie in a later row tile. Attention takes the ring
+ * away, and the warp that loads a wide product's activations into it does not wait there: it waits for the pass's last. The features
+ * stand without a wait: no block leaves a round's ACCEPT before it knows the round's last SELECT, and so all reductions, done. */
 static void wait_for_rows(struct list *list, struct us_engine_op *op, const struct us_schedule_unit *unit) {
   uint32_t t = op->row_tile + op->row_tiles - 1; /* row tiles are in order */
   if (op->kind == US_ENGINE_ATTENTION && op->attention.draft) t = us_schedule_span(list->s, t).last;
+  if (unit->op == US_TASK_O_PROJ && us_schedule_is_wide(op)) t = list->tiles - 1;
   wait_for_events(list, op, unit, t);
 }
 

@@ -5,7 +5,9 @@
  * How blocks run a list (kernels/engine/block.cuh), and so what may be concluded:
  * - The compute warps of a block take operations in order. All of them wait for op->wait before they touch memory, also in blocks
  *   that have no part in the operation; weights alone are read ahead.
- * - A dense product of several row tiles (wide.cuh) is a vector operation to the others: its compute warps finish it.
+ * - A dense product of several row tiles (wide.cuh) is a vector operation to the others: its compute warps finish it. A warp of its
+ *   own loads its activations into the ring. That warp waits at the end of a round and where such products do, nowhere else, and a stage's
+ *   barrier does not tell it one phase from the next but one: attention, which takes the ring, must be over.
  * - done[op] of a vector operation counts blocks whose compute warps have passed it: then all blocks have passed all operations
  *   before it, except that the epilogue warps of products before it may still be writing.
  * - done[op] of a product counts epilogue warps, which take products in order: then all products up to it are written. A block
@@ -93,9 +95,11 @@ static enum us_status pass_operation(struct us_schedule_order *o, int64_t x) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   enum us_status status = check_wait(o, x, op->wait);
   if (status != US_OK) return status;
+  if (x % o->n == 0) o->loads = o->all;
   if (op->wait != US_ENGINE_NONE) {
     learn_done(o, &o->all, meant(o, x, op->wait));
     learn_done(o, &o->own, meant(o, x, op->wait));
+    if (us_schedule_is_wide(op)) learn_done(o, &o->loads, meant(o, x, op->wait));
   }
   o->start[x] = us_schedule_reduces(op) ? o->own : o->all;
   if (us_schedule_reduces(op)) learn_pushed(o, &o->own, x);
@@ -129,13 +133,23 @@ static enum us_status write_state(struct us_schedule_order *o, int64_t x, enum s
 
 /* ---- one operation ----------------------------------------------------------------------------------------------- */
 
+/* A wide product's activations come into the ring when attention has given it back. */
+static enum us_status check_ring(const struct us_schedule_order *o, int64_t x) {
+  int64_t begin = x - x % o->n, i = x - 1;
+  while (i >= begin && us_schedule_op(o, i)->kind != US_ENGINE_ATTENTION) i--;
+  if (i < begin || o->loads.over.vector >= i) return US_OK;
+  return us_schedule_order_wrong(o, x, "loads activations while attention may have the ring");
+}
+
 /* The input of most operations: exactly what one operation wrote, but for the taps. */
 static enum us_status touch_input(struct us_schedule_order *o, int64_t x) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   uint32_t inputs = us_schedule_inputs(op), *source = o->source + x % o->n * US_ENGINE_GATHERED;
-  enum us_status status = US_OK;
+  bool wide = us_schedule_is_wide(op);
+  enum us_status status = wide ? check_ring(o, x) : US_OK;
   for (uint32_t t = 0; status == US_OK && t < op->row_tiles; t++) {
-    struct access a = {.x = x, .view = &o->start[x], .range = us_schedule_input(o->s, op, t)};
+    struct access a = {
+        .x = x, .view = wide ? &o->loads : &o->start[x], .range = us_schedule_input(o->s, op, t)};
     int64_t writer = -1;
     source[t] = source[0];
     if (t >= inputs) continue;
@@ -418,7 +432,8 @@ enum us_status us_schedule_check_order(const struct us_device_schedule *s,
   *ret_order = NULL;
   struct us_schedule_order *o = calloc(1, sizeof *o);
   if (!o) return us_err_memory(err, "a proof", sizeof *o);
-  *o = (struct us_schedule_order){.s = s, .n = s->op_count, .all = nothing, .own = nothing, .err = err};
+  *o = (struct us_schedule_order){
+      .s = s, .n = s->op_count, .all = nothing, .own = nothing, .loads = nothing, .err = err};
   for (int pass = 0; pass < US_ENGINE_PASSES; pass++) o->exchanges += s->exchanges[pass];
   enum us_status status = allocate(o);
   if (status == US_OK) status = pair_exchanges(o);

@@ -31,6 +31,7 @@ struct us_schedule_order {
   struct view *start;   /* (ROUNDS * n) when an operation touches memory; reductions: of blocks with slices */
   struct view *end;     /* (ROUNDS * n) what its count tells: blocks with slices have ended it */
   struct view all, own; /* now: what every block knows, what blocks with slices know */
+  struct view loads;    /* and what the warps know that load activations of wide products */
   uint32_t *pusher, *reduction; /* (exchanges) operations by their number */
   uint32_t *source;             /* (n, US_ENGINE_GATHERED) of each of its row tiles */
   uint32_t last_attention[2][US_MAX_LAYERS], last_context; /* by target, drafter; US_ENGINE_NONE */

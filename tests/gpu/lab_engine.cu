@@ -15,21 +15,28 @@ struct lab_weights lab_weights(enum us_format format, uint32_t rows, uint32_t co
   return w;
 }
 
-/* The most warps, then the largest pages. */
-static struct lab_cut choose_cut(enum us_format format, uint32_t halves, uint32_t cols, uint32_t parts) {
+/* Groups of 32 columns of the largest pages that divide so many: what device/weights_layout.c gives the engine. */
+static uint32_t largest_page(enum us_format format, uint32_t halves, uint32_t groups) {
+  uint32_t g = US_ENGINE_PAGE_GROUPS(format, halves);
+  while (groups % g || (format == US_FORMAT_FP8 && g == 3)) g--;
+  return g;
+}
+
+/* The most warps, then the largest pages; or the largest pages, then the most warps. */
+static struct lab_cut choose_cut(const struct lab_weights *w, uint32_t halves) {
   struct lab_cut best = {};
-  uint32_t most = US_ENGINE_PAGE_GROUPS(format, halves), groups = cols / 32 / parts;
-  uint32_t subs = US_ENGINE_MAX_SUBS(format, halves);
-  for (uint32_t g = 1; g <= most; g++)
+  uint32_t most = US_ENGINE_PAGE_GROUPS(w->format, halves), groups = w->cols / 32 / w->parts;
+  uint32_t subs = US_ENGINE_MAX_SUBS(w->format, halves);
+  for (uint32_t g = w->large_pages ? largest_page(w->format, halves, groups) : 1; g <= most; g++)
     for (uint32_t warps = 1; warps <= US_ENGINE_COMPUTE_WARPS; warps++) {
       if (groups % (g * warps) || groups / (g * warps) > subs) continue;
-      if (format == US_FORMAT_FP8 && g == 3) continue; /* would cut blocks of 128 */
+      if (w->format == US_FORMAT_FP8 && g == 3) continue; /* would cut blocks of 128 */
       if (warps * g < best.warps * best.groups ||
           (warps * g == best.warps * best.groups && warps < best.warps))
         continue;
-      best = {format, g, warps, groups / (g * warps), parts};
+      best = {w->format, g, warps, groups / (g * warps), w->parts};
     }
-  if (!best.warps) fprintf(stderr, "no cut of %u columns in %u parts\n", cols, parts), exit(3);
+  if (!best.warps) fprintf(stderr, "no cut of %u columns in %u parts\n", w->cols, w->parts), exit(3);
   return best;
 }
 
@@ -89,7 +96,7 @@ void lab_weights_make(struct lab_weights *w, uint64_t seed, uint32_t tile_rows) 
   if (!tile_rows) tile_rows = w->gated || (w->format == US_FORMAT_MXFP4 && w->rows % 32 == 0) ? 32 : 16;
   if (w->half == 0) w->half = sqrtf(3.0f / (float)w->cols);
   for (uint32_t kind = 0; kind < (w->gated ? 2 : 1); kind++) make_codes(w, kind, seed);
-  w->cut = choose_cut(w->format, tile_rows / 16, w->cols, w->parts);
+  w->cut = choose_cut(w, tile_rows / 16);
   w->pages = {w->format, w->rows, w->cols, tile_rows, w->cut.groups * 32};
   struct us_engine_matrix *m = &w->matrix;
   m->pages = pack(w), m->matrix_bytes = us_pages_bytes(&w->pages), m->tiles = us_pages_tiles(&w->pages);
@@ -281,6 +288,7 @@ static void make_rank(struct lab_run *run, uint32_t i, struct us_engine_stuck *s
 void lab_run_begin(struct lab_run *run, struct lab_ranks shape) {
   run->launch = {}, run->shape = shape, run->items = 0;
   run->launch.ranks = shape.count, run->launch.timeout_ns = us_gpu_timeout(2000000000u);
+  run->launch.unfiltered = true; /* what decodes usually: the other instance's loops spill */
   int blocks = us_engine_blocks(shape.count);
   if (blocks <= 0) exit(5);
   struct us_engine_stuck *stuck;

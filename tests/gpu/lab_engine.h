@@ -32,8 +32,9 @@ struct lab_cut {
 struct lab_weights {
   enum us_format format;
   uint32_t rows, cols, count, parts;
-  bool gated; /* gate above up, each (rows / 2, cols) */
-  float half; /* weights are uniform in +- half; 0: variance of a product with unit rows is 1 */
+  bool gated;       /* gate above up, each (rows / 2, cols) */
+  bool large_pages; /* as the engine's weights are cut; else smaller ones if more warps work on them */
+  float half;       /* weights are uniform in +- half; 0: variance of a product with unit rows is 1 */
   uint8_t *codes[2], *scales[2]; /* as a checkpoint has them: gate and up, or one */
   struct us_pages pages;
   struct us_engine_matrix matrix;

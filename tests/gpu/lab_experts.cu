@@ -261,6 +261,7 @@ static struct problem make(const struct expert_case *c, uint64_t seed) {
   p.down = lab_weights(c->format, c->D, c->F);
   p.up.count = p.down.count = c->E * c->layers;
   lab_weights_make(&p.up, seed);
+  p.down.large_pages = true;
   lab_weights_make(&p.down, seed, 16);
   p.x = lab_rows(c->D, &state), p.logits.resize(8 * c->E);
   for (float &v : p.logits) v = (float)(lab_random(&state) >> 40) * 0x1p-22f - 2.0f;

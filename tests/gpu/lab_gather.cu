@@ -205,8 +205,11 @@ static struct problem make(const struct gather_case *c, uint64_t seed) {
   p.up = lab_weights(US_FORMAT_MXFP4, 2 * c->F, c->D), p.up.gated = true;
   p.down = lab_weights(US_FORMAT_MXFP4, c->D, c->F);
   p.up.count = p.down.count = c->E;
+  p.down.large_pages = true; /* of four groups, the only ones that down_gather.cuh multiplies */
   lab_weights_make(&p.up, seed);
   lab_weights_make(&p.down, seed, 16);
+  if (p.down.matrix.groups != 4)
+    fprintf(stderr, "F %u: pages of down must have four groups\n", c->F), exit(3);
   std::vector<float> logits((size_t)c->tiles * 8 * c->E), bias(c->E);
   for (float &v : logits) v = (float)(lab_random(&state) >> 40) * 0x1p-22f - 2.0f;
   for (float &v : bias) v = (float)(lab_random(&state) >> 40) * 0x1p-25f; /* some experts are popular */

@@ -215,6 +215,27 @@ START_TEST(adaptive_rows_that_are_embedded_before_the_last_proposals_are_refused
 }
 END_TEST
 
+/* 16 row tiles: o_proj takes 8, but the other 8 may hold the ring. */
+START_TEST(activations_that_come_while_attention_has_the_ring_are_refused) {
+  struct fixture f = tiny();
+  f.shape.layers = 3, f.draft.layers = 1, f.draft.target_layers = 3, f.draft.tap_layer[1] = 2;
+  make(&f, 1, 2, (struct us_device_schedule_options){.batch = 8, .block = 16});
+  expect_proved(&f, "unbroken");
+  uint32_t products = 0;
+  for (uint32_t i = 0; i < f.schedule->op_count; i++) {
+    struct us_engine_op *op = &f.schedule->ops[i];
+    if (op->task_op != US_TASK_O_PROJ || op->wait == US_ENGINE_NONE) continue;
+    uint32_t wait = op->wait;
+    ck_assert_uint_eq(f.schedule->ops[wait].row_tile, 15);
+    op->wait = wait - 8; /* the last of its own row tiles */
+    expect_refused(&f, i, "the wait for all of attention");
+    op->wait = wait, products++;
+  }
+  ck_assert_uint_eq(products, 4);
+  release(&f);
+}
+END_TEST
+
 START_TEST(keys_fetched_after_no_operation_are_refused) {
   struct fixture f = to_break(_i);
   for (uint32_t i = 0; i < f.schedule->op_count; i++) {
@@ -292,6 +313,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, 5);
   tcase_add_loop_test(c, a_list_without_any_one_of_its_waits_is_refused, 0, 5);
   tcase_add_test(c, adaptive_rows_that_are_embedded_before_the_last_proposals_are_refused);
+  tcase_add_test(c, activations_that_come_while_attention_has_the_ring_are_refused);
   tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, 5);
   tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, 5);
   tcase_add_test(c, with_one_row_tile_no_two_neighbours_can_change_places);
