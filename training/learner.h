@@ -131,7 +131,9 @@ struct us_learner_pass {
   const float *weight;              /* (R) 0: the row does not count */
   struct us_learner_model *teacher; /* KL to its distribution, row by row; NULL: cross-entropy */
   float scale;                      /* of loss and gradients */
-  bool gradient;                    /* add gradients to the lane's */
+  float
+      routers; /* with a teacher: weight of its routers' scores beside its distribution, in the gradient alone; 0: none */
+  bool gradient; /* add gradients to the lane's */
 };
 
 /* Room for passes of up to `capacity` rows in every lane. */

@@ -60,7 +60,6 @@ static void take_layer(struct us_arena *t, const struct us_shape *shape, size_t 
     US_ARENA_TAKE(t, s->a, R * shape->dense_inner);
     return;
   }
-  US_ARENA_TAKE(t, s->scores, R * shape->experts);
   US_ARENA_TAKE(t, s->weight, slots);
   US_ARENA_TAKE(t, s->plan.start, shape->experts + 1);
   US_ARENA_TAKE(t, s->plan.row, slots);
@@ -74,6 +73,11 @@ static void take_layer(struct us_arena *t, const struct us_shape *shape, size_t 
 static void take_layers(struct us_arena *t, const struct us_model_train *train,
                         struct us_layer_saved *saved) {
   struct us_layer_saved ignored = {0};
+  /* A student asks its teacher for the scores of all layers. */
+  for (uint32_t l = 0; l < train->shape.layers; l++) {
+    size_t n = train->shape.moe_layer[l] ? train->capacity * train->shape.experts : 0;
+    US_ARENA_TAKE(t, (saved ? &saved[l] : &ignored)->scores, n);
+  }
   size_t start = t->used, widest = t->used;
   for (uint32_t l = 0; l < train->shape.layers; l++) {
     if (train->memory != US_TRAIN_SAVE) t->used = start;

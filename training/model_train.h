@@ -36,6 +36,13 @@ struct us_train_taps {
   float *out; /* (R, count * D) written */
 };
 
+/* Another model's routers, which the backward pass teaches to the model's own (kernels/router/router_grad.h). */
+struct us_router_lesson {
+  const struct us_model_train *opt_teacher; /* after its forward pass over the same batch; NULL: none */
+  const float *opt_weight;                  /* (R) */
+  float scale;
+};
+
 struct us_model_train {
   struct us_shape shape;
   struct us_params *params; /* borrowed */
@@ -46,7 +53,8 @@ struct us_model_train {
   float *hidden;               /* (R, D) after the final norm */
   float *dhidden;              /* (R, D) gradient of hidden, consumed by backward */
   const struct us_param *head; /* compute is the head's weights, us_param_grad(head) its gradient */
-  uint64_t *load;              /* (L, E) rows each expert got since us_model_train_balance or _clear_load */
+  struct us_router_lesson routers;
+  uint64_t *load; /* (L, E) rows each expert got since us_model_train_balance or _clear_load */
   struct us_model_train_state *state;
 };
 

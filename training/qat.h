@@ -50,6 +50,7 @@ struct us_qat {
   size_t batch, length; /* sequences a step, tokens a sequence */
   size_t micro;         /* sequences a forward pass; 0: as many as 8,192 rows hold */
   uint64_t seed;
+  double routers; /* with US_QAT_KL: weight of the original's routing scores in what is minimised; 0: none */
   size_t
       gptq_windows; /* training sequences whose inputs say where the masters begin; 0: at the original's weights */
   enum us_train_memory memory;    /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */

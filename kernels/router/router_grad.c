@@ -5,6 +5,7 @@
 struct router_task {
   const struct us_router_rows *router;
   const float *bias, *dweight;
+  const struct us_router_teacher *teacher;
   float *scores, *weight;
   uint32_t *id;
 };
@@ -49,6 +50,14 @@ void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, cons
   us_pool_for(seq->pool, router->R, 64, select_rows, &t);
 }
 
+/* d cross-entropy(theirs, sigmoid(logit)) / d logit = sigmoid(logit) - theirs. */
+static float taught(const struct us_router_teacher *opt_teacher, uint32_t E, size_t r, uint32_t e,
+                    float score) {
+  if (!opt_teacher) return 0.0f;
+  float factor = opt_teacher->scale * (opt_teacher->opt_weight ? opt_teacher->opt_weight[r] : 1.0f);
+  return factor * (score - opt_teacher->scores[r * E + e]);
+}
+
 static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
   const struct router_task *t = arg;
   const struct us_router_rows *router = t->router;
@@ -61,12 +70,11 @@ static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
     for (uint32_t k = 0; k < K; k++) pull += dweight[k] * row[id[k]] / sum;
     uint32_t k = 0;
     for (uint32_t e = 0; e < E; e++) {
-      if (k == K || id[k] != e) {
-        row[e] = 0.0f;
-        continue;
-      }
-      float s = row[e], ds = router->normalise ? (dweight[k] - pull) / sum : dweight[k];
-      row[e] = ds * router->scaling * s * (1.0f - s);
+      float s = row[e];
+      row[e] = taught(t->teacher, E, r, e, s);
+      if (k == K || id[k] != e) continue;
+      float ds = router->normalise ? (dweight[k] - pull) / sum : dweight[k];
+      row[e] += ds * router->scaling * s * (1.0f - s);
       k++;
     }
   }
@@ -74,8 +82,9 @@ static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
 
 /* Turns scores into the gradient of the logits: the scores are not needed afterwards. */
 void us_router_grad(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
-                    float *scores, const uint32_t *id, const float *dweight, float *dx, float *dw) {
-  struct router_task t = {.router = router, .dweight = dweight, .scores = scores};
+                    float *scores, const uint32_t *id, const float *dweight,
+                    const struct us_router_teacher *opt_teacher, float *dx, float *dw) {
+  struct router_task t = {.router = router, .dweight = dweight, .teacher = opt_teacher, .scores = scores};
   t.id = (uint32_t *)id;
   us_pool_for(seq->pool, router->R, 64, grad_rows, &t);
   struct us_linear dims = {.R = router->R, .N = router->E, .K = router->D};

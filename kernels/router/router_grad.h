@@ -1,12 +1,13 @@
 /* router_grad.h: choose K experts a row by sigmoid scores, weigh them, and the gradient through the chosen scores.
  *
  *     us_router_seq(&seq, &router, x, w, bias, scores, id, weight);
- *     us_router_grad(&seq, &router, x, w, scores, id, dweight, dx, dw);
+ *     us_router_grad(&seq, &router, x, w, scores, id, dweight, NULL, dx, dw);
  *     us_router_load(id, R * K, E, load);
  *     us_router_balance(bias, load, E, 1e-3f);             // once a step: DeepSeek-V3's auxiliary-loss-free balancing
  *
  * scores = sigmoid(x w^T); the K largest of scores + bias are chosen (ties to the lowest id), listed in ascending id;
- * weight = score / (sum of the chosen scores + 1e-20) * scaling. The bias steers selection only: it has no gradient.
+ * weight = score / (sum of the chosen scores + 1e-20) * scaling. The bias steers selection only: it has no gradient. Nor has the
+ * choice itself, which another router's scores can teach: the cross-entropy of every expert's score against the other's.
  */
 #ifndef US_KERNELS_ROUTER_GRAD_H
 #define US_KERNELS_ROUTER_GRAD_H
@@ -24,9 +25,17 @@ struct us_router_rows {
 void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
                    const float *bias, float *scores, uint32_t *id, float *weight);
 
+/* Adds sum over rows of scale * weight * sum over experts of cross-entropy(theirs, own), which is least where own is theirs. */
+struct us_router_teacher {
+  const float *scores;     /* (R, E) */
+  const float *opt_weight; /* (R); NULL: all 1 */
+  float scale;
+};
+
 /* dweight (R, K). scores become the gradient of the logits. dx (R, D) is added to; dw (E, D) is added to, NULL if frozen. */
 void us_router_grad(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
-                    float *scores, const uint32_t *id, const float *dweight, float *dx, float *dw);
+                    float *scores, const uint32_t *id, const float *dweight,
+                    const struct us_router_teacher *opt_teacher, float *dx, float *dw);
 
 /* Add how often each expert occurs in id (n) to load (E). */
 void us_router_load(const uint32_t *id, size_t n, uint32_t E, uint64_t *load);

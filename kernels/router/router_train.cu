@@ -3,7 +3,7 @@
  * w = high + middle + low, each bf16, are 3 E rows of one matrix: 16384 rows x 192 x 1024 take 21 us on tensor cores, the
  * 2.1 GFLOP of FP32 multiplies 70 at half of their rate. The gradient of w reads K rows of x a row of the batch, from L2: 268 MB.
  *
- * Contents: logits; choice; gradient of the logits; gradient of the weights.
+ * Contents: logits; choice; gradient of the logits; gradient of the weights; another router's lesson.
  */
 #include "kernels/router/router_train.h"
 #include "kernels/cpu/exp.h"
@@ -203,5 +203,21 @@ int us_router_train_grad(const struct us_router_train_grad *g, cudaStream_t stre
     dim3 columns((g->D + THREADS - 1) / THREADS, g->E);
     add_pieces<<<columns, THREADS, 0, stream>>>(g->D, pieces(g->E), sums, g->opt_dw);
   }
+  return cudaGetLastError();
+}
+
+/* --- another router's lesson --- */
+
+static __global__ void teach_logits(const struct us_router_train_lesson lesson) {
+  uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
+  if (i >= (uint64_t)lesson.R * lesson.E) return;
+  float weight = lesson.opt_weight ? lesson.opt_weight[i / lesson.E] : 1.0f;
+  lesson.dlogit[i] = us_bf16_from_f32(lesson.scale * weight * (lesson.scores[i] - lesson.theirs[i]));
+}
+
+int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream) {
+  uint64_t n = (uint64_t)lesson->R * lesson->E;
+  if (!n) return cudaSuccess;
+  teach_logits<<<(uint32_t)((n + 255) / 256), 256, 0, stream>>>(*lesson);
   return cudaGetLastError();
 }

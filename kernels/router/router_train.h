@@ -6,6 +6,7 @@
  *     struct us_router_train_grad g = {.R = R, .., .start = plan.start, .pair = plan.pair, .dlogit = dlogit};
  *     us_router_train_grad(&g, stream);                      // dlogit; opt_dw += dlogit^T x
  *     us_experts_train_gather_grad(..)                       // adds dlogit w to the gradient of x (experts_train.h)
+ *     us_router_train_lesson(&lesson, stream);               // gradient of all logits towards another router's scores
  *
  * Logits are x (bf16) times w (FP32): w is taken apart into three bf16 terms that add up to it exactly but for its last bits
  * (24 of 24 where the exponent allows), each multiplied on the tensor cores and summed in FP32. The gradient of the logits is
@@ -63,6 +64,16 @@ struct us_router_train_grad {
 };
 size_t us_router_train_grad_scratch(uint32_t D, uint32_t E);
 int us_router_train_grad(const struct us_router_train_grad *grad, cudaStream_t stream);
+
+/* us_router_teacher's part of the gradient, which no expert's logit is without: for two dense products. */
+struct us_router_train_lesson {
+  uint32_t R, E;
+  const float *scores, *theirs; /* (R, E) */
+  const float *opt_weight;      /* (R); NULL: all 1 */
+  float scale;
+  uint16_t *dlogit; /* (R, E) bf16, written: scale * weight * (scores - theirs) */
+};
+int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -176,7 +176,7 @@ static void test_grad(const struct router_sizes &z) {
   us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
   struct us_router_rows cpu_rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f};
   us_router_grad(&seq, &cpu_rows, wide.data(), w.data(), dlogits.data(), cpu.id.data(), dweight.data(),
-                 dx.data(), own_dw.data());
+                 nullptr, dx.data(), own_dw.data());
   us_seq_release(&seq);
   std::vector<float> chosen(got_dlogit.size());
   for (size_t i = 0; i < chosen.size(); i++) chosen[i] = dlogits[i / z.K * z.E + cpu.id[i]];

@@ -5,6 +5,9 @@
 
 #include <math.h>
 
+/* Of the routers' scores beside KL: large enough to weigh in the routers' gradients. */
+#define LESSON 0x1p-8f
+
 /* Head sizes that the attention kernels take. */
 static void fit(struct us_shape *s) {
   if (s->full.qk_dim % 16 == 0) return;
@@ -91,6 +94,8 @@ static void run_once(struct target *t, bool kl) {
   struct us_head_loss head = head_of(t, kl, &teacher);
   us_head_loss(&t->seq, &head);
   t->loss[kl] = head.total;
+  t->cpu->routers = (struct us_router_lesson){
+      .opt_teacher = kl ? t->teacher : NULL, .opt_weight = t->rows.weight, .scale = LESSON};
   need(us_model_train_backward(t->cpu, &err), &err, t->name);
 }
 
@@ -258,6 +263,8 @@ struct result run_gpu(struct target *t, const struct variant *v, bool checks) {
                                    .dhead = model->head_grad,
                                    .rows = true};
   need(us_cuda_loss_add(loss, &head, &err), &err, t->name);
+  model->routers =
+      (struct us_cuda_router_lesson){.opt_teacher = teacher, .opt_weight = loss->weight, .scale = LESSON};
   need(us_cuda_model_backward(model, &err), &err, t->name);
   struct result result = {.row_loss = take(R, sizeof(float))};
   need(us_cuda_loss_collect(loss, &result.loss, &result.counted, &err), &err, t->name);

@@ -136,6 +136,7 @@ enum us_status us_cuda_loss_add(struct us_cuda_loss *loss, const struct us_cuda_
     return us_err_set(err, US_ERR_USAGE, "this loss has no room for a teacher's logits");
   us_cuda_use(loss->cuda);
   enum us_status status = send_labels(loss, args, err);
+  loss->weight = args->weight ? s->weight : NULL;
   if (status != US_OK) return status;
   struct us_cuda_head_pass pass = {.R = args->R,
                                    .D = loss->D,

@@ -38,6 +38,7 @@ struct us_cuda_loss {
   struct us_cuda *cuda;
   size_t capacity, D, N;
   size_t chunk;                        /* rows whose logits exist at once; may be lowered */
+  const float *weight;                 /* device (R) of the last add; NULL if it had none */
   const float *row_loss, *row_logprob; /* host (R): as us_head_loss's, of the last add with .rows */
   const uint8_t *row_hit;
   struct us_cuda_loss_state *state;

@@ -32,7 +32,6 @@ static void take_layer(struct us_arena *t, const struct us_shape *shape, size_t 
     US_ARENA_TAKE(t, s->gate_up, R * 2 * shape->dense_inner);
     return;
   }
-  US_ARENA_TAKE(t, s->scores, R * shape->experts);
   US_ARENA_TAKE(t, s->weight, slots);
   US_ARENA_TAKE(t, s->start, shape->experts + 1);
   US_ARENA_TAKE(t, s->row, slots);
@@ -45,6 +44,11 @@ static void take_layer(struct us_arena *t, const struct us_shape *shape, size_t 
 /* Layers that share buffers start at the same place; the widest decides where the next piece begins. */
 static void take_layers(struct us_arena *t, const struct us_cuda_model *model, bool counting) {
   struct us_cuda_layer_saved ignored;
+  /* A student asks its teacher for the scores of all layers. */
+  for (uint32_t l = 0; l < model->shape.layers; l++) {
+    size_t n = model->shape.moe_layer[l] ? model->capacity * model->shape.experts : 0;
+    US_ARENA_TAKE(t, (counting ? &ignored : &model->state->saved[l])->scores, n);
+  }
   size_t start = t->used, widest = t->used;
   for (uint32_t l = 0; l < model->shape.layers; l++) {
     if (model->memory != US_TRAIN_SAVE) t->used = start;
@@ -113,6 +117,7 @@ static void take_gradients(struct us_arena *t, struct us_cuda_model *model, stru
                 R * larger((size_t)full->q_heads * full->v_dim, (size_t)swa->q_heads * swa->v_dim));
   US_ARENA_TAKE(t, s->dweight, slots);
   US_ARENA_TAKE(t, s->dlogit, slots);
+  US_ARENA_TAKE(t, s->lesson, R * shape->experts);
 }
 
 static void take_all(struct us_arena *t, struct us_cuda_model *model, struct us_cuda_model_state *s) {

@@ -61,6 +61,7 @@ struct us_cuda_model_state {
   uint16_t *dx_rounded; /* (R, D) */
   uint16_t *dqkv, *dattention;
   float *dweight, *dlogit; /* (R, K) */
+  uint16_t *lesson;        /* (R, E) gradient of the logits towards the teacher's scores */
   void *scratch;           /* of whatever operation runs */
 };
 

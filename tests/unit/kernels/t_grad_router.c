@@ -9,6 +9,7 @@ struct router_case {
   uint32_t id[R * K];
   bool normalise;
   double scaling;
+  double *theirs; /* (R, E) a teacher's scores; NULL: none */
 };
 
 static double score(const struct router_case *c, int r, uint32_t e) {
@@ -17,7 +18,7 @@ static double score(const struct router_case *c, int r, uint32_t e) {
   return 1.0 / (1.0 + exp(-logit));
 }
 
-/* With the choice held: the gradient goes through the chosen scores only. */
+/* With the choice held: the gradient goes through the chosen scores, and with a teacher through all of them. */
 static double loss(void *arg) {
   const struct router_case *c = arg;
   double sum = 0.0;
@@ -28,11 +29,15 @@ static double loss(void *arg) {
       double s = score(c, r, c->id[r * K + k]);
       sum += c->weight[r * K + k] * (c->normalise ? s / (total + 1e-20) : s) * c->scaling;
     }
+    for (uint32_t e = 0; c->theirs && e < E; e++) {
+      double s = score(c, r, e), t = c->theirs[(uint32_t)r * E + e];
+      sum -= 0.75 * (r + 1) * (t * log(s) + (1.0 - t) * log(1.0 - s));
+    }
   }
   return sum;
 }
 
-static void check_case(bool normalise, double scaling) {
+static void check_case(bool normalise, double scaling, bool taught) {
   struct router_case c = {gc_random(R * D, 1), gc_random(E * D, 1),    gc_random(E, 0.3),
                           gc_random(R * K, 1), .normalise = normalise, .scaling = scaling};
   struct us_seq seq;
@@ -54,19 +59,31 @@ static void check_case(bool normalise, double scaling) {
   double sum = 0.0;
   for (int i = 0; i < R * K; i++) sum += c.weight[i] * (double)weight[i];
   ck_assert_double_eq_tol(sum, loss(&c), 1e-6);
-  us_router_grad(&seq, &router, x, w, scores, c.id, dweight, dx, dw);
+  float theirs[R * E], row_weight[R];
+  struct us_router_teacher teacher = {.scores = theirs, .opt_weight = row_weight, .scale = 0.75f};
+  if (taught) c.theirs = gc_random(R * E, 1);
+  for (int i = 0; taught && i < R * E; i++)
+    c.theirs[i] = (double)(theirs[i] = (float)(0.5 + 0.4 * sin(c.theirs[i])));
+  for (int r = 0; r < R; r++) row_weight[r] = (float)(r + 1);
+  us_router_grad(&seq, &router, x, w, scores, c.id, dweight, taught ? &teacher : NULL, dx, dw);
   gc_check("dx", loss, &c, c.x, R * D, dx, 5e-6);
   gc_check("dw", loss, &c, c.w, E * D, dw, 5e-6);
   us_seq_release(&seq);
 }
 
 START_TEST(normalised_weights) {
-  check_case(true, 1.0);
+  check_case(true, 1.0, false);
 }
 END_TEST
 
 START_TEST(plain_weights_with_a_scale) {
-  check_case(false, 2.5);
+  check_case(false, 2.5, false);
+}
+END_TEST
+
+START_TEST(a_teacher_pulls_every_score_by_the_weight_of_its_row) {
+  check_case(true, 1.0, true);
+  check_case(false, 2.5, true);
 }
 END_TEST
 
@@ -95,6 +112,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("router");
   tcase_add_test(c, normalised_weights);
   tcase_add_test(c, plain_weights_with_a_scale);
+  tcase_add_test(c, a_teacher_pulls_every_score_by_the_weight_of_its_row);
   tcase_add_test(c, ties_go_to_the_lowest_id);
   tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
   return us_suite("grad_router", c);

@@ -1,5 +1,6 @@
 /* t_qat.c: finetuning through the rounding: what it stores, what it learns, what it leaves alone. */
 #include "model/checkpoint.h"
+#include "training/metrics.h"
 #include "training/qat.h"
 
 #include "tiny_shards.h"
@@ -252,6 +253,32 @@ START_TEST(by_default_what_keeps_its_format_keeps_its_bits) {
 }
 END_TEST
 
+/* Share of held-out choices of experts that are the original's, after 40 steps. */
+static double choices_kept(double routers) {
+  struct us_err err = {0};
+  struct us_model *quantized;
+  struct us_metrics metrics;
+  struct us_qat run = new_run("all=mxfp4,router=f32", 40);
+  run.scope = US_QAT_ALL;
+  run.routers = routers;
+  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+  US_OK_OR_FAIL(us_qat_export(&run, world.pool, &quantized, &err));
+  struct us_metrics_job job = {
+      .models = {world.model, quantized}, .n = 2, .shards = world.shards, .length = 32, .windows = 64};
+  US_OK_OR_FAIL(us_metrics_run(&job, world.pool, &metrics, &err));
+  double kept = metrics.models[1].router;
+  us_metrics_release(&metrics);
+  us_model_free(quantized);
+  us_qat_release(&run);
+  return kept;
+}
+
+START_TEST(the_originals_routing_scores_keep_choices_of_experts) {
+  double plain = choices_kept(0.0), taught = choices_kept(1.0);
+  ck_assert_msg(taught > plain + 0.02, "%g kept, %g without", taught, plain);
+}
+END_TEST
+
 static const struct us_qat *watched;
 static uint64_t stop_at;
 
@@ -266,6 +293,7 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   struct us_qat whole = new_run("experts=mxfp4", 8), part = new_run("experts=mxfp4", 8);
   whole.scope = part.scope = US_QAT_ALL;
   whole.gptq_windows = part.gptq_windows = 4;
+  whole.routers = part.routers = 0.3;
   US_OK_OR_FAIL(us_qat(&whole, NULL, &err)); /* one thread */
   part.trainer.state_path = state;
   watched = &part;
@@ -350,6 +378,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, cross_entropy_learns_the_text);
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
   tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
+  tcase_add_test(c, the_originals_routing_scores_keep_choices_of_experts);
   tcase_add_test(c, a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not);
   tcase_add_test(c, forward_passes_of_fewer_sequences_change_nothing_but_rounding);
   tcase_add_test(c, rules_and_shards_that_do_not_fit_are_refused);
