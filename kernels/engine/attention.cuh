@@ -94,8 +94,8 @@ static __device__ __forceinline__ void us_attention_keep_piece(const struct us_a
 
 /* Pieces' sums of some heads, in the ring if it is ours. */
 struct us_attention_pile {
-  float4 *o;  /* (pieces, heads, V) */
-  float2 *ms; /* (pieces, heads) */
+  float4 *o;                   /* (pieces, heads, V) */
+  float2 *ms;                  /* (pieces, heads) */
   uint32_t heads, first, most; /* of the chunk; pieces at a time */
 };
 
@@ -133,7 +133,7 @@ static __device__ __forceinline__ void us_attention_load_pieces(const struct us_
 /* Fold `f`: some heads of a row and chunk that is cut in pieces: wait for them (whoever has them comes to no fold before), close. */
 template <int VS>
 static __device__ __noinline__ void us_attention_fold_row(const struct us_engine_block *b,
-                                                             struct us_attention_shared *sh, uint32_t f) {
+                                                          struct us_attention_shared *sh, uint32_t f) {
   uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
   uint32_t parts = sh->parts, fold = f / parts;
   if (threadIdx.x == 0) {

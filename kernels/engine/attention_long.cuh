@@ -15,7 +15,8 @@
 
 #include "kernels/engine/attention_stage.cuh"
 
-struct us_attention_handed { /* behind the units' slots: a segment's sum so far, as threads of a unit hold it */
+struct
+    us_attention_handed { /* behind the units' slots: a segment's sum so far, as threads of a unit hold it */
   float4 o[4][US_ATTENTION_THREADS];
   float4 ms[4][8]; /* by warp and lane / 4: m of heads n, n + 8, s of them */
 };
@@ -102,8 +103,8 @@ template <int QS>
 static __device__ __forceinline__ void us_attention_scores_long(const struct us_attention_shared *sh,
                                                                 float score[2][4]) {
   uint32_t lane = threadIdx.x % 32, pieces = us_engine_k_stride(us_attention_Q<QS>(sh)) / 8;
-  struct us_attention_pieces from = us_attention_pieces_of(
-      us_attention_slot(us_attention_unit()), pieces, 16 * us_attention_warp() + lane / 4, lane % 4);
+  struct us_attention_pieces from = us_attention_pieces_of(us_attention_slot(us_attention_unit()), pieces,
+                                                           16 * us_attention_warp() + lane / 4, lane % 4);
 #pragma unroll
   for (int j = 0; j < 2; j++) score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0;
 #pragma unroll
@@ -278,7 +279,8 @@ static __device__ __forceinline__ void us_attention_hand_on(struct us_attention_
   }
   __syncwarp();
   if (lane == 0)
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(us_shared_address(sh->turn + warp)), "r"(want + 1)
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(us_shared_address(sh->turn + warp)),
+                 "r"(want + 1)
                  : "memory");
 }
 
@@ -303,10 +305,11 @@ static __device__ __forceinline__ const uint8_t *us_attention_long_page(const st
 /* The job; then its pieces stand in memory. A lane holds the page of every 32nd leaf, and of the one after that. */
 template <int QS, int VS>
 static __device__ __noinline__ void us_attention_run_long(const struct us_engine_block *b,
-                                                             const struct us_engine_op *op,
-                                                             struct us_attention_shared *sh, bool wait) {
+                                                          const struct us_engine_op *op,
+                                                          struct us_attention_shared *sh, bool wait) {
   uint32_t lane = threadIdx.x % 32, segments = sh->job.piece_end - sh->job.piece;
-  const uint8_t *pages = us_attention_long_page(b, sh, lane), *later = us_attention_long_page(b, sh, lane + 32);
+  const uint8_t *pages = us_attention_long_page(b, sh, lane),
+                *later = us_attention_long_page(b, sh, lane + 32);
   const uint8_t *page = (const uint8_t *)__shfl_sync(0xffffffffu, (uint64_t)pages, 0);
   if (page) us_attention_copy_own_keys<QS>(sh, page);
   us_attention_commit();
@@ -324,8 +327,7 @@ static __device__ __noinline__ void us_attention_run_long(const struct us_engine
 #pragma unroll 1
     for (uint32_t i = k * US_ATTENTION_GROUP; i < (k + 1) * US_ATTENTION_GROUP; i++) {
       if ((i + 1) % 32 == 0) pages = later, later = us_attention_long_page(b, sh, i + 33 + lane);
-      const uint8_t *next =
-          (const uint8_t *)__shfl_sync(0xffffffffu, (uint64_t)pages, (int)((i + 1) % 32));
+      const uint8_t *next = (const uint8_t *)__shfl_sync(0xffffffffu, (uint64_t)pages, (int)((i + 1) % 32));
       if (page) {
         struct us_attention_part<VS> part;
         us_attention_leaf_long<QS, VS>(sh, us_attention_long_leaf(sh, i), page, next, &part);

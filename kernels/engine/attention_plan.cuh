@@ -1,15 +1,14 @@
 /* attention_plan.cuh: what each row of a row tile sees, into which jobs its keys are cut, and the shared memory of it all.
  *
- *     us_attention_plan(b, op, shared, j);        // all compute threads, once state and rows stand: rows, jobs, job j's first step
+ *     us_attention_plan(b, op, shared, j);        // all compute threads, once state and rows stand: rows, jobs, job j
  *     us_attention_set_job(b, shared, j);         // one warp: another job
  *
- * A job is a row, a chunk of 16 query heads and a piece of the row's keys; a block does it in steps of 4 leaves, a unit each. The
- * cut follows from the row's own position alone: up to US_ENGINE_ATTENTION_TOGETHER leaves are one job of one step; up to
- * US_ENGINE_ATTENTION_GROUPED leaves a job is a group; beyond, so many segments that a block has one job, a group a step. Rows of a sequence that are cut in
- * segments share the jobs, a leaf after the other (jobs of their own finish groups sooner). The sums form the same tree whatever the cut
- * (attention_fold.cuh) and whoever shares.
- * Behind the jobs come folds, one a row and chunk that is cut. Bound: latency, three loads one after the other; one warp
- * has the rows.
+ * A job is a row, a chunk of 16 query heads and a piece of the row's keys. The cut follows from the row's own position alone: up to
+ * US_ENGINE_ATTENTION_TOGETHER leaves are one job, a leaf a unit; up to US_ENGINE_ATTENTION_GROUPED leaves a job is a group, a leaf a
+ * unit; beyond, so many segments that a block has one job (attention_long.cuh). Rows of a sequence that are cut in segments share the
+ * jobs (attention_shared.cuh). The sums form the same tree whatever the cut (attention_fold.cuh) and whoever shares.
+ * Behind the jobs come folds: a row and chunk that is cut, some of its heads. Bound: latency, three loads one after the other; one
+ * warp has the rows.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
 #define US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
@@ -49,8 +48,8 @@ struct us_attention_row {
 /* A unit's leaf: where its 64 keys lie and which of the slots the row sees. */
 struct us_attention_leaf {
   const uint8_t *page; /* NULL: a drafter's block, or no leaf */
-  uint32_t id;   /* NONE: the unit has nothing to do */
-  uint32_t base; /* position of slot 0 */
+  uint32_t id;         /* NONE: the unit has nothing to do */
+  uint32_t base;       /* position of slot 0 */
   uint32_t begin, end;
 };
 
@@ -60,9 +59,10 @@ struct us_attention_job {
   uint32_t piece, piece_end;     /* of the row; of rows that share it: absolute */
   uint32_t g, first_head, heads; /* of the chunk */
   uint32_t own;                  /* leaf to which the row's key and value are appended; NONE: not here */
-  uint32_t new_keys;       /* that the job sees: 0 or all of the row's */
-  uint32_t rows;           /* that share the job; `piece` is then an absolute one */
-  uint32_t leaf, leaf_end; /* segments: from where on, and the end of what is seen; NONE: a leaf a unit, at once */
+  uint32_t new_keys;             /* that the job sees: 0 or all of the row's */
+  uint32_t rows;                 /* that share the job; `piece` is then an absolute one */
+  uint32_t leaf,
+      leaf_end; /* segments: from where on, and the end of what is seen; NONE: a leaf a unit, at once */
 };
 
 struct us_attention_shared {
@@ -86,11 +86,11 @@ struct us_attention_shared {
   float sink[US_ATTENTION_HEADS]; /* times log2 e; -Inf: none */
   uint32_t chunks;                /* of 16 query heads */
   uint32_t jobs;
-  uint32_t span;  /* segments a job */
-  uint32_t folds; /* bit r: row r is cut in pieces, which somebody folds */
-  uint32_t ready; /* the input was done when thread 0 looked */
-  uint32_t parts; /* blocks that fold a row and chunk together */
-  bool ring;      /* a row is cut in segments: keys go through the ring */
+  uint32_t span;    /* segments a job */
+  uint32_t folds;   /* bit r: row r is cut in pieces, which somebody folds */
+  uint32_t ready;   /* the input was done when thread 0 looked */
+  uint32_t parts;   /* blocks that fold a row and chunk together */
+  bool ring;        /* a row is cut in segments: keys go through the ring */
   uint32_t turn[4]; /* of each warp of a unit: which unit a segment's sum waits for (attention_long.cuh) */
 };
 static_assert(sizeof(struct us_attention_shared) <= US_ENGINE_VECTOR_BYTES, "shared memory of attention");

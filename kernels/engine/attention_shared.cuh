@@ -394,8 +394,8 @@ static __device__ __forceinline__ bool us_attention_leaf_shared(struct us_attent
 /* The job; then its rows' pieces stand in memory. */
 template <int QS, int VS>
 static __device__ __noinline__ void us_attention_run_shared(const struct us_engine_block *b,
-                                                               const struct us_engine_op *op,
-                                                               struct us_attention_shared *sh, bool wait) {
+                                                            const struct us_engine_op *op,
+                                                            struct us_attention_shared *sh, bool wait) {
   uint32_t pair = threadIdx.x / 64, count = sh->job.leaf_end - sh->job.leaf;
   bool exists = pair < sh->job.rows, begun = false, any = false; /* in the piece, in the group */
   const struct us_attention_row *row = sh->row + sh->job.row + (exists ? pair : 0);
