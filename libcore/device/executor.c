@@ -6,6 +6,7 @@
 
 #include "base/pool.h"
 #include "device/weights_layout.h"
+#include "model/precision.h"
 
 #include <cuda_runtime_api.h>
 #include <pthread.h>
@@ -162,7 +163,9 @@ static enum us_status open_engine(struct load *load, struct us_err *err) {
   enum us_status status = us_devices_open(o->device, gpus, o->ranks ? o->ranks : gpus, &cuda->devices, err);
   if (status != US_OK) return status;
   cuda->devices->say = o->say, cuda->devices->arg = o->arg;
-  status = plan_memory(cuda, load->shape, load->draft_shape, err);
+  struct us_shape shape = *load->shape; /* a model's shape knows nothing of the drafter's file */
+  if (cuda->base.draft) shape.precision.draft = us_draft_format(cuda->base.draft);
+  status = plan_memory(cuda, &shape, load->draft_shape, err);
   if (status == US_OK) status = load_weights(load, err);
   if (status == US_OK) status = make_caches(cuda, err);
   if (status == US_OK) status = make_prefill(cuda, err);

@@ -297,3 +297,16 @@ void us_model_update_precision(struct us_model *model) {
   tally_most(&experts, &p->experts);
   tally_most(&router, &p->router);
 }
+
+enum us_format us_draft_format(const struct us_draft *draft) {
+  struct tally all = {0};
+  enum us_format format = US_FORMAT_BF16;
+  tally_add(&all, &draft->fc);
+  for (uint32_t l = 0; l < draft->shape.layers; l++) {
+    const struct us_draft_layer *w = &draft->layers[l];
+    const struct us_matrix *matrices[] = {&w->q, &w->k, &w->v, &w->o_proj, &w->gate, &w->up, &w->down};
+    for (int i = 0; i < 7; i++) tally_add(&all, matrices[i]);
+  }
+  tally_most(&all, &format);
+  return format;
+}

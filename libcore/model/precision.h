@@ -97,4 +97,7 @@ US_CHECKED enum us_status us_matrix_build(void *owner, size_t rows, size_t cols,
 /* Set shape.precision to what the matrices are: of each family the format that most parameters have. */
 void us_model_update_precision(struct us_model *model);
 
+/* The format that most of a drafter's parameters have. */
+enum us_format us_draft_format(const struct us_draft *draft);
+
 #endif

@@ -246,6 +246,8 @@ START_TEST(a_drafter_converts_by_the_rule_draft) {
                    US_OK);
   ck_assert_int_eq(converted->fc.format, US_FORMAT_FP8);
   ck_assert_int_eq(converted->layers[0].down.format, US_FORMAT_FP8);
+  ck_assert_int_eq(us_draft_format(draft), US_FORMAT_BF16);
+  ck_assert_int_eq(us_draft_format(converted), US_FORMAT_FP8);
   ck_assert_mem_eq(converted->mask_embedding, draft->mask_embedding, 64 * sizeof(float));
   us_draft_free(converted);
   ck_assert_int_eq(us_draft_convert(draft, &(struct us_convert){.rules = &wrong}, NULL, &converted, &err),
