@@ -5,21 +5,18 @@
 #include "device/bench.h"
 #include "device/executor.h"
 #include "device/profile_device.h"
-#include "model/precision.h"
 
 /* ---- opening ------------------------------------------------------------------------------------------------------- */
 
 enum us_status us_tile_profile_check(struct us_opts *opts, struct us_err *err) {
-  static const char *const needs[] = {"gpus",  "engine",  "synthetic", "precision", "uniform",
+  static const char *const needs[] = {"gpus",  "engine",  "synthetic", "precision", "share",     "uniform",
                                       "batch", "context", "rounds",    "sms",       "role-spans"};
   if (us_opt_device(opts, "device") >= 0) {
     if (us_opt_flag(opts, "uniform") && !us_opt_given(opts, "synthetic"))
       return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic");
-    if (us_opt_given(opts, "precision") && !us_opt_given(opts, "synthetic"))
-      return us_err_set(err, US_ERR_USAGE, "--precision needs --synthetic");
     if (us_opt_given(opts, "prompt") || us_opt_given(opts, "max-tokens"))
       return us_err_set(err, US_ERR_USAGE, "on GPUs sequences begin at --context, without a prompt");
-    return US_OK;
+    return us_tool_synthetic_check(opts, err);
   }
   for (size_t i = 0; i < sizeof needs / sizeof *needs; i++)
     if (us_opt_given(opts, needs[i]))
@@ -50,19 +47,11 @@ enum us_status us_tile_profile_open(struct us_tool_run *run, const struct us_pai
       .arg = run->log};
   if (!us_opt_given(o, "synthetic"))
     return us_executor_create_cuda(pair->model, pair->draft, &options, ret_ex, err);
-  struct us_shape shape;
-  struct us_draft_shape draft;
-  bool drafting = us_opt_given(o, "draft");
-  struct us_precision_rules rules = {0};
-  enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
-  if (status == US_OK && us_opt_given(o, "precision"))
-    status = us_precision_parse(us_opt_str(o, "precision"), &rules, err);
-  if (status == US_OK) status = us_precision_shape(&rules, &shape.precision, err);
-  if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
-  if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
+  struct us_synthetic_shape of;
+  enum us_status status = us_tool_synthetic_shape(o, &of, err);
   if (status != US_OK) return status;
-  return us_executor_create_synthetic(&shape, drafting ? &draft : NULL, (uint64_t)us_opt_int(o, "synthetic"),
-                                      &options, ret_ex, err);
+  return us_executor_create_synthetic(&of.shape, of.drafting ? &of.draft : NULL,
+                                      (uint64_t)us_opt_int(o, "synthetic"), &options, ret_ex, err);
 }
 
 /* ---- the table ----------------------------------------------------------------------------------------------------- */
@@ -131,6 +120,9 @@ static void tell(struct us_tool_run *run, const struct us_device_profile_result 
                 device->gpus, device->name,
                 us_opt_given(run->opts, "synthetic") ? ", weights are synthetic" : "", 1e3 * r->plain_round,
                 1e3 * r->recorded_round, 100 * (r->recorded_round / r->plain_round - 1));
+  if (us_opt_given(run->opts, "share"))
+    us_log_notice(log, "it is the share of %u of %lld ranks", device->ranks,
+                  (long long)us_opt_int(run->opts, "share"));
   us_log_notice(log, "of a recorded round %.1f %% is streaming weights, %.1f %% other work",
                 share * b->streaming, share * b->vectors);
   for (int wait = 1; wait < US_TRACE_WAITS; wait++)

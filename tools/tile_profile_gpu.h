@@ -9,6 +9,7 @@
 #include "decode/pair.h"
 #include "model/executor.h"
 #include "plan/trace.h"
+#include "tools/synthetic_shape.h"
 #include "tools/tool.h"
 
 #define US_TILE_PROFILE_GPU_OPTIONS                                                                          \
@@ -16,9 +17,7 @@
       US_OPT_INT("gpus", 0, "N", "number of GPUs, from --device on", .def = "1", .min = 1, .max = 8),        \
       US_OPT_ENUM("engine", 0, "engine|graph",                                                               \
                   "one persistent kernel, or a CUDA graph of one kernel an operation", .def = "engine"),     \
-      US_OPT_INT("synthetic", 0, "SEED", "random weights; --model and --draft name shapes"),                 \
-      US_OPT_RULES("precision", 0, "RULES",                                                                  \
-                   "synthetic weights: module=format,... instead of the shape's; the last match wins"),      \
+      US_OPT_SYNTHETIC_SHAPE,                                                                                \
       US_OPT_FLAG("uniform", 0, "synthetic weights: draw experts uniformly instead of by the router"),       \
       US_OPT_INT("batch", 0, "N", "sequences that step together", .def = "1", .min = 1, .max = 8),           \
       US_OPT_INT("context", 0, "N", "positions before the first round", .def = "4096", .max = 1 << 20),      \

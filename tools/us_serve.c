@@ -5,9 +5,9 @@
 #include "decode/pair.h"
 #include "decode/serve.h"
 #include "device/executor.h"
-#include "model/precision.h"
 #include "model/random.h"
 #include "plan/tiles.h"
+#include "tools/synthetic_shape.h"
 #include "tools/us_serve_bench.h"
 
 #include <stdlib.h>
@@ -19,10 +19,7 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("model", 'm', "FILE", "checkpoint: a folder or an .h5 file; - reads its record from stdin",
                 .required = true),
     US_OPT_FILE("draft", 'd', "FILE", "drafter of this model; - reads its record from stdin"),
-    US_OPT_INT("synthetic", 0, "SEED",
-               "random weights; --model and --draft name shapes instead of checkpoints"),
-    US_OPT_RULES("precision", 0, "RULES",
-                 "synthetic weights: module=format,... instead of the shape's; the last match wins"),
+    US_OPT_SYNTHETIC_SHAPE,
     US_OPT_ARG("prompts", "PROMPTS", "prompts as JSON lines, or a folder of them; - is stdin",
                .repeat = true),
     US_OPT_STR("prompt", 'p', "TEXT", "prompt", .repeat = true),
@@ -153,35 +150,24 @@ static struct us_executor_cuda_options gpu_options(struct session *s) {
       .arg = s};
 }
 
-/* --precision over the formats of the shape. */
-static enum us_status set_precision(struct us_opts *o, struct us_precision *precision, struct us_err *err) {
-  struct us_precision_rules rules;
-  enum us_status status = us_precision_parse(us_opt_str(o, "precision"), &rules, err);
-  return status == US_OK ? us_precision_shape(&rules, precision, err) : status;
-}
-
 /* Random weights: on the GPUs, or the same ones here. */
 static enum us_status open_synthetic(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  struct us_shape shape;
-  struct us_draft_shape draft;
-  bool drafting = us_opt_given(o, "draft");
+  struct us_synthetic_shape of;
   uint64_t seed = (uint64_t)us_opt_int(o, "synthetic");
-  enum us_status status = us_shape_load(us_opt_str(o, "model"), &shape, err);
-  if (status == US_OK && us_opt_given(o, "precision")) status = set_precision(o, &shape.precision, err);
-  if (status == US_OK && drafting) status = us_draft_shape_load(us_opt_str(o, "draft"), &draft, err);
-  if (status == US_OK && drafting) status = us_draft_shape_check(&draft, &shape, err);
+  enum us_status status = us_tool_synthetic_shape(o, &of, err);
   if (status != US_OK) return status;
   if (us_opt_device(o, "device") >= 0) {
     struct us_executor_cuda_options options = gpu_options(s);
-    return us_executor_create_synthetic(&shape, drafting ? &draft : NULL, seed, &options, &s->ex, err);
+    return us_executor_create_synthetic(&of.shape, of.drafting ? &of.draft : NULL, seed, &options, &s->ex,
+                                        err);
   }
-  status = us_model_random(&shape, seed, s->pool, &s->pair.model, err);
+  status = us_model_random(&of.shape, seed, s->pool, &s->pair.model, err);
   if (status == US_OK)
-    snprintf(s->pair.model->path, sizeof s->pair.model->path, "%s, random weights of seed %llu", shape.name,
-             (unsigned long long)seed);
-  if (status == US_OK && drafting)
-    status = us_draft_random(&draft, shape.precision.draft, seed, s->pool, &s->pair.draft, err);
+    snprintf(s->pair.model->path, sizeof s->pair.model->path, "%s, random weights of seed %llu",
+             of.shape.name, (unsigned long long)seed);
+  if (status == US_OK && of.drafting)
+    status = us_draft_random(&of.draft, of.shape.precision.draft, seed, s->pool, &s->pair.draft, err);
   return status;
 }
 
@@ -190,9 +176,8 @@ static enum us_status open_model(struct session *s, struct us_err *err) {
   bool synthetic = us_opt_given(o, "synthetic"), gpu = us_opt_device(o, "device") >= 0;
   if (us_opt_flag(o, "uniform") && !(synthetic && gpu))
     return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic and --device cuda");
-  if (us_opt_given(o, "precision") && !synthetic)
-    return us_err_set(err, US_ERR_USAGE, "--precision needs --synthetic");
-  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
+  enum us_status status = us_tool_synthetic_check(o, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK)
     status = synthetic ? open_synthetic(s, err)
                        : us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);

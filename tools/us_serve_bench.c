@@ -160,14 +160,16 @@ static enum us_status measure(struct us_serve_bench *b, uint32_t batch, uint32_t
 
 enum us_status us_serve_bench(struct us_tool_run *run, const struct us_serve_bench_plan *plan,
                               struct us_executor *ex, struct us_err *err) {
-  struct us_serve_bench b = {.run = run,
-                             .plan = plan,
-                             .ex = ex,
-                             .rows = calloc((size_t)plan->batch_count * plan->context_count, sizeof *b.rows),
-                             .synthetic = us_opt_given(run->opts, "synthetic"),
-                             .uniform = us_opt_flag(run->opts, "uniform"),
-                             .for_people = us_opt_flag(run->opts, "text") ||
-                                           (isatty(fileno(run->out)) && !us_opt_flag(run->opts, "json"))};
+  struct us_serve_bench b = {
+      .run = run,
+      .plan = plan,
+      .ex = ex,
+      .rows = calloc((size_t)plan->batch_count * plan->context_count, sizeof *b.rows),
+      .share = us_opt_given(run->opts, "share") ? (uint32_t)us_opt_int(run->opts, "share") : 0,
+      .synthetic = us_opt_given(run->opts, "synthetic"),
+      .uniform = us_opt_flag(run->opts, "uniform"),
+      .for_people =
+          us_opt_flag(run->opts, "text") || (isatty(fileno(run->out)) && !us_opt_flag(run->opts, "json"))};
   if (!b.rows) return us_err_memory(err, "results", plan->batch_count * sizeof *b.rows);
   enum us_status status = us_bench_device(ex, &b.device, err);
   if (status == US_OK && b.for_people) us_serve_bench_head(&b);

@@ -19,6 +19,7 @@ struct us_serve_bench {
   struct us_bench_device device;
   struct us_bench_row *rows;
   size_t n;
+  uint32_t share; /* ranks that the model would be cut for, 0: those there are */
   bool synthetic, uniform, for_people;
 };
 

@@ -42,6 +42,7 @@ void us_serve_bench_precision(const struct us_executor *ex, char *text, size_t s
 static const char *const columns[] = {"gpu",
                                       "gpus",
                                       "ranks",
+                                      "share_of_ranks",
                                       "engine",
                                       "model",
                                       "weights",
@@ -89,6 +90,7 @@ void us_serve_bench_write_where(struct us_table *t, const struct us_serve_bench 
   us_table_text(t, b->device.name);
   us_table_int(t, b->device.gpus);
   us_table_int(t, b->device.ranks);
+  us_table_int(t, b->share ? b->share : b->device.ranks);
   us_table_text(t, b->device.engine);
   us_table_text(t, b->ex->model->shape.name);
   us_table_text(t, b->synthetic ? "synthetic" : "checkpoint");
@@ -165,6 +167,9 @@ void us_serve_bench_head(const struct us_serve_bench *b) {
   us_serve_bench_precision(b->ex, precision, sizeof precision);
   fprintf(out, "%u x %s, %s, %s%s%s\n", d->gpus, d->name, d->engine, b->ex->model->shape.name,
           b->synthetic ? "; weights are synthetic" : "", b->uniform ? ", routed uniformly" : "");
+  if (b->share > d->ranks)
+    fprintf(out, "the share of %u of %u ranks: the whole model takes %u such GPUs\n", d->ranks, b->share,
+            b->share);
   fprintf(out, "precision: %s\n", precision);
   fprintf(out, "memory of a GPU, GiB: %.2f of %.2f used", (double)d->used_bytes / (1 << 30),
           (double)d->total_bytes / (1 << 30));
@@ -226,7 +231,7 @@ enum us_status us_serve_bench_plot(const struct us_serve_bench *b, const char *p
   const struct us_serve_bench_plan *p = b->plan;
   struct us_plot_series series[US_SERVE_BENCH_LIST];
   double x[US_SERVE_BENCH_LIST], y[US_SERVE_BENCH_LIST][US_SERVE_BENCH_LIST];
-  char names[US_SERVE_BENCH_LIST][32], title[192], *provenance = NULL;
+  char names[US_SERVE_BENCH_LIST][32], title[192], share[48] = "", *provenance = NULL;
   enum us_status status = make_provenance(b, &provenance, err);
   if (status != US_OK) return status;
   for (uint32_t c = 0; c < p->context_count; c++) { /* rows stand context by context */
@@ -238,8 +243,10 @@ enum us_status us_serve_bench_plot(const struct us_serve_bench *b, const char *p
     series[c] = (struct us_plot_series){
         .name = names[c], .style = US_PLOT_LINE_POINTS, .x = x, .y = y[c], .n = p->batch_count};
   }
-  snprintf(title, sizeof title, "%s on %u x %s, acceptance %s%s", b->ex->model->shape.name, b->device.gpus,
-           b->device.name, acceptance_is(&b->rows[0]), b->synthetic ? ", weights are synthetic" : "");
+  if (b->share > b->device.ranks)
+    snprintf(share, sizeof share, ", the share of %u of %u ranks", b->device.ranks, b->share);
+  snprintf(title, sizeof title, "%s on %u x %s%s, acceptance %s%s", b->ex->model->shape.name, b->device.gpus,
+           b->device.name, share, acceptance_is(&b->rows[0]), b->synthetic ? ", weights are synthetic" : "");
   struct us_plot_axes axes = {
       .title = title, .x_title = "sequences", .y_title = "tokens a second", .y_from_zero = true};
   status = us_plot_xy(path, &axes, series, p->context_count, provenance, err);

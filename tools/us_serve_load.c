@@ -4,6 +4,7 @@
 static const char *const load_columns[] = {"gpu",
                                            "gpus",
                                            "ranks",
+                                           "share_of_ranks",
                                            "engine",
                                            "model",
                                            "weights",

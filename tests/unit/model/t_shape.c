@@ -3,6 +3,7 @@
  * Truth: the published tensor shapes and totals of MiMo-V2.5-Pro, written out as numbers.
  */
 #include "model/shape.h"
+#include "model/shape_share.h"
 #include "suite.h"
 
 #include <jansson.h>
@@ -53,6 +54,50 @@ START_TEST(pro_has_the_published_geometry) {
   ck_assert_int_eq(s.precision.o_proj, US_FORMAT_BF16);
   ck_assert_int_eq(s.precision.router, US_FORMAT_F32);
   ck_assert_uint_eq(s.stop_count, 3);
+}
+END_TEST
+
+START_TEST(a_share_of_pro_is_what_a_rank_holds) {
+  struct us_shape whole = load("mimo-v2.5-pro"), s = whole;
+  struct us_draft_shape d;
+  struct us_err err = {0};
+  ck_assert_msg(us_shape_share(&s, 4, &err) == US_OK, "%s", err.message);
+  ck_assert_uint_eq(s.full.q_heads, 32);
+  ck_assert_uint_eq(s.swa.kv_heads, 2);
+  ck_assert_uint_eq(s.qkv_chunks, 2);
+  ck_assert_uint_eq(us_attention_qkv_rows(&s.full) * 4, us_attention_qkv_rows(&whole.full));
+  ck_assert_uint_eq(s.expert_inner, 512);
+  ck_assert_uint_eq(s.dense_inner, 4096);
+  ck_assert_uint_eq(s.vocab, 38144);
+  ck_assert_uint_eq(s.stop_count, 0); /* all three lie in the last quarter */
+  ck_assert_uint_eq(s.hidden, 6144);
+  ck_assert_uint_eq(s.experts, 384);
+  ck_assert_msg(us_draft_shape_load("mimo-v2.5-pro-dflash", &d, &err) == US_OK, "%s", err.message);
+  ck_assert_msg(us_draft_shape_share(&d, &s, 4, &err) == US_OK, "%s", err.message);
+  ck_assert_uint_eq(d.attention.q_heads, 32);
+  ck_assert_uint_eq(d.inner, 4096);
+  ck_assert_uint_eq(d.mask_id, 38143);
+}
+END_TEST
+
+START_TEST(a_share_that_cannot_be_cut_names_the_field_and_changes_nothing) {
+  struct us_shape whole = load("mimo-v2.5-pro"), s = whole;
+  struct us_draft_shape draft, d;
+  struct us_err err = {0};
+  ck_assert_int_eq(us_shape_share(&s, 16, &err), US_ERR_INPUT);
+  ck_assert_str_eq(err.message, "num_key_value_heads: 8 cannot be cut into 16 equal parts");
+  ck_assert_int_eq(us_shape_share(&s, 0, &err), US_ERR_USAGE);
+  ck_assert_mem_eq(&s, &whole, sizeof s);
+  s.expert_inner = 8 * 24; /* cut into 8 it is whole, but no multiple of 32 */
+  err = (struct us_err){0};
+  ck_assert_int_eq(us_shape_share(&s, 8, &err), US_ERR_INPUT);
+  ck_assert_ptr_nonnull(strstr(err.message, "moe_intermediate_size"));
+  ck_assert_msg(us_draft_shape_load("mimo-v2.5-pro-dflash", &draft, &err) == US_OK, "%s", err.message);
+  d = draft;
+  err = (struct us_err){0};
+  ck_assert_int_eq(us_draft_shape_share(&d, &whole, 3, &err), US_ERR_INPUT);
+  ck_assert_ptr_nonnull(strstr(err.message, "num_key_value_heads"));
+  ck_assert_mem_eq(&d, &draft, sizeof d);
 }
 END_TEST
 
@@ -404,6 +449,8 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("shape");
   tcase_add_loop_test(c, printing_a_shape_and_parsing_it_gives_it_back, 0, SHAPES);
   tcase_add_test(c, pro_has_the_published_geometry);
+  tcase_add_test(c, a_share_of_pro_is_what_a_rank_holds);
+  tcase_add_test(c, a_share_that_cannot_be_cut_names_the_field_and_changes_nothing);
   tcase_add_test(c, v2_5_has_the_published_chunk_rows);
   tcase_add_test(c, heads_of_a_fused_projection_lie_in_their_chunk);
   tcase_add_loop_test(c, a_bad_field_is_named, 0, sizeof bad / sizeof *bad);
