@@ -15,11 +15,11 @@ enum us_status us_tool_synthetic_check(struct us_opts *opts, struct us_err *err)
   return US_OK;
 }
 
-static enum us_status set_precision(struct us_opts *opts, struct us_precision *precision,
-                                    struct us_err *err) {
+static enum us_status set_precision(struct us_opts *opts, struct us_synthetic_shape *s, struct us_err *err) {
   struct us_precision_rules rules;
   enum us_status status = us_precision_parse(us_opt_str(opts, "precision"), &rules, err);
-  return status == US_OK ? us_precision_shape(&rules, precision, err) : status;
+  return status == US_OK ? us_precision_shape(&rules, &s->shape, s->drafting ? &s->draft : NULL, err)
+                         : status;
 }
 
 static enum us_status cut(struct us_opts *opts, struct us_synthetic_shape *s, struct us_err *err) {
@@ -35,9 +35,8 @@ enum us_status us_tool_synthetic_shape(struct us_opts *opts, struct us_synthetic
   struct us_synthetic_shape *s = ret_shape;
   *s = (struct us_synthetic_shape){.drafting = us_opt_given(opts, "draft")};
   enum us_status status = us_shape_load(us_opt_str(opts, "model"), &s->shape, err);
-  if (status == US_OK && us_opt_given(opts, "precision"))
-    status = set_precision(opts, &s->shape.precision, err);
   if (status == US_OK && s->drafting) status = us_draft_shape_load(us_opt_str(opts, "draft"), &s->draft, err);
+  if (status == US_OK && us_opt_given(opts, "precision")) status = set_precision(opts, s, err);
   if (status == US_OK && s->drafting) status = us_draft_shape_check(&s->draft, &s->shape, err);
   if (status == US_OK && us_opt_given(opts, "share")) status = cut(opts, s, err);
   return status;

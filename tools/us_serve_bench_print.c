@@ -26,6 +26,7 @@ static const char *acceptance_is(const struct us_bench_row *r) {
 
 void us_serve_bench_precision(const struct us_executor *ex, char *text, size_t size) {
   const struct us_precision *p = &ex->model->shape.precision;
+  enum us_format own_head = ex->draft ? ex->draft->shape.head : US_FORMAT_NONE;
   const struct {
     const char *family;
     enum us_format format;
@@ -35,6 +36,8 @@ void us_serve_bench_precision(const struct us_executor *ex, char *text, size_t s
   for (size_t i = 0; i < count && used < size; i++)
     used += (size_t)snprintf(text + used, size - used, "%s%s=%s", i ? "," : "", all[i].family,
                              us_format_name(all[i].format));
+  if (own_head != US_FORMAT_NONE && used < size)
+    snprintf(text + used, size - used, ",draft.head=%s", us_format_name(own_head));
 }
 
 /* ---- JSON lines ---------------------------------------------------------------------------------------------------- */
@@ -78,6 +81,7 @@ static const char *const columns[] = {"gpu",
                                       "gpu_bytes_head",
                                       "gpu_bytes_embed",
                                       "gpu_bytes_draft",
+                                      "gpu_bytes_draft_head",
                                       "gpu_bytes_vectors",
                                       "gpu_bytes_caches",
                                       "gpu_bytes_workspace",
@@ -114,6 +118,7 @@ static void write_memory(struct us_table *t, const struct us_serve_bench *b, con
                             w->head,
                             w->embed,
                             w->draft,
+                            w->draft_head,
                             w->vectors,
                             b->device.cache_bytes,
                             r->result.workspace_bytes,
@@ -180,6 +185,7 @@ void us_serve_bench_head(const struct us_serve_bench *b) {
   print_kind(out, "head", d->bytes.head);
   print_kind(out, "embed", d->bytes.embed);
   print_kind(out, "draft", d->bytes.draft);
+  print_kind(out, "its head", d->bytes.draft_head);
   print_kind(out, "vectors", d->bytes.vectors);
   print_kind(out, "caches", d->cache_bytes);
   fprintf(out, "\nreading memory at most %.0f GB/s, measured in this run", d->ceiling / 1e9);

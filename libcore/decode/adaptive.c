@@ -22,7 +22,7 @@ struct us_verify_cost us_verify_cost_of(const struct us_model *model, const stru
     }
   }
   if (!opt_draft) return cost;
-  cost.fixed += matrix_bytes(&opt_draft->fc) + matrix_bytes(&model->head);
+  cost.fixed += matrix_bytes(&opt_draft->fc) + matrix_bytes(us_draft_head(opt_draft, model));
   for (uint32_t l = 0; l < opt_draft->shape.layers; l++) {
     const struct us_draft_layer *layer = &opt_draft->layers[l];
     const struct us_matrix *fixed[] = {&layer->q,    &layer->k,  &layer->v,   &layer->o_proj,

@@ -53,7 +53,7 @@ static enum us_status ceiling_of(const struct us_executor_cuda_parts *parts, uin
 static void add_bytes(struct us_device_bytes *sum, const struct us_device_bytes *b) {
   sum->experts += b->experts, sum->attention += b->attention, sum->dense += b->dense;
   sum->router += b->router, sum->head += b->head, sum->embed += b->embed;
-  sum->draft += b->draft, sum->vectors += b->vectors;
+  sum->draft += b->draft, sum->draft_head += b->draft_head, sum->vectors += b->vectors;
 }
 
 static uint64_t free_page_bytes(const struct us_kv_pool *pool) {

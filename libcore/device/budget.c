@@ -97,17 +97,12 @@ static void list(const struct us_device_budget *budget, char *text, size_t bytes
   const struct {
     const char *name;
     uint64_t bytes;
-  } kinds[] = {{"experts", w->experts},
-               {"attention", w->attention},
-               {"dense", w->dense},
-               {"router", w->router},
-               {"head", w->head},
-               {"embedding", w->embed},
-               {"drafter", w->draft},
-               {"vectors", w->vectors},
-               {"workspace", budget->workspace},
-               {"caches", budget->caches},
-               {"drafter's caches", budget->draft_caches}};
+  } kinds[] = {{"experts", w->experts},    {"attention", w->attention},
+               {"dense", w->dense},        {"router", w->router},
+               {"head", w->head},          {"embedding", w->embed},
+               {"drafter", w->draft},      {"drafter's head", w->draft_head},
+               {"vectors", w->vectors},    {"workspace", budget->workspace},
+               {"caches", budget->caches}, {"drafter's caches", budget->draft_caches}};
   size_t used = 0;
   text[0] = 0;
   for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {

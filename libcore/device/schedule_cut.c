@@ -65,7 +65,7 @@ const struct us_device_matrix *us_schedule_matrix(const struct us_device_schedul
   case US_TASK_DENSE_DOWN:
     return &from->down;
   case US_TASK_HEAD:
-    return &w->head;
+    return program == US_ENGINE_PASS_DRAFT && w->draft_head.rows ? &w->draft_head : &w->head;
   case US_TASK_CONTEXT_FC:
     return &w->draft_fc;
   case US_TASK_CONTEXT_KV:

@@ -47,6 +47,7 @@ static enum us_status make_model(const struct us_device_schedule *s, struct us_m
   set(&(*ret_model)->head, &w->head);
   if (!*ret_draft) return US_OK;
   set(&(*ret_draft)->fc, &w->draft_fc);
+  if (w->draft_head.rows) set(&(*ret_draft)->head, &w->draft_head);
   for (uint32_t l = 0; l < w->draft_shape.layers; l++) {
     struct us_draft_layer *to = &(*ret_draft)->layers[l];
     const struct us_device_layer *from = &w->draft_layers[l];

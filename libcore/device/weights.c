@@ -50,11 +50,11 @@ static enum us_status check_free(struct loader *l) {
   return us_err_set(
       l->err, US_ERR_MEMORY,
       "rank %u of %u needs %.2f GiB of GPU %d, %.2f are free: experts %.2f, attention %.2f, dense %.2f, "
-      "router %.2f, head %.2f, embedding %.2f, drafter %.2f, vectors %.2f, loading %.2f",
+      "router %.2f, head %.2f, embedding %.2f, drafter %.2f, its head %.2f, vectors %.2f, loading %.2f",
       l->options->rank, l->options->ranks, (double)need * gib, l->options->device, (double)available * gib,
       (double)b->experts * gib, (double)b->attention * gib, (double)b->dense * gib, (double)b->router * gib,
-      (double)b->head * gib, (double)b->embed * gib, (double)b->draft * gib, (double)b->vectors * gib,
-      (double)b->scratch * gib);
+      (double)b->head * gib, (double)b->embed * gib, (double)b->draft * gib, (double)b->draft_head * gib,
+      (double)b->vectors * gib, (double)b->scratch * gib);
 }
 
 static enum us_status acquire(struct loader *l) {

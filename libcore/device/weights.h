@@ -8,7 +8,7 @@
  *     us_device_weights_free(weights);
  *
  * Shares: query and KV heads of every attention layer; columns of every expert and dense MLP (rows of gate and up, columns of
- * down); columns of o_proj that belong to the rank's heads; rows of the head, of the embedding and of the drafter's fc. Router,
+ * down); columns of o_proj that belong to the rank's heads; rows of both heads, of the embedding and of the drafter's fc. Router,
  * norms and biases are whole on every rank. Rows that do not fill a tile are padded with zeros. Of the vocabulary a rank has ids
  * [rank * embed_rows, + head.rows): ceil(N / ranks), the last rank what is left. Formats are the checkpoint's, tensor by tensor:
  * nothing is converted here, but for an embedding in FP8, which becomes bf16 on the GPU: the same values when its scales are powers
@@ -44,8 +44,9 @@ struct us_device_layer {
 
 /* GPU memory by kind, each thing rounded up to 256 bytes. */
 struct us_device_bytes {
-  uint64_t experts, attention, dense, router, head, embed, draft, vectors; /* weights of this rank */
-  uint64_t scratch;                                                        /* while loading, freed after it */
+  uint64_t experts, attention, dense, router, head, embed, draft, draft_head,
+      vectors;      /* weights of this rank; draft_head: a drafter's own */
+  uint64_t scratch; /* while loading, freed after it */
 };
 
 struct us_device_weights {
@@ -59,8 +60,9 @@ struct us_device_weights {
   float *final_norm;                    /* (D) */
   struct us_device_layer *draft_layers; /* NULL without a drafter */
   struct us_device_matrix draft_fc;     /* (D / ranks, taps * D): rows of this rank */
-  struct us_device_matrix draft_kv; /* all drafter layers' [K heads | V heads] of this rank: one product */
-  float *draft_k_norms;             /* (layers, Q) */
+  struct us_device_matrix draft_kv;   /* all drafter layers' [K heads | V heads] of this rank: one product */
+  struct us_device_matrix draft_head; /* rows and ids as head's; no rows: drafts go through the target's */
+  float *draft_k_norms;               /* (layers, Q) */
   float *draft_hidden_norm, *draft_final_norm, *mask_embedding; /* (D) */
   struct us_shape shape;
   struct us_draft_shape draft_shape; /* layers 0: no drafter */
@@ -75,7 +77,8 @@ struct us_device_weights_options {
 };
 
 static inline uint64_t us_device_bytes_weights(const struct us_device_bytes *b) {
-  return b->experts + b->attention + b->dense + b->router + b->head + b->embed + b->draft + b->vectors;
+  return b->experts + b->attention + b->dense + b->router + b->head + b->embed + b->draft + b->draft_head +
+         b->vectors;
 }
 
 /* What a rank needs, from the shapes and their precision alone. US_ERR_USAGE: the shape cannot be cut so (says which size). */

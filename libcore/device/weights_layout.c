@@ -51,6 +51,7 @@ enum us_status us_weights_skeleton(const struct us_shape *shape, const struct us
   if (status == US_OK) {
     set_formats(shape, refs, count, true);
     set_formats(shape, draft_refs, draft_count, false);
+    if (*ret_opt_draft) (*ret_opt_draft)->head.format = opt_draft->head;
   } else {
     us_model_free(*ret_model), us_draft_free(*ret_opt_draft);
     *ret_model = NULL, *ret_opt_draft = NULL;

@@ -1,6 +1,6 @@
 /* weights_plan.c: the list of a rank's packed matrices.
  *
- * Contents: items; attention; MLPs; drafter; the whole.
+ * Contents: items; attention; MLPs; vocabulary; drafter; the whole.
  */
 #include "device/weights_plan.h"
 #include "device/weights_layout.h"
@@ -257,6 +257,35 @@ static void add_layer_mlp(struct builder *b, const struct us_layer *from, uint32
            name);
 }
 
+/* ---- vocabulary --------------------------------------------------------------------------------------------------- */
+
+/* Rows of the embedding and of the heads: ceil(N / ranks) a rank, the last has what is left. */
+static struct us_share share_vocabulary(struct builder *b, uint32_t N) {
+  uint32_t most = (N + b->ranks - 1) / b->ranks;
+  uint64_t first = (uint64_t)most * b->rank;
+  if (first >= N) {
+    fail(b, "a vocabulary of %u leaves rank %u of %u without rows", N, b->rank, b->ranks);
+    return (struct us_share){0, 0};
+  }
+  return (struct us_share){(uint32_t)first, N - first < most ? N : (uint32_t)first + most};
+}
+
+static void add_vocabulary(struct builder *b, const struct us_model *model) {
+  struct us_device_weights *to = b->plan->weights;
+  uint32_t N = model->shape.vocab, D = model->shape.hidden, most = (N + b->ranks - 1) / b->ranks;
+  struct us_share rows = share_vocabulary(b, N);
+  if (b->status != US_OK) return;
+  if (model->embed.format != US_FORMAT_BF16 && model->embed.format != US_FORMAT_FP8)
+    fail(b, "the embedding is %s: on the GPU it is bf16, from bf16 or fp8; convert it",
+         us_format_name(model->embed.format));
+  to->embed_rows = most;
+  b->plan->embed = &model->embed, b->plan->embed_first = rows.begin,
+  b->plan->embed_rows = rows.end - rows.begin;
+  b->plan->embed_offset = place(b, &to->bytes.embed, (uint64_t)most * D * sizeof(uint16_t));
+  add_rows(b, &to->head, &to->bytes.head, &model->head, rows, "head");
+  add_vector(b, &to->final_norm, model->final_norm, D);
+}
+
 /* ---- drafter ----------------------------------------------------------------------------------------------------- */
 
 static void add_draft_layer(struct builder *b, const struct us_draft_layer *from, uint32_t l,
@@ -304,6 +333,9 @@ static void add_draft(struct builder *b, const struct us_draft *draft) {
   }
   finish(b, item, &to->bytes.draft, US_WEIGHTS_PLAIN, 0, s->hidden);
   for (uint32_t l = 0; l < s->layers; l++) add_draft_layer(b, &draft->layers[l], l, s, k_norms);
+  if (draft->head.rows)
+    add_rows(b, &to->draft_head, &to->bytes.draft_head, &draft->head,
+             share_vocabulary(b, (uint32_t)draft->head.rows), "drafter head");
   add_vector(b, &to->draft_hidden_norm, draft->hidden_norm, s->hidden);
   add_vector(b, &to->draft_final_norm, draft->final_norm, s->hidden);
   add_vector(b, &to->mask_embedding, draft->mask_embedding, s->hidden);
@@ -311,32 +343,11 @@ static void add_draft(struct builder *b, const struct us_draft *draft) {
 
 /* ---- the whole --------------------------------------------------------------------------------------------------- */
 
-/* Vocabulary rows: ceil(N / ranks) a rank, the last has what is left. */
-static void add_vocabulary(struct builder *b, const struct us_model *model) {
-  struct us_device_weights *to = b->plan->weights;
-  uint32_t N = model->shape.vocab, D = model->shape.hidden, most = (N + b->ranks - 1) / b->ranks;
-  uint64_t first = (uint64_t)most * b->rank;
-  if (first >= N) {
-    fail(b, "a vocabulary of %u leaves rank %u of %u without rows", N, b->rank, b->ranks);
-    return;
-  }
-  struct us_share rows = {(uint32_t)first, N - first < most ? N : (uint32_t)first + most};
-  if (model->embed.format != US_FORMAT_BF16 && model->embed.format != US_FORMAT_FP8)
-    fail(b, "the embedding is %s: on the GPU it is bf16, from bf16 or fp8; convert it",
-         us_format_name(model->embed.format));
-  to->embed_rows = most;
-  b->plan->embed = &model->embed, b->plan->embed_first = rows.begin,
-  b->plan->embed_rows = rows.end - rows.begin;
-  b->plan->embed_offset = place(b, &to->bytes.embed, (uint64_t)most * D * sizeof(uint16_t));
-  add_rows(b, &to->head, &to->bytes.head, &model->head, rows, "head");
-  add_vector(b, &to->final_norm, model->final_norm, D);
-}
-
 static enum us_status allocate(struct us_weights_plan *plan, const struct us_model *model,
                                const struct us_draft *opt_draft, struct us_err *err) {
   size_t layers = model->shape.layers, draft_layers = opt_draft ? opt_draft->shape.layers : 0;
   struct us_device_weights *to = plan->weights = calloc(1, sizeof *to);
-  plan->items = calloc(5 * layers + 4 * draft_layers + 3, sizeof *plan->items);
+  plan->items = calloc(5 * layers + 4 * draft_layers + 4, sizeof *plan->items);
   plan->vectors = calloc(4 * layers + 5 * draft_layers + 5, sizeof *plan->vectors);
   if (to) to->layers = calloc(layers, sizeof *to->layers);
   if (to && draft_layers) to->draft_layers = calloc(draft_layers, sizeof *to->draft_layers);

@@ -53,6 +53,7 @@ enum us_status us_model_write(const char *path, struct us_model *model, const ch
 
 enum us_status us_draft_write(const char *path, struct us_draft *draft, const char *opt_provenance_json,
                               struct us_err *err) {
+  us_draft_update_head(draft);
   if (ends_in_h5(path)) return us_draft_write_h5(path, draft, opt_provenance_json, err);
   return us_draft_write_folder(path, draft, opt_provenance_json, err);
 }
@@ -84,6 +85,7 @@ enum us_status us_draft_bind(struct us_draft *draft, struct us_store *store, boo
   size_t count = 0;
   enum us_status status = us_draft_tensors(draft, &refs, &count, err);
   if (status == US_OK) status = us_bind(store, refs, bind_mask ? count : count - 1, NULL, draft->owner, err);
+  if (status == US_OK) us_draft_update_head(draft);
   if (status == US_OK) status = us_bind_leftovers(store, &notes, err);
   if (status == US_OK && notes.size) {
     draft->notes = strdup(notes.data);

@@ -26,7 +26,7 @@ US_CHECKED enum us_status us_draft_open(const char *path, struct us_draft **ret_
  * (config.json, model.safetensors or shards with an index of at most US_SHARD_BYTES each, tokenizer.json,
  * provenance.json), which must not exist or be empty. Weights are stored bit for bit; small vectors exactly (a folder has
  * them in BF16 where that loses nothing). A folder's mask_embedding.pt holds BF16.
- * model->shape.precision is brought up to date with the matrices. A NULL provenance writes none. */
+ * model->shape.precision, and draft->shape.head, are brought up to date with the matrices. A NULL provenance writes none. */
 US_CHECKED enum us_status us_model_write(const char *path, struct us_model *model,
                                          const char *opt_provenance_json, struct us_err *err);
 US_CHECKED enum us_status us_draft_write(const char *path, struct us_draft *draft,

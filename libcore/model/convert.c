@@ -180,6 +180,7 @@ enum us_status us_draft_convert(const struct us_draft *src, const struct us_conv
   if (status == US_OK) status = us_draft_tensors(draft, &to, &count, err);
   if (status == US_OK) status = convert(from, to, count, formats, NULL, how, draft->owner, pool, err);
   if (status == US_OK) {
+    us_draft_update_head(draft);
     *ret_draft = draft;
     draft = NULL;
   }
@@ -188,4 +189,56 @@ enum us_status us_draft_convert(const struct us_draft *src, const struct us_conv
   free(from);
   free(to);
   return status;
+}
+
+/* --- a drafter's head --- */
+
+/* What src has goes to draft, but for its own head; both lists are in the same order, and a head is never the last. */
+static enum us_status share_all(const struct us_draft *src, struct us_draft *draft, struct us_err *err) {
+  struct us_tensor_ref *from = NULL, *to = NULL;
+  size_t from_count = 0, to_count = 0;
+  enum us_status status = us_draft_tensors((struct us_draft *)src, &from, &from_count, err);
+  if (status == US_OK) status = us_draft_tensors(draft, &to, &to_count, err);
+  for (size_t i = 0, j = 0; status == US_OK && i < from_count; i++, j++) {
+    if (from[i].matrix == &src->head) i++;
+    if (to[j].matrix == &draft->head) j++;
+    if (from[i].matrix)
+      *to[j].matrix = *from[i].matrix;
+    else
+      memcpy(*to[j].vector, *from[i].vector, from[i].rows * sizeof(float));
+  }
+  free(from);
+  free(to);
+  return status;
+}
+
+enum us_status us_draft_with_head(const struct us_draft *src, const struct us_matrix *head,
+                                  const struct us_matrix_encoding *encoding, struct us_pool *pool,
+                                  struct us_draft **ret_draft, struct us_err *err) {
+  struct us_draft_shape shape = src->shape;
+  struct us_draft *draft = NULL;
+  *ret_draft = NULL;
+  shape.head = head ? encoding->format : US_FORMAT_NONE;
+  if (head && head->cols != shape.hidden)
+    return us_err_set(err, US_ERR_USAGE, "a head of %zu columns for a drafter of %u", head->cols,
+                      shape.hidden);
+  if (head) shape.vocab = (uint32_t)head->rows;
+  enum us_status status = us_draft_create(&shape, &draft, err);
+  if (status == US_OK) status = share_all(src, draft, err);
+  if (status == US_OK && head) {
+    struct us_matrix values = *head;
+    status = us_matrix_build(draft->owner, head->rows, head->cols, encoding, decode_row, &values, pool,
+                             &draft->head, err);
+    if (status != US_OK) us_err_prefix(err, "the drafter's head");
+  }
+  if (status != US_OK) {
+    us_draft_free(draft);
+    return status;
+  }
+  *ret_draft = draft;
+  return US_OK;
+}
+
+void us_draft_update_head(struct us_draft *draft) {
+  draft->shape.head = draft->head.rows ? draft->head.format : US_FORMAT_NONE;
 }

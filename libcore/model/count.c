@@ -5,7 +5,7 @@
 #include <string.h>
 
 static const char *const names[US_FAMILY_COUNT] = {"embed",  "qkv",  "o_proj", "dense", "experts",
-                                                   "router", "norm", "head",   "draft"};
+                                                   "router", "norm", "head",   "draft", "draft.head"};
 
 const char *us_family_name(enum us_family family) {
   return (unsigned)family < US_FAMILY_COUNT ? names[family] : "?";

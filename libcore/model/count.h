@@ -19,6 +19,7 @@ enum us_family {
   US_FAMILY_NORM,   /* norms and sinks */
   US_FAMILY_HEAD,
   US_FAMILY_DRAFT,
+  US_FAMILY_DRAFT_HEAD, /* a drafter's own copy of the output head */
   US_FAMILY_COUNT
 };
 
@@ -33,7 +34,7 @@ struct us_count {
   struct us_count_row active; /* what one token uses: top_k experts a layer, one row of the embedding */
 };
 
-/* "embed", "qkv", "o_proj", "dense", "experts", "router", "norm", "head", "draft". */
+/* "embed", "qkv", "o_proj", "dense", "experts", "router", "norm", "head", "draft", "draft.head". */
 const char *us_family_name(enum us_family family);
 
 /* Count a model as it is stored, or a shape as its config's precision would store it. */

@@ -4,7 +4,7 @@
  * c = rmsnorm(fc f); in each layer K = rope(rmsnorm_head(Wk c), t) and V = value_scale * Wv c go to the cache.
  * Block, rows j = 0 .. B-1 at positions p + j (the anchor's embedding, then the mask vector): n = rmsnorm(h); q, k, v from
  * n; rmsnorm of each head of q and k, then rope; keys are the context (positions < p) and the whole block; o_proj;
- * residual; rmsnorm; SwiGLU; residual. Last, rmsnorm and the target's head on rows 1 .. B-1.
+ * residual; rmsnorm; SwiGLU; residual. Last, rmsnorm and the head (the drafter's own, or the target's) on rows 1 .. B-1.
  */
 #include "model/forward.h"
 
@@ -149,7 +149,7 @@ enum us_status us_draft_forward_markov(struct us_forward *f, const struct us_mod
     float *row = logits + (j - 1) * N;
     add_previous(f, model, draft, token, h + j * D, packed + wide, packed);
     us_forward_norm(f, h + j * D, draft->final_norm, 1, D, draft->shape.norm_eps, norm + j * D, packed);
-    us_forward_linear(f, &model->head, packed, 1, row, N);
+    us_forward_linear(f, us_draft_head(draft, model), packed, 1, row, N);
     token = likeliest(row, N);
   }
   return US_OK;
@@ -281,6 +281,7 @@ enum us_status us_draft_forward_block(struct us_forward *f, const struct us_mode
   if (status != US_OK) return status;
   if (pass->hidden) memcpy(pass->hidden, b.norm, b.B * D * sizeof *b.norm);
   if (pass->logits && b.B > 1 && !s->markov)
-    us_forward_linear(f, &model->head, b.packed + us_linear_packed_width(D), b.B - 1, pass->logits, N);
+    us_forward_linear(f, us_draft_head(draft, model), b.packed + us_linear_packed_width(D), b.B - 1,
+                      pass->logits, N);
   return US_OK;
 }

@@ -114,6 +114,7 @@ enum us_status us_draft_create(const struct us_draft_shape *shape, struct us_dra
     draft->markov_in = empty(shape->markov, shape->hidden);
     draft->markov_out = empty(shape->hidden, shape->markov);
   }
+  if (shape->head != US_FORMAT_NONE) draft->head = empty(shape->vocab, shape->hidden);
   void *layers = NULL;
   struct us_owner *owner = NULL;
   status = us_owner_create(&owner, err);
@@ -273,7 +274,7 @@ static void list_draft_layer(struct listing *list, const struct us_draft_shape *
 enum us_status us_draft_tensors(struct us_draft *draft, struct us_tensor_ref **ret_refs, size_t *ret_count,
                                 struct us_err *err) {
   const struct us_draft_shape *s = &draft->shape;
-  size_t most = 6 + (size_t)s->layers * 12;
+  size_t most = 7 + (size_t)s->layers * 12;
   struct listing list = {calloc(most, sizeof *list.refs), 0};
   if (!list.refs) return us_err_memory(err, "tensor list", most * sizeof *list.refs);
   add(&list, "draft", UINT32_MAX, &draft->fc, NULL, 0, "fc.weight");
@@ -284,6 +285,7 @@ enum us_status us_draft_tensors(struct us_draft *draft, struct us_tensor_ref **r
     add(&list, "draft", UINT32_MAX, &draft->markov_out, NULL, 0, "markov_out.weight");
   }
   add(&list, "norm", UINT32_MAX, NULL, &draft->final_norm, s->hidden, "norm.weight");
+  if (draft->head.rows) add(&list, "draft.head", UINT32_MAX, &draft->head, NULL, 0, "lm_head.weight");
   add(&list, "embed", UINT32_MAX, NULL, &draft->mask_embedding, s->hidden, "mask_embedding");
   *ret_refs = list.refs;
   *ret_count = list.count;

@@ -60,6 +60,7 @@ struct us_draft {
   struct us_draft_shape shape;
   struct us_matrix fc;                    /* (D, taps * D) */
   struct us_matrix markov_in, markov_out; /* (rank, D), (D, rank); without data at rank 0 */
+  struct us_matrix head;                  /* (N, D) its own; no rows without shape.head: see us_draft_head */
   float *hidden_norm;                     /* (D) */
   float *final_norm;                      /* (D) */
   float *mask_embedding;                  /* (D): embedding of a mask slot */
@@ -69,6 +70,12 @@ struct us_draft {
   char path[1024];
   void *owner;
 };
+
+/* The output head that drafts go through: the drafter's own, or the target's. */
+static inline const struct us_matrix *us_draft_head(const struct us_draft *draft,
+                                                    const struct us_model *target) {
+  return draft->head.rows ? &draft->head : &target->head;
+}
 
 /* Allocate a model or drafter of this shape whose matrices have no data yet: small vectors are zeroed and owned by the
  * model, experts arrays exist. us_model_alloc gives further 64-byte aligned memory that lives as long as the model. */
@@ -90,14 +97,16 @@ void us_draft_free(struct us_draft *draft);
 struct us_tensor_ref {
   char name[128]; /* published tensor name, without the _scale suffixes */
   const char
-      *family; /* "embed", "head", "qkv", "o_proj", "dense", "experts", "router", "norm", "sink", "draft" */
-  uint32_t layer;           /* UINT32_MAX outside the layers */
+      *family;    /* "embed", "head", "qkv", "o_proj", "dense", "experts", "router", "norm", "sink", "draft",
+                     "draft.head" */
+  uint32_t layer; /* UINT32_MAX outside the layers */
   struct us_matrix *matrix; /* NULL for a vector */
   float **vector;           /* NULL for a matrix */
   size_t rows, cols;        /* expected shape: (N, K), or (n, 1) for a vector */
 };
 
-/* The format that `precision` gives a tensor of a model or drafter: by its family; NONE for a vector. */
+/* The format that `precision` gives a tensor of a model or drafter: by its family; NONE for a vector, and for a drafter's own
+ * head, whose format its shape says. */
 enum us_format us_tensor_format(const struct us_precision *precision, const struct us_tensor_ref *ref);
 
 /* FP8 scale grid of a model's tensor: it restarts after so many rows in a fused qkv projection; else 0. */

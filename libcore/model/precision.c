@@ -7,6 +7,8 @@
 
 /* --- parsing --- */
 
+#define OWN_HEAD "draft.head" /* family of a drafter's own output head */
+
 /* A module name of the rule language and what it stands for. */
 struct module {
   const char *name;
@@ -36,7 +38,8 @@ static const struct module modules[] = {
     {"experts.up", {"experts"}, "gate_up"},
     {"experts.gate_up", {"experts"}, "gate_up"},
     {"experts.down", {"experts"}, "down"},
-    {"draft", {"draft"}, NULL},
+    {"draft", {"draft", OWN_HEAD}, NULL},
+    {"draft.head", {OWN_HEAD}, NULL},
 };
 enum { MODULES = sizeof modules / sizeof *modules };
 
@@ -79,7 +82,7 @@ static enum us_status parse_module(struct us_precision_rule *rule, const char *n
   }
   return us_err_set(err, US_ERR_USAGE,
                     "precision rule '%s': no module '%.*s' (all, embed, head, router, attn[.qkv|.o], mlp, "
-                    "dense[.gate_up|.down], experts[.gate_up|.down], draft)",
+                    "dense[.gate_up|.down], experts[.gate_up|.down], draft[.head])",
                     rule->text, (int)length, name);
 }
 
@@ -157,8 +160,23 @@ static enum us_status check_format(const struct us_precision_rule *rule, const s
   return US_OK;
 }
 
-enum us_status us_precision_shape(const struct us_precision_rules *rules, struct us_precision *precision,
-                                  struct us_err *err) {
+/* A drafter's own head: a rule that names it makes one, a wider rule changes what there is. */
+static enum us_status set_own_head(const struct us_precision_rule *rule, const struct us_shape *shape,
+                                   struct us_draft_shape *opt_draft, struct us_err *err) {
+  struct us_matrix matrix = {0};
+  struct us_tensor_ref ref = {.family = OWN_HEAD, .layer = UINT32_MAX, .matrix = &matrix};
+  bool named = strcmp(rule->families[0], OWN_HEAD) == 0;
+  if (named && !opt_draft) return bad_rule(rule, err, "there is no drafter");
+  if (!opt_draft || !matches(rule, &ref) || (!named && opt_draft->head == US_FORMAT_NONE)) return US_OK;
+  opt_draft->head = rule->format;
+  opt_draft->vocab =
+      shape->vocab; /* a published drafter's number is stale, but it has no head that it is the size of */
+  return US_OK;
+}
+
+enum us_status us_precision_shape(const struct us_precision_rules *rules, struct us_shape *shape,
+                                  struct us_draft_shape *opt_draft, struct us_err *err) {
+  struct us_precision *precision = &shape->precision;
   struct us_matrix matrix = {0}; /* a reference without a matrix is a vector's, which no rule means */
   const struct {
     const char *family;
@@ -176,6 +194,8 @@ enum us_status us_precision_shape(const struct us_precision_rules *rules, struct
       if (status != US_OK) return status;
       *all[i].format = rule->format;
     }
+    enum us_status status = set_own_head(rule, shape, opt_draft, err);
+    if (status != US_OK) return status;
   }
   return US_OK;
 }

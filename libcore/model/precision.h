@@ -11,7 +11,8 @@
  *     attn                            attn.qkv and attn.o; attn.q, .k, .v mean attn.qkv: they are stored together
  *     mlp                             dense and experts
  *     dense, experts                  with .down, or .gate, .up, .gate_up (all three mean gate and up, stored together)
- *     draft                           every matrix of a drafter
+ *     draft                           every matrix of a drafter, its own output head included
+ *     draft.head                      that head alone
  * Rules are tried in order and the last that matches wins; a rule that matches no tensor is an error, since it is a typo;
  * tensors that no rule matches keep their format. The router is f32 or bf16.
  */
@@ -48,10 +49,10 @@ US_CHECKED enum us_status us_precision_apply(const struct us_precision_rules *ru
                                              const struct us_tensor_ref *refs, size_t count,
                                              enum us_format *ret_formats, struct us_err *err);
 
-/* The same for a shape whose weights are made at random, one format a family. US_ERR_USAGE for a rule of some layers or of a part
- * of a family. */
-US_CHECKED enum us_status us_precision_shape(const struct us_precision_rules *rules,
-                                             struct us_precision *precision, struct us_err *err);
+/* The same for shapes whose weights are made at random, one format a family; a rule for draft.head gives the drafter a head of its own.
+ * US_ERR_USAGE for a rule of some layers or of a part of a family, or for draft.head without a drafter. */
+US_CHECKED enum us_status us_precision_shape(const struct us_precision_rules *rules, struct us_shape *shape,
+                                             struct us_draft_shape *opt_draft, struct us_err *err);
 
 /* One line of the dry-run table. */
 struct us_precision_row {
@@ -97,7 +98,16 @@ US_CHECKED enum us_status us_matrix_build(void *owner, size_t rows, size_t cols,
 /* Set shape.precision to what the matrices are: of each family the format that most parameters have. */
 void us_model_update_precision(struct us_model *model);
 
-/* The format that most of a drafter's parameters have. */
+/* A drafter that shares the matrices of src but drafts with a head of its own: (N, D) values of `head` in this encoding, or with
+ * `head` NULL with the target's. Free *ret_draft before src. */
+US_CHECKED enum us_status us_draft_with_head(const struct us_draft *src, const struct us_matrix *head,
+                                             const struct us_matrix_encoding *encoding, struct us_pool *pool,
+                                             struct us_draft **ret_draft, struct us_err *err);
+
+/* Set shape.head to what the drafter's own head is. */
+void us_draft_update_head(struct us_draft *draft);
+
+/* The format that most of a drafter's parameters have, its own head left out. */
 enum us_format us_draft_format(const struct us_draft *draft);
 
 #endif

@@ -94,7 +94,8 @@ enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_forma
   enum us_status status = us_draft_create(shape, &draft, err);
   if (status == US_OK) status = us_draft_tensors(draft, &refs, &count, err);
   for (size_t i = 0; status == US_OK && i < count; i++) {
-    status = fill(&refs[i], format, 0, seed, draft->owner, pool, err);
+    bool head = refs[i].matrix == &draft->head;
+    status = fill(&refs[i], head ? shape->head : format, 0, seed, draft->owner, pool, err);
   }
   free(refs);
   if (status != US_OK) {

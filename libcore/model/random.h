@@ -17,7 +17,7 @@
 US_CHECKED enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, struct us_pool *pool,
                                           struct us_model **ret_model, struct us_err *err);
 
-/* All matrices in `format`. */
+/* All matrices in `format`, but a head of its own as the shape says: the values of the target's head of the same seed. */
 US_CHECKED enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_format format,
                                           uint64_t seed, struct us_pool *pool, struct us_draft **ret_draft,
                                           struct us_err *err);

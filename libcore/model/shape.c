@@ -159,10 +159,16 @@ static enum us_status check_target(const struct us_draft_shape *d, const struct 
     return us_err_set(err, US_ERR_INPUT, "drafter num_target_layers: %u, but the model has %u layers",
                       d->target_layers, t->layers);
   }
-  /* The published Pro drafter says 152064 of 152576: it owns no vocabulary tensor, only its mask id must exist. */
+  /* The published Pro drafter says 152064 of 152576: without a vocabulary tensor only its mask id must exist. */
   if (d->mask_id >= t->vocab) {
     return us_err_set(err, US_ERR_INPUT, "drafter mask_token_id: %u is not in the model's vocabulary of %u",
                       d->mask_id, t->vocab);
+  }
+  if (d->head != US_FORMAT_NONE && d->vocab != t->vocab) {
+    return us_err_set(
+        err, US_ERR_INPUT,
+        "drafter vocab_size: %u, but the model's is %u, and the drafter has an output head of its own",
+        d->vocab, t->vocab);
   }
   return US_OK;
 }

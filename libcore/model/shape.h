@@ -67,8 +67,9 @@ struct us_shape {
 /* The DFlash drafter (research: z-lab DFlash; MiMo-V2.5-Pro-FP4-DFlash dflash/config.json). */
 struct us_draft_shape {
   uint32_t layers;
-  uint32_t hidden; /* equals the target's */
-  uint32_t vocab;  /* the target's embedding and head are used */
+  uint32_t hidden;     /* equals the target's */
+  uint32_t vocab;      /* the target's embedding is used, and without a head of its own the target's head */
+  enum us_format head; /* of its own copy of the output head; NONE: it drafts with the target's */
   uint32_t inner;
   /* The window counts positions back from the query; sinks on every layer if set. */
   struct us_attention_shape attention;

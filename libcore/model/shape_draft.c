@@ -28,6 +28,16 @@ static void parse_attention(struct us_config *c, struct us_config *d, struct us_
   us_config_expect_false(c, "is_causal");
 }
 
+/* The format of the drafter's own output head; without the key the target's is used. */
+static enum us_format parse_head(struct us_config *d) {
+  if (!us_config_get(d, "own_head")) return US_FORMAT_NONE;
+  const char *text = us_config_string_or(d, "own_head", NULL);
+  enum us_format format = text ? us_format_parse(text) : US_FORMAT_NONE;
+  if (text && format == US_FORMAT_NONE)
+    us_config_fail(d, "own_head", "'%.32s' is not a format (bf16, fp8, mxfp4, f32)", text);
+  return format;
+}
+
 static void parse_draft(struct us_config *c, struct us_config *d, struct us_draft_shape *s) {
   s->layers = us_config_u32(c, "num_hidden_layers", 1, US_MAX_DRAFT_LAYERS);
   s->hidden = us_config_u32(c, "hidden_size", 1, MANY);
@@ -46,6 +56,7 @@ static void parse_draft(struct us_config *c, struct us_config *d, struct us_draf
   if (outer && s->block != outer) us_config_fail(d, "block_size", "differs from the outer block_size");
   s->mask_id = us_config_u32(d, "mask_token_id", 0, MANY);
   if (!us_config_get(d, "target_layer_ids")) us_config_fail(d, "target_layer_ids", "missing");
+  s->head = parse_head(d);
   s->markov = us_config_u32_or(d, "markov_rank", 0, 0, MANY);
   s->taps = us_config_ids(d, "target_layer_ids", US_MAX_TAPS, US_MAX_LAYERS - 1, s->tap_layer);
 }
@@ -82,6 +93,8 @@ static json_t *print_dflash(const struct us_draft_shape *s) {
                         (int)s->mask_id, "block_size", (int)s->block, "use_swa", 1, "swa_window_size",
                         (int)s->attention.window, "attention_value_scale", s->value_scale,
                         "attention_sink_bias", (int)s->attention.sink);
+  if (o && s->head != US_FORMAT_NONE)
+    json_object_set_new(o, "own_head", json_string(us_format_name(s->head)));
   if (o && s->markov) json_object_set_new(o, "markov_rank", json_integer(s->markov));
   return o;
 }

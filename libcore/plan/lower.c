@@ -57,6 +57,14 @@ static uint64_t head_bytes(const struct us_shape *shape, const struct us_lower_o
   return format_bytes(shape->precision.head, shape->vocab, shape->hidden, 0);
 }
 
+/* A drafter's own head, or the target's. */
+static uint64_t draft_head_bytes(const struct us_draft_shape *draft, const struct us_shape *target,
+                                 const struct us_lower_options *options) {
+  if (options->draft && options->draft->head.rows) return matrix_bytes(&options->draft->head);
+  if (draft->head == US_FORMAT_NONE) return head_bytes(target, options);
+  return format_bytes(draft->head, target->vocab, target->hidden, 0);
+}
+
 /* Share of rank r, so that the ranks' shares add up to the whole. */
 static uint64_t share(uint64_t bytes, uint32_t rank, uint32_t ranks) {
   return bytes * (rank + 1) / ranks - bytes * rank / ranks;
@@ -361,7 +369,7 @@ enum us_status us_lower_draft(const struct us_draft_shape *draft, const struct u
     lower_attention(&lw, l, &program->dims, 1, &bytes);
     lower_residual_norm(&lw, US_TASK_RESIDUAL_NORM, l, 1, lower_dense(&lw, l, &program->dims, &bytes));
   }
-  if (!options->no_head) lower_head(&lw, &program->dims, head_bytes(target, options));
+  if (!options->no_head) lower_head(&lw, &program->dims, draft_head_bytes(draft, target, options));
   return finish_program(&lw, ret_program, err);
 }
 

@@ -30,7 +30,7 @@ US_CHECKED enum us_status us_lower_target(const struct us_shape *shape,
                                           struct us_program **ret_program, struct us_err *err);
 
 /* Lower a draft block (options->rows = B) or the projection of options->rows committed rows' features. `target` gives
- * the vocabulary and the head's format. */
+ * the vocabulary and, for a drafter without a head of its own, the head's format. */
 US_CHECKED enum us_status us_lower_draft(const struct us_draft_shape *draft, const struct us_shape *target,
                                          const struct us_lower_options *options,
                                          struct us_program **ret_program, struct us_err *err);

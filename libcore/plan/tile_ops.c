@@ -262,11 +262,12 @@ static void dense_up(const struct us_tile_pass *pass, const struct us_task *task
 static void head(const struct us_tile_pass *pass, const struct us_task *task) {
   size_t N = pass->program->dims.vocab, R = pass->program->dims.rows, skipped = pass->draft ? 1 : 0;
   size_t packed = us_linear_packed_width(pass->program->dims.hidden);
+  const struct us_matrix *w = pass->draft ? us_draft_head(pass->draft, pass->model) : &pass->model->head;
   for (size_t r = skipped; r < R;) {
     size_t end = r;
     while (end < R && (!pass->want_logits || pass->want_logits[end])) end++;
     if (end > r)
-      us_linear(&(struct us_linear_args){.w = &pass->model->head,
+      us_linear(&(struct us_linear_args){.w = w,
                                          .x = pass->buffers->normed_packed + r * packed,
                                          .x_stride = packed,
                                          .y = pass->logits + (r - skipped) * N + task->begin,

@@ -3,7 +3,7 @@
  *
  *   Requests | Accept lengths | Blocks and batches | Rules | Long contexts | Samples | Many rounds | Graphs | Ends | Cases
  *
- * Usage: engine_exact [CASE...], of accepts, blocks, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
+ * Usage: engine_exact [CASE...], of accepts, blocks, heads, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
  * and small, a few rounds for a slow checker, only where they are named. US_EXACT_SECONDS (10): how long `rounds` goes on. Exit 0, 1,
  * 5, 77.
  *
@@ -514,6 +514,23 @@ static void run_model(int argc, char **argv, const struct models *m) {
   for (uint32_t ranks = most; asked(argc, argv, "rules") && ranks; ranks /= 2) check_rules(m, ranks);
 }
 
+/* Drafters that read a head of their own: their proposals differ, the tokens do not. */
+static void run_heads(void) {
+  struct models m = open_random("wide", widen), pico;
+  give_head(&m, US_FORMAT_MXFP4, "wide, own head in mxfp4");
+  struct us_executor *ex = open_cuda(&m, &(struct us_executor_cuda_options){.ranks = 2});
+  for (int t = 0; t < 2; t++) check_accepts(&m, ex, (float)t);
+  check_blocks(&m, ex);
+  ex->ops->free(ex);
+  close_models(&m);
+  if (!open_pico(&pico)) return;
+  give_head(&pico, US_FORMAT_MXFP4, "pico, own head in mxfp4");
+  ex = open_cuda(&pico, NULL);
+  check_blocks(&pico, ex);
+  ex->ops->free(ex);
+  close_models(&pico);
+}
+
 int main(int argc, char **argv) {
   signal(SIGALRM, hung);
   alarm(watchdog_seconds(140));
@@ -530,6 +547,7 @@ int main(int argc, char **argv) {
   run_model(argc, argv, &wide);
   if (bundled) run_model(argc, argv, &pico), close_models(&pico);
   close_models(&wide);
+  if (asked(argc, argv, "heads")) run_heads();
   if (asked(argc, argv, "rounds")) {
     struct models m = open_random("short", shorten);
     for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) check_rounds(&m, ranks);

@@ -2,7 +2,7 @@
  *
  *   A script of passes | Comparison | Generation | Cases
  *
- * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, pico, pro; gpus2, gpus4, gpus8 only where they are named. Exit 0, 1, 5, 77.
+ * Usage: engine_parity [CASE...], of tiny, tiny-pro, ranks, heads, pico, pro; gpus2, gpus4, gpus8 only where they are named. Exit 0, 1, 5, 77.
  *
  * Bound. Both sides round at the same points (to bf16) and differ in the order of FP32 sums, so an intermediate value is either
  * equal or one bf16 step (2^-8 of it) off; fewer than one in 16 is (sums of a few thousand terms differ by less than 2^-12 of a
@@ -516,6 +516,32 @@ static void run_pico(void) {
   close_models(&m);
 }
 
+/* A head of the drafter's own in each format, by one and by several ranks: the drafts of the CPU, which are not those of the target's
+ * head where the copy is coarser. */
+static void run_heads(void) {
+  static const struct {
+    enum us_format format;
+    const char *name;
+    uint32_t ranks;
+  } cases[] = {{US_FORMAT_MXFP4, "wide, own head in mxfp4", 1},
+               {US_FORMAT_MXFP4, "wide, own head in mxfp4", 4},
+               {US_FORMAT_FP8, "wide, own head in fp8", 2},
+               {US_FORMAT_BF16, "wide, own head in bf16", 8}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    struct models m = open_random("wide", widen);
+    struct trace shared = run_script(&m, m.cpu, NULL);
+    give_head(&m, cases[i].format, cases[i].name);
+    struct trace own = run_script(&m, m.cpu, NULL);
+    size_t bytes = (own.draft_rows - 1) * m.model->shape.vocab * sizeof(float);
+    bool differs = memcmp(own.draft_logits, shared.draft_logits, bytes) != 0;
+    record(m.name, "drafts are those of the target's head where that is bf16, and only there", own.draft_rows,
+           differs == (cases[i].format == US_FORMAT_BF16), "");
+    run_case(&m, 1, cases[i].ranks, false);
+    close_models(&m);
+    drop_trace(&shared), drop_trace(&own);
+  }
+}
+
 static bool asked(int argc, char **argv, const char *name) {
   for (int i = 1; i < argc; i++)
     if (!strcmp(argv[i], name)) return true;
@@ -524,7 +550,7 @@ static bool asked(int argc, char **argv, const char *name) {
 
 int main(int argc, char **argv) {
   signal(SIGALRM, hung);
-  alarm(watchdog_seconds(150));
+  alarm(watchdog_seconds(200));
   static const char *const plain[] = {"tiny", "tiny-pro"};
   for (int i = 0; i < 2; i++) {
     if (!asked(argc, argv, plain[i])) continue;
@@ -546,6 +572,7 @@ int main(int argc, char **argv) {
     if (gpus < MAX_RANKS) run_case(&m, gpus, 2 * gpus, false);
     close_models(&m);
   }
+  if (asked(argc, argv, "heads")) run_heads();
   if (asked(argc, argv, "pico")) run_pico();
   if (asked(argc, argv, "pro")) {
     struct models m = open_pro("pro");

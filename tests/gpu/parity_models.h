@@ -12,6 +12,7 @@
 
 #include "device/executor.h"
 #include "model/checkpoint.h"
+#include "model/precision.h"
 #include "model/random.h"
 #include "parity.h"
 #include "plan/tiles.h"
@@ -24,6 +25,7 @@ struct models {
   struct us_draft *draft;
   struct us_pool *pool;
   struct us_executor *cpu;
+  struct us_draft *shared; /* what the drafter shares its matrices with; NULL: it has its own */
 };
 
 static inline void say(void *arg, const char *line) {
@@ -123,9 +125,21 @@ static inline bool open_pico(struct models *ret_models) {
   return true;
 }
 
+/* The drafter with a copy of the target's head of its own, by another name. */
+static inline void give_head(struct models *m, enum us_format format, const char *name) {
+  struct us_matrix_encoding encoding = {.format = format};
+  struct us_draft *draft;
+  struct us_err err = {0};
+  need(us_draft_with_head(m->draft, &m->model->head, &encoding, m->pool, &draft, &err), &err, name);
+  m->cpu->ops->free(m->cpu);
+  m->name = name, m->shared = m->draft, m->draft = draft;
+  need(us_executor_create_tiles(m->model, draft, m->pool, US_ROUND_BF16, &m->cpu, &err), &err, name);
+}
+
 static inline void close_models(struct models *m) {
   m->cpu->ops->free(m->cpu);
   us_draft_free(m->draft);
+  us_draft_free(m->shared);
   us_model_free(m->model);
   us_pool_free(m->pool);
 }

@@ -70,6 +70,7 @@ static struct us_draft_shape draft_of(const struct us_shape *s) {
   d.layers = 3, d.hidden = s->hidden, d.vocab = s->vocab, d.inner = s->dense_inner, d.attention = s->swa;
   d.norm_eps = 1e-5, d.value_scale = 0.6, d.block = 8, d.mask_id = 1, d.taps = 2, d.tap_layer[1] = 3;
   d.target_layers = s->layers;
+  d.head = s->hidden == 64 ? US_FORMAT_FP8 : US_FORMAT_MXFP4;
   return d;
 }
 
@@ -268,6 +269,11 @@ static void check_draft(struct tally *t, const struct us_draft *d, const struct 
       t, "draft_fc", &w->draft_fc, 0, 0, [&](uint32_t n) -> struct place {
         return {&d->fc, w->rank * (D / w->ranks) + n};
       });
+  compare(
+      t, "draft_head", &w->draft_head, 0, 0, [&](uint32_t n) -> struct place {
+        return {&d->head, w->rank * w->embed_rows + n};
+      });
+  t->count(w->draft_head.rows == w->head.rows, "draft_head rows", w->draft_head.rows, 0);
   compare_vector(t, "hidden_norm", w->draft_hidden_norm, d->hidden_norm, D);
   compare_vector(t, "draft final_norm", w->draft_final_norm, d->final_norm, D);
   compare_vector(t, "mask_embedding", w->mask_embedding, d->mask_embedding, D);
@@ -314,7 +320,7 @@ static std::vector<struct extent> extents(const struct us_device_weights *w) {
     layer(w->layers[i], us_shape_attention(s, i), s->hidden, s->moe_layer[i] ? s->experts : 0);
   for (uint32_t i = 0; i < w->draft_shape.layers; i++)
     layer(w->draft_layers[i], &w->draft_shape.attention, s->hidden, 0);
-  matrix(w->head, 1), matrix(w->draft_fc, 1), matrix(w->draft_kv, 1);
+  matrix(w->head, 1), matrix(w->draft_fc, 1), matrix(w->draft_kv, 1), matrix(w->draft_head, 1);
   list.push_back({(const uint8_t *)w->embed, (uint64_t)w->embed_rows * s->hidden * 2});
   vector(w->draft_k_norms, (uint64_t)w->draft_shape.layers * w->draft_shape.attention.qk_dim);
   for (const float *v : {w->final_norm, w->draft_hidden_norm, w->draft_final_norm, w->mask_embedding})

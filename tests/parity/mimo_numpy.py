@@ -167,4 +167,4 @@ def draft(target, drafter, streams, tokens, position, block, rounding=False):
         h = h + r(softmax_attention(q, k, v, visible, sink)) @ w("self_attn.o_proj").T
         h = h + dense(drafter, at + "mlp.", r(rmsnorm(h, w("post_attention_layernorm"), eps)), r)
     hidden = r(rmsnorm(h, weight(drafter, "norm.weight"), eps))
-    return hidden[1:] @ weight(target, "lm_head.weight").T
+    return hidden[1:] @ weight(drafter if "own_head" in flash else target, "lm_head.weight").T

@@ -96,6 +96,12 @@ def check_draft():
         oracle = draft(target, drafter, streams, tokens, position, block)
         logits = run(target, tokens, drafter=drafter, position=position, block=block)[1]
         check(gap(logits, oracle) < FP32_TOLERANCE, f"drafter at {position}, block {block}: FP32: {gap(logits, oracle):.1e}")
+    for form in ("mxfp4", "fp8", "bf16"):
+        own = random_draft(dict(DRAFT, dflash_config=dict(DRAFT["dflash_config"], own_head=form)), 8)
+        own.matrix("lm_head.weight", PRO["vocab_size"], PRO["hidden_size"], form)
+        shared, oracle = draft(target, drafter, streams, tokens, 40, 8), draft(target, own, streams, tokens, 40, 8)
+        logits = run(target, tokens, drafter=own, position=40)[1]
+        check(gap(logits, oracle) < FP32_TOLERANCE < gap(logits, shared), f"drafter with its own {form} head: FP32: {gap(logits, oracle):.1e}")
     smooth, worst, bound = every_expert(PRO), 0, 3 * np.sqrt(6 * (5 + 3) + 4) / 512
     for s in range(6):
         target, drafter = random_target(smooth, 60 + s), random_draft(DRAFT, 80 + s)

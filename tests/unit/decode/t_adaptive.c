@@ -70,6 +70,9 @@ START_TEST(bytes_are_those_of_the_matrices) {
   struct us_draft draft = {.fc = f32, .layers = &draft_layer};
   draft.shape.layers = 1;
   ck_assert_double_eq(us_verify_cost_of(&model, &draft).fixed, cost.fixed + (1 + 1 + 7) * 10 * 64 * 4);
+  draft.head = mxfp4; /* its own instead of the target's */
+  ck_assert_double_eq(us_verify_cost_of(&model, &draft).fixed,
+                      cost.fixed + (1 + 7) * 10 * 64 * 4 + expert / 3);
 }
 END_TEST
 

@@ -9,6 +9,7 @@
 enum { TOKENS = 48, PROMPT = 21, LONG = 530, WINDOW = 16, DRAFTER_BLOCK = 16 };
 
 static int32_t prompt[LONG];
+static enum us_format own_head; /* of the drafter */
 
 static void setup(void) {
   for (uint32_t i = 0; i < LONG; i++) prompt[i] = small_token(i);
@@ -21,6 +22,7 @@ static struct small open_models(int threads, enum us_rounding rounding) {
   struct us_draft_shape draft = small_draft_shape(WINDOW);
   shape.max_positions = 1024;
   draft.block = DRAFTER_BLOCK;
+  draft.head = own_head;
   ck_assert_msg(us_pool_create(threads, &m.pool, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_model_random(&shape, us_test_seed(), m.pool, &m.model, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_random(&draft, US_FORMAT_BF16, 5, m.pool, &m.draft, &err) == US_OK, "%s",
@@ -77,6 +79,27 @@ START_TEST(match_equals_plain_for_every_block_and_thread_count) {
       }
     close_small(&m);
   }
+  us_result_release(&plain[0]);
+  us_result_release(&plain[1]);
+}
+END_TEST
+
+START_TEST(a_head_of_the_drafters_own_changes_no_token) {
+  struct small m = open_models(1, US_ROUND_BF16);
+  struct us_request r[] = {request_of(PROMPT, 0.0f), request_of(PROMPT, 0.9f)};
+  struct us_result plain[2], result;
+  for (int t = 0; t < 2; t++) generate(m.ex, &r[t], 1, (struct us_generate_options){.block = 1}, &plain[t]);
+  close_small(&m);
+  own_head = US_FORMAT_MXFP4;
+  m = open_models(1, US_ROUND_BF16);
+  for (uint32_t block = 2; block <= DRAFTER_BLOCK; block += 7)
+    for (int t = 0; t < 2; t++) {
+      generate(m.ex, &r[t], 1, (struct us_generate_options){.block = block}, &result);
+      assert_same(&plain[t], &result);
+      us_result_release(&result);
+    }
+  close_small(&m);
+  own_head = US_FORMAT_NONE;
   us_result_release(&plain[0]);
   us_result_release(&plain[1]);
 }
@@ -252,6 +275,7 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("speculative");
   tcase_add_checked_fixture(c, setup, NULL);
   tcase_add_test(c, match_equals_plain_for_every_block_and_thread_count);
+  tcase_add_test(c, a_head_of_the_drafters_own_changes_no_token);
   tcase_add_test(c, a_batch_equals_single_runs_at_every_size);
   tcase_add_test(c, state_after_every_round_is_that_of_a_fresh_prefill);
   tcase_add_test(c, state_is_right_without_rounding_and_with_the_drafters_own_proposals);

@@ -67,6 +67,7 @@ static inline void fake_pointers(struct us_device_weights *w, uint64_t *next) {
   w->embed = fake(next, 1);
   w->head.pages.pages = fake(next, 1), w->draft_fc.pages.pages = fake(next, 1),
   w->draft_kv.pages.pages = fake(next, 1);
+  if (w->draft_head.rows) w->draft_head.pages.pages = fake(next, 1);
 }
 
 static inline enum us_status lay_out(struct fixture *f, uint32_t rank, uint32_t ranks, struct us_err *err) {

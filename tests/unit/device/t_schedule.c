@@ -104,6 +104,30 @@ START_TEST(a_vocabulary_that_ranks_do_not_divide_is_cut_as_its_weights_are) {
 }
 END_TEST
 
+/* The pages of the operation that makes a pass's logits. */
+static const void *head_pages(const struct us_device_schedule *s, uint32_t pass) {
+  const void *pages = NULL;
+  for (uint32_t i = s->begin[pass]; i < s->end[pass]; i++)
+    if (s->ops[i].task_op == US_TASK_HEAD) pages = s->ops[i].gemm.w.pages;
+  return pages;
+}
+
+START_TEST(a_drafter_with_a_head_of_its_own_streams_that) {
+  static const enum us_format formats[] = {US_FORMAT_MXFP4, US_FORMAT_FP8, US_FORMAT_BF16};
+  struct fixture f = tiny();
+  for (uint32_t ranks = 1; ranks <= 4; ranks *= 2)
+    for (uint32_t i = 0; i < 3; i++)
+      for (uint32_t batch = 1; batch <= 4; batch *= 4) {
+        f.draft.head = formats[i];
+        make(&f, ranks - 1, ranks, (struct us_device_schedule_options){.batch = batch, .block = 8});
+        expect_proved(&f, us_format_name(formats[i]));
+        ck_assert_ptr_eq(head_pages(f.schedule, US_ENGINE_PASS_TARGET), f.weights->head.pages.pages);
+        ck_assert_ptr_eq(head_pages(f.schedule, US_ENGINE_PASS_DRAFT), f.weights->draft_head.pages.pages);
+        release(&f);
+      }
+}
+END_TEST
+
 /* ---- what lists are made of -------------------------------------------------------------------------------------- */
 
 START_TEST(between_router_and_experts_nobody_waits_twice) {
@@ -316,6 +340,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, models_of_the_recipes_are_served_by_1_2_and_4_ranks_in_fp8, 0, 2);
   tcase_add_test(c, the_published_model_and_drafter_are_cut_by_1_2_4_and_8_ranks);
   tcase_add_test(c, a_vocabulary_that_ranks_do_not_divide_is_cut_as_its_weights_are);
+  tcase_add_test(c, a_drafter_with_a_head_of_its_own_streams_that);
   tcase_add_test(c, between_router_and_experts_nobody_waits_twice);
   tcase_add_test(c, ranks_run_lists_that_are_alike);
   tcase_add_test(c, bytes_are_the_rooflines_but_for_padding);

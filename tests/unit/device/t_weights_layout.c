@@ -196,6 +196,32 @@ START_TEST(a_vocabulary_that_does_not_divide_ends_early) {
 }
 END_TEST
 
+START_TEST(a_drafters_own_head_is_cut_as_the_targets_and_counted_apart) {
+  static const enum us_format formats[] = {US_FORMAT_MXFP4, US_FORMAT_FP8, US_FORMAT_BF16};
+  struct us_shape shape = even_shape();
+  struct us_draft_shape draft = even_draft(&shape);
+  struct us_device_bytes shared, own;
+  struct us_err err = {0};
+  shape.vocab = draft.vocab = 500;
+  for (uint32_t rank = 0; rank < 8; rank += 7)
+    for (size_t i = 0; i < 3; i++) {
+      draft.head = US_FORMAT_NONE;
+      struct us_device_weights_options options = {.rank = rank, .ranks = 8};
+      ck_assert_int_eq(us_device_weights_bytes(&shape, &draft, &options, &shared, &err), US_OK);
+      draft.head = formats[i];
+      ck_assert_int_eq(us_device_weights_bytes(&shape, &draft, &options, &own, &err), US_OK);
+      struct cut c = cut(&shape, &draft, rank, 8);
+      const struct us_device_weights *w = c.plan->weights;
+      ck_assert_uint_eq(w->draft_head.rows, w->head.rows);
+      ck_assert_int_eq(w->draft_head.pages.format, formats[i]);
+      ck_assert_uint_eq(own.draft_head, us_weights_align(w->draft_head.bytes));
+      ck_assert_uint_eq(us_device_bytes_weights(&own), us_device_bytes_weights(&shared) + own.draft_head);
+      ck_assert_uint_eq(shared.draft_head, 0);
+      release(&c);
+    }
+}
+END_TEST
+
 START_TEST(shapes_that_cannot_be_cut_say_which_size) {
   struct us_shape shape = load_shape("pico");
   expect_refused(
@@ -238,6 +264,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, heads_of_fused_chunks_become_queries_keys_values);
   tcase_add_test(c, pieces_cover_an_item_once);
   tcase_add_test(c, a_vocabulary_that_does_not_divide_ends_early);
+  tcase_add_test(c, a_drafters_own_head_is_cut_as_the_targets_and_counted_apart);
   tcase_add_test(c, shapes_that_cannot_be_cut_say_which_size);
   tcase_add_test(c, parts_of_different_formats_are_refused);
   return us_suite("weights_layout", c);

@@ -122,25 +122,51 @@ START_TEST(a_rule_that_matches_nothing_is_an_error) {
 END_TEST
 
 START_TEST(rules_set_the_families_of_random_weights) {
-  struct us_precision precision = {
-      .o_proj = US_FORMAT_BF16, .router = US_FORMAT_F32, .draft = US_FORMAT_BF16};
+  struct us_shape shape = {
+      .precision = {.o_proj = US_FORMAT_BF16, .router = US_FORMAT_F32, .draft = US_FORMAT_BF16}};
+  const struct us_precision *precision = &shape.precision;
+  struct us_draft_shape draft = {.vocab = 7};
   struct us_precision_rules rules = parse("mlp=mxfp4,attn.o=fp8,draft=fp8,head=bf16,draft=mxfp4");
-  ck_assert_int_eq(us_precision_shape(&rules, &precision, NULL), US_OK);
-  ck_assert_int_eq(precision.experts, US_FORMAT_MXFP4);
-  ck_assert_int_eq(precision.dense, US_FORMAT_MXFP4);
-  ck_assert_int_eq(precision.o_proj, US_FORMAT_FP8);
-  ck_assert_int_eq(precision.head, US_FORMAT_BF16);
-  ck_assert_int_eq(precision.draft, US_FORMAT_MXFP4);
-  ck_assert_int_eq(precision.router, US_FORMAT_F32);
+  ck_assert_int_eq(us_precision_shape(&rules, &shape, &draft, NULL), US_OK);
+  ck_assert_int_eq(precision->experts, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision->dense, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision->o_proj, US_FORMAT_FP8);
+  ck_assert_int_eq(precision->head, US_FORMAT_BF16);
+  ck_assert_int_eq(precision->draft, US_FORMAT_MXFP4);
+  ck_assert_int_eq(precision->router, US_FORMAT_F32);
+  ck_assert_int_eq(draft.head, US_FORMAT_NONE);
+  ck_assert_uint_eq(draft.vocab, 7);
+}
+END_TEST
+
+START_TEST(a_rule_gives_a_random_drafter_a_head_and_wider_ones_change_it) {
+  static const struct {
+    const char *rules;
+    enum us_format body, head;
+  } cases[] = {{"draft=fp8,draft.head=mxfp4", US_FORMAT_FP8, US_FORMAT_MXFP4},
+               {"draft.head=mxfp4,draft=fp8", US_FORMAT_FP8, US_FORMAT_FP8},
+               {"draft.head=mxfp4,all=bf16", US_FORMAT_BF16, US_FORMAT_BF16},
+               {"all=fp8", US_FORMAT_FP8, US_FORMAT_NONE}};
+  struct us_shape shape = {.vocab = 512};
+  struct us_draft_shape draft = {.vocab = 7};
+  struct us_precision_rules rules = parse(cases[_i].rules);
+  struct us_err err = {0};
+  ck_assert_int_eq(us_precision_shape(&rules, &shape, &draft, &err), US_OK);
+  ck_assert_int_eq(shape.precision.draft, cases[_i].body);
+  ck_assert_int_eq(draft.head, cases[_i].head);
+  ck_assert_uint_eq(draft.vocab, cases[_i].head == US_FORMAT_NONE ? 7 : 512);
+  rules = parse("draft.head=fp8");
+  ck_assert_int_eq(us_precision_shape(&rules, &shape, NULL, &err), US_ERR_USAGE);
+  ck_assert_str_eq(err.message, "precision rule 'draft.head=fp8': there is no drafter");
 }
 END_TEST
 
 START_TEST(random_weights_have_one_format_a_family) {
   static const char *const bad[] = {"layers.3.attn.o=fp8", "experts.down=fp8", "router=fp8"};
-  struct us_precision precision = {0};
+  struct us_shape shape = {0};
   struct us_precision_rules rules = parse(bad[_i]);
   struct us_err err = {0};
-  ck_assert_int_eq(us_precision_shape(&rules, &precision, &err), US_ERR_USAGE);
+  ck_assert_int_eq(us_precision_shape(&rules, &shape, NULL, &err), US_ERR_USAGE);
   ck_assert_msg(strstr(err.message, _i < 2 ? "one format a family" : "the router is") != NULL, "%s",
                 err.message);
 }
@@ -375,6 +401,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, a_rule_that_cannot_be_read_is_quoted, 0, sizeof bad_syntax / sizeof *bad_syntax);
   tcase_add_loop_test(c, a_rule_that_matches_nothing_is_an_error, 0, sizeof bad_match / sizeof *bad_match);
   tcase_add_test(c, rules_set_the_families_of_random_weights);
+  tcase_add_loop_test(c, a_rule_gives_a_random_drafter_a_head_and_wider_ones_change_it, 0, 4);
   tcase_add_loop_test(c, random_weights_have_one_format_a_family, 0, 3);
   tcase_add_test(c, the_table_says_what_conversion_then_does);
   tcase_add_test(c, conversion_equals_encoding_the_whole_matrix);

@@ -383,9 +383,9 @@ START_TEST(a_drafter_survives_printing) {
   ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
   ck_assert_mem_eq(&d, &back, sizeof d);
-  ck_assert(strstr(json, "markov") == NULL);
+  ck_assert(strstr(json, "markov") == NULL && strstr(json, "own_head") == NULL);
   free(json);
-  d.markov = 64;
+  d.markov = 64, d.head = US_FORMAT_MXFP4;
   ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
   ck_assert_mem_eq(&d, &back, sizeof d);
@@ -411,6 +411,19 @@ START_TEST(a_drafter_of_another_model_says_what_differs) {
 }
 END_TEST
 
+START_TEST(a_head_of_the_drafters_own_has_the_models_vocabulary) {
+  struct us_draft_shape d = parse_draft();
+  struct us_shape pro = load("mimo-v2.5-pro");
+  struct us_err err = {0};
+  d.head = US_FORMAT_FP8;
+  ck_assert_int_eq(us_draft_shape_check(&d, &pro, &err), US_ERR_INPUT);
+  ck_assert_str_eq(err.message, "drafter vocab_size: 152064, but the model's is 152576, and the drafter has "
+                                "an output head of its own");
+  d.vocab = pro.vocab;
+  ck_assert_int_eq(us_draft_shape_check(&d, &pro, &err), US_OK);
+}
+END_TEST
+
 static const struct {
   const char *where, *with, *expect;
 } bad_draft[] = {
@@ -430,6 +443,8 @@ static const struct {
     {"\"rms_norm_eps\":1e-05", "\"rms_norm_eps\":\"x\"", "rms_norm_eps: expected a number"},
     {"\"num_target_layers\":70", "\"num_target_layers\":0", "num_target_layers: 0 is outside"},
     {"\"attention_bias\":false", "\"is_causal\":true", "is_causal: true is not supported"},
+    {"\"use_swa\":true", "\"own_head\":\"fp3\"", "dflash_config.own_head: 'fp3' is not a format"},
+    {"\"use_swa\":true", "\"own_head\":true", "dflash_config.own_head: expected a string"},
 };
 
 START_TEST(a_bad_drafter_field_is_named) {
@@ -465,6 +480,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, the_published_drafter_parses_and_fits_its_model);
   tcase_add_test(c, a_drafter_survives_printing);
   tcase_add_test(c, a_drafter_of_another_model_says_what_differs);
+  tcase_add_test(c, a_head_of_the_drafters_own_has_the_models_vocabulary);
   tcase_add_loop_test(c, a_bad_drafter_field_is_named, 0, sizeof bad_draft / sizeof *bad_draft);
   return us_suite("shape", c);
 }

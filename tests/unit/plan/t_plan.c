@@ -6,6 +6,7 @@
 #include "plan/check.h"
 #include "plan/lower.h"
 #include "plan/price.h"
+#include "plan/roofline.h"
 #include "suite.h"
 
 #include <math.h>
@@ -211,6 +212,27 @@ START_TEST(the_price_of_mimo_pro_is_the_published_roofline) {
 }
 END_TEST
 
+START_TEST(a_drafters_own_head_is_priced_by_its_format) {
+  struct us_shape target = pro_shape();
+  struct us_draft_shape draft = {.layers = 1,
+                                 .hidden = target.hidden,
+                                 .vocab = target.vocab,
+                                 .inner = 512,
+                                 .attention = attention(8, 4, 64),
+                                 .block = 8,
+                                 .taps = 1};
+  struct us_roofline shared, own;
+  double parameters = (double)target.vocab * target.hidden;
+  ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &shared, NULL), US_OK);
+  draft.head = US_FORMAT_MXFP4;
+  ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &own, NULL), US_OK);
+  ck_assert_double_eq(shared.draft_head, shared.head);
+  ck_assert_double_eq(own.draft_head, parameters * 17 / 32);
+  ck_assert_double_eq(own.head, shared.head);
+  ck_assert_double_eq_tol(own.total, shared.total - shared.draft_head + own.draft_head, 1);
+}
+END_TEST
+
 START_TEST(a_shape_that_cannot_be_shared_is_a_usage_error) {
   struct us_shape shape = small_shape();
   struct us_program *program;
@@ -234,6 +256,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, an_event_that_counts_too_far_is_refused);
   tcase_add_test(c, tiles_share_out_the_bytes_exactly);
   tcase_add_test(c, the_price_of_mimo_pro_is_the_published_roofline);
+  tcase_add_test(c, a_drafters_own_head_is_priced_by_its_format);
   tcase_add_test(c, a_shape_that_cannot_be_shared_is_a_usage_error);
   return us_suite("plan", c);
 }

@@ -18,11 +18,13 @@ struct fixture {
 };
 
 static uint32_t markov; /* of the drafter */
+static enum us_format own_head;
 
 static struct us_draft_shape draft_shape(const struct us_shape *target) {
   struct us_draft_shape draft = {.layers = 2,
                                  .hidden = target->hidden,
                                  .vocab = target->vocab,
+                                 .head = own_head,
                                  .inner = 128,
                                  .norm_eps = 1e-5,
                                  .value_scale = 0.612,
@@ -173,6 +175,28 @@ START_TEST(tiles_give_the_reference_bits_with_a_markov_head) {
 }
 END_TEST
 
+START_TEST(tiles_give_the_reference_bits_with_a_head_of_the_drafters_own) {
+  struct fixture f;
+  struct outputs plain, own;
+  make(&f, "tiny", 2, US_ROUND_BF16);
+  run(&f, f.tiles, 8, &plain);
+  drop(&f);
+  own_head = US_FORMAT_MXFP4;
+  compare("tiny", 3, US_ROUND_BF16);
+  make(&f, "tiny", 2, US_ROUND_BF16);
+  run(&f, f.tiles, 8, &own);
+  size_t N = f.model->shape.vocab;
+  ck_assert(memcmp(plain.drafts, own.drafts, 7 * N * sizeof(float)) != 0);
+  ck_assert_mem_eq(plain.logits, own.logits, POSITIONS * N * sizeof(float)); /* the target's stay */
+  drop(&f);
+  markov = 32; /* row by row */
+  compare("tiny", 1, US_ROUND_BF16);
+  markov = 0, own_head = US_FORMAT_NONE;
+  release(&plain);
+  release(&own);
+}
+END_TEST
+
 START_TEST(routes_are_those_of_the_reference) {
   struct fixture f;
   make(&f, "tiny", 2, US_ROUND_BF16);
@@ -264,6 +288,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, tiles_give_the_reference_bits_with_fused_chunks);
   tcase_add_test(c, tiles_give_the_reference_bits_without_rounding);
   tcase_add_test(c, tiles_give_the_reference_bits_with_a_markov_head);
+  tcase_add_test(c, tiles_give_the_reference_bits_with_a_head_of_the_drafters_own);
   tcase_add_test(c, routes_are_those_of_the_reference);
   tcase_add_test(c, every_op_can_be_seen_and_stopped_after_with_the_reference_values);
   tcase_add_test(c, bad_passes_are_usage_errors);
