@@ -5,6 +5,7 @@
 #include "base/record.h"
 #include "base/table.h"
 #include "model/checkpoint.h"
+#include "model/precision.h"
 #include "tools/dflash_answers.h"
 #include "tools/tool.h"
 #include "tools/train_learner.h"
@@ -46,13 +47,20 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("format", 0, "same|bf16|fp8|mxfp4",
                 "of its matrices, trained through the rounding; same: that of --init, or bf16",
                 .def = "same"),
+    US_OPT_ENUM("head", 0, "same|target|bf16|fp8|mxfp4",
+                "output head that it drafts with: the target's, or a copy of it of its own in this format, "
+                "rounded and not trained; same: that of --init, or the target's",
+                .def = "same"),
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
     US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
     US_OPT_ENUM("weights", 0, "exp|dpace|uniform", "weights of the slots", .def = "dpace"),
     US_OPT_NUM("gamma", 0, "G", "decay of --weights exp; 0: 4 to 7, by the block", .def = "0"),
     US_OPT_NUM("alpha", 0, "A", "smoothing of --weights dpace", .def = "0.5", .max = 1),
-    US_OPT_INT("steps", 'n', "N", "optimizer steps; 0: as many as the time allows", .def = "1000"),
+    US_OPT_INT("steps", 'n', "N",
+               "optimizer steps; 0: as many as the time allows, or without --minutes none: --init is only "
+               "rounded to --format and --head",
+               .def = "1000"),
     US_OPT_NUM("minutes", 0, "M", "stop after so many minutes of training; 0: no limit", .def = "0"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "4", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "512", .min = 8, .max = 131072),
@@ -90,7 +98,7 @@ struct job {
   struct us_tool_run *run;
   struct us_record target_record;
   struct us_model *target;
-  struct us_draft *init;
+  struct us_draft *init, *rounded; /* rounded: init with another head, when nothing is trained */
   struct us_shards *shards;
   struct us_dflash_answers answers;
   struct us_pool *pool;
@@ -99,7 +107,7 @@ struct job {
   struct us_dflash train;
   struct us_run_log log;
   struct us_progress progress;
-  struct us_matrix_encoding encoding; /* --format */
+  struct us_matrix_encoding encoding, head; /* --format, --head */
   char options[2048];
 };
 
@@ -158,6 +166,21 @@ static enum us_status read_shape(struct us_opts *o, const struct us_model *targe
   return status == US_OK ? us_draft_shape_check(s, t, err) : status;
 }
 
+/* --head: what the drafter drafts with. */
+static void take_head(struct job *job) {
+  static const enum us_format formats[] = {US_FORMAT_NONE, US_FORMAT_NONE, US_FORMAT_BF16, US_FORMAT_FP8,
+                                           US_FORMAT_MXFP4};
+  int choice = us_opt_choice(job->run->opts, "head");
+  struct us_draft_shape *s = &job->train.shape;
+  if (!choice) return;
+  s->head = formats[choice];
+  if (s->head == US_FORMAT_NONE) return;
+  s->vocab = job->target->shape.vocab;
+  job->head = (struct us_matrix_encoding){
+      .format = s->head, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  job->train.head = &job->head;
+}
+
 /* With --init the drafter says its shape, and options that would change it are refused. */
 static enum us_status take_init(struct job *job, struct us_err *err) {
   static const char *const shape_options[] = {"layers", "block",    "window",   "taps",    "inner",
@@ -170,6 +193,20 @@ static enum us_status take_init(struct job *job, struct us_err *err) {
   if (status == US_OK) status = us_draft_check_target(job->init, job->target, err);
   if (status == US_OK) job->train.shape = job->init->shape;
   return status;
+}
+
+/* Without steps and a time --init is only rounded. */
+static bool only_rounds(struct us_opts *o) {
+  return us_opt_given(o, "init") && !us_opt_int(o, "steps") && !(us_opt_num(o, "minutes") > 0.0);
+}
+
+static enum us_status check_rounding(struct us_opts *o, struct us_err *err) {
+  static const char *const of_training[] = {"log", "run", "plot", "state"};
+  for (size_t i = 0; i < sizeof of_training / sizeof *of_training && only_rounds(o); i++)
+    if (us_opt_given(o, of_training[i]))
+      return us_err_set(err, US_ERR_USAGE, "--%s: without steps and a time nothing is trained",
+                        of_training[i]);
+  return US_OK;
 }
 
 /* --- log --- */
@@ -267,7 +304,8 @@ static void read_training(struct job *job) {
 
 /* What must be the same when a run is resumed, as text that a message can show. */
 static enum us_status describe(struct job *job, struct us_err *err) {
-  static const char *const words[] = {"taps", "loss", "weights", "optimizer", "newton", "schedule", "format"};
+  static const char *const words[] = {"taps",   "loss",     "weights", "optimizer",
+                                      "newton", "schedule", "format",  "head"};
   static const char *const numbers[] = {
       "generate", "max-tokens", "temperature", "top-p",    "text-share", "across",  "layers", "block",
       "window",   "inner",      "heads",       "kv-heads", "head-dim",   "mask-id", "markov", "anchors",
@@ -302,6 +340,7 @@ static enum us_status describe(struct job *job, struct us_err *err) {
 static enum us_status open_inputs(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   enum us_status status = us_dflash_answers_check(o, err);
+  if (status == US_OK) status = check_rounding(o, err);
   if (status == US_OK)
     status = us_record_resolve(us_opt_str(o, "target"), stdin, "model", &job->target_record, err);
   if (status == US_OK) status = us_model_open(job->target_record.path, &job->target, err);
@@ -312,9 +351,10 @@ static enum us_status open_inputs(struct job *job, struct us_err *err) {
     status = us_shards_open(us_opt_str(o, "data"), &job->shards, err);
   if (status == US_OK && job->shards) status = us_rows_check_vocabulary(job->shards, job->target, err);
   if (status != US_OK) return status;
-  if (!job->shards && !job->target->shape.stop_count)
+  if (!job->shards && !job->target->shape.stop_count && !only_rounds(o))
     return us_err_set(err, US_ERR_USAGE,
                       "without --data the target must have an end-of-text token to begin with");
+  take_head(job);
   read_training(job);
   us_tool_read_trainer(o, &job->train.trainer);
   job->train.trainer.options = job->options;
@@ -374,14 +414,45 @@ static enum us_status make_provenance(struct job *job, char **ret_text, struct u
   return status;
 }
 
+/* --init with --head and in --format, without training; what is not given stays as it is. */
+static enum us_status round_init(struct job *job, struct us_draft **ret_draft, struct us_err *err) {
+  const struct us_dflash *t = &job->train;
+  const struct us_draft *from = job->init;
+  struct us_precision_rules rules;
+  struct us_convert how = {.rules = &rules, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  char text[64] = "";
+  if (t->encoding) snprintf(text, sizeof text, "draft=%s", us_format_name(t->encoding->format));
+  if (t->encoding && t->shape.head != US_FORMAT_NONE)
+    snprintf(text + strlen(text), sizeof text - strlen(text), ",draft.head=%s",
+             us_format_name(t->shape.head));
+  enum us_status status = us_precision_parse(text, &rules, err);
+  if (status == US_OK && (t->head || t->shape.head != from->shape.head)) {
+    status =
+        us_draft_with_head(from, t->head ? &job->target->head : NULL, t->head, job->pool, &job->rounded, err);
+    from = job->rounded;
+  }
+  return status == US_OK ? us_draft_convert(from, &how, job->pool, ret_draft, err) : status;
+}
+
+static enum us_status write_drafter(struct job *job, const char *path, const char *provenance,
+                                    struct us_err *err) {
+  struct us_draft *draft = NULL;
+  enum us_status status;
+  if (only_rounds(job->run->opts)) {
+    status = round_init(job, &draft, err);
+  } else {
+    status = us_draft_create(&job->train.shape, &draft, err);
+    if (status == US_OK) status = us_params_export_draft(&job->train.params, draft, err);
+  }
+  if (status == US_OK) status = us_draft_write(path, draft, provenance, err);
+  us_draft_free(draft);
+  return status;
+}
+
 static enum us_status write_outputs(struct job *job, const char *provenance, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   const char *path = us_opt_str(o, "output");
-  struct us_draft *draft = NULL;
-  enum us_status status = us_draft_create(&job->train.shape, &draft, err);
-  if (status == US_OK) status = us_params_export_draft(&job->train.params, draft, err);
-  if (status == US_OK) status = us_draft_write(path, draft, provenance, err);
-  us_draft_free(draft);
+  enum us_status status = write_drafter(job, path, provenance, err);
   if (status == US_OK && us_opt_str(o, "run"))
     status = us_run_log_write(&job->log, us_opt_str(o, "run"), provenance, err);
   if (status == US_OK && us_opt_str(o, "plot")) status = draw(job, us_opt_str(o, "plot"), provenance, err);
@@ -395,6 +466,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
   job->train.learner = job->learner;
   job->leads = status == US_OK && us_learner_leads(job->learner);
+  if (only_rounds(o)) return status;
   if (status == US_OK) status = make_answers(job, err);
   if (status != US_OK || !us_opt_str(o, "output")) return status;
   if (status == US_OK)
@@ -409,6 +481,11 @@ static enum us_status train(struct job *job, struct us_err *err) {
     status = us_err_set(err, log_err.status, "%s", log_err.message);
   if (status == US_OK && job->leads) say_accuracy(job);
   return status;
+}
+
+static double own_head_bytes(const struct us_draft_shape *s) {
+  return (double)(us_matrix_data_bytes(s->head, s->vocab, s->hidden) +
+                  us_matrix_scale_bytes(s->head, s->vocab, s->hidden, 0));
 }
 
 /* --dry-run: the drafter that would be trained. */
@@ -434,7 +511,7 @@ static enum us_status print_plan(const struct job *job, struct us_err *err) {
   us_table_int(table, a->window);
   us_table_int(table, t->shape.block);
   us_table_num(table, parameters);
-  us_table_num(table, 2.0 * parameters);
+  us_table_num(table, 2.0 * parameters + own_head_bytes(&t->shape));
   us_table_num(table, blocks * t->shape.block);
   us_table_num(table, 1e-9 * blocks * us_draft_train_block_flops(&t->shape, 0.5 * (double)t->length));
   return us_table_close(table, err);
@@ -458,6 +535,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_learner_free(job.learner);
   us_pool_free(job.pool);
   us_shards_close(job.shards);
+  us_draft_free(job.rounded);
   us_draft_free(job.init);
   us_model_free(job.target);
   us_record_release(&job.target_record);
@@ -473,7 +551,8 @@ static const struct us_tool tool = {
         "residual streams after its tapped layers become the drafter's context, and blocks at random anchors "
         "learn the tokens that follow. The sequences are text, or, with --generate, answers that the target "
         "writes to prompts taken from that text; without --data it continues from its end-of-text token. "
-        "Only the drafter's own tensors are trained; embedding and head stay the target's.\n\n"
+        "Only the drafter's own tensors are trained; embedding and head stay the target's, but for --head, "
+        "which gives the drafter a copy of the head that it reads instead.\n\n"
         "The log has, for training blocks, the loss, the accuracy of every slot and the simulated acceptance "
         "length: one more than the slots before the first miss, as greedy verification counts them when the "
         "text is the target's own.\n\n"

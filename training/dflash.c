@@ -5,6 +5,7 @@
 #include "training/dflash.h"
 
 #include "base/philox.h"
+#include "model/precision.h"
 #include "training/rows.h"
 
 #include <stdlib.h>
@@ -223,16 +224,38 @@ static void quiet_branches(struct us_params *params) {
   }
 }
 
+/* The drafter's tensors from `init`, whose head may be another than the run's. */
+static enum us_status continue_from(struct us_dflash *run, struct us_draft *init, struct us_err *err) {
+  struct us_draft *other = NULL;
+  enum us_status status = US_OK;
+  if (run->shape.head != init->shape.head)
+    status = us_draft_with_head(init, run->head ? &run->target->head : NULL, run->head, NULL, &other, err);
+  if (status == US_OK) status = us_params_init_draft(&run->params, other ? other : init, false, err);
+  us_draft_free(other);
+  return status;
+}
+
+/* The loss of a frozen head's rows is what it would be when drafting: the copy is rounded before it is multiplied. */
+static void copy_head(struct us_dflash *run) {
+  struct us_param *head = us_params_find(&run->params, "lm_head.weight");
+  if (!head) return;
+  head->frozen = true;
+  if (!run->head) return;
+  us_matrix_decode(&run->target->head, head->value);
+  head->encoding = *run->head;
+}
+
 static enum us_status open_params(struct session *s, struct us_err *err) {
   struct us_dflash *run = s->run;
   enum us_status status = us_params_init_model(&s->target_params, run->target, true, err);
   if (status == US_OK)
-    status = run->init ? us_params_init_draft(&run->params, run->init, false, err)
+    status = run->init ? continue_from(run, run->init, err)
                        : us_params_init_fresh_draft(&run->params, &run->shape, run->seed, 0.0f, err);
   if (status != US_OK) return status;
   if (!run->init) quiet_branches(&run->params);
   for (size_t i = 0; run->encoding && i < run->params.count; i++)
-    if (!run->params.items[i].vector) run->params.items[i].encoding = *run->encoding;
+    if (strcmp(run->params.items[i].family, "draft") == 0) run->params.items[i].encoding = *run->encoding;
+  copy_head(run);
   struct us_param *mask = us_params_find(&run->params, "mask_embedding");
   if (mask && run->fixed_mask) mask->frozen = true;
   return US_OK;

@@ -36,6 +36,9 @@ struct us_dflash {
   struct us_draft *init; /* continue from this drafter, of the same shape; NULL: fresh weights */
   const struct us_matrix_encoding
       *encoding; /* what matrices are multiplied and stored as; NULL: as in init, else bf16 */
+  const struct us_matrix_encoding
+      *head; /* of shape.head: the drafter gets a copy of the target's head in it, which is not
+                                            trained; NULL: init's own, or none */
   const struct us_shards *shards;     /* text; NULL with answers alone */
   const struct us_responses *answers; /* NULL: text alone */
   const struct us_responses *heldout; /* answers to evaluate on; NULL: the shards' held-out part */

@@ -110,11 +110,12 @@ void us_draft_loss_tally(struct us_draft_loss *loss, size_t n_blocks, uint32_t B
 
 void us_draft_loss(struct us_seq *seq, struct us_draft_loss *loss, const struct us_draft_blocks *blocks,
                    const float *hidden, const float *head, size_t D, size_t N, const float *teacher,
-                   float *dhidden) {
+                   const float *teacher_head, float *dhidden) {
   size_t n = list_rows(loss, blocks);
   struct row_task task = {.loss = loss, .hidden = hidden, .dhidden = dhidden, .D = D};
   us_pool_for(seq->pool, n, US_SEQ_BLOCK, gather_rows, &task);
-  struct us_head_teacher distribution = {.x = teacher, .D = D, .head = head, .row = loss->teacher_row};
+  struct us_head_teacher distribution = {
+      .x = teacher, .D = D, .head = teacher_head, .row = loss->teacher_row};
   struct us_head_loss args = {.R = n,
                               .D = D,
                               .N = N,

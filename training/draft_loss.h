@@ -3,7 +3,7 @@
  *     struct us_draft_loss loss;
  *     us_draft_loss_init(&loss, capacity, B, D, &err);
  *     loss.kind = US_DRAFT_CE, loss.weights = US_DRAFT_DPACE, loss.alpha = 0.5f;
- *     us_draft_loss(&seq, &loss, &blocks, hidden, head, N, NULL, dhidden);     // sums in loss.sum grow
+ *     us_draft_loss(&seq, &loss, &blocks, hidden, head, D, N, NULL, NULL, dhidden);     // sums in loss.sum grow
  *     double length = us_draft_tally_length(&loss.sum);
  *     us_draft_loss_release(&loss);
  *
@@ -54,12 +54,13 @@ void us_draft_loss_release(struct us_draft_loss *loss);
 
 /* Add the blocks to loss->sum.
  *   hidden   (blocks * B, D) after the drafter's final norm
- *   head     (N, D) the target's, frozen
+ *   head     (N, D) that the drafter's rows go through, frozen: the target's, or its own
  *   teacher  (R, D) the target's normed rows; KL only: slot j's teacher is the row before its position
+ *   teacher_head  (N, D) the target's; KL only
  *   dhidden  (blocks * B, D) written; NULL: no gradient */
 void us_draft_loss(struct us_seq *seq, struct us_draft_loss *loss, const struct us_draft_blocks *blocks,
                    const float *hidden, const float *head, size_t D, size_t N, const float *teacher,
-                   float *dhidden);
+                   const float *teacher_head, float *dhidden);
 
 /* Weights of slots 1 .. n of one block (into weight[0 .. n-1]); logprob (n) of their labels, used by dpace. */
 void us_draft_slot_weights(const struct us_draft_loss *loss, const float *logprob, uint32_t n, float *weight);

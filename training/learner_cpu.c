@@ -22,7 +22,8 @@ struct cpu_draft {
   struct us_learner_draft base;
   struct us_draft_train *train;
   struct us_draft_loss loss;
-  float *taps; /* (rows, taps * D) */
+  float *taps;                     /* (rows, taps * D) */
+  const struct us_param *own_head; /* NULL: the target's */
 };
 
 static struct us_seq *seq_of(const struct us_learner_set *set) {
@@ -223,6 +224,7 @@ static enum us_status cpu_draft_create(struct us_learner_set *set, const struct 
   *ret_draft = NULL;
   if (!draft) return us_err_memory(err, "drafter", sizeof *draft);
   draft->base = (struct us_learner_draft){.set = set, .target = target, .shape = *shape};
+  draft->own_head = us_params_find(set->params, "lm_head.weight");
   draft->loss = (struct us_draft_loss){.kind = loss->kind,
                                        .weights = loss->weights,
                                        .gamma = loss->gamma,
@@ -254,8 +256,9 @@ static enum us_status cpu_draft_pass(struct us_learner_draft *base, uint32_t lan
   if (status == US_OK)
     status = us_draft_train_forward(draft->train, draft->taps, batch->R, batch->position, blocks, err);
   if (status != US_OK) return status;
-  us_draft_loss(seq_of(base->set), &draft->loss, blocks, draft->train->hidden, target->head->compute,
-                base->shape.hidden, target->shape.vocab, target->hidden,
+  const struct us_param *head = draft->own_head ? draft->own_head : target->head;
+  us_draft_loss(seq_of(base->set), &draft->loss, blocks, draft->train->hidden, head->compute,
+                base->shape.hidden, target->shape.vocab, target->hidden, target->head->compute,
                 gradient ? draft->train->dhidden : NULL);
   return gradient ? us_draft_train_backward(draft->train, err) : US_OK;
 }

@@ -91,7 +91,8 @@ static bool is(const struct us_param *p, const char *family) {
 /* Router rows are one logit direction an expert, not a map to be orthogonalised: AdamW, like embedding and head. */
 static enum us_param_group group_of(const struct us_param *p) {
   if (is(p, "router") && p->vector) return US_PARAM_BIAS;
-  if (p->vector || is(p, "embed") || is(p, "head") || is(p, "router")) return US_PARAM_ADAMW;
+  if (p->vector || is(p, "embed") || is(p, "head") || is(p, "draft.head") || is(p, "router"))
+    return US_PARAM_ADAMW;
   return US_PARAM_MUON;
 }
 

@@ -19,15 +19,25 @@ struct drafter {
   float *taps, *hidden; /* the GPU's, on the host: both sides start from them */
 };
 
-static struct drafter open_drafter(struct target *t, uint32_t markov) {
+/* The drafter's own head in MXFP4, of the target's values. */
+static void copy_head(struct drafter *d) {
+  struct us_param *head = us_params_find(&d->params, "lm_head.weight");
+  if (!head) return;
+  memcpy(head->value, tensor(d->t, "lm_head.weight")->value, head->rows * head->cols * sizeof *head->value);
+  head->encoding.format = d->shape.head;
+  head->frozen = true;
+}
+
+static struct drafter open_drafter(struct target *t, uint32_t markov, enum us_format head) {
   struct us_err err = {0};
   struct drafter d = {.t = t, .shape = draft_shape(&t->shape, 2, 8)};
   d.shape.tap_layer[2] = t->shape.layers - 1;
-  d.shape.markov = markov;
+  d.shape.markov = markov, d.shape.head = head;
   size_t R = t->rows.R, D = t->shape.hidden, first = 0;
   need(us_draft_shape_check(&d.shape, &t->shape, &err), &err, t->name);
   need(us_params_init_fresh_draft(&d.params, &d.shape, 31, 0.0f, &err), &err, t->name);
   lab_stir_vectors(&d.params, 32);
+  copy_head(&d);
   need(us_params_refresh(&d.params, t->pool, US_SEQ_ROUND_BF16, &err), &err, t->name);
   need(us_draft_blocks_init(&d.blocks, &d.shape, BLOCKS, &err), &err, t->name);
   for (size_t half = R / 2; first < R; first = half, half = R)
@@ -72,8 +82,10 @@ static struct us_draft_tally run_draft_once(struct drafter *d, const struct us_d
   need(us_draft_loss_init(&loss, BLOCKS, d->shape.block, D, &err), &err, t->name);
   us_params_zero_grad(&d->params, t->pool);
   need(us_draft_train_forward(d->cpu, d->taps, t->rows.R, t->rows.position, &d->blocks, &err), &err, t->name);
-  us_draft_loss(&t->seq, &loss, &d->blocks, d->cpu->hidden, t->cpu->head->compute, D, t->shape.vocab,
-                d->hidden, d->cpu->dhidden);
+  const struct us_param *own_head = us_params_find(&d->params, "lm_head.weight");
+  const float *head = own_head ? own_head->compute : t->cpu->head->compute;
+  us_draft_loss(&t->seq, &loss, &d->blocks, d->cpu->hidden, head, D, t->shape.vocab, d->hidden,
+                t->cpu->head->compute, d->cpu->dhidden);
   need(us_draft_train_backward(d->cpu, &err), &err, t->name);
   struct us_draft_tally sum = loss.sum;
   memcpy(rows, loss.loss, loss.capacity * sizeof *rows);
@@ -111,7 +123,11 @@ static struct us_draft_tally run_draft_gpu(struct drafter *d, const struct us_dr
   need(us_cuda_draft_loss_create(t->cuda, &d->shape, options, BLOCKS, &loss, &err), &err, t->name);
   us_cuda_params_zero_grad(d->set);
   need(us_cuda_draft_forward(d->gpu, t->rows.R, t->rows.position, &d->blocks, &err), &err, t->name);
-  struct us_cuda_draft_teacher teacher = {.head = d->target->head, .hidden = d->target->hidden};
+  const struct us_param *own_head = us_params_find(&d->params, "lm_head.weight");
+  struct us_cuda_draft_teacher teacher = {.head = d->target->head,
+                                          .hidden = d->target->hidden,
+                                          .own_head =
+                                              own_head ? us_cuda_param_compute(d->set, own_head) : NULL};
   need(us_cuda_draft_loss_add(loss, d->gpu, &d->blocks, &teacher, true, &err), &err, t->name);
   need(us_cuda_draft_backward(d->gpu, &err), &err, t->name);
   need(us_cuda_draft_loss_collect(loss, &sum, &err), &err, t->name);
@@ -171,7 +187,7 @@ static void check_draft_mutations(struct drafter *d, const struct us_draft_loss 
   }
 }
 
-static void check_drafter_of(struct target *t, uint32_t markov) {
+static void check_drafter_of(struct target *t, uint32_t markov, enum us_format head) {
   static const struct {
     const char *name;
     struct us_draft_loss options;
@@ -180,7 +196,7 @@ static void check_drafter_of(struct target *t, uint32_t markov) {
                 {"CE dpace", {.kind = US_DRAFT_CE, .weights = US_DRAFT_DPACE, .alpha = 0.5f}},
                 {"KL exp", {.kind = US_DRAFT_KL, .weights = US_DRAFT_EXP, .gamma = 4.0f}}};
   struct us_err err = {0};
-  struct drafter d = open_drafter(t, markov);
+  struct drafter d = open_drafter(t, markov, head);
   need(us_draft_train_create(&d.shape, &d.params, tensor(t, "model.embed_tokens.weight")->compute, &t->seq,
                              ROWS, BLOCKS, &d.cpu, &err),
        &err, t->name);
@@ -198,7 +214,7 @@ static void check_drafter_of(struct target *t, uint32_t markov) {
     check_tally(&d, &got, &expected, row_noise, losses[i].name);
     check_gradients(t->name, &d.params, grad, &noise, what);
     record(t->name, "drafter: two runs give the same bits", d.params.floats, bad, losses[i].name);
-    if (i == 0) check_draft_mutations(&d, &losses[i].options, &noise);
+    if (i == 0 && head == US_FORMAT_NONE) check_draft_mutations(&d, &losses[i].options, &noise);
     free(grad);
     free(again);
     free(noise.tensor);
@@ -207,6 +223,7 @@ static void check_drafter_of(struct target *t, uint32_t markov) {
 }
 
 void check_drafter(struct target *t) {
-  check_drafter_of(t, 0);
-  check_drafter_of(t, 32); /* with a Markov head */
+  check_drafter_of(t, 0, US_FORMAT_NONE);
+  check_drafter_of(t, 32, US_FORMAT_NONE); /* with a Markov head */
+  check_drafter_of(t, 0, US_FORMAT_MXFP4);
 }

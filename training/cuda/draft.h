@@ -50,8 +50,9 @@ US_CHECKED enum us_status us_cuda_draft_backward(struct us_cuda_draft *draft, st
 
 /* The target's side of the loss, device memory. */
 struct us_cuda_draft_teacher {
-  const uint16_t *head;   /* (N, D) frozen */
-  const uint16_t *hidden; /* (R, D) normed rows: KL's teachers; NULL: cross-entropy */
+  const uint16_t *head;     /* (N, D) frozen */
+  const uint16_t *hidden;   /* (R, D) normed rows: KL's teachers; NULL: cross-entropy */
+  const uint16_t *own_head; /* (N, D) frozen, that the drafter's rows go through; NULL: the target's */
 };
 
 struct us_cuda_draft_loss {

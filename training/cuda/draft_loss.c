@@ -275,7 +275,7 @@ enum us_status us_cuda_draft_loss_add(struct us_cuda_draft_loss *loss, struct us
                                    .D = s->D,
                                    .N = s->N,
                                    .x = s->x,
-                                   .head = teacher->head,
+                                   .head = teacher->own_head ? teacher->own_head : teacher->head,
                                    .label = s->label,
                                    .opt_teacher = s->with_teacher ? &distribution : NULL,
                                    .scale = 1.0f,

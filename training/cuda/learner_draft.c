@@ -60,8 +60,12 @@ enum us_status us_cuda_learner_draft_pass(struct us_learner_draft *base, uint32_
   enum us_status status = us_cuda_model_forward(target, batch, &taps, err);
   if (status == US_OK) status = us_cuda_draft_forward(own, batch->R, batch->position, blocks, err);
   if (status != US_OK) return status;
+  const struct us_param *own_head = us_params_find(base->set->params, "lm_head.weight");
   struct us_cuda_draft_teacher teacher = {
-      .head = target->head, .hidden = draft->loss[lane]->options.kind == US_DRAFT_KL ? target->hidden : NULL};
+      .head = target->head,
+      .hidden = draft->loss[lane]->options.kind == US_DRAFT_KL ? target->hidden : NULL,
+      .own_head =
+          own_head ? us_cuda_param_compute(((struct cuda_set *)base->set)->lane[lane], own_head) : NULL};
   status = us_cuda_draft_loss_add(draft->loss[lane], own, blocks, &teacher, gradient, err);
   return status == US_OK && gradient ? us_cuda_draft_backward(own, err) : status;
 }

@@ -1,5 +1,6 @@
 /* t_dflash.c: anchors, labels and weights of blocks against hand values; the recipe as a whole. */
 #include "tiny_shards.h"
+#include "model/precision.h"
 #include "training/dflash.h"
 
 #include <math.h>
@@ -198,7 +199,7 @@ START_TEST(tallies_count_hits_until_the_first_miss) {
     memcpy(blocks.label + b * B, label[b], sizeof label[b]);
     for (int j = 0; j < B; j++) hidden[(b * B + j) * 3 + says[b][j]] = 2.0f;
   }
-  us_draft_loss(&seq, &loss, &blocks, hidden, head, 3, 3, NULL, dhidden);
+  us_draft_loss(&seq, &loss, &blocks, hidden, head, 3, 3, NULL, NULL, dhidden);
   ck_assert_uint_eq(loss.sum.blocks, 2);
   ck_assert_uint_eq(loss.sum.accepted, 2); /* two of the first block, none of the second */
   ck_assert_double_eq_tol(us_draft_tally_length(&loss.sum), 2.0, 1e-12);
@@ -341,6 +342,59 @@ START_TEST(a_drafter_goes_on_from_where_it_was) {
 }
 END_TEST
 
+static const float *decoded_head(const struct us_draft *draft, float *values) {
+  us_matrix_decode(&draft->head, values);
+  return values;
+}
+
+START_TEST(a_head_of_its_own_is_the_targets_rounded_and_is_not_trained) {
+  static float target[288 * 32], got[288 * 32];
+  struct us_matrix_encoding encoding = {.format = US_FORMAT_MXFP4, .scale_rule = US_SCALE_MSE};
+  struct us_err err = {0};
+  struct us_dflash shared = recipe(4), run = recipe(4), on = recipe(2);
+  struct us_draft *draft;
+  run.shape.head = US_FORMAT_MXFP4, run.head = &encoding;
+  train(&shared, 2), train(&run, 2);
+  /* The same blocks, through another head. */
+  ck_assert(us_draft_tally_loss(&run.last.train) != us_draft_tally_loss(&shared.last.train));
+  ck_assert_double_eq_tol(us_draft_tally_loss(&run.last.train), us_draft_tally_loss(&shared.last.train), 0.3);
+  ck_assert_int_eq(us_draft_create(&run.shape, &draft, &err), US_OK);
+  ck_assert_msg(us_params_export_draft(&run.params, draft, &err) == US_OK, "%s", err.message);
+  us_matrix_decode(&world.model->head, target);
+  ck_assert_int_eq(us_matrix_fake_quant(target, 288, 32, &encoding, target, &err), US_OK);
+  ck_assert_mem_eq(decoded_head(draft, got), target, sizeof target);
+  on.init = draft, on.shape = draft->shape; /* and stays when it goes on */
+  train(&on, 1);
+  struct us_draft *later;
+  ck_assert_int_eq(us_draft_create(&on.shape, &later, &err), US_OK);
+  ck_assert_msg(us_params_export_draft(&on.params, later, &err) == US_OK, "%s", err.message);
+  ck_assert_mem_eq(decoded_head(later, got), target, sizeof target);
+  us_draft_free(draft), us_draft_free(later);
+  us_dflash_release(&shared), us_dflash_release(&run), us_dflash_release(&on);
+}
+END_TEST
+
+START_TEST(a_drafter_goes_on_with_a_head_or_without) {
+  struct us_matrix_encoding encoding = {.format = US_FORMAT_BF16};
+  struct us_err err = {0};
+  struct us_dflash run = recipe(10), with = recipe(2), back = recipe(2), plain = recipe(2);
+  struct us_draft *draft, *headed;
+  train(&run, 2);
+  ck_assert_int_eq(us_draft_create(&run.shape, &draft, &err), US_OK);
+  ck_assert_msg(us_params_export_draft(&run.params, draft, &err) == US_OK, "%s", err.message);
+  with.init = plain.init = draft, with.shape.head = US_FORMAT_BF16, with.head = &encoding;
+  train(&with, 2), train(&plain, 2);
+  /* The target's head in bf16 is what it is: the same losses. */
+  ck_assert_double_eq(us_draft_tally_loss(&with.last.heldout), us_draft_tally_loss(&plain.last.heldout));
+  ck_assert_int_eq(us_draft_with_head(draft, &world.model->head, &encoding, NULL, &headed, &err), US_OK);
+  back.init = headed;
+  train(&back, 2);
+  ck_same(&back.params, &plain.params);
+  us_draft_free(headed), us_draft_free(draft);
+  us_dflash_release(&run), us_dflash_release(&with), us_dflash_release(&back), us_dflash_release(&plain);
+}
+END_TEST
+
 /* --- answers --- */
 
 START_TEST(answers_continue_prompts_and_do_not_depend_on_threads) {
@@ -436,6 +490,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, passes_of_any_size_take_the_same_step);
   tcase_add_test(c, an_interrupted_run_ends_with_the_bits_of_one_left_alone);
   tcase_add_test(c, a_drafter_goes_on_from_where_it_was);
+  tcase_add_test(c, a_head_of_its_own_is_the_targets_rounded_and_is_not_trained);
+  tcase_add_test(c, a_drafter_goes_on_with_a_head_or_without);
   tcase_add_test(c, answers_continue_prompts_and_do_not_depend_on_threads);
   tcase_add_test(c, answers_are_trained_on_and_without_text_they_are_enough);
   return us_suite("dflash", c);

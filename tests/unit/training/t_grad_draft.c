@@ -259,7 +259,8 @@ static void run_bench(struct bench *x) {
   x->loss.sum = (struct us_draft_tally){0};
   ck_assert_msg(us_draft_train_forward(x->train, x->taps, R, x->rows.position, &x->blocks, &err) == US_OK,
                 "%s", err.message);
-  us_draft_loss(&x->seq, &x->loss, &x->blocks, x->train->hidden, x->head, D, N, NULL, x->train->dhidden);
+  us_draft_loss(&x->seq, &x->loss, &x->blocks, x->train->hidden, x->head, D, N, NULL, NULL,
+                x->train->dhidden);
   ck_assert_int_eq(us_draft_train_backward(x->train, &err), US_OK);
 }
 
