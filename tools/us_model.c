@@ -1,11 +1,10 @@
 /* us_model.c: what a model is made of, what a decode round costs, and whether a checkpoint is sound. */
 #include "tool.h"
 
-#include "base/buffer.h"
 #include "base/table.h"
 #include "model/checkpoint.h"
-#include "model/config.h"
 #include "model/count.h"
+#include "model/precision.h"
 #include "plan/check.h"
 #include "plan/lower.h"
 #include "plan/roofline.h"
@@ -13,6 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 static const struct us_opt opts[] = {
     US_OPT_ARG("command", "info|roofline|plan|check", "what to do", .required = true),
@@ -27,40 +27,85 @@ static const struct us_opt opts[] = {
                .repeat = true),
     US_OPT_NUM("bandwidth", 0, "TB/S", "read bandwidth of one GPU, decimal", .def = "4.62", .min = 0,
                .above_min = true),
-    US_OPT_FILE("draft", 'd', "FILE", "config.json of a drafter, whose bytes are added to a round"),
+    US_OPT_FILE("draft", 'd', "FILE",
+                "drafter whose bytes are added to a round: a shape or config.json, a folder or an .h5 file; "
+                "info counts "
+                "the latter two"),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
     US_OPT_COMMON_TALK,
     US_OPT_END};
 
-static enum us_status print_families(struct us_tool_run *run, const struct us_count *count,
-                                     struct us_err *err) {
+/* What is looked at: a shape, or a model whose numbers are those of its tensors; and a drafter's. */
+struct subject {
+  struct us_shape shape;
+  struct us_count count;
+  struct us_draft_shape draft;
+  struct us_count draft_count;
+  bool drafts, draft_counted;
+};
+
+static void print_row(struct us_table *table, const char *family, const struct us_count_row *row) {
+  us_table_text(table, family);
+  us_table_int(table, (int64_t)row->tensors);
+  us_table_int(table, (int64_t)row->parameters);
+  us_table_int(table, (int64_t)row->bytes);
+  us_table_int(table, (int64_t)row->scale_bytes);
+}
+
+/* The drafter's matrices, and all that it reads to draft: its own tensors and the head, whosever that is. */
+static void print_draft(struct us_table *table, const struct subject *s) {
+  struct us_count_row all = s->draft_count.total;
+  const struct us_count_row *head = &s->count.family[US_FAMILY_HEAD];
+  if (s->draft.head == US_FORMAT_NONE) {
+    all.tensors += head->tensors, all.parameters += head->parameters;
+    all.bytes += head->bytes, all.scale_bytes += head->scale_bytes;
+  }
+  for (int f = US_FAMILY_DRAFT; f <= US_FAMILY_DRAFT_HEAD; f++)
+    if (s->draft_count.family[f].tensors) print_row(table, us_family_name(f), &s->draft_count.family[f]);
+  print_row(table, "drafter with head", &all);
+}
+
+static enum us_status print_families(struct us_tool_run *run, const struct subject *s, struct us_err *err) {
   static const char *const columns[] = {"family", "tensors", "parameters", "bytes", "scale_bytes"};
   struct us_table *table;
   enum us_status status = us_table_open(run->out, columns, 5, us_opt_flag(run->opts, "json"), &table, err);
   if (status != US_OK) return status;
-  for (int i = 0; i < US_FAMILY_COUNT + 2; i++) {
-    const struct us_count_row *row = i < US_FAMILY_COUNT    ? &count->family[i]
-                                     : i == US_FAMILY_COUNT ? &count->total
-                                                            : &count->active;
-    if (i < US_FAMILY_COUNT && !row->tensors) continue;
-    us_table_text(table, i < US_FAMILY_COUNT    ? us_family_name(i)
-                         : i == US_FAMILY_COUNT ? "total"
-                                                : "active a token");
-    us_table_int(table, (int64_t)row->tensors);
-    us_table_int(table, (int64_t)row->parameters);
-    us_table_int(table, (int64_t)row->bytes);
-    us_table_int(table, (int64_t)row->scale_bytes);
-  }
+  for (int f = 0; f < US_FAMILY_COUNT; f++)
+    if (s->count.family[f].tensors) print_row(table, us_family_name(f), &s->count.family[f]);
+  print_row(table, "total", &s->count.total);
+  print_row(table, "active a token", &s->count.active);
+  if (s->draft_counted) print_draft(table, s);
   return us_table_close(table, err);
 }
 
-static enum us_status load_draft(const char *path, struct us_draft_shape *ret_draft, struct us_err *err) {
-  struct us_buffer text = {0};
-  enum us_status status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
-  if (status == US_OK)
-    status = us_draft_shape_parse(text.data ? text.data : "", text.size, path, ret_draft, err);
-  us_buffer_release(&text);
+static bool ends_with(const char *text, const char *end) {
+  size_t n = strlen(text), m = strlen(end);
+  return n >= m && !strcmp(text + n - m, end);
+}
+
+static bool is_folder(const char *path) {
+  struct stat st;
+  return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* --draft: a checkpoint's formats are its tensors', a config's what its target's shape says. */
+static enum us_status load_draft(struct us_tool_run *run, struct subject *s, struct us_err *err) {
+  const char *path = us_opt_str(run->opts, "draft");
+  struct us_draft *draft = NULL;
+  if (!path) return US_OK;
+  s->drafts = true;
+  if (!ends_with(path, ".h5") && !is_folder(path)) return us_draft_shape_load(path, &s->draft, err);
+  enum us_status status = us_draft_open(path, &draft, err);
+  if (status == US_OK) status = us_draft_count(draft, &s->draft_count, err);
+  if (status == US_OK) {
+    s->draft_counted = true;
+    s->draft = draft->shape;
+    s->shape.precision.draft = us_draft_format(draft);
+    status = us_draft_shape_check(&draft->shape, &s->shape, err);
+    if (status != US_OK) us_err_prefix(err, "%s", path);
+  }
+  us_draft_free(draft);
   return status;
 }
 
@@ -92,23 +137,18 @@ static void print_round(struct us_table *table, const struct us_roofline *r, uin
   us_table_num(table, thousandths(1e3 * us_roofline_seconds(r, gpus, bandwidth)));
 }
 
-static enum us_status print_rounds(struct us_tool_run *run, const struct us_shape *shape,
-                                   struct us_err *err) {
+static enum us_status print_rounds(struct us_tool_run *run, const struct subject *s, struct us_err *err) {
   static const char *const columns[] = {
       "rows",    "distinct_experts", "experts_gb",    "qkv_gb",   "o_proj_gb", "dense_gb", "router_gb",
       "head_gb", "draft_gb",         "draft_head_gb", "total_gb", "gpus",      "tb_per_s", "floor_ms"};
   static const char *const default_rows[] = {"1", "8", "32"}, *const default_gpus[] = {"4", "8"};
-  struct us_draft_shape draft;
-  const char *draft_path = us_opt_str(run->opts, "draft");
   struct us_table *table;
-  enum us_status status = draft_path ? load_draft(draft_path, &draft, err) : US_OK;
-  if (status != US_OK) return status;
-  status = us_table_open(run->out, columns, 14, us_opt_flag(run->opts, "json"), &table, err);
+  enum us_status status = us_table_open(run->out, columns, 14, us_opt_flag(run->opts, "json"), &table, err);
   if (status != US_OK) return status;
   double bandwidth = 1e12 * us_opt_num(run->opts, "bandwidth");
   for (size_t i = 0; i < numbers(run->opts, "rows", 3) && status == US_OK; i++) {
     struct us_roofline roofline;
-    status = us_roofline_of_shape(shape, draft_path ? &draft : NULL,
+    status = us_roofline_of_shape(&s->shape, s->drafts ? &s->draft : NULL,
                                   number_at(run->opts, "rows", default_rows, i), &roofline, err);
     for (size_t g = 0; g < numbers(run->opts, "gpus", 2) && status == US_OK; g++)
       print_round(table, &roofline, number_at(run->opts, "gpus", default_gpus, g), bandwidth);
@@ -149,28 +189,23 @@ static enum us_status print_plan(struct us_tool_run *run, const struct us_shape 
   return status;
 }
 
-static bool ends_with(const char *text, const char *end) {
-  size_t n = strlen(text), m = strlen(end);
-  return n >= m && !strcmp(text + n - m, end);
-}
-
 /* A checkpoint is opened, so that the numbers are those of its tensors; anything else is a shape. */
 static enum us_status info(struct us_tool_run *run, const char *path, struct us_err *err) {
-  struct us_count count;
-  struct us_shape shape;
+  struct subject s = {0};
   struct us_model *model = NULL;
   enum us_status status;
   if (ends_with(path, ".h5")) {
     status = us_model_open(path, &model, err);
-    if (status == US_OK) status = us_model_count(model, &count, err);
-    if (status == US_OK) shape = model->shape;
+    if (status == US_OK) status = us_model_count(model, &s.count, err);
+    if (status == US_OK) s.shape = model->shape;
   } else {
-    status = us_shape_load(path, &shape, err);
-    if (status == US_OK) status = us_shape_count(&shape, &count, err);
+    status = us_shape_load(path, &s.shape, err);
+    if (status == US_OK) status = us_shape_count(&s.shape, &s.count, err);
   }
-  if (status == US_OK) status = print_families(run, &count, err);
+  if (status == US_OK) status = load_draft(run, &s, err);
+  if (status == US_OK) status = print_families(run, &s, err);
   if (status == US_OK && !us_opt_flag(run->opts, "json")) fputc('\n', run->out);
-  if (status == US_OK) status = print_rounds(run, &shape, err);
+  if (status == US_OK) status = print_rounds(run, &s, err);
   us_model_free(model);
   return status;
 }
@@ -187,21 +222,23 @@ static enum us_status check(struct us_tool_run *run, const char *path, struct us
 
 static enum us_status run_command(struct us_tool_run *run, struct us_err *err) {
   const char *command = us_opt_str(run->opts, "command"), *path = us_opt_str(run->opts, "model");
-  struct us_shape shape;
+  struct subject s = {0};
   if (!strcmp(command, "info")) return info(run, path, err);
   if (!strcmp(command, "check")) return check(run, path, err);
   bool roofline = !strcmp(command, "roofline"), plan = !strcmp(command, "plan");
   if (!roofline && !plan)
     return us_err_set(err, US_ERR_USAGE, "'%s' is not a command: info, roofline, plan or check", command);
-  enum us_status status = us_shape_load(path, &shape, err);
+  enum us_status status = us_shape_load(path, &s.shape, err);
+  if (status == US_OK && roofline) status = load_draft(run, &s, err);
   if (status != US_OK) return status;
-  return roofline ? print_rounds(run, &shape, err) : print_plan(run, &shape, err);
+  return roofline ? print_rounds(run, &s, err) : print_plan(run, &s.shape, err);
 }
 
 static const struct us_tool tool = {
     .name = "us-model",
     .summary = "what a model is made of and what a decode round costs",
-    .description = "info prints parameters and bytes by module family, then the bytes that one decode round "
+    .description = "info prints parameters and bytes by module family, a drafter's too, then the bytes that "
+                   "one decode round "
                    "streams and the time "
                    "below which no engine can get, for numbers of rows and GPUs. roofline prints the rounds "
                    "alone. plan lowers the "
@@ -212,7 +249,9 @@ static const struct us_tool tool = {
                    "checkpoint.",
     .examples = "# the roofline table of the one-trillion-parameter model, with its drafter\n"
                 "us-model info mimo-v2.5-pro --draft data/shapes/mimo-v2.5-pro-dflash.json\n"
-                "# is this file sound?\nus-model check q.h5\n",
+                "# is this file sound?\nus-model check q.h5\n"
+                "# what do a drafter and its head read, of what the model reads a token?\n"
+                "us-model info q.h5 --draft d.h5\n",
     .opts = opts,
     .run = run_command};
 
