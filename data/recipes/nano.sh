@@ -1,8 +1,8 @@
 #!/bin/sh
 # nano.sh: train nano and its drafter from text. Usage: data/recipes/nano.sh --text DIR [options]
 #
-# Token shards, pretraining in three stretches, QAT to MXFP4 experts and FP8, the quantized model's answers, an MXFP4 drafter on them,
-# tables and pictures. data/recipes/nano_text.py makes --text DIR. Pretraining begins on --text and what is derived from it; meanwhile
+# Token shards, pretraining in three stretches, QAT to MXFP4 experts and FP8, the quantized model's answers, an MXFP4 drafter with
+# its own MXFP4 head on them, tables and pictures. data/recipes/nano_text.py makes --text DIR. Pretraining begins on --text and what is derived from it; meanwhile
 # the code of --site is collected, and joins in the second stretch; the third is long windows without that code. Resumable: every stage is
 # skipped when its file exists. Nine minutes at most on one H200; --minutes stretches all that trains.
 #
@@ -46,7 +46,7 @@ qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --acr
   --schedule linear --beta2 0.99 --warmup 0.03 --floor 0
   --probe-every 500 --log-every 25 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --anchors 64 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256
-  --heads 4 --kv-heads 2 --head-dim 64 --inner 384 --taps 2,5,8 --format mxfp4 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
+  --heads 4 --kv-heads 2 --head-dim 64 --inner 384 --taps 2,5,8 --format mxfp4 --head mxfp4 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
 
 # The rest of the text, and the prompts to answer, while the GPU is at the first stretch.
 prepare() {
