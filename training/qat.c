@@ -244,7 +244,8 @@ static enum us_status train(struct session *s, struct us_err *err) {
                                  .log_every = run->log_every,
                                  .eval_every = run->eval_every,
                                  .interrupted = run->interrupted};
-  enum us_status status = us_trainer_done(&run->trainer) ? US_OK : report(s, true, err);
+  bool begins = run->trainer.step == 0 && !us_trainer_done(&run->trainer);
+  enum us_status status = begins ? report(s, true, err) : US_OK;
   return status == US_OK ? us_trainer_run(&run->trainer, &loop, err) : status;
 }
 

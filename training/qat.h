@@ -29,7 +29,7 @@ enum us_qat_scope {
   US_QAT_EXPERTS, /* expert matrices */
 };
 
-/* A line of the log. Line 0 is before the first step: the loss of post-training quantization. */
+/* A line of the log. Line 0 is before the first step: the loss of post-training quantization. A resumed run has none. */
 struct us_qat_log {
   uint64_t step, tokens;
   double seconds;

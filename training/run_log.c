@@ -16,7 +16,9 @@ enum us_status us_run_log_open(struct us_run_log *log, const char *const *column
   log->file = fopen(opt_path, append ? "a" : "w");
   if (!log->file) return us_err_errno(err, US_ERR_IO, "cannot write '%s'", opt_path);
   setvbuf(log->file, NULL, _IOLBF, 0);
-  enum us_status status = us_table_open(log->file, columns, n, false, &log->table, err);
+  bool rows_before = append && fseek(log->file, 0, SEEK_END) == 0 && ftell(log->file) > 0;
+  enum us_status status = rows_before ? us_table_continue(log->file, columns, n, &log->table, err)
+                                      : us_table_open(log->file, columns, n, false, &log->table, err);
   if (status != US_OK) us_run_log_release(log);
   return status;
 }

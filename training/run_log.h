@@ -29,7 +29,7 @@ struct us_run_log {
   struct us_table *table;
 };
 
-/* With `append` an existing TSV is continued, under a header line of its own. US_ERR_IO, US_ERR_MEMORY. */
+/* With `append` an existing TSV is continued: its header stays the only one. US_ERR_IO, US_ERR_MEMORY. */
 US_CHECKED enum us_status us_run_log_open(struct us_run_log *log, const char *const *columns, size_t n,
                                           const char *opt_path, bool append, struct us_err *err);
 

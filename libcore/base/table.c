@@ -59,14 +59,26 @@ void us_table_number(double value, char ret_text[32]) {
   }
 }
 
-enum us_status us_table_open(FILE *out, const char *const *columns, size_t n, bool json,
+static enum us_status create(FILE *out, const char *const *columns, size_t n, bool json,
                              struct us_table **ret_table, struct us_err *err) {
   struct us_table *table = calloc(1, sizeof *table);
   if (!table) return us_err_memory(err, "a table", sizeof *table);
   *table = (struct us_table){.out = out, .columns = columns, .n = n, .json = json};
-  for (size_t i = 0; i < n && !json; i++) fprintf(out, "%s%s", columns[i], i + 1 < n ? "\t" : "\n");
   *ret_table = table;
   return US_OK;
+}
+
+enum us_status us_table_open(FILE *out, const char *const *columns, size_t n, bool json,
+                             struct us_table **ret_table, struct us_err *err) {
+  enum us_status status = create(out, columns, n, json, ret_table, err);
+  for (size_t i = 0; i < n && !json && status == US_OK; i++)
+    fprintf(out, "%s%s", columns[i], i + 1 < n ? "\t" : "\n");
+  return status;
+}
+
+enum us_status us_table_continue(FILE *out, const char *const *columns, size_t n, struct us_table **ret_table,
+                                 struct us_err *err) {
+  return create(out, columns, n, false, ret_table, err);
 }
 
 static void begin_cell(struct us_table *table) {

@@ -24,6 +24,10 @@ struct us_table;
 US_CHECKED enum us_status us_table_open(FILE *out, const char *const *columns, size_t n, bool json,
                                         struct us_table **ret_table, struct us_err *err);
 
+/* The same behind rows that are there already: TSV, without a header. */
+US_CHECKED enum us_status us_table_continue(FILE *out, const char *const *columns, size_t n,
+                                            struct us_table **ret_table, struct us_err *err);
+
 void us_table_text(struct us_table *table, const char *value); /* NULL is no value */
 void us_table_int(struct us_table *table, int64_t value);
 void us_table_num(struct us_table *table,

@@ -286,6 +286,17 @@ static bool stop(void) {
   return watched->trainer.step >= stop_at;
 }
 
+/* What a run logged: lines, and those before its first step. */
+struct lines {
+  size_t count, first;
+};
+
+static void count_lines(void *arg, const struct us_qat_log *log) {
+  struct lines *lines = arg;
+  lines->count++;
+  lines->first += log->step == 0;
+}
+
 START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   struct us_err err = {0};
   char state[64];
@@ -295,6 +306,8 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   whole.gptq_windows = part.gptq_windows = 4;
   whole.routers = part.routers = 0.3;
   US_OK_OR_FAIL(us_qat(&whole, NULL, &err)); /* one thread */
+  struct lines lines = {0};
+  part.on_log = count_lines, part.log_arg = &lines, part.log_every = 1;
   part.trainer.state_path = state;
   watched = &part;
   part.interrupted = stop;
@@ -308,6 +321,8 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   part.resume = true;
   US_OK_OR_FAIL(us_qat(&part, world.pool, &err));
   ck_assert_uint_eq(part.trainer.step, 8);
+  ck_assert_uint_eq(lines.first, 1); /* a resumed run measures nothing before its first step */
+  ck_assert_uint_eq(lines.count, 9);
   size_t bytes = whole.params.floats * sizeof(float);
   ck_assert(memcmp(whole.params.value, part.params.value, bytes) == 0);
   ck_assert(memcmp(whole.params.moment1, part.params.moment1, bytes) == 0);
