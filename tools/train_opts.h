@@ -21,7 +21,8 @@
   US_OPT_ENUM("newton", 0, "schulz|polar", "Muon's iteration: Newton-Schulz or Polar Express", .def = "schulz")
 
 #define US_OPT_TRAIN_SCHEDULE(warmup, last, decay)                                                              \
-  US_OPT_ENUM("schedule", 0, "constant|cosine|linear", "fall of the learning rate", .def = "cosine"),         \
+  US_OPT_ENUM("schedule", 0, "constant|cosine|linear|quadratic", "fall of the learning rate",                 \
+              .def = "cosine"),                                                                               \
   US_OPT_NUM("warmup", 0, "SHARE", "share of the run that climbs to the peak", .def = warmup, .max = 1),      \
   US_OPT_NUM("floor", 0, "SHARE", "last learning rate as a share of the peak", .def = last, .max = 1),        \
   US_OPT_NUM("decay", 0, "X", "weight decay", .def = decay),                                                   \

@@ -5,13 +5,13 @@
 #include <string.h>
 
 enum us_status us_schedule_parse(const char *name, enum us_schedule_kind *ret_kind, struct us_err *err) {
-  static const char *const names[] = {"constant", "cosine", "linear"};
-  for (int i = 0; i < 3; i++)
+  static const char *const names[] = {"constant", "cosine", "linear", "quadratic"};
+  for (int i = 0; i < 4; i++)
     if (strcmp(name, names[i]) == 0) {
       *ret_kind = (enum us_schedule_kind)i;
       return US_OK;
     }
-  return us_err_set(err, US_ERR_USAGE, "unknown schedule '%s' (constant, cosine, linear)", name);
+  return us_err_set(err, US_ERR_USAGE, "unknown schedule '%s' (constant, cosine, linear, quadratic)", name);
 }
 
 double us_schedule_rate(const struct us_schedule *s, double progress) {
@@ -21,5 +21,6 @@ double us_schedule_rate(const struct us_schedule *s, double progress) {
   double past = s->warmup < 1.0 ? (progress - s->warmup) / (1.0 - s->warmup) : 1.0, left = 1.0;
   if (s->kind == US_SCHEDULE_COSINE) left = 0.5 + 0.5 * cos(past * 3.14159265358979323846);
   if (s->kind == US_SCHEDULE_LINEAR) left = 1.0 - past;
+  if (s->kind == US_SCHEDULE_QUADRATIC) left = (1.0 - past) * (1.0 - past);
   return s->peak * (s->floor + (1.0 - s->floor) * left);
 }

@@ -10,7 +10,12 @@
 
 #include "base/err.h"
 
-enum us_schedule_kind { US_SCHEDULE_CONSTANT, US_SCHEDULE_COSINE, US_SCHEDULE_LINEAR };
+enum us_schedule_kind {
+  US_SCHEDULE_CONSTANT,
+  US_SCHEDULE_COSINE,
+  US_SCHEDULE_LINEAR,
+  US_SCHEDULE_QUADRATIC, /* the square of what is left: high at first, and long near the floor */
+};
 
 struct us_schedule {
   enum us_schedule_kind kind;

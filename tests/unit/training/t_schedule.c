@@ -32,6 +32,15 @@ START_TEST(linear_and_constant) {
 }
 END_TEST
 
+START_TEST(quadratic_falls_as_the_square_of_what_is_left) {
+  struct us_schedule s = {.kind = US_SCHEDULE_QUADRATIC, .peak = 4.0, .floor = 0.0, .warmup = 0.2};
+  ck_assert_double_eq_tol(us_schedule_rate(&s, 0.1), 2.0, 1e-12);
+  ck_assert_double_eq_tol(us_schedule_rate(&s, 0.2), 4.0, 1e-12);
+  ck_assert_double_eq_tol(us_schedule_rate(&s, 0.6), 1.0, 1e-12); /* half is left: a quarter */
+  ck_assert_double_eq_tol(us_schedule_rate(&s, 1.0), 0.0, 1e-12);
+}
+END_TEST
+
 START_TEST(odd_progress_and_names_are_handled) {
   struct us_schedule s = {.kind = US_SCHEDULE_LINEAR, .peak = 1.0, .warmup = 1.0};
   ck_assert(isfinite(us_schedule_rate(&s, NAN)) && us_schedule_rate(&s, -1.0) == 0.0);
@@ -40,6 +49,8 @@ START_TEST(odd_progress_and_names_are_handled) {
   struct us_err err;
   ck_assert_int_eq(us_schedule_parse("linear", &kind, &err), US_OK);
   ck_assert_int_eq(kind, US_SCHEDULE_LINEAR);
+  ck_assert_int_eq(us_schedule_parse("quadratic", &kind, &err), US_OK);
+  ck_assert_int_eq(kind, US_SCHEDULE_QUADRATIC);
   ck_assert_int_eq(us_schedule_parse("cubic", &kind, &err), US_ERR_USAGE);
 }
 END_TEST
@@ -49,6 +60,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, warmup_climbs_linearly_to_the_peak);
   tcase_add_test(c, cosine_falls_to_the_floor);
   tcase_add_test(c, linear_and_constant);
+  tcase_add_test(c, quadratic_falls_as_the_square_of_what_is_left);
   tcase_add_test(c, odd_progress_and_names_are_handled);
   return us_suite("schedule", c);
 }
