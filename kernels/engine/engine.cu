@@ -19,7 +19,21 @@ static __device__ bool uses_experts(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.experts);
 }
 
-/* Operations of several row tiles, out of line. */
+/* The loops of the other roles, out of line; that of the compute warps has the kernel's own registers. */
+static __device__ __noinline__ void stream_gemm(struct us_engine_block *b, const struct us_engine_op *op) {
+  us_engine_gemm_stream(b, op);
+}
+static __device__ __noinline__ void stream_down(struct us_engine_block *b, const struct us_engine_op *op) {
+  us_engine_down_stream(b, op);
+}
+static __device__ __noinline__ void epilogue_gemm(struct us_engine_block *b, const struct us_engine_op *op) {
+  us_engine_gemm_epilogue(b, op);
+}
+static __device__ __noinline__ void epilogue_down(struct us_engine_block *b, const struct us_engine_op *op) {
+  us_engine_down_pairs(b, op);
+}
+
+/* Operations of several row tiles. */
 static __device__ __noinline__ void compute_several(struct us_engine_block *b,
                                                     const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_GEMM && op->gemm.experts)
@@ -63,7 +77,10 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
   switch ((enum us_engine_kind)op->kind) {
   case US_ENGINE_EMBED:
   case US_ENGINE_REDUCE:
-    us_engine_reduce(b, op);
+    if (us_reduce_is_usual(b, op))
+      us_engine_reduce_usual();
+    else
+      us_engine_reduce(b, op);
     break;
   case US_ENGINE_GEMM:
     us_engine_gemm_compute(b, op);
@@ -95,8 +112,8 @@ static __device__ void stream(struct us_engine_block *b, const struct us_engine_
   if (kind == US_ENGINE_GEMM && row_tiles > 1)
     stream_several(b, op);
   else if (kind == US_ENGINE_GEMM)
-    us_engine_gemm_stream(b, op);
-  if (kind == US_ENGINE_DOWN) us_engine_down_stream(b, op);
+    stream_gemm(b, op);
+  if (kind == US_ENGINE_DOWN) stream_down(b, op);
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
 }
 
@@ -105,8 +122,8 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (kind == US_ENGINE_GEMM && row_tiles > 1)
     epilogue_several(b, op);
   else if (kind == US_ENGINE_GEMM)
-    us_engine_gemm_epilogue(b, op);
-  if (kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) us_engine_down_pairs(b, op);
+    epilogue_gemm(b, op);
+  if (kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) epilogue_down(b, op);
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
@@ -116,7 +133,7 @@ template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_
   if (ROLE != ROLE_COMPUTE && b->routes) us_engine_wait_routed(b);
   if (ROLE == ROLE_EPILOGUE) __syncwarp();
   us_engine_count(&b->routes);
-  if (ROLE != ROLE_COMPUTE && threadIdx.x % 32 == 0)
+  if (ROLE != ROLE_COMPUTE && us_engine_lane() == 0)
     us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->listed));
 }
 
@@ -128,9 +145,11 @@ static __device__ __forceinline__ uint32_t next_op(const struct us_engine_launch
 /* The last compute warp: when operation n of the launch begins, n + 1 has arrived, which the barrier inside n tells the other warps,
  * and n + 2 is fetched. */
 static __device__ __forceinline__ void fetch_op(const struct us_engine_block *b, uint32_t n, uint32_t i) {
-  uint32_t lane = threadIdx.x % 32;
-  if (threadIdx.x / 32 != US_ENGINE_COMPUTE_WARPS - 1 || lane >= sizeof(struct us_engine_op) / 8) return;
-  const struct us_engine_op *from = b->rank->ops + next_op(b->launch, next_op(b->launch, i));
+  const struct us_engine_launch *launch = us_engine_launch_of(b);
+  uint32_t lane = us_engine_lane();
+  if (us_engine_thread() / 32 != US_ENGINE_COMPUTE_WARPS - 1 || lane >= sizeof(struct us_engine_op) / 8)
+    return;
+  const struct us_engine_op *from = us_engine_rank_of(b)->ops + next_op(launch, next_op(launch, i));
   uint8_t *to = (uint8_t *)&us_engine_shared_of(b)->op[(n + 2) % US_ENGINE_FETCHED];
   asm volatile("cp.async.wait_all;" ::: "memory");
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(us_shared_address(to + lane * 8)),
@@ -140,54 +159,72 @@ static __device__ __forceinline__ void fetch_op(const struct us_engine_block *b,
 static_assert(sizeof(struct us_engine_op) % 8 == 0 && sizeof(struct us_engine_op) <= 256,
               "a lane copies 8 bytes of an operation");
 
-/* All threads, when the kernel starts: what block.cuh keeps in shared memory. */
-static __device__ void copy_words(void *to, const void *from, uint32_t bytes) {
-  for (uint32_t i = threadIdx.x; i < bytes / 4; i += US_ENGINE_THREADS)
-    ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
-}
+/* All threads, when the kernel starts: what lies in shared memory (shared.cuh). */
 static __device__ void copy_launch(struct us_engine_shared *s, const struct us_engine_launch *launch) {
   const struct us_engine_rank *rank = &launch->rank[blockIdx.x / (gridDim.x / launch->ranks)];
-  copy_words(s->launch, launch, sizeof s->launch);
-  copy_words(&s->rank, rank, sizeof s->rank);
-  copy_words(&s->op[0], rank->ops + launch->first, sizeof s->op[0]);
-  copy_words(&s->op[1], rank->ops + next_op(launch, launch->first), sizeof s->op[1]);
+  us_engine_keep_launch(launch, rank);
+  us_engine_copy_words(&s->op[0], rank->ops + launch->first, sizeof s->op[0]);
+  us_engine_copy_words(&s->op[1], rank->ops + next_op(launch, launch->first), sizeof s->op[1]);
 }
 
-/* One role's way through the launch. A role that is not computing learns from `ended` that a round is over, and whether another
- * follows: no copy may be under way when the block leaves. */
-template <int ROLE, bool FILTERS>
-static __device__ __forceinline__ void run_rounds(struct us_engine_block *b) {
-  const struct us_engine_launch *launch = b->launch;
-  const struct us_engine_op *ops = b->rank->ops;
-  for (uint32_t round = 0; round != launch->rounds; round++) {
-    if (ROLE != ROLE_STREAM) __syncwarp();
-    b->round = round;
-    uint64_t begin = us_engine_span_begin(b); /* one after the other, without a gap */
-    for (uint32_t i = launch->first; i < launch->last; i++) {
-      if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have left the operation before: they share `b` */
-      b->op_index = i;
-      const struct us_engine_op *op = ops + i;
-      if (ROLE == ROLE_COMPUTE) {
-        uint32_t n = round * (launch->last - launch->first) + i - launch->first;
-        fetch_op(b, n, i);
-        op = &us_engine_shared_of(b)->op[n % US_ENGINE_FETCHED];
-      }
-      if (op->kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
-      if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, op);
-      if (ROLE == ROLE_STREAM) stream(b, op);
-      if (ROLE == ROLE_EPILOGUE) epilogue(b, op);
-      begin = us_engine_span_end(b, US_ENGINE_WAIT_NOTHING, begin);
-    }
-    us_engine_spans_close(b);
-    if (round + 1 == launch->rounds) return;
-    if (ROLE == ROLE_COMPUTE) {
-      us_engine_meet();
-      if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->ended));
-      us_engine_meet();
-    }
-    us_engine_barrier_wait(b, &us_engine_shared_of(b)->ended, round & 1, US_ENGINE_WAIT_ROUND);
-    if (*(volatile uint32_t *)&us_engine_shared_of(b)->stop) return;
+/* One role's operation: b->op_index. Lanes share `b`, so all have left the operation before. */
+template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_op(void) {
+  struct us_engine_block *b = us_engine_self();
+  if (ROLE != ROLE_STREAM) __syncwarp();
+  const struct us_engine_launch *launch = us_engine_launch_of(b);
+  uint32_t i = b->op_index;
+  const struct us_engine_op *op = us_engine_rank_of(b)->ops + i;
+  if (ROLE == ROLE_COMPUTE) {
+    uint32_t n = b->round * (launch->last - launch->first) + i - launch->first;
+    fetch_op(b, n, i);
+    b->fetched = n % US_ENGINE_FETCHED, op = us_engine_fetched_op(b);
   }
+  if (op->kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
+  if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, op);
+  if (ROLE == ROLE_STREAM) stream(b, op);
+  if (ROLE == ROLE_EPILOGUE) epilogue(b, op);
+}
+
+/* To the next operation; false: the round is over, and the next one, if there is one, begins with the first. */
+template <int ROLE> static __device__ __forceinline__ bool next_of_round(void) {
+  struct us_engine_block *b = us_engine_self();
+  const struct us_engine_launch *launch = us_engine_launch_of(b);
+  if (ROLE != ROLE_STREAM) __syncwarp();
+  uint32_t i = b->op_index + 1;
+  bool over = i == launch->last;
+  if (ROLE != ROLE_STREAM) __syncwarp(); /* all lanes have read it */
+  b->op_index = over ? launch->first : i;
+  return !over;
+}
+
+/* A round is over. A role that is not computing learns from `ended` whether another follows: no copy may be under way when the block
+ * leaves. */
+template <int ROLE> static __device__ __forceinline__ bool next_round(void) {
+  struct us_engine_block *b = us_engine_self();
+  uint32_t round = b->round;
+  us_engine_spans_close(b);
+  if (round + 1 == us_engine_launch_of(b)->rounds) return false;
+  if (ROLE == ROLE_COMPUTE) {
+    us_engine_meet();
+    if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->ended));
+    us_engine_meet();
+  }
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->ended, round & 1, US_ENGINE_WAIT_ROUND);
+  if (*(volatile uint32_t *)&us_engine_shared_of(b)->stop) return false;
+  if (ROLE != ROLE_STREAM) __syncwarp();
+  b->round = round + 1;
+  return true;
+}
+
+/* One role's way through the launch. Place and round lie in shared memory (us_engine_self). */
+template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rounds(void) {
+  do {
+    uint64_t begin = us_engine_span_begin(us_engine_self()); /* one after the other, without a gap */
+    do {
+      run_op<ROLE, FILTERS>();
+      begin = us_engine_span_end(us_engine_self(), US_ENGINE_WAIT_NOTHING, begin);
+    } while (next_of_round<ROLE>());
+  } while (next_round<ROLE>());
 }
 
 /* Which rank and which of its blocks this block is; a warp's view of it. */
@@ -200,6 +237,7 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
     view.shared = shared, view.launch = (const struct us_engine_launch *)shared->launch,
     view.rank = &shared->rank;
     view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
+    view.op_index = launch->first;
     view.role = warp < US_ENGINE_COMPUTE_WARPS    ? ROLE_COMPUTE
                 : warp == US_ENGINE_COMPUTE_WARPS ? ROLE_STREAM
                                                   : ROLE_EPILOGUE;
@@ -247,6 +285,7 @@ template <bool FILTERS>
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     us_engine_kernel(const __grid_constant__ struct us_engine_launch launch) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
+  us_engine_check_shared();
   if (threadIdx.x == 0) init_barriers(shared);
   copy_launch(shared, &launch);
   us_barrier_init_fence();
@@ -254,12 +293,12 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   struct us_engine_block *b = make_block(&launch, shared);
   if (threadIdx.x < US_ENGINE_COMPUTE) {
     restore_route(b);
-    run_rounds<ROLE_COMPUTE, FILTERS>(b);
+    run_rounds<ROLE_COMPUTE, FILTERS>();
   } else {
     skip_route(b);
-    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM, FILTERS>(b);
+    if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM, FILTERS>();
     if (threadIdx.x >= US_ENGINE_EPILOGUE && threadIdx.x < US_ENGINE_EPILOGUE + 32 * US_ENGINE_EPILOGUES)
-      run_rounds<ROLE_EPILOGUE, FILTERS>(b);
+      run_rounds<ROLE_EPILOGUE, FILTERS>();
   }
 }
 

@@ -19,7 +19,8 @@
  * and fixed shares last as long as the slowest: no sum depends on who multiplies a tile. */
 static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b,
                                                                 uint32_t shift) {
-  return (b->index + b->blocks - shift % b->blocks) % b->blocks;
+  uint32_t before = shift % b->blocks; /* one division */
+  return b->index >= before ? b->index - before : b->index + b->blocks - before;
 }
 
 static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_engine_block *b,
@@ -78,7 +79,7 @@ static __device__ __forceinline__ uint32_t us_engine_claimed(const struct us_eng
 
 /* ---- streaming ------------------------------------------------------------------------------------------------------ */
 
-/* A role's place in the ring, in registers while it runs an operation: block.cuh's fields live in memory. */
+/* A role's place in the ring, in registers while it runs an operation: shared.cuh's fields live in memory. */
 struct us_engine_cursor {
   uint32_t stage, phase;
 };
@@ -230,7 +231,7 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int warp = us_engine_thread() / 32, lane = us_engine_lane();
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps;
   while (i != US_ENGINE_NONE) {
@@ -260,19 +261,37 @@ static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_blo
     us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op, i, next);
 }
 
+/* What is known before the wait passes it in shared memory, what is told apart is so at once: see us_engine_thread. */
 static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_block *b,
                                                               const struct us_engine_op *op) {
   struct us_engine_items items = us_engine_items(b, &op->gemm, op->shift);
-  uint32_t first = items.first, second = items.second, format = op->gemm.w.format;
+  b->items[0] = items.first, b->items[1] = items.second;
   us_engine_wait_done(b, op->wait);
-  bool two = op->gemm.w.halves == 2;
-  if (format == US_FORMAT_MXFP4 && two) us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op, first, second);
-  if (format == US_FORMAT_MXFP4 && !two) us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op, first, second);
-  if (format == US_FORMAT_FP8 && two) us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op, first, second);
-  if (format == US_FORMAT_FP8 && !two) us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op, first, second);
-  if (format == US_FORMAT_BF16 && two) us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op, first, second);
-  if (format == US_FORMAT_BF16 && !two) us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op, first, second);
-  if (format == US_FORMAT_F32) us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op, first, second);
+  op = us_engine_fetched_op(b);
+  uint32_t first = *(volatile uint32_t *)&b->items[0], second = *(volatile uint32_t *)&b->items[1];
+  switch (op->gemm.w.format * 2 + op->gemm.w.halves - 1) {
+  case US_FORMAT_MXFP4 * 2 + 1:
+    us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op, first, second);
+    break;
+  case US_FORMAT_MXFP4 * 2:
+    us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op, first, second);
+    break;
+  case US_FORMAT_FP8 * 2 + 1:
+    us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op, first, second);
+    break;
+  case US_FORMAT_FP8 * 2:
+    us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op, first, second);
+    break;
+  case US_FORMAT_BF16 * 2 + 1:
+    us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op, first, second);
+    break;
+  case US_FORMAT_BF16 * 2:
+    us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op, first, second);
+    break;
+  case US_FORMAT_F32 * 2:
+    us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op, first, second);
+    break;
+  }
 }
 
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */

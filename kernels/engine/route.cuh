@@ -50,19 +50,20 @@ static __device__ __forceinline__ uint32_t us_route_key(float choice) {
 }
 
 /* Uniform routing: a random key an expert, a function of request, position and layer, so that plain and speculative decoding
- * route a token alike. One thread makes four experts' keys; the first warp goes on to wait for the router. */
+ * route a token alike. A thread makes four experts' keys at a time. */
 static __device__ __forceinline__ void us_route_random(const struct us_engine_block *b,
                                                        const struct us_engine_op *op,
                                                        struct us_route_work *work) {
   const struct us_engine_routed *rows = &us_engine_shared_of(b)->rows;
-  uint32_t E = op->route.E, quads = (E + 3) / 4;
+  uint32_t E = op->route.E, quads = (E + 3) / 4, token = us_route_token(), out[4];
+  struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ rows->seed[token]);
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x - 32; i < US_ENGINE_ROWS * quads; i += US_ENGINE_COMPUTE - 32) {
-    uint32_t token = i / quads, quad = i % quads, out[4];
-    struct us_philox_key philox = us_philox_key(op->route.uniform_seed ^ rows->seed[token]);
+  for (uint32_t quad = us_route_first(); quad < quads; quad += US_ROUTE_STEP) {
     us_philox_quad(philox, rows->position[token], rows->sample[token], quad, US_STREAM_ROUTE | op->layer << 8,
                    out);
-    for (uint32_t j = 0; j < 4 && quad * 4 + j < E; j++) work->key[token][quad * 4 + j] = (out[j] >> 1) + 1;
+#pragma unroll
+    for (uint32_t j = 0; j < 4; j++)
+      if (quad * 4 + j < E) work->key[token][quad * 4 + j] = (out[j] >> 1) + 1;
   }
 }
 
@@ -92,8 +93,9 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 #define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
 
 /* This thread's logits, the parts' sums added in order, into shared memory. */
-static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
-                                                       const struct us_engine_route *r, const float *logits) {
+static __device__ __noinline__ void us_route_gather_any(struct us_route_work *work,
+                                                        const struct us_engine_route *r,
+                                                        const float *logits) {
   uint32_t E = r->E, parts = r->parts, part = US_ENGINE_ROWS * r->stride, token = us_route_token();
 #pragma unroll 1
   for (uint32_t first = us_route_first(); first < E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
@@ -119,13 +121,35 @@ static __device__ __forceinline__ void us_route_gather(struct us_route_work *wor
       if (first + j * US_ROUTE_STEP < E) work->score[token][first + j * US_ROUTE_STEP] = sum[j];
   }
 }
+/* The same; of 384 experts and four parts in a quarter of the instructions, whose fetching is most of the time. */
+static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
+                                                       const struct us_engine_route *r, const float *logits) {
+  if (r->E != US_ROUTE_AHEAD * US_ROUTE_STEP || r->parts != US_ROUTE_PARTS) {
+    us_route_gather_any(work, r, logits);
+    return;
+  }
+  uint32_t token = us_route_token(), first = us_route_first(), stride = r->stride;
+  const float *from = logits + token * stride + first;
+  float v[US_ROUTE_PARTS][US_ROUTE_AHEAD];
+#pragma unroll
+  for (int q = 0; q < US_ROUTE_PARTS; q++, from += US_ENGINE_ROWS * stride)
+#pragma unroll
+    for (int j = 0; j < US_ROUTE_AHEAD; j++) v[q][j] = __ldcg(from + j * US_ROUTE_STEP);
+#pragma unroll
+  for (int j = 0; j < US_ROUTE_AHEAD; j++) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int q = 0; q < US_ROUTE_PARTS; q++) sum = __fadd_rn(sum, v[q][j]);
+    work->score[token][first + j * US_ROUTE_STEP] = sum;
+  }
+}
 
 /* Scores and keys from this thread's logits. */
 static __device__ __forceinline__ void us_route_score(struct us_route_work *work,
                                                       const struct us_engine_route *r) {
   uint32_t token = us_route_token(), E = r->E;
   bool uniform = r->uniform;
-#pragma unroll 2
+#pragma unroll 1
   for (uint32_t e = us_route_first(); e < E; e += US_ROUTE_STEP) {
     float score = us_route_sigmoid(work->score[token][e]);
     work->score[token][e] = score;
@@ -246,8 +270,8 @@ static __device__ __forceinline__ void us_route_number(struct us_engine_active *
   sum[1] += __shfl_sync(0xffffffffu, sum[0], 31);
   uint32_t slot = threadIdx.x / US_ENGINE_ROWS, token = threadIdx.x % US_ENGINE_ROWS,
            half = slot / 32; /* of a warp: the same half */
-  uint32_t through = __shfl_sync(0xffffffffu, sum[half], slot % 32),
-           mask = __shfl_sync(0xffffffffu, users[half], slot % 32);
+  uint32_t through = __shfl_sync(0xffffffffu, half ? sum[1] : sum[0], slot % 32),
+           mask = __shfl_sync(0xffffffffu, half ? users[1] : users[0], slot % 32);
   uint32_t number = through - __popc(mask >> token);
   active->pair[slot][token] = (int16_t)(mask >> token & 1 ? (int)number : -1);
   if (token == 0)
@@ -264,25 +288,38 @@ static __device__ __forceinline__ void us_route_keys(const struct us_engine_bloc
                                                      struct us_route_work *work) {
   const struct us_engine_route *r = &op->route;
   if (r->uniform) {
-    if (threadIdx.x >= 32) us_route_random(b, op, work);
+    us_route_random(b, op, work);
     return;
   }
-#pragma unroll 2
-  for (uint32_t e = us_route_first(); e < r->E; e += US_ROUTE_STEP)
-    work->key[us_route_token()][e] = r->bias ? __float_as_uint(r->bias[e]) : 0;
+  const float *bias = r->bias;
+#pragma unroll 1
+  for (uint32_t first = us_route_first(); first < r->E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
+    float v[US_ROUTE_AHEAD];
+#pragma unroll
+    for (int j = 0; j < US_ROUTE_AHEAD; j++) {
+      uint32_t e = first + j * US_ROUTE_STEP;
+      v[j] = 0.0f;
+      if (bias && e < r->E) v[j] = bias[e];
+    }
+#pragma unroll
+    for (int j = 0; j < US_ROUTE_AHEAD; j++)
+      if (first + j * US_ROUTE_STEP < r->E)
+        work->key[us_route_token()][first + j * US_ROUTE_STEP] = __float_as_uint(v[j]);
+  }
 }
 
 /* What does not depend on the logits, while they are on their way. */
 static __device__ __forceinline__ void us_route_prepare(struct us_engine_block *b,
                                                         const struct us_engine_op *op) {
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
-  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
   us_engine_drain(b);
   us_route_rows(b, op, 0);
-  ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
   if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
   if (threadIdx.x < US_ENGINE_ACTIVE) work->users[threadIdx.x] = 0;
   us_route_keys(b, op, work);
+  /* The other roles leave the list when they have handed over the router's sums. */
+  us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+  ((float *)us_engine_shared_of(b)->active.weight)[threadIdx.x] = 0;
 }
 
 /* The active list from the rows' logits; the router's operation is done, and all threads have met since us_route_prepare. */

@@ -25,6 +25,8 @@ static __device__ void fake_projection(struct us_engine_block *b, const struct u
 static __device__ struct us_engine_block *make_view(const struct us_engine_launch *launch) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
   struct us_engine_block *b = &shared->warp[threadIdx.x / 32];
+  us_engine_check_shared();
+  us_engine_keep_launch(launch, launch->rank);
   if (threadIdx.x == 0) {
     shared->decided = 0;
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);

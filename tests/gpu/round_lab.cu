@@ -21,6 +21,8 @@ static __global__ void __launch_bounds__(US_ENGINE_COMPUTE, 1)
     lab_rounds(const __grid_constant__ struct us_engine_launch launch, uint32_t *gate, bool keep_on) {
   struct us_engine_shared *shared = us_engine_shared_of(NULL);
   struct us_engine_block *b = &shared->warp[threadIdx.x / 32];
+  us_engine_check_shared();
+  us_engine_keep_launch(&launch, &launch.rank[blockIdx.x / (gridDim.x / launch.ranks)]);
   if (threadIdx.x == 0)
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);
   us_barrier_init_fence();
