@@ -8,16 +8,18 @@
  * with the same rounding, the row's last job writes them to the cache. Whoever comes to the end of the jobs folds the results of one
  * row and 16 heads, once they stand; nobody who waits there has a job left.
  *
- * Order of the sums: attention_fold.cuh; precision: attention_tile.cuh; rows that share keys: attention_shared.cuh; a row alone beyond 4096 keys: attention_long.cuh. The rope table has
- * one row a position, `rotary` floats: us_rope_table's cosines, then its sines.
+ * Order of the sums: attention_fold.cuh; precision: attention_tile.cuh; rows that share keys: attention_shared.cuh; a row alone beyond
+ * 4096 keys: attention_long.cuh. The rope table has one row a position, `rotary` floats: us_rope_table's cosines, then its sines.
  *
  * Bound: for a window of 128 latency and instructions: a rank of four reads 2 x 3 pages of 40 KB for 8 rows of a sequence, 16 jobs
- * run on 16 blocks. What does not depend on this layer's projection is fetched before it is done: rows, page offsets, half of the
- * first keys (registers), the rest, values and rope rows (L2). For long contexts HBM (one or two rows of a sequence) or tensor cores.
+ * run on 16 blocks. What does not depend on this layer's projection is done before the compute warps come here, by a warp of its own
+ * (attention_ahead.cuh): rows, page offsets, jobs; first keys, values and rope rows are in L2 then, and the keys go to registers before
+ * the projection is awaited. For long contexts HBM (one or two rows of a sequence) or tensor cores.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_CUH
 #define US_KERNELS_ENGINE_ATTENTION_CUH
 
+#include "kernels/engine/attention_ahead.cuh"
 #include "kernels/engine/attention_long.cuh"
 #include "kernels/engine/attention_shared.cuh"
 
@@ -142,7 +144,7 @@ static __device__ __noinline__ void us_attention_fold_row(const struct us_engine
     us_attention_set_chunk(sh, __ffs((int)rows) - 1, fold % sh->chunks);
     struct us_engine_watch watch = {0, 0};
     uint32_t *counter = us_attention_counter(sh, sh->job.row), want = sh->row[sh->job.row].pieces, have;
-    while ((have = us_load_acquire(counter)) < want)
+    while ((have = us_load_relaxed(counter)) < want) /* pieces are read from L2 */
       us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
     if (atomicAdd(counter, 1) + 1 == want + parts) *counter = 0; /* all parts have seen it */
   }
@@ -185,44 +187,30 @@ static __device__ __forceinline__ void us_attention_close_absent(const struct us
 
 /* ---- jobs ------------------------------------------------------------------------------------------------------------ */
 
-#define US_ATTENTION_TRIES 2048 /* about a millisecond */
-
-/* All compute threads: wait for the operation's input without a call, so that keys under way stay in registers. false: it did
- * not come soon; us_engine_wait_done is the way then. */
-static __device__ __forceinline__ bool us_attention_wait(const struct us_engine_block *b,
-                                                         const struct us_engine_op *op,
-                                                         struct us_attention_shared *sh) {
+/* All compute threads: wait for the operation's input without a call, so that keys under way stay in registers, without an acquire,
+ * which would empty the first-level cache (the projection is read from L2), and without anything that would have to be kept until then. */
+static __device__ __forceinline__ void us_attention_wait(const struct us_attention_shared *sh) {
   if (threadIdx.x == 0) {
-    uint32_t want = us_engine_target(b, op->wait), tries = 0;
+    const struct us_engine_block *b = us_engine_view((const struct us_engine_block *)0);
+    struct us_engine_watch watch = {0, 0};
+    uint32_t have, want = sh->want;
     uint64_t begin = us_engine_span_begin(b);
-    bool ready = !want || op->wait == US_ENGINE_NONE;
-    for (; !ready && tries < US_ATTENTION_TRIES; tries++)
-      ready = (int32_t)(us_load_acquire(b->rank->done + op->wait) - want) >= 0;
+    while ((int32_t)((have = us_load_relaxed(sh->input)) - want) < 0)
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
     us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
-    sh->ready = ready;
   }
   us_engine_meet();
-  return sh->ready;
 }
 
-/* A leaf a unit: this thread's four dims of a head. The keys are on their way before the operation's input is awaited, if it
- * is: half of them to registers, the rest to L2. */
+/* A leaf a unit: this thread's four dims of a head. The keys are on their way before the operation's input is awaited, if it is. */
 template <int QS, int VS>
 static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum(
-    const struct us_engine_block *b, const struct us_engine_op *op, struct us_attention_shared *sh,
-    bool wait) {
-  const int groups = us_attention_size<QS, 0>::groups, half = groups / 2;
+    struct us_attention_shared *sh, bool wait) {
   const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
-  uint4 keys[2][groups];
-  us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
-  if (leaf->page) us_attention_fetch_page<QS, VS>(sh, leaf->page);
-  us_attention_fetch_rows(sh);
-  if (wait && !us_attention_wait(b, op, sh)) {
-    us_engine_wait_done(b, op->wait);
-    us_attention_load_keys<QS, 0, half>(sh, leaf->page, keys);
-  }
+  uint4 keys[2][us_attention_size<QS, 0>::groups];
+  us_attention_load_keys<QS>(sh, leaf->page, keys);
+  if (wait) us_attention_wait(sh);
   us_attention_stage<QS, VS>(sh);
-  us_attention_load_keys<QS, half, groups>(sh, leaf->page, keys);
   us_engine_meet();
   struct us_attention_part<VS> part;
   if (leaf->id != US_ENGINE_NONE) {
@@ -236,12 +224,12 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum
   return head < 16 ? us_attention_fold_units(sh, V, head, dim) : us_attention_nothing();
 }
 
-/* A job that is a leaf a unit. Out of line, as the other kinds of jobs are: each has the registers to itself. */
-template <int QS, int VS>
-static __device__ __noinline__ void us_attention_run_units(const struct us_engine_block *b,
-                                                           const struct us_engine_op *op,
-                                                           struct us_attention_shared *sh, bool wait) {
-  struct us_attention_sum sum = us_attention_units_sum<QS, VS>(b, op, sh, wait);
+/* A job that is a leaf a unit. Out of line, as the other kinds of jobs are: each has the registers to itself. It finds again what it
+ * needs, since what is kept over a call or a barrier of many registers lies in local memory. */
+template <int QS, int VS> static __device__ __noinline__ void us_attention_run_units(bool wait) {
+  struct us_attention_shared *sh =
+      (struct us_attention_shared *)us_engine_scratch((const struct us_engine_block *)0);
+  struct us_attention_sum sum = us_attention_units_sum<QS, VS>(sh, wait);
   uint32_t V = us_attention_V<VS>(sh);
   if (sh->row[sh->job.row].cut == US_ATTENTION_WHOLE)
     us_attention_close(sh, V, threadIdx.x / (V / 4), threadIdx.x % (V / 4) * 4, &sum);
@@ -254,8 +242,7 @@ template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_run(const struct us_engine_block *b,
                                                         const struct us_engine_op *op,
                                                         struct us_attention_shared *sh, bool wait) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
-  if (row->sequence == US_ENGINE_NONE) {
+  if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
     if (wait) us_engine_wait_done(b, op->wait);
     us_attention_close_absent<VS>(sh);
     return;
@@ -265,14 +252,24 @@ static __device__ __forceinline__ void us_attention_run(const struct us_engine_b
   else if (sh->job.leaf != US_ENGINE_NONE)
     us_attention_run_long<QS, VS>(b, op, sh, wait);
   else
-    us_attention_run_units<QS, VS>(b, op, sh, wait);
-  if (row->cut != US_ATTENTION_WHOLE) us_attention_arrive(b, sh);
+    us_attention_run_units<QS, VS>(wait);
+  if (sh->row[sh->job.row].cut != US_ATTENTION_WHOLE) us_attention_arrive(b, sh);
 }
 
-/* This block's first job. */
-static __device__ __forceinline__ uint32_t us_attention_first(const struct us_engine_block *b,
-                                                              const struct us_engine_op *op) {
-  return (b->index + b->blocks - op->shift % b->blocks) % b->blocks;
+/* All compute threads of a block that has nothing to do here: the input stands, as later operations may rely on. It looks seldom: 132
+ * SMs that read one word wait for each other, and those with a job wait for them. */
+static __device__ __forceinline__ void us_attention_wait_idle(const struct us_engine_block *b, uint32_t op) {
+  uint32_t have, want = op == US_ENGINE_NONE ? 0 : us_engine_target(b, op);
+  if (threadIdx.x == 0 && want) {
+    struct us_engine_watch watch = {0, 0};
+    uint64_t begin = us_engine_span_begin(b);
+    while ((int32_t)((have = us_load_relaxed(b->rank->done + op)) - want) < 0) {
+      __nanosleep(500);
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
+    }
+    us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
+  }
+  us_engine_meet();
 }
 
 /* This block's jobs, the first of them set, and folds. early: op->wait was not awaited yet. */
@@ -281,38 +278,35 @@ static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_
                                                          const struct us_engine_op *op,
                                                          struct us_attention_shared *sh, uint32_t first,
                                                          bool early) {
-  uint32_t j = first;
+  uint32_t j = first, end = sh->jobs + __popc(sh->folds) * sh->chunks * sh->parts;
 #pragma unroll 1
   for (; j < sh->jobs; j += b->blocks) {
-    if (j != first) {
+    if (j != first || sh->unset) {
       us_engine_meet(); /* shared memory of the job before */
       if (threadIdx.x < 32) us_attention_set_job(b, sh, j);
       us_engine_meet();
     }
     us_attention_run<QS, VS>(b, op, sh, early && j == first);
   }
-  if (early && first >= sh->jobs) us_engine_wait_done(b, op->wait);
+  if (early && first >= end) us_attention_wait_idle(b, op->wait);
 #pragma unroll 1
-  for (; j < sh->jobs + __popc(sh->folds) * sh->chunks * sh->parts; j += b->blocks) {
+  for (; j < end; j += b->blocks) {
     us_engine_meet();
     us_attention_fold_row<VS>(b, sh, j - sh->jobs);
   }
 }
 
-/* The operation: a block without a job waits all the same, so that what it does next may rely on what stood before. */
+/* The operation: a block without a job waits all the same, so that what it does next may rely on what stood before. Whoever folds
+ * learns it from those whose pieces it waits for. */
 static __device__ __noinline__ void us_engine_attention(struct us_engine_block *b,
                                                         const struct us_engine_op *op) {
   struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
   uint32_t first = us_attention_first(b, op);
-  bool early = op->attention.ready != US_ENGINE_NONE, may = us_engine_attention_is_long(&op->attention);
-  us_engine_wait_done(b, early ? op->attention.ready : op->wait);
+  bool early = op->attention.ready != US_ENGINE_NONE;
+  us_attention_await_plan(b);
   us_engine_drain(b);
-  us_attention_plan(b, op, sh, first);
-  bool ring = may && sh->ring;
-  if (may) {
-    if (threadIdx.x == 0) us_attention_decide(b, ring);
-    us_engine_count(&b->attentions);
-  }
+  if (!early) us_engine_wait_done(b, op->wait);
+  bool ring = us_engine_attention_is_long(&op->attention) && sh->ring;
   if (ring) us_attention_take_ring(b);
   if (sh->a.Q == 192 && sh->a.V == 128)
     us_attention_jobs<192, 128>(b, op, sh, first, early);

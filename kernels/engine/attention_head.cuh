@@ -79,14 +79,28 @@ static __device__ __forceinline__ float us_head_norm(const struct us_head *h, ui
   return scale;
 }
 
+/* A lane's cosines and sines: of rotary sizes 64 and 128. */
+struct us_head_rope {
+  float2 c[2], s[2];
+};
+
+/* Loads without a condition, which would make them wait for each other. */
+static __device__ __forceinline__ struct us_head_rope us_head_load_rope(const struct us_head *h,
+                                                                        uint32_t lane) {
+  uint32_t n = h->rotary == 64 ? 1 : h->rotary == 128 ? 2 : 0;
+  const float2 *table = (const float2 *)h->rope + (n ? lane : 0);
+  struct us_head_rope r;
+  r.c[0] = table[0], r.s[0] = table[16 * n];
+  r.c[1] = table[n == 2 ? 16 : 0], r.s[1] = table[n == 2 ? 48 : 0];
+  return r;
+}
+
 /* Partners in the same lane: rotary sizes of 64 N. */
 template <int N>
-static __device__ __forceinline__ void us_head_rotate(const struct us_head *h, uint32_t lane,
-                                                      float2 x[US_HEAD_PAIRS]) {
-  const float2 *table = (const float2 *)h->rope + lane;
+static __device__ __forceinline__ void us_head_rotate(const struct us_head_rope *r, float2 x[US_HEAD_PAIRS]) {
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    float2 c = table[16 * i], s = table[16 * (N + i)], a = x[i], b = x[i + N];
+    float2 c = r->c[i], s = r->s[i], a = x[i], b = x[i + N];
     x[i] = make_float2(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y);
     x[i + N] = make_float2(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y);
   }
@@ -104,14 +118,14 @@ static __device__ __forceinline__ float us_head_rotate_any(const struct us_head 
 
 /* Norm and rotation; whole warps. Rotary sizes: all up to 64 (that of all published models), and 128. */
 template <int QS>
-static __device__ __forceinline__ void us_head_finish(const struct us_head *h, uint32_t lane,
-                                                      float2 x[US_HEAD_PAIRS]) {
+static __device__ __forceinline__ void us_head_turn(const struct us_head *h, const struct us_head_rope *rope,
+                                                    uint32_t lane, float2 x[US_HEAD_PAIRS]) {
   float scale = 1;
   if (h->norm) scale = us_head_norm<QS>(h, lane, x);
   if (h->rotary == 64) {
-    us_head_rotate<1>(h, lane, x);
+    us_head_rotate<1>(rope, x);
   } else if (h->rotary == 128) {
-    us_head_rotate<2>(h, lane, x);
+    us_head_rotate<2>(rope, x);
   } else {
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
@@ -119,6 +133,13 @@ static __device__ __forceinline__ void us_head_finish(const struct us_head *h, u
       x[i].y = us_head_rotate_any(h, 32 * i + 2 * lane + 1, x[i].y, scale);
     }
   }
+}
+
+template <int QS>
+static __device__ __forceinline__ void us_head_finish(const struct us_head *h, uint32_t lane,
+                                                      float2 x[US_HEAD_PAIRS]) {
+  struct us_head_rope rope = us_head_load_rope(h, lane);
+  us_head_turn<QS>(h, &rope, lane, x);
 }
 
 /* Two values rounded to bf16, the first in the low half. */

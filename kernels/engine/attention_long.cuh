@@ -315,7 +315,6 @@ static __device__ __noinline__ void us_attention_run_long(const struct us_engine
   us_attention_commit();
   if (page) us_attention_copy_own_values<QS, VS>(sh, page);
   us_attention_commit();
-  us_attention_fetch_rows(sh);
   if (wait) us_engine_wait_done(b, op->wait);
   us_attention_stage<QS, VS>(sh);
   us_engine_meet();

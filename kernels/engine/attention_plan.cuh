@@ -1,7 +1,7 @@
 /* attention_plan.cuh: what each row of a row tile sees, into which jobs its keys are cut, and the shared memory of it all.
  *
- *     us_attention_plan(b, op, shared, j);        // all compute threads, once state and rows stand: rows, jobs, job j
- *     us_attention_set_job(b, shared, j);         // one warp: another job
+ *     us_attention_plan_rows(b, op, shared);      // one warp, once state and rows stand: rows, jobs
+ *     us_attention_set_job(b, shared, j);         // one warp: job j
  *
  * A job is a row, a chunk of 16 query heads and a piece of the row's keys. The cut follows from the row's own position alone: up to
  * US_ENGINE_ATTENTION_TOGETHER leaves are one job, a leaf a unit; up to US_ENGINE_ATTENTION_GROUPED leaves a job is a group, a leaf a
@@ -86,11 +86,13 @@ struct us_attention_shared {
   float sink[US_ATTENTION_HEADS]; /* times log2 e; -Inf: none */
   uint32_t chunks;                /* of 16 query heads */
   uint32_t jobs;
-  uint32_t span;    /* segments a job */
-  uint32_t folds;   /* bit r: row r is cut in pieces, which somebody folds */
-  uint32_t ready;   /* the input was done when thread 0 looked */
-  uint32_t parts;   /* blocks that fold a row and chunk together */
-  bool ring;        /* a row is cut in segments: keys go through the ring */
+  uint32_t span;         /* segments a job */
+  uint32_t folds;        /* bit r: row r is cut in pieces, which somebody folds */
+  const uint32_t *input; /* its counter, and what the counter is when the input is done */
+  uint32_t want;
+  uint32_t parts; /* blocks that fold a row and chunk together */
+  bool ring;      /* a row is cut in segments: keys go through the ring */
+  bool unset;     /* the block's first job is still to be set: its pages lie where the projection's sums do */
   uint32_t turn[4]; /* of each warp of a unit: which unit a segment's sum waits for (attention_long.cuh) */
 };
 static_assert(sizeof(struct us_attention_shared) <= US_ENGINE_VECTOR_BYTES, "shared memory of attention");
@@ -154,7 +156,7 @@ static __device__ __forceinline__ uint32_t us_attention_span(uint32_t blocks, ui
 static __device__ __forceinline__ void us_attention_plan_rows(const struct us_engine_block *b,
                                                               const struct us_engine_op *op,
                                                               struct us_attention_shared *sh) {
-  const struct us_engine_attention *a = &op->attention;
+  const struct us_engine_attention *a = &sh->a;
   const struct us_engine_state *state = b->rank->state;
   const struct us_engine_row *rows = op->program == US_ENGINE_PASS_DRAFT ? state->draft : state->target;
   uint32_t lane = threadIdx.x % 32, r = lane - 15, here = op->row_tile * US_ENGINE_ROWS + r, next = here + 32;
@@ -335,13 +337,23 @@ static __device__ __forceinline__ bool us_attention_set_long(struct us_attention
   return !block;
 }
 
+/* The row that job j is of; whole warps. */
+static __device__ __forceinline__ uint32_t us_attention_row_of(const struct us_attention_shared *sh,
+                                                               uint32_t j) {
+  uint32_t lane = threadIdx.x % 32;
+  bool begun = lane < US_ENGINE_ROWS && sh->row[lane % US_ENGINE_ROWS].first_job <= j;
+  return __popc(__ballot_sync(0xffffffffu, begun)) - 1;
+}
+/* Whether rows share job j. */
+static __device__ __forceinline__ bool us_attention_is_shared(const struct us_attention_shared *sh,
+                                                              uint32_t j) {
+  return sh->row[us_attention_row_of(sh, j)].together > 1;
+}
+
 /* One warp: job j. */
 static __device__ __forceinline__ void us_attention_set_job(const struct us_engine_block *b,
                                                             struct us_attention_shared *sh, uint32_t j) {
-  uint32_t lane = threadIdx.x % 32;
-  uint32_t r = __popc(__ballot_sync(0xffffffffu,
-                                    lane < US_ENGINE_ROWS && sh->row[lane % US_ENGINE_ROWS].first_job <= j)) -
-               1;
+  uint32_t lane = threadIdx.x % 32, r = us_attention_row_of(sh, j);
   const struct us_attention_row *row = sh->row + r;
   uint32_t k = (j - row->first_job) / sh->chunks;
   if (lane < 4) sh->turn[lane] = 0;
@@ -360,25 +372,6 @@ static __device__ __forceinline__ void us_attention_set_job(const struct us_engi
 static __device__ __forceinline__ uint32_t us_attention_origin(const struct us_attention_shared *sh,
                                                                const struct us_attention_row *row) {
   return sh->a.draft ? row->fresh : row->fresh / 8 * 8;
-}
-
-/* ---- all together ---------------------------------------------------------------------------------------------------- */
-
-/* All compute threads; ends with a barrier. `first`: the block's first job, if there are so many. */
-static __device__ __forceinline__ void us_attention_plan(const struct us_engine_block *b,
-                                                         const struct us_engine_op *op,
-                                                         struct us_attention_shared *sh, uint32_t first) {
-  const struct us_engine_attention *a = &op->attention;
-  uint32_t i = threadIdx.x, head = i - 128;
-  if (i < 32) {
-    for (uint32_t word = i; word < sizeof sh->a / 4; word += 32)
-      ((uint32_t *)&sh->a)[word] = ((const uint32_t *)a)[word];
-    us_attention_plan_rows(b, op, sh);
-    __syncwarp();
-    if (first < sh->jobs) us_attention_set_job(b, sh, first);
-  }
-  if (head < a->H) sh->sink[head] = a->sink ? a->sink[head] * US_ATTENTION_LOG2E : -CUDART_INF_F;
-  us_engine_meet();
 }
 
 #endif

@@ -71,7 +71,7 @@ static __device__ __forceinline__ void us_attention_stage_shared(struct us_atten
       for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
     if (query || exists) us_attention_keep_head<QS>(sh, us_attention_room_of()->q[r], of, x);
   }
-  if (new_keys) us_attention_keep_new(sh, v);
+  if (new_keys) us_attention_keep_new<VS>(sh, last, v);
 }
 
 /* All compute threads: new keys take the place of what the cache held. */

@@ -1,8 +1,6 @@
 /* attention_stage.cuh: what a job needs in shared memory before its units begin: queries, new keys and values; and the cache.
  *
- *     us_attention_fetch_page<192, 128>(shared, page);     // before the projection is done: a unit's first page; and
- *     us_attention_fetch_rows(shared);                     // what else will be read
- *     us_attention_stage<192, 128>(shared);                // after it; then a barrier
+ *     us_attention_stage<192, 128>(shared);                // when the projection is done; then a barrier
  *     us_attention_append<192, 128>(shared, page);         // one unit: the row's own key and value
  *
  * Bound: one latency of L2, every load under way before the first is used, and instructions: half a warp has a query head or a new
@@ -12,33 +10,6 @@
 #define US_KERNELS_ENGINE_ATTENTION_STAGE_CUH
 
 #include "kernels/engine/attention_tile.cuh"
-
-static __device__ __forceinline__ void us_attention_fetch(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-/* A unit: ask for a page's keys and values of one KV head. */
-template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_fetch_page(const struct us_attention_shared *sh,
-                                                               const uint8_t *page) {
-  uint32_t i = threadIdx.x % US_ATTENTION_THREADS, Q = us_attention_Q<QS>(sh), V = us_attention_V<VS>(sh);
-  uint32_t lines = us_engine_k_stride(Q); /* 64 rows of 2 * stride bytes, in 128 bytes */
-  const uint8_t *keys = page + us_head_key_offset(Q, sh->job.g, 0);
-#pragma unroll
-  for (uint32_t line = 0; line < (QS ? QS : 192); line += US_ATTENTION_THREADS)
-    if (line + i < lines) us_attention_fetch(keys + (line + i) * 128);
-  if (i < V) us_attention_fetch(page + us_head_value_offset(sh->a.G, Q, V, sh->job.g, i));
-}
-
-/* All compute threads: rope rows of the new positions, norms. */
-static __device__ __forceinline__ void us_attention_fetch_rows(const struct us_attention_shared *sh) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
-  const struct us_engine_attention *a = &sh->a;
-  uint32_t i = threadIdx.x;
-  if (i <= row->count * a->rotary / 32) us_attention_fetch(a->rope + (size_t)row->fresh * a->rotary + i * 32);
-  if (a->q_norm && i * 32 < a->Q) us_attention_fetch(a->q_norm + i * 32);
-  if (a->k_norm && i * 32 < a->Q) us_attention_fetch(a->k_norm + i * 32);
-}
 
 /* ---- queries and keys ------------------------------------------------------------------------------------------------ */
 
@@ -87,32 +58,47 @@ static __device__ __forceinline__ void us_attention_keep_head(struct us_attentio
 #define US_ATTENTION_STAGE_VALUES                                                                            \
   (US_ATTENTION_FRESH_PIECES * 8 / 4) /* a thread: a dim, every fourth position */
 
-/* New values of this thread that `row` sees, 0 where there is none. */
+/* Which of this thread's positions `row` sees, as new ones: index of the i-th; large before the first. */
+static __device__ __forceinline__ uint32_t us_attention_new_index(const struct us_attention_shared *sh,
+                                                                  const struct us_attention_row *row,
+                                                                  uint32_t i) {
+  return us_attention_origin(sh, row) + threadIdx.x / 128 + 4 * i - row->fresh;
+}
+static __device__ __forceinline__ bool us_attention_new_seen(const struct us_attention_row *row,
+                                                             uint32_t index) {
+  uint32_t hidden = row->begin > row->fresh ? row->begin - row->fresh : 0;
+  return index < row->count && index >= hidden;
+}
+
+/* New values of this thread; another where it has none. Nothing here may depend on what is loaded: all loads are under way together. */
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_load_new(const struct us_attention_shared *sh,
                                                              const struct us_attention_row *row,
                                                              float v[US_ATTENTION_STAGE_VALUES]) {
   const struct us_engine_attention *a = &sh->a;
-  uint32_t dim = threadIdx.x % 128, at = us_attention_origin(sh, row) + threadIdx.x / 128,
-           V = us_attention_V<VS>(sh);
-  uint32_t hidden = row->begin > row->fresh ? row->begin - row->fresh : 0;
+  uint32_t dim = threadIdx.x % 128, V = us_attention_V<VS>(sh);
   const float *from = a->qkv + row->fresh_row * (int32_t)a->qkv_rows +
-                      (a->H + a->G) * us_attention_Q<QS>(sh) + sh->job.g * V + dim;
+                      (a->H + a->G) * us_attention_Q<QS>(sh) + sh->job.g * V +
+                      (VS == 128 || dim < V ? dim : 0);
 #pragma unroll
   for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) {
-    uint32_t index = at + 4 * i - row->fresh; /* large before the first */
-    v[i] = index < row->count && index >= hidden && (VS == 128 || dim < V)
-               ? __ldcg(from + index * a->qkv_rows)
-               : 0.0f;
+    uint32_t index = us_attention_new_index(sh, row, i);
+    v[i] = __ldcg(from + (us_attention_new_seen(row, index) ? index * a->qkv_rows : 0));
   }
 }
 
+/* Those that the row sees, 0 for the others. */
+template <int VS>
 static __device__ __forceinline__ void us_attention_keep_new(struct us_attention_shared *sh,
+                                                             const struct us_attention_row *row,
                                                              const float v[US_ATTENTION_STAGE_VALUES]) {
+  bool exists = VS == 128 || threadIdx.x % 128 < us_attention_V<VS>(sh);
   uint16_t *to = (uint16_t *)(sh->value + threadIdx.x % 128 * US_ATTENTION_FRESH_PIECES) + threadIdx.x / 128;
 #pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++)
-    to[4 * i] = (uint16_t)us_head_round(v[i] * sh->a.value_scale, 0);
+  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) {
+    bool seen = exists && us_attention_new_seen(row, us_attention_new_index(sh, row, i));
+    to[4 * i] = seen ? (uint16_t)us_head_round(v[i] * sh->a.value_scale, 0) : 0;
+  }
 }
 
 /* ---- a job ----------------------------------------------------------------------------------------------------------- */
@@ -124,19 +110,21 @@ static __device__ __forceinline__ void us_attention_stage(struct us_attention_sh
   uint32_t index = threadIdx.x / 16, lane = threadIdx.x % 16, new_keys = sh->job.new_keys,
            count = 16 + new_keys;
   float v[US_ATTENTION_STAGE_VALUES];
-  if (new_keys) us_attention_load_new<QS, VS>(sh, row, v);
+  bool exists = index < count && (index >= 16 || index < sh->job.heads);
+  struct us_head h = us_attention_head<QS>(sh, row, exists ? index : 0);
+  float2 x[US_HEAD_PAIRS];
+  us_attention_load_new<QS, VS>(sh, row, v);
+  us_head_load<QS>(&h, lane, x);
+  struct us_head_rope rope = us_head_load_rope(&h, lane);
+  __syncwarp(); /* all loads are on their way */
+  us_attention_keep_new<VS>(sh, row, v);
   if (index / 2 * 2 < count) {
-    bool exists = index < count && (index >= 16 || index < sh->job.heads);
-    struct us_head h = us_attention_head<QS>(sh, row, exists ? index : 0);
-    float2 x[US_HEAD_PAIRS];
-    us_head_load<QS>(&h, lane, x);
-    us_head_finish<QS>(&h, lane, x);
+    us_head_turn<QS>(&h, &rope, lane, x);
     if (!exists)
 #pragma unroll
       for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
     if (index < count) us_attention_keep_head<QS>(sh, sh->q, index, x);
   }
-  if (new_keys) us_attention_keep_new(sh, v);
 }
 
 /* One unit: the row's own key and value into its page. */

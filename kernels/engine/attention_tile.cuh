@@ -1,6 +1,6 @@
 /* attention_tile.cuh: one leaf (64 keys) of one token row and KV head on the tensor cores, by a unit of 4 warps.
  *
- *     us_attention_load_keys<192, 0, 6>(shared, page, keys);         // may be long before the queries are known
+ *     us_attention_load_keys<192>(shared, page, keys);         // may be long before the queries are known
  *     us_attention_leaf_sums<192, 128>(shared, keys, &sums);
  *
  * m16n8k16: the 16 rows are query heads that share the KV head (fewer: zero rows), the 8 columns keys (scores) or value dims.
@@ -82,9 +82,8 @@ static __device__ __forceinline__ void us_attention_split(float x, float y, uint
 
 /* ---- keys and scores ------------------------------------------------------------------------------------------------- */
 
-/* This thread's part of the 64 keys: rows 16 warp + 8 j + n, groups [BEGIN, END) of 32 dims; zeros for no page and for dims that
- * do not exist. */
-template <int QS, int BEGIN, int END>
+/* This thread's part of the 64 keys: rows 16 warp + 8 j + n; zeros for no page and for dims that do not exist. */
+template <int QS>
 static __device__ __forceinline__ void us_attention_load_keys(
     const struct us_attention_shared *sh, const uint8_t *page,
     uint4 keys[2][us_attention_size<QS, 0>::groups]) {
@@ -94,7 +93,7 @@ static __device__ __forceinline__ void us_attention_load_keys(
 #pragma unroll
   for (int j = 0; j < 2; j++)
 #pragma unroll
-    for (int i = BEGIN; i < END; i++) {
+    for (int i = 0; i < us_attention_size<QS, 0>::groups; i++) {
       keys[j][i] = make_uint4(0, 0, 0, 0);
       if (page && (QS || 32 * i < Q)) keys[j][i] = __ldcg((const uint4 *)(from + j * next + i * 64));
     }

@@ -161,6 +161,12 @@ static __device__ __forceinline__ uint32_t us_load_acquire(const uint32_t *p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+/* A look that keeps what the first-level cache holds: what is read behind it must come from L2 (__ldcg). */
+static __device__ __forceinline__ uint32_t us_load_relaxed(const uint32_t *p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 static __device__ __forceinline__ void us_add_release(uint32_t *p, uint32_t n) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
 }

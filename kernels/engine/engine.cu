@@ -13,7 +13,7 @@
 #include "kernels/engine/select.cuh"
 #include "kernels/engine/wide.cuh"
 
-enum { ROLE_COMPUTE, ROLE_STREAM, ROLE_EPILOGUE };
+enum { ROLE_COMPUTE, ROLE_STREAM, ROLE_EPILOGUE, ROLE_PLAN };
 
 static __device__ bool uses_experts(const struct us_engine_op *op) {
   return op->kind == US_ENGINE_DOWN || (op->kind == US_ENGINE_GEMM && op->gemm.experts);
@@ -127,6 +127,18 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
+/* A product that leaves shared memory behind its sums alone: dense, of one row tile. */
+static __device__ __forceinline__ bool leaves_scratch(const struct us_engine_op *op) {
+  return op->kind == US_ENGINE_GEMM && !op->gemm.experts && op->row_tiles == 1;
+}
+
+/* The planning warp: operation n of the launch. */
+static __device__ __forceinline__ void plan(struct us_engine_block *b, const struct us_engine_op *op,
+                                            uint32_t n) {
+  bool begins = b->op_index == b->launch->first;
+  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n, !begins && leaves_scratch(op - 1));
+}
+
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without
  * work between two of them waits for the first, or it would arrive for another role. */
 template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_engine_block *b) {
@@ -174,8 +186,13 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_op(
   const struct us_engine_launch *launch = us_engine_launch_of(b);
   uint32_t i = b->op_index;
   const struct us_engine_op *op = us_engine_rank_of(b)->ops + i;
+  uint32_t n = b->round * (launch->last - launch->first) + i - launch->first;
+  if (ROLE == ROLE_PLAN) {
+    plan(b, op, n);
+    return;
+  }
   if (ROLE == ROLE_COMPUTE) {
-    uint32_t n = b->round * (launch->last - launch->first) + i - launch->first;
+    if (threadIdx.x == 0) us_attention_enter(b, n);
     fetch_op(b, n, i);
     b->fetched = n % US_ENGINE_FETCHED, op = us_engine_fetched_op(b);
   }
@@ -260,7 +277,7 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
   us_barrier_init(us_shared_address(&s->routed), 1);
   us_barrier_init(us_shared_address(&s->listed), 1 + US_ENGINE_EPILOGUES);
   us_barrier_init(us_shared_address(&s->ended), 1);
-  s->stop = 0, s->decided = 0, s->rows.pass = 0;
+  s->stop = 0, s->decided = 0, s->rows.pass = 0, s->entered = US_ENGINE_NONE, s->planned = 0;
 }
 
 /* A launch that begins behind its ROUTE operation: the compute warps make the active list again, the others count it. */
@@ -299,6 +316,7 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     if (threadIdx.x == US_ENGINE_COMPUTE) run_rounds<ROLE_STREAM, FILTERS>();
     if (threadIdx.x >= US_ENGINE_EPILOGUE && threadIdx.x < US_ENGINE_EPILOGUE + 32 * US_ENGINE_EPILOGUES)
       run_rounds<ROLE_EPILOGUE, FILTERS>();
+    if (threadIdx.x >= US_ENGINE_PLANNER) run_rounds<ROLE_PLAN, FILTERS>();
   }
 }
 

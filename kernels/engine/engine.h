@@ -8,9 +8,9 @@
  * Both give the same bits: they run the same device functions, and no sum depends on the number of blocks. The list is made
  * from a tile program (plan/program.h) by libcore/device/schedule.h. Plain data, the same on host and device.
  *
- * Roles of a block (19 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
+ * Roles of a block (20 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
  * operations and layers; warps 17 and 18 add the compute warps' partial sums, apply the epilogue and hand over, and 17 streams the
- * activations of the experts' down projection.
+ * activations of the experts' down projection; warp 19 plans attention while the product before it runs.
  *
  * Row tiles: an operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations), but where it says how many
  * row tiles it has: the experts of up to 8 row tiles are routed, multiplied and summed together (gather.cuh), and dense products multiply up to

@@ -15,11 +15,13 @@
 #include <stddef.h>
 
 #define US_ENGINE_STAGES  5
-#define US_ENGINE_THREADS 640 /* 20 warps, of which one idles: registers are shared out to groups of 4 */
+#define US_ENGINE_THREADS 640 /* 20 warps: registers are shared out to groups of 4 */
 #define US_ENGINE_COMPUTE (US_ENGINE_COMPUTE_WARPS * 32)
 /* Behind the streaming warp: the first thread of two epilogue warps. */
 #define US_ENGINE_EPILOGUE  (US_ENGINE_COMPUTE + 32)
 #define US_ENGINE_EPILOGUES 2
+/* The last warp plans attention ahead (attention_ahead.cuh). */
+#define US_ENGINE_PLANNER (US_ENGINE_THREADS - 32)
 #define US_ENGINE_FILLERS                                                                                    \
   2 /* threads that a stage of the ring waits for before its bytes count as complete */
 /* Partial sums of a compute warp: the second half of a tile starts 16 banks after the first. */
@@ -112,7 +114,9 @@ struct us_engine_shared {
   uint64_t listed; /* the other roles have left the list before a ROUTE operation */
   uint64_t ended;  /* one phase a round */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
-  uint32_t stop; /* no further round */
+  uint32_t stop;    /* no further round */
+  uint32_t entered; /* the operation of the launch that thread 0 has come to; before the first: -1 */
+  uint32_t planned; /* attention up to operation planned - 1 of the launch is planned */
   uint32_t decided,
       takes; /* ATTENTION operations that may take the ring: how many have said so, and of the last 32 which do */
   uint32_t item

@@ -5,6 +5,8 @@
  * How blocks run a list (kernels/engine/block.cuh), and so what may be concluded:
  * - The compute warps of a block take operations in order. All of them wait for op->wait before they touch memory, also in blocks
  *   that have no part in the operation; weights alone are read ahead.
+ * - Attention's rows and page tables are read by a warp that plans it (attention_ahead.cuh): when its block's compute warps have come to
+ *   the dense product of one row tile before it, or to the attention, and attention.ready is done.
  * - A dense product of several row tiles (wide.cuh) is a vector operation to the others: its compute warps finish it. A warp of its
  *   own loads its activations into the ring. That warp waits at the end of a round and where such products do, nowhere else, and a stage's
  *   barrier does not tell it one phase from the next but one: attention, which takes the ring, must be over.
@@ -337,7 +339,14 @@ static enum us_status touch_accept(struct us_schedule_order *o, int64_t x) {
   return status;
 }
 
-/* `before`: what all blocks know before they wait. */
+/* Whether operation x is attention that is planned when blocks come to the operation before it. */
+static bool plans_ahead(const struct us_schedule_order *o, int64_t x) {
+  if (x % o->n == 0 || us_schedule_op(o, x)->kind != US_ENGINE_ATTENTION) return false;
+  const struct us_engine_op *op = us_schedule_op(o, x - 1);
+  return op->kind == US_ENGINE_GEMM && !op->gemm.experts && op->row_tiles == 1;
+}
+
+/* `before`: what all blocks know before they wait; of attention, when its planning warp begins. */
 static enum us_status touch(struct us_schedule_order *o, int64_t x, struct view before) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   enum us_status status = US_OK;
@@ -439,10 +448,12 @@ enum us_status us_schedule_check_order(const struct us_device_schedule *s,
   if (status == US_OK) status = pair_exchanges(o);
   if (status == US_OK) status = begin(o);
   if (status == US_OK) find_caches(o);
+  struct view before = nothing;
   for (int64_t x = 0; status == US_OK && x < (int64_t)ROUNDS * o->n; x++) {
-    struct view before = o->all;
+    struct view now = o->all, early = plans_ahead(o, x) ? before : now;
     status = pass_operation(o, x);
-    if (status == US_OK) status = touch(o, x, before);
+    if (status == US_OK) status = touch(o, x, early);
+    before = now;
   }
   o->err = NULL;
   if (status == US_OK)

@@ -14,7 +14,7 @@ static __device__ void fake_projection(struct us_engine_block *b, const struct u
                                        uint64_t delay_ns) {
   us_engine_wait_done(b, op->wait);
   uint64_t start = us_engine_now();
-  while (us_engine_now() - start < delay_ns) __nanosleep(100);
+  while (op->route.E && us_engine_now() - start < delay_ns) __nanosleep(100);
   for (uint32_t i = b->index * US_ENGINE_COMPUTE + threadIdx.x; i < op->route.E;
        i += b->blocks * US_ENGINE_COMPUTE)
     op->route.opt_routed[i] = __float_as_uint(op->route.logits[i]);
@@ -28,7 +28,7 @@ static __device__ struct us_engine_block *make_view(const struct us_engine_launc
   us_engine_check_shared();
   us_engine_keep_launch(launch, launch->rank);
   if (threadIdx.x == 0) {
-    shared->decided = 0;
+    shared->decided = 0, shared->planned = 0, shared->entered = US_ENGINE_NONE;
     for (int i = 0; i < 2; i++) us_barrier_init(us_shared_address(&shared->sums_empty[i]), 1);
     for (int i = 0; i < US_ENGINE_STAGES; i++) {
       us_barrier_init(us_shared_address(&shared->full[i]), US_ENGINE_FILLERS);
@@ -60,9 +60,9 @@ static __device__ void fetch_op(const struct us_engine_launch *launch, uint32_t 
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     attention_kernel(const __grid_constant__ struct us_engine_launch launch, uint64_t delay_ns) {
   struct us_engine_block *b = make_view(&launch);
-  bool streams = threadIdx.x == US_ENGINE_COMPUTE;
-  if (threadIdx.x > US_ENGINE_COMPUTE) return;
-  if (!streams) {
+  bool streams = threadIdx.x == US_ENGINE_COMPUTE, plans = threadIdx.x >= US_ENGINE_PLANNER;
+  if (threadIdx.x > US_ENGINE_COMPUTE && !plans) return;
+  if (!streams && !plans) {
     fetch_op(&launch, 0, false), fetch_op(&launch, 1, false);
     asm volatile("cp.async.wait_all;" ::: "memory");
     us_engine_meet();
@@ -70,7 +70,8 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   for (uint32_t round = 0, n = 0; round < launch.rounds; round++)
     for (uint32_t i = launch.first; i < launch.last; i++, n++) {
       const struct us_engine_op *op = launch.rank[0].ops + i;
-      if (!streams) {
+      if (!streams && !plans) {
+        if (threadIdx.x == 0) us_attention_enter(b, n);
         op = &us_engine_shared_of(NULL)->op[n % US_ENGINE_FETCHED];
         fetch_op(&launch, n + 2, true);
         __syncwarp();
@@ -81,6 +82,11 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
         continue;
       }
       __syncwarp();
+      if (plans) {
+        bool projects = i > launch.first && op[-1].kind == US_ENGINE_ROUTE;
+        if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n, projects);
+        continue;
+      }
       if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(b, op);
       if (op->kind == US_ENGINE_CONTEXT) us_engine_context_append(b, op);
       if (op->kind == US_ENGINE_ROUTE) fake_projection(b, op, delay_ns);
