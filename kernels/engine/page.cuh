@@ -144,15 +144,19 @@ static __device__ __forceinline__ void us_split_f32(uint32_t low, uint32_t high,
   }
 }
 
+/* A 16 x 16 fragment: terms[4 i], for the i-th terms. */
+static __device__ __forceinline__ void us_f32_fragments(uint4 w0, uint4 w1, uint32_t *terms) {
+  us_split_f32(w0.x, w0.y, terms), us_split_f32(w0.z, w0.w, terms + 1);
+  us_split_f32(w1.x, w1.y, terms + 2), us_split_f32(w1.z, w1.w, terms + 3);
+}
+
 static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b,
                                                             float *acc) {
   const uint4 *chunk = (const uint4 *)page + lane;
 #pragma unroll
   for (int k = 0; k < 2; k++) {
-    uint4 w0 = chunk[2 * k * 32], w1 = chunk[(2 * k + 1) * 32];
     uint32_t a[12];
-    us_split_f32(w0.x, w0.y, a), us_split_f32(w0.z, w0.w, a + 1);
-    us_split_f32(w1.x, w1.y, a + 2), us_split_f32(w1.z, w1.w, a + 3);
+    us_f32_fragments(chunk[2 * k * 32], chunk[(2 * k + 1) * 32], a);
 #pragma unroll
     for (int i = 2; i >= 0; i--) us_mma_bf16(acc, a + 4 * i, k ? b->z : b->x, k ? b->w : b->y, acc);
   }

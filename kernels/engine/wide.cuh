@@ -9,17 +9,21 @@
  * beside the weights, 16 KB a slice of K, and are shared by as many tiles as a block has at once, up to 8: with 3.2 tiles a block (qkv on
  * four ranks) 2.5 bytes of activations come from L2 for each of weights from HBM; 8 row tiles one after the other read 8 of weights.
  *
- * A stage is one slice: its activations of all row tiles, then the slice's page of each tile. A warp has one row tile and every second of
- * the tiles (of fewer row tiles, fewer of them), and goes through all of K: in the order in which a row tile alone is summed, the
- * slices of warp 0, of warp 1, ... each from zero, then their sums in order. So the bits are those of gemm.cuh. Sums end in the registers
- * of one warp, which stores them: no epilogue.
+ * A stage is one slice: its activations of all row tiles, then the slice's page of each tile. A warp has one tile and four row tiles (two,
+ * of tiles with two halves), so that it decodes a weight once for them, and goes through all of K: in the order in which a row tile alone
+ * is summed, the slices of warp 0, of warp 1, ... each from zero, then their sums in order. So the bits are those of gemm.cuh. Sums end
+ * in one warp, which stores them: no epilogue.
  */
 #ifndef US_KERNELS_ENGINE_WIDE_CUH
 #define US_KERNELS_ENGINE_WIDE_CUH
 
 #include "kernels/engine/gemm.cuh"
+#include "kernels/engine/wide_page.cuh"
 
-#define US_WIDE_SUMS 4 /* tiles of a warp at once, at most; of two halves 2 */
+/* Bytes of a row tile's activations in a stage. */
+static __device__ __forceinline__ uint32_t us_wide_rows_bytes(const struct us_engine_gemm *g) {
+  return g->w.groups * 512u;
+}
 
 /* A block's share of (part, tile), in panels of tiles of one part that are multiplied together. */
 struct us_wide_walk {
@@ -34,22 +38,30 @@ static __device__ __forceinline__ struct us_wide_walk us_wide_begin(const struct
   struct us_wide_walk walk = {items * b->index / b->blocks, items * (b->index + 1) / b->blocks};
   return walk;
 }
+/* Groups of row tiles that a warp multiplies a tile with, and how many a group has. */
+static __device__ __forceinline__ uint32_t us_wide_group(const struct us_engine_gemm *g) {
+  return US_WIDE_ROWS / g->w.halves;
+}
+static __device__ __forceinline__ uint32_t us_wide_groups(const struct us_engine_gemm *g,
+                                                          uint32_t row_tiles) {
+  return (row_tiles + us_wide_group(g) - 1) / us_wide_group(g);
+}
+/* Tiles of a panel at most: a warp each and group, and what a stage holds. */
+static __device__ __forceinline__ uint32_t us_wide_most(const struct us_engine_gemm *g, uint32_t row_tiles) {
+  uint32_t warps = US_ENGINE_COMPUTE_WARPS / us_wide_groups(g, row_tiles);
+  return min(warps, (US_ENGINE_STAGE_BYTES - row_tiles * us_wide_rows_bytes(g)) / g->w.page_bytes);
+}
 /* The next panel; false: there is none. Panels of a part are as equal as they can be. */
-static __device__ __forceinline__ bool us_wide_next(const struct us_engine_gemm *g, struct us_wide_walk *walk,
-                                                    struct us_wide_panel *panel) {
+static __device__ __forceinline__ bool us_wide_next(const struct us_engine_gemm *g, uint32_t most,
+                                                    struct us_wide_walk *walk, struct us_wide_panel *panel) {
   if (walk->at >= walk->end) return false;
-  uint32_t most = 2 * US_WIDE_SUMS / g->w.halves, part = walk->at / g->w.tiles;
+  uint32_t part = walk->at / g->w.tiles;
   uint32_t tile = walk->at - part * g->w.tiles, left = walk->end - walk->at;
   if (left > g->w.tiles - tile) left = g->w.tiles - tile;
   uint32_t panels = (left + most - 1) / most;
   panel->part = part, panel->tile = tile, panel->count = (left + panels - 1) / panels;
   walk->at += panel->count;
   return true;
-}
-
-/* Bytes of a row tile's activations in a stage. */
-static __device__ __forceinline__ uint32_t us_wide_rows_bytes(const struct us_engine_gemm *g) {
-  return g->w.groups * 512u;
 }
 
 /* ---- streaming ---------------------------------------------------------------------------------------------------- */
@@ -61,12 +73,12 @@ static __device__ __forceinline__ void us_engine_wide_stream(struct us_engine_bl
   struct us_engine_cursor c = {b->stage, b->phase};
   struct us_wide_walk walk = us_wide_begin(b, g);
   struct us_wide_panel panel;
-  uint32_t bytes = g->w.page_bytes, warps = g->warps, subs = g->subs,
+  uint32_t bytes = g->w.page_bytes, warps = g->warps, subs = g->subs, most = us_wide_most(g, op->row_tiles),
            skip = op->row_tiles * us_wide_rows_bytes(g);
   size_t tile_bytes = (size_t)g->w.slices * bytes;
   bool copies = us_engine_copies(b);
   uint64_t policy = us_read_once();
-  while (us_wide_next(g, &walk, &panel)) {
+  while (us_wide_next(g, most, &walk, &panel)) {
     const uint8_t *first = g->w.pages + panel.tile * tile_bytes + (size_t)panel.part * subs * warps * bytes;
     for (uint32_t w = 0; w < warps; w++)
       for (uint32_t j = 0; j < subs; j++) {
@@ -90,12 +102,13 @@ static __device__ __forceinline__ void us_engine_wide_rows(struct us_engine_bloc
   struct us_engine_cursor c = {b->stage, b->phase};
   struct us_wide_walk walk = us_wide_begin(b, g);
   struct us_wide_panel panel;
-  uint32_t lane = threadIdx.x % 32, tiles = op->row_tiles, bytes = us_wide_rows_bytes(g), warps = g->warps;
+  uint32_t lane = threadIdx.x % 32, tiles = op->row_tiles, bytes = us_wide_rows_bytes(g), warps = g->warps,
+           most = us_wide_most(g, tiles);
   const uint8_t *mine = (const uint8_t *)g->operand + (lane < tiles ? lane : 0) * g->operand_tile;
   if (lane == 0 && op->wait != US_ENGINE_NONE) us_engine_poll_done(b, op->wait);
   __syncwarp();
   asm volatile("fence.proxy.async;" ::: "memory");
-  while (us_wide_next(g, &walk, &panel))
+  while (us_wide_next(g, most, &walk, &panel))
     for (uint32_t w = 0; w < warps; w++)
       for (uint32_t j = 0; j < g->subs; j++) {
         uint32_t slice = (panel.part * g->subs + j) * warps + w;
@@ -115,36 +128,33 @@ static __device__ __forceinline__ void us_engine_wide_rows(struct us_engine_bloc
 
 /* ---- compute warps ------------------------------------------------------------------------------------------------ */
 
-/* Which row tile a warp has, and which of a panel's tiles: first, first + step, ... */
+/* A warp's work on a panel: one of its tiles, and `count` row tiles from `rows` on. No row tiles: none. */
 struct us_wide_lot {
-  uint32_t rows, first, step;
-  bool working;
+  uint32_t tile, rows, count;
 };
-static __device__ __forceinline__ struct us_wide_lot us_wide_lot(uint32_t row_tiles) {
-  uint32_t warp = threadIdx.x / 32, step = US_ENGINE_COMPUTE_WARPS / row_tiles;
-  struct us_wide_lot lot = {warp % row_tiles, warp / row_tiles, step, warp / row_tiles < step};
+static __device__ __forceinline__ struct us_wide_lot us_wide_lot(const struct us_engine_gemm *g,
+                                                                 uint32_t row_tiles) {
+  uint32_t warp = threadIdx.x / 32, groups = us_wide_groups(g, row_tiles), group = us_wide_group(g);
+  struct us_wide_lot lot = {warp / groups, warp % groups * group, 0};
+  lot.count = min(group, row_tiles - lot.rows);
   return lot;
 }
 
-/* One stage: acc[k] += page of the warp's k-th tile x its row tile. */
-template <int FORMAT, int HALVES>
-static __device__ __forceinline__ void us_wide_multiply(const uint8_t *stage, const struct us_engine_gemm *g,
-                                                        struct us_wide_lot lot, uint32_t row_tiles,
-                                                        uint32_t count, int lane, float (*acc)[4 * HALVES]) {
-  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
-  uint32_t groups = g->w.groups, bytes = g->w.page_bytes;
-  const uint4 *from = (const uint4 *)(stage + lot.rows * groups * 512) + lane;
-  const uint8_t *page = stage + row_tiles * groups * 512 + lot.first * bytes;
-  uint4 rows[MOST];
+/* Sums over a warp's slices are added to those of the warps before in shared memory, which no epilogue uses meanwhile: registers are
+ * scarce. On return acc[r] holds all so far. */
+#define US_WIDE_TOTAL (US_WIDE_ROWS * 32) /* float4 of a warp */
+static_assert(US_ENGINE_COMPUTE_WARPS * US_WIDE_TOTAL * sizeof(float4) <= US_ENGINE_VECTOR_BYTES,
+              "sums of all warps");
+template <int HALVES>
+static __device__ __forceinline__ void us_wide_add(float4 *mine, bool first, float (*acc)[4 * HALVES]) {
 #pragma unroll
-  for (int q = 0; q < MOST; q++) {
-    rows[q] = make_uint4(0, 0, 0, 0);
-    if (q < groups) rows[q] = from[q * 32];
+  for (int i = 0; i < US_WIDE_ROWS; i++) {
+    float *sum = acc[i / HALVES] + i % HALVES * 4;
+    float4 before = first ? make_float4(0, 0, 0, 0) : mine[i * 32];
+    sum[0] = __fadd_rn(before.x, sum[0]), sum[1] = __fadd_rn(before.y, sum[1]);
+    sum[2] = __fadd_rn(before.z, sum[2]), sum[3] = __fadd_rn(before.w, sum[3]);
+    mine[i * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
   }
-#pragma unroll
-  for (int k = 0; k < US_WIDE_SUMS / HALVES; k++)
-    if (lot.first + k * lot.step < count)
-      us_page_multiply<FORMAT, HALVES>(page + k * lot.step * bytes, groups, lane, rows, acc[k]);
 }
 
 /* A tile's sums of one row tile to where they go. */
@@ -174,39 +184,53 @@ static __device__ __forceinline__ void us_wide_out(const struct us_engine_block 
   }
 }
 
+/* One panel: all of K. acc: the warp's sums of its row tiles. */
+template <int FORMAT, int HALVES>
+static __device__ __forceinline__ void us_wide_panel_sums(struct us_engine_block *b,
+                                                          const struct us_engine_gemm *g,
+                                                          struct us_engine_cursor *c, struct us_wide_lot lot,
+                                                          uint32_t skip, bool working, int lane,
+                                                          float (*acc)[4 * HALVES]) {
+  constexpr int ROWS = US_WIDE_ROWS / HALVES;
+  struct us_engine_shared *s = us_engine_shared_of(b);
+  float4 *mine = (float4 *)us_engine_scratch(b) + threadIdx.x / 32 * US_WIDE_TOTAL + lane;
+  uint32_t warps = g->warps, subs = g->subs, groups = g->w.groups, stride = us_wide_rows_bytes(g),
+           rows = lot.rows * stride + lane * 16, page = skip + lot.tile * g->w.page_bytes;
+#pragma unroll 1
+  for (uint32_t w = 0; w < warps; w++) {
+#pragma unroll
+    for (int i = 0; i < ROWS * 4 * HALVES; i++) acc[i / (4 * HALVES)][i % (4 * HALVES)] = 0;
+#pragma unroll 1
+    for (uint32_t j = 0; j < subs; j++) {
+      us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
+      const uint8_t *stage = s->ring[c->stage];
+      if (working)
+        us_wide_page<FORMAT, HALVES>(stage + page, groups, lane, stage + rows, stride, lot.count, acc);
+      us_engine_release(s, *c, lane);
+      us_engine_advance(c);
+    }
+    us_wide_add<HALVES>(mine, w == 0, acc);
+  }
+}
+
 template <int FORMAT, int HALVES>
 static __device__ __noinline__ void us_wide_panels(struct us_engine_block *b, const struct us_engine_op *op) {
-  constexpr int SUMS = US_WIDE_SUMS / HALVES;
+  constexpr int ROWS = US_WIDE_ROWS / HALVES;
   const struct us_engine_gemm *g = &op->gemm;
-  struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   struct us_wide_walk walk = us_wide_begin(b, g);
   struct us_wide_panel panel;
-  struct us_wide_lot lot = us_wide_lot(op->row_tiles);
+  struct us_wide_lot lot = us_wide_lot(g, op->row_tiles);
   int lane = threadIdx.x % 32;
-  uint32_t row_tiles = op->row_tiles, warps = g->warps, subs = g->subs;
-  while (us_wide_next(g, &walk, &panel)) {
-    float total[SUMS][4 * HALVES] = {};
-    uint32_t count = lot.working ? panel.count : 0;
-#pragma unroll 1
-    for (uint32_t w = 0; w < warps; w++) {
-      float acc[SUMS][4 * HALVES] = {};
-#pragma unroll 1
-      for (uint32_t j = 0; j < subs; j++) {
-        us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
-        us_wide_multiply<FORMAT, HALVES>(s->ring[c.stage], g, lot, row_tiles, count, lane, acc);
-        us_engine_release(s, c, lane);
-        us_engine_advance(&c);
-      }
+  uint32_t most = us_wide_most(g, op->row_tiles), skip = op->row_tiles * us_wide_rows_bytes(g);
+  while (us_wide_next(g, most, &walk, &panel)) {
+    float acc[ROWS][4 * HALVES];
+    bool working = lot.tile < panel.count;
+    us_wide_panel_sums<FORMAT, HALVES>(b, g, &c, lot, skip, working, lane, acc);
 #pragma unroll
-      for (int k = 0; k < SUMS; k++)
-#pragma unroll
-        for (int i = 0; i < 4 * HALVES; i++) total[k][i] = __fadd_rn(total[k][i], acc[k][i]);
-    }
-#pragma unroll
-    for (int k = 0; k < SUMS; k++)
-      if (lot.first + k * lot.step < count)
-        us_wide_out<HALVES>(b, g, panel, panel.tile + lot.first + k * lot.step, lot.rows, lane, total[k]);
+    for (int r = 0; r < ROWS; r++)
+      if (working && r < lot.count)
+        us_wide_out<HALVES>(b, g, panel, panel.tile + lot.tile, lot.rows + r, lane, acc[r]);
   }
   b->stage = c.stage, b->phase = c.phase;
 }
@@ -216,6 +240,7 @@ static __device__ __forceinline__ void us_engine_wide_compute(struct us_engine_b
   uint32_t format = op->gemm.w.format;
   bool two = op->gemm.w.halves == 2;
   us_engine_wait_done(b, op->wait);
+  us_engine_drain(b);
   if (format == US_FORMAT_FP8 && two) us_wide_panels<US_FORMAT_FP8, 2>(b, op);
   if (format == US_FORMAT_FP8 && !two) us_wide_panels<US_FORMAT_FP8, 1>(b, op);
   if (format == US_FORMAT_BF16 && two) us_wide_panels<US_FORMAT_BF16, 2>(b, op);
