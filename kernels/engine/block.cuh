@@ -140,10 +140,9 @@ static __device__ __forceinline__ void us_engine_spans_close(const struct us_eng
 
 /* ---- barriers of a block ------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b,
-                                                              const uint64_t *barrier, uint32_t parity,
-                                                              uint32_t what) {
-  uint32_t address = us_shared_address(barrier);
+static __device__ __forceinline__ void us_engine_barrier_wait_at(const struct us_engine_block *b,
+                                                                 uint32_t address, uint32_t parity,
+                                                                 uint32_t what) {
   if (US_ENGINE_PROFILED && us_barrier_test(address, parity))
     return; /* a wait is what does not end at once */
   uint64_t begin = us_engine_span_begin(b);
@@ -152,6 +151,12 @@ static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_en
     while (!us_barrier_try(address, parity)) us_engine_watch_try(b, &watch, what, 0, parity, 0);
   }
   us_engine_span_end(b, what, begin);
+}
+
+static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_engine_block *b,
+                                                              const uint64_t *barrier, uint32_t parity,
+                                                              uint32_t what) {
+  us_engine_barrier_wait_at(b, us_shared_address(barrier), parity, what);
 }
 
 /* ---- loads and stores between blocks and GPUs ------------------------------------------------------------------------- */

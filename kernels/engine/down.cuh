@@ -5,12 +5,14 @@
  * warp takes a page of a tile (MXFP4, four groups) or one group of 32 inner columns of all three tiles. Never a share of the experts: the
  * order of a row's sum would then depend on what other rows chose. A stage of the ring holds one or two steps and behind them the
  * activations of the rows that use their experts, which are copied there too: weights by the streaming thread as soon as the stage is free,
- * activations by one of the epilogue's once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
+ * activations by the epilogue's warps once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_CUH
 #define US_KERNELS_ENGINE_DOWN_CUH
 
 #include "kernels/engine/down_stream.cuh"
+
+#define US_DOWN_PAGE 1088 /* bytes of an MXFP4 page of four groups: codes, then scales */
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
@@ -59,120 +61,147 @@ static __device__ __forceinline__ void us_engine_down_step(const uint8_t *page, 
   }
 }
 
-/* Where things of the active list lie in shared memory for this lane: its token's pair, its two columns' routing weights. */
+/* Where a lane looks in a stage for what it is told, from the ring's beginning on: the activations of its column of the operand, the routing
+ * weights of its two columns of the sums, its warp's pages. Addresses in shared memory. */
 struct us_down_lane {
-  uint32_t pair, weight;
+  uint32_t rows, weight, pages;
 };
-static __device__ __forceinline__ struct us_down_lane us_down_lane(uint32_t base, uint32_t lane) {
-  uint32_t active = base + (uint32_t)offsetof(struct us_engine_shared, active);
-  struct us_down_lane at;
-  at.pair = active + (uint32_t)offsetof(struct us_engine_active, pair) + lane / 4 * 2;
-  at.weight = active + (uint32_t)offsetof(struct us_engine_active, weight) + lane % 4 * 8;
+static __device__ __forceinline__ struct us_down_lane us_down_lane(uint32_t ring, uint32_t lane,
+                                                                   uint32_t tile) {
+  uint32_t told = ring + US_ENGINE_DOWN_BYTES;
+  struct us_down_lane at = {told + (uint32_t)offsetof(struct us_down_told, rows) + lane / 4 * 8,
+                            told + (uint32_t)offsetof(struct us_down_told, weight) + lane % 4 * 16,
+                            told + (uint32_t)offsetof(struct us_down_told, tile) + tile * 16};
   return at;
-}
-
-/* Where this lane's activations of a step lie: behind the weights, or zeros. Offsets in shared memory. */
-static __device__ __forceinline__ uint32_t us_down_lane_rows(uint32_t pair_at, uint32_t rows,
-                                                             uint32_t stride) {
-  int pair = us_shared_load_s16(pair_at);
-  return pair < 0 ? (uint32_t)offsetof(struct us_engine_shared, scratch) : rows + pair * stride;
-}
-static __device__ __forceinline__ float2 us_down_weight(uint32_t address) {
-  uint2 w = us_shared_load8(address);
-  return make_float2(__uint_as_float(w.x), __uint_as_float(w.y));
 }
 
 /* What a warp needs of one whole MXFP4 page of four groups: loaded at once, since a chain of loads is what the loop waits for. */
 struct us_down_page {
   uint4 code[2], rows[4];
-  uint2 scales;
-  float2 weight;
+  float scale[4][2]; /* of a group: rows r and r + 8 */
 };
-static __device__ __forceinline__ void us_down_load_page(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                         int lane) {
-  p->code[0] = us_shared_load16(page + lane * 16), p->code[1] = us_shared_load16(page + 512 + lane * 16);
-  p->scales = us_shared_load8(page + 1024 + lane / 4 * 8);
-#pragma unroll
-  for (int q = 0; q < 4; q++) p->rows[q] = us_shared_load16(rows + q * 64);
+/* Where this lane's share of a page lies, from the step's first page on, and that of its column's activations. */
+struct us_down_offsets {
+  uint32_t code, scale, rows;
+};
+static __device__ __forceinline__ struct us_down_offsets us_down_offsets(uint32_t lane, uint32_t slice) {
+  struct us_down_offsets at = {slice * US_DOWN_PAGE + lane * 16, slice * US_DOWN_PAGE + 1024 + lane / 4 * 8,
+                               slice * 256 + lane % 4 * 16};
+  return at;
 }
-static __device__ __forceinline__ void us_down_load(struct us_down_page *p, uint32_t page, uint32_t rows,
-                                                    uint32_t weight, int lane) {
-  us_down_load_page(p, page, rows, lane);
-  p->weight = us_down_weight(weight);
-}
-
-/* acc += the page's columns. A group's sums are scaled while the next one's are multiplied. */
-static __device__ __forceinline__ void us_down_page_sums(const struct us_down_page *p, float *acc) {
-  const float zero[4] = {0, 0, 0, 0};
-  float before[4];
+static __device__ __forceinline__ void us_down_load(struct us_down_page *p, struct us_down_offsets at,
+                                                    uint32_t page, uint32_t rows) {
+  p->code[0] = us_shared_load16(page + at.code), p->code[1] = us_shared_load16(page + at.code + 512);
+  uint2 scales = us_shared_load8(page + at.scale);
 #pragma unroll
   for (int q = 0; q < 4; q++) {
-    uint4 w = p->code[q / 2], rows = p->rows[q];
-    uint32_t a[4];
-    float d[4];
-    us_mxfp4_fragment(q % 2 ? w.z : w.x, a), us_mma_bf16(d, a, rows.x, rows.y, zero);
-    us_mxfp4_fragment(q % 2 ? w.w : w.y, a), us_mma_bf16(d, a, rows.z, rows.w, d);
-    if (q) us_page_scale(before, p->scales.x, p->scales.y, q - 1, acc);
-#pragma unroll
-    for (int i = 0; i < 4; i++) before[i] = d[i];
+    p->rows[q] = us_shared_load16(rows + at.rows + q * 64);
+    p->scale[q][0] = us_scale_at(scales.x, q), p->scale[q][1] = us_scale_at(scales.y, q);
   }
-  us_page_scale(before, p->scales.x, p->scales.y, 3, acc);
 }
 
-/* y += routing weight * the page's columns. */
-static __device__ __forceinline__ void us_down_multiply(const struct us_down_page *p, float *y) {
-  float acc[4] = {};
-  us_down_page_sums(p, acc);
-  y[0] = __fmaf_rn(p->weight.x, acc[0], y[0]), y[1] = __fmaf_rn(p->weight.y, acc[1], y[1]);
-  y[2] = __fmaf_rn(p->weight.x, acc[2], y[2]), y[3] = __fmaf_rn(p->weight.y, acc[3], y[3]);
+/* Groups 2 pair and 2 pair + 1 of a page: sums d and d + 4. Their multiplies alternate, so that none waits for the one before it. */
+static __device__ __forceinline__ void us_down_pair_sums(const struct us_down_page *p, int pair, float d[8]) {
+  const float zero[4] = {0, 0, 0, 0};
+  uint4 w = p->code[pair], even = p->rows[2 * pair], odd = p->rows[2 * pair + 1];
+  uint32_t a[4], c[4];
+  us_mxfp4_fragment(w.x, a), us_mma_bf16(d, a, even.x, even.y, zero);
+  us_mxfp4_fragment(w.z, c), us_mma_bf16(d + 4, c, odd.x, odd.y, zero);
+  us_mxfp4_fragment(w.y, a), us_mma_bf16(d, a, even.z, even.w, d);
+  us_mxfp4_fragment(w.w, c), us_mma_bf16(d + 4, c, odd.z, odd.w, d + 4);
 }
 
-/* A warp has loaded all that it needs of a stage, which is free then, before it has been multiplied. The barrier of the lanes also keeps
- * the assembler from putting loads off until they are used: eight latencies one after the other. */
-static __device__ __forceinline__ void us_down_release(const struct us_engine_shared *s, uint32_t stage,
-                                                       uint32_t lane, uint32_t arrivals) {
-  __syncwarp();
-  if (lane == 0) us_barrier_arrive_many(us_shared_address(&s->empty[stage]), arrivals);
+/* acc += the page's columns. */
+static __device__ __forceinline__ void us_down_page_sums(const struct us_down_page *p, float *acc) {
+  float first[8], second[8];
+  us_down_pair_sums(p, 0, first);
+  us_down_pair_sums(p, 1, second);
+#pragma unroll
+  for (int q = 0; q < 4; q++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      acc[i] = __fmaf_rn(p->scale[q][i / 2], (q < 2 ? first : second)[q % 2 * 4 + i], acc[i]);
+}
+
+/* What a lane is told of a stage: its warp's pages, its column's activations, its two columns' weights and (SEVERAL) sums. */
+struct us_down_lane_told {
+  uint4 pages, weight, sums;
+  uint2 rows;
+};
+template <bool SEVERAL>
+static __device__ __forceinline__ void us_down_look(struct us_down_lane_told *t, struct us_down_lane at,
+                                                    uint32_t stage) {
+  stage *= US_ENGINE_STAGE_BYTES;
+  t->pages = us_shared_load16(at.pages + stage), t->rows = us_shared_load8(at.rows + stage);
+  t->weight = us_shared_load16(at.weight + stage);
+  if (SEVERAL) t->sums = us_shared_load16(at.weight + stage + sizeof(((struct us_down_told *)0)->weight));
 }
 
 /* All active experts' share of three tiles, if pages are MXFP4 of four groups: warp tile * step_slices + slice, of `working` warps,
- * has that page of every step. The others sleep: instructions are what this loop is short of. */
-static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_block *b,
-                                                           const struct us_engine_op *op, uint32_t working) {
-  const struct us_engine_down *d = &op->down;
-  float y[4] = {};
-  struct us_engine_shared *s = us_engine_shared_of(b);
+ * has that page of every step. The others sleep: instructions are what this loop is short of. `sums` adds a page's to those of its columns.
+ * A page is loaded while the one before it is multiplied, the next stage's first behind the stage's last: a warp is then
+ * done with the stage, and waits for nothing that it has not asked for long before. The barrier of the lanes keeps the assembler from
+ * putting loads off until they are used: eight latencies one after the other. */
+template <bool SEVERAL, class SUMS>
+static __device__ __forceinline__ void us_down_stages(struct us_engine_block *b,
+                                                      const struct us_engine_op *op, uint32_t working,
+                                                      SUMS *sums) {
   struct us_engine_cursor c = {b->stage, b->phase};
-  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = us_engine_shared_base(b),
-           slices = d->step_slices;
-  uint32_t page = base + warp * d->w.page_bytes, inner = base + warp % slices * 256 + lane % 4 * 16;
-  uint32_t run = slices * d->w.page_bytes, apart = warp / slices * run;
-  uint32_t arrivals = warp ? 1 : 1 + US_ENGINE_COMPUTE_WARPS - working, count;
-  struct us_down_lane at = us_down_lane(base, lane);
+  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = op->down.step_slices;
+  uint32_t base = us_engine_shared_base(b), full = base + (uint32_t)offsetof(struct us_engine_shared, full),
+           empty = base + (uint32_t)offsetof(struct us_engine_shared, empty);
+  struct us_down_lane look = us_down_lane(base, lane, warp / slices);
+  struct us_down_offsets at = us_down_offsets(lane, warp % slices);
+  uint32_t arrivals = warp ? 1 : 1 + US_ENGINE_COMPUTE_WARPS - working;
+  struct us_down_lane_told told;
+  struct us_down_page page;
+  bool last;
+  us_engine_barrier_wait_at(b, full + c.stage * 8, c.phase, US_ENGINE_WAIT_STAGE);
+  us_down_look<SEVERAL>(&told, look, c.stage);
+  us_down_load(&page, at, told.pages.x, told.rows.x);
 #pragma unroll 1
   do {
-    us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
-    uint4 tell = us_shared_load16(base + (uint32_t)offsetof(struct us_engine_shared, down) + c.stage * 16);
-    uint32_t slot = tell.x & 0xffffu, next = tell.x >> 16, from = page + c.stage * US_ENGINE_STAGE_BYTES;
-    count = tell.y;
-    bool joined = count & US_DOWN_JOINED;
-    uint32_t stride = slices * (joined ? 512 : 256) + US_DOWN_PAD;
-    if (joined) from += apart;
-    uint32_t rows = inner + us_down_lane_rows(at.pair + slot * 16, tell.z, stride);
-    struct us_down_page p;
-    us_down_load(&p, from, rows, at.weight + slot * 32, lane);
-    if (count & 2) {
-      uint32_t rows2 = inner + us_down_lane_rows(at.pair + next * 16, tell.w, stride);
-      __syncwarp();
-      us_down_multiply(&p, y);
-      us_down_load(&p, from + (joined ? run : US_DOWN_TILES * run), rows2, at.weight + next * 32, lane);
+    float acc[4] = {};
+    bool two = told.pages.z & 2;
+    uint4 weight = told.weight, places = told.sums;
+    last = told.pages.z & US_DOWN_LAST;
+    us_down_page_sums(&page, acc);
+    sums->add(acc, weight.x, weight.y, places.x, places.y);
+    us_down_load(&page, at, told.pages.y, told.rows.y);
+    __syncwarp();
+    if (lane == 0) us_barrier_arrive_many(empty + c.stage * 8, arrivals);
+    if (!last) { /* behind the last stage a page of it is loaded again, for nothing; what it told is no more */
+      us_engine_advance(&c);
+      us_engine_barrier_wait_at(b, full + c.stage * 8, c.phase, US_ENGINE_WAIT_STAGE);
+      us_down_look<SEVERAL>(&told, look, c.stage);
     }
-    us_down_release(s, c.stage, lane, arrivals);
-    us_down_multiply(&p, y);
-    us_engine_advance(&c);
-  } while (!(count & US_DOWN_LAST));
+    if (two) {
+      float more[4] = {};
+      us_down_page_sums(&page, more);
+      sums->add(more, weight.z, weight.w, places.z, places.w);
+      us_down_load(&page, at, told.pages.x, told.rows.x);
+    } else
+      us_down_load(&page, at, told.pages.x, told.rows.x);
+  } while (!last);
+  us_engine_advance(&c);
   b->stage = c.stage, b->phase = c.phase;
-  return make_float4(y[0], y[1], y[2], y[3]);
+}
+
+/* Sums of one row tile, in registers: y += routing weight * the page's. */
+struct us_down_registers {
+  float y[4];
+  __device__ __forceinline__ void add(const float *acc, uint32_t even, uint32_t odd, uint32_t, uint32_t) {
+    y[0] = __fmaf_rn(__uint_as_float(even), acc[0], y[0]),
+    y[1] = __fmaf_rn(__uint_as_float(odd), acc[1], y[1]);
+    y[2] = __fmaf_rn(__uint_as_float(even), acc[2], y[2]),
+    y[3] = __fmaf_rn(__uint_as_float(odd), acc[3], y[3]);
+  }
+};
+static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_block *b,
+                                                           const struct us_engine_op *op, uint32_t working) {
+  struct us_down_registers sums = {};
+  us_down_stages<false>(b, op, working, &sums);
+  return make_float4(sums.y[0], sums.y[1], sums.y[2], sums.y[3]);
 }
 
 /* All active experts' share of three tiles, pages of any kind: warp w has group w % groups of slice w / groups of every step. */
@@ -182,30 +211,27 @@ static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_b
                                                               float *y) {
   const struct us_engine_down *d = &op->down;
   struct us_engine_shared *s = us_engine_shared_of(b);
-  const uint8_t *ring = s->ring[0];
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = us_engine_shared_base(b),
-           groups = d->w.groups;
-  uint32_t run = d->step_slices * d->w.page_bytes, rows_bytes = d->step_slices * groups * 64, count;
+           groups = d->w.groups, count;
   uint32_t q = warp % groups, offset = warp / groups * d->w.page_bytes, inner = warp * 64 + lane % 4 * 16;
   bool working = warp < d->step_slices * groups;
-  struct us_down_lane at = us_down_lane(base, lane);
+  struct us_down_lane told = us_down_lane(base, lane, 0);
 #pragma unroll 1
   do {
     us_engine_barrier_wait(b, &s->full[c.stage], c.phase, US_ENGINE_WAIT_STAGE);
-    uint4 tell = us_shared_load16(base + (uint32_t)offsetof(struct us_engine_shared, down) + c.stage * 16);
-    count = tell.y;
-    bool joined = count & US_DOWN_JOINED;
-    uint32_t stride = (joined ? 2 : 1) * rows_bytes + US_DOWN_PAD;
+    uint32_t stage = c.stage * US_ENGINE_STAGE_BYTES;
+    uint4 pages = us_shared_load16(told.pages + stage), weight = us_shared_load16(told.weight + stage);
+    uint2 rows = us_shared_load8(told.rows + stage);
+    uint32_t apart = us_shared_load8(told.pages + stage + 16).x - pages.x; /* of tiles */
+    count = pages.z;
 #pragma unroll 1
     for (uint32_t k = 0; working && k < (count & 3); k++) {
-      uint32_t slot = k ? tell.x >> 16 : tell.x & 0xffffu;
-      float2 weight = us_down_weight(at.weight + slot * 32);
-      uint4 rows = us_shared_load16(base + inner +
-                                    us_down_lane_rows(at.pair + slot * 16, k ? tell.w : tell.z, stride));
-      const uint8_t *page =
-          ring + c.stage * US_ENGINE_STAGE_BYTES + k * (joined ? run : US_DOWN_TILES * run) + offset;
-      us_engine_down_step<FORMAT>(page, joined ? 2 * run : run, groups, q, lane, tiles, weight, rows, y);
+      const uint8_t *page = s->ring[0] + ((k ? pages.y : pages.x) - base + offset);
+      us_engine_down_step<FORMAT>(
+          page, apart, groups, q, lane, tiles,
+          make_float2(__uint_as_float(k ? weight.z : weight.x), __uint_as_float(k ? weight.w : weight.y)),
+          us_shared_load16((k ? rows.y : rows.x) + inner), y);
     }
     us_engine_release(s, c, lane);
     us_engine_advance(&c);

@@ -1,21 +1,42 @@
 /* down_stream.cuh: what fills the ring in the experts' down projection, and what a stage holds.
  *
  *     us_engine_down_stream(b, op);      // the streaming thread: weights
- *     us_engine_down_pairs(b, op);       // a thread of the epilogue: activations, and struct us_engine_down_stage for the compute warps
+ *     us_engine_down_pairs(b, op);       // the epilogue warps: activations, and struct us_down_told for the compute warps
  *
- * Two threads, since one is slower than the multiplies: a stage is up to 12 copies, each some 30 dependent instructions of one lane
- * beside 16 busy warps. They walk through the same stages by themselves; a stage's barrier waits for both.
+ * All of them, since one is slower than the multiplies: a dependent instruction takes some six cycles beside 16 busy warps, a stage
+ * some 1200. They walk through the same stages by themselves; a stage's barrier waits for the thread and one of the warps.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_STREAM_CUH
 #define US_KERNELS_ENGINE_DOWN_STREAM_CUH
 
 #include "kernels/engine/gemm.cuh"
 
-#define US_DOWN_TILES  3
-#define US_DOWN_PAD    64   /* bytes between pairs in a stage: neighbours start in different banks */
-#define US_DOWN_LAST   4    /* added to the count of the last stage */
-#define US_DOWN_JOINED 8    /* and to that of a stage with two steps of one expert */
-#define US_DOWN_ZEROS  1024 /* bytes of zeros, as much as a pair's activations of a step at most */
+#define US_DOWN_TILES 3
+#define US_DOWN_PAD   64   /* bytes between pairs in a stage: neighbours start in different banks */
+#define US_DOWN_LAST  4    /* added to the count of the last stage */
+#define US_DOWN_ZEROS 1024 /* bytes of zeros, as much as a pair's activations of a step at most */
+
+/* Several row tiles: a warp's sums of a row, 16 columns: r at this offset + 4 r, r + 8 at that ^ 32. Neighbouring rows are in different
+ * banks. */
+static __device__ __forceinline__ uint32_t us_down_sums_offset(uint32_t row) {
+  return row * 64 + (row & 2) * 16;
+}
+
+/* The end of a stage: where everything lies, so that a compute warp looks once and computes no address. A column of the multiply is a row of
+ * the row tile, or of several row tiles a pair of the expert's slot. Addresses are those of shared memory. */
+struct us_down_pages {
+  alignas(16) uint32_t first; /* a tile's pages of either step */
+  uint32_t second;
+  uint32_t count; /* steps, and US_DOWN_LAST */
+};
+struct us_down_told {
+  uint32_t rows[US_ENGINE_ROWS][2];       /* a column's activations of either step */
+  float weight[US_ENGINE_ROWS / 2][2][2]; /* routing weight: two columns, steps, which of the two */
+  uint32_t sums[US_ENGINE_ROWS / 2][2]
+               [2]; /* several row tiles: where the row's sums lie, or US_ENGINE_NONE */
+  struct us_down_pages tile[US_DOWN_TILES];
+};
+static_assert(sizeof(struct us_down_told) == US_ENGINE_DOWN_TOLD, "it lies behind US_ENGINE_DOWN_BYTES");
 
 /* Blocks' shares: groups of three tiles. */
 static __device__ __forceinline__ uint32_t us_engine_down_groups(const struct us_engine_down *d) {
@@ -79,6 +100,11 @@ static __device__ __forceinline__ void us_down_next(const struct us_engine_share
   at->next = us_down_brief(s, at->slot + 1);
 }
 
+/* Bytes from one pair's activations to the next's: of a step, or of two that are joined. */
+static __device__ __forceinline__ uint32_t us_down_stride(const struct us_down_plan *p, bool joined) {
+  return (joined ? 2 : 1) * p->rows_bytes + US_DOWN_PAD;
+}
+
 /* What the stage that begins at a step holds: as many steps as fit with their activations, one always does. Two steps of one
  * expert are joined: tile by tile and row by row both lie together, which takes half as many copies. */
 struct us_down_stage {
@@ -91,8 +117,9 @@ static __device__ __forceinline__ struct us_down_stage us_down_stage(const struc
   bool same = at->step + 1 < p->steps;
   if (p->stage_steps < 2 || (!same && at->slot + 1 >= p->active)) return stage;
   if (!same) stage.other = at->next;
-  uint32_t pairs = us_down_pairs(at->brief) + us_down_pairs(stage.other);
-  if (2 * p->step_bytes + pairs * (p->rows_bytes + US_DOWN_PAD) > US_ENGINE_STAGE_BYTES) return stage;
+  uint32_t rows = us_down_pairs(at->brief) * us_down_stride(p, same);
+  if (!same) rows += us_down_pairs(stage.other) * us_down_stride(p, false);
+  if (2 * p->step_bytes + rows > US_ENGINE_DOWN_BYTES) return stage;
   stage.count = 2, stage.joined = same;
   return stage;
 }
@@ -124,56 +151,84 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
     us_bulk_load_once(to + p->step_bytes + t * run, from + (size_t)t * p->tile_bytes, run, full, policy);
 }
 
-/* What the compute warps need to know of a stage. A pair's activations of step k lie rows[k] + number * their stride bytes into the
- * ring, modulo 2^32. */
+/* Where the activations of step k's pairs begin. */
+static __device__ __forceinline__ uint32_t us_down_rows_at(const struct us_down_plan *p,
+                                                           const struct us_down_at *at,
+                                                           const struct us_down_stage *stage, uint32_t ring,
+                                                           uint32_t k) {
+  uint32_t rows = ring + stage->count * p->step_bytes;
+  if (!k) return rows;
+  return rows + (stage->joined ? p->rows_bytes : us_down_pairs(at->brief) * us_down_stride(p, false));
+}
+
+/* A column of a step: the lane's. Of several row tiles pairs come to the even columns first, whose sums one lane has. */
+static __device__ __forceinline__ void us_down_tell_column(const struct us_engine_shared *s,
+                                                           struct us_down_told *told, uint32_t slot,
+                                                           uint32_t brief, uint32_t k, uint32_t column,
+                                                           uint32_t rows, uint32_t stride, bool several) {
+  const struct us_engine_active *active = &s->active;
+  uint32_t number = column / 2 + column % 2 * 4, sums = US_ENGINE_NONE;
+  float weight = 0;
+  if (several) {
+    uint32_t pair = us_down_first(brief) + number;
+    bool exists = number < us_down_pairs(brief);
+    if (exists) sums = us_down_sums_offset(active->row[pair]), weight = active->pair_weight[pair];
+    rows += exists ? number * stride : 0; /* any other multiplies the slot's first pair, for nothing */
+  } else {
+    int pair = active->pair[slot][column];
+    weight = active->weight[slot][column];
+    rows = pair < 0 ? us_shared_address(s->scratch) : rows + (pair - us_down_first(brief)) * stride;
+  }
+  told->rows[column][k] = rows;
+  told->weight[column / 2][k][column % 2] = weight;
+  if (several) told->sums[column / 2][k][column % 2] = sums;
+}
+
+/* A warp: what the compute warps need to know of a stage. */
 static __device__ __forceinline__ void us_down_tell(struct us_engine_shared *s, const struct us_down_plan *p,
                                                     const struct us_down_at *at,
-                                                    const struct us_down_stage *stage, uint32_t index) {
-  uint32_t stride = (stage->joined ? 2 : 1) * p->rows_bytes + US_DOWN_PAD,
-           rows = index * US_ENGINE_STAGE_BYTES + stage->count * p->step_bytes;
+                                                    const struct us_down_stage *stage, uint32_t index,
+                                                    bool several) {
+  struct us_down_told *told = (struct us_down_told *)(s->ring[index] + US_ENGINE_DOWN_BYTES);
+  uint32_t lane = threadIdx.x % 32, k = lane / 8 % 2, ring = us_shared_address(s->ring[index]);
+  uint32_t step = k < stage->count ? k : 0; /* a step that is not there is loaded too, but not multiplied */
   bool same = at->step + 1 < p->steps;
+  if (lane < 2 * US_ENGINE_ROWS)
+    us_down_tell_column(s, told, step && !same ? at->slot + 1 : at->slot, step ? stage->other : at->brief, k,
+                        lane % 8, us_down_rows_at(p, at, stage, ring, step), us_down_stride(p, stage->joined),
+                        several);
+  uint32_t tile = lane - 2 * US_ENGINE_ROWS;
+  if (tile >= US_DOWN_TILES) return;
   uint32_t ends =
       at->step + stage->count >= p->steps ? at->slot + 1 : at->slot; /* experts before the next stage */
   if (stage->count == 2 && !same && p->steps == 1) ends = at->slot + 2;
-  struct us_engine_down_stage tell = {
-      at->slot | (same ? at->slot : at->slot + 1) << 16, stage->count, {0, 0}};
-  tell.rows[0] = rows - us_down_first(at->brief) * stride;
-  tell.rows[1] = stage->joined ? tell.rows[0] + p->rows_bytes
-                               : rows + (us_down_pairs(at->brief) - us_down_first(stage->other)) * stride;
-  if (stage->joined) tell.count |= US_DOWN_JOINED;
-  if (ends == p->active) tell.count |= US_DOWN_LAST;
-  s->down[index] = tell;
+  struct us_down_pages pages = {ring + tile * (stage->joined ? 2 : 1) * p->run, 0, stage->count};
+  pages.second = pages.first + (stage->joined ? p->run : p->step_bytes);
+  if (ends == p->active) pages.count |= US_DOWN_LAST;
+  told->tile[tile] = pages;
 }
 
-/* Pairs of one expert's step, `bytes` of each. */
-static __device__ __forceinline__ uint32_t us_down_pairs_copy(const struct us_engine_down *d, uint32_t brief,
-                                                              uint32_t offset, uint32_t bytes, uint32_t to,
-                                                              uint32_t full) {
-  uint32_t pair_bytes = us_engine_pair_bytes(d->F);
-  const uint8_t *from = (const uint8_t *)d->pairs + us_down_first(brief) * pair_bytes + offset;
-#pragma unroll 1
-  for (uint32_t i = 0; i < us_down_pairs(brief); i++, from += pair_bytes, to += bytes + US_DOWN_PAD)
-    us_bulk_load(to, from, bytes, full);
-  return to;
-}
-
-/* The activations of a stage's steps, behind their weights. One copy if pairs are copied whole. */
+/* A warp: the activations of a stage's steps, behind their weights; a lane a pair, or one copy if pairs are copied whole. */
 static __device__ __forceinline__ void us_engine_down_rows(
     const struct us_engine_shared *s, const struct us_engine_down *d, const struct us_down_plan *p,
     const struct us_down_at *at, const struct us_down_stage *stage, uint32_t index) {
-  uint32_t full = us_shared_address(&s->full[index]),
-           to = us_shared_address(s->ring[index]) + stage->count * p->step_bytes;
+  uint32_t full = us_shared_address(&s->full[index]), ring = us_shared_address(s->ring[index]);
+  uint32_t lane = threadIdx.x % 32, k = lane / 8, pair_bytes = us_engine_pair_bytes(d->F);
   uint32_t pairs = us_down_pairs(at->brief) + (stage->count == 2 ? us_down_pairs(stage->other) : 0);
+  const uint8_t *from = (const uint8_t *)d->pairs;
+  if (lane == 0) us_barrier_expect(full, pairs * (p->steps == 1 ? pair_bytes : p->rows_bytes));
+  __syncwarp();
   if (p->steps == 1) {
-    uint32_t bytes = us_engine_pair_bytes(d->F);
-    us_barrier_expect(full, pairs * bytes);
-    us_bulk_load(to, (const uint8_t *)d->pairs + us_down_first(at->brief) * bytes, pairs * bytes, full);
+    if (lane == 0)
+      us_bulk_load(ring + stage->count * p->step_bytes, from + us_down_first(at->brief) * pair_bytes,
+                   pairs * pair_bytes, full);
     return;
   }
-  us_barrier_expect(full, pairs * p->rows_bytes);
-  uint32_t offset = at->step * p->rows_bytes;
-  to = us_down_pairs_copy(d, at->brief, offset, (stage->joined ? 2 : 1) * p->rows_bytes, to, full);
-  if (stage->count == 2 && !stage->joined) us_down_pairs_copy(d, stage->other, 0, p->rows_bytes, to, full);
+  uint32_t brief = k ? stage->other : at->brief, number = lane % 8;
+  if (k >= (stage->joined ? 1 : stage->count) || number >= us_down_pairs(brief)) return;
+  us_bulk_load(us_down_rows_at(p, at, stage, ring, k) + number * us_down_stride(p, stage->joined),
+               from + (us_down_first(brief) + number) * pair_bytes + (k ? 0 : at->step * p->rows_bytes),
+               (stage->joined ? 2 : 1) * p->rows_bytes, full);
 }
 static_assert(US_DOWN_PAD == US_ENGINE_PAIR_PAD, "a pair copied whole brings its padding along");
 
@@ -213,18 +268,23 @@ static __device__ __forceinline__ bool us_down_follows_up(const struct us_engine
   return up->kind == US_ENGINE_GEMM && up->gemm.experts && up->row_tiles <= 1; /* several row tiles do not */
 }
 
-/* The activations of the first experts of the list stand when the gate and up projection's early count does, all when it is done. */
+/* A warp: the activations of the first experts of the list stand when the gate and up projection's early count does, all when it is
+ * done. */
 static __device__ __forceinline__ void us_down_await(const struct us_engine_block *b, uint32_t wait,
                                                      bool early) {
-  if (early)
+  if (threadIdx.x % 32)
+    ;
+  else if (early)
     us_engine_poll(b, us_engine_counter(b, wait, US_ENGINE_EARLY), wait,
                    US_ENGINE_EPILOGUES * us_engine_target(b, wait));
   else
     us_engine_poll_done(b, wait);
+  __syncwarp();
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-/* One thread of the epilogue warps, which have nothing else to do: what the stages hold, and the activations. */
+/* The epilogue's warps, which have nothing else to do: what the stages hold, and the activations. They take turns. A warp looks at its own
+ * stages alone: of the others it may come to hear too late, and a barrier tells one phase from the next only. */
 static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
   const struct us_engine_down local = op->down, *d = &local;
@@ -232,22 +292,30 @@ static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_blo
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t groups = us_engine_down_groups(d), shift = op->shift,
            wait = op->wait; /* before waiting, as above */
+  bool several = US_ENGINE_SEVERAL && op->row_tiles > 1, mine = threadIdx.x / 32 % 2;
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
   uint32_t early = us_down_follows_up(b, wait) ? us_engine_early(s) : 0;
   if (early) us_down_await(b, wait, true);
   for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks)
-    for (struct us_down_at at = us_down_begin(s); at.slot < p.active;) {
+    for (struct us_down_at at = us_down_begin(s); at.slot < p.active; mine = !mine) {
       struct us_down_stage stage = us_down_stage(&p, &at);
       if (at.slot + 1 >= early && early != US_ENGINE_NONE) /* a stage may have two experts */
         us_down_await(b, wait, false), early = US_ENGINE_NONE;
-      us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
-      us_down_tell(s, &p, &at, &stage, c.stage);
-      us_engine_down_rows(s, d, &p, &at, &stage, c.stage);
+      if (mine) {
+        us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
+        us_down_tell(s, &p, &at, &stage, c.stage, several);
+        /* the next operation's weights are copied over it */
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        us_engine_down_rows(s, d, &p, &at, &stage, c.stage);
+      }
       us_engine_advance(&c);
       us_down_next(s, &p, &at, stage.count);
     }
-  b->stage = c.stage, b->phase = c.phase;
+  __syncwarp(); /* the lanes share `b` */
+  if (threadIdx.x % 32 == 0) b->stage = c.stage, b->phase = c.phase;
+  __syncwarp();
 }
 
 #endif

@@ -36,9 +36,7 @@ static __device__ __noinline__ void epilogue_down(struct us_engine_block *b, con
 /* Operations of several row tiles. */
 static __device__ __noinline__ void compute_several(struct us_engine_block *b,
                                                     const struct us_engine_op *op) {
-  if (op->kind == US_ENGINE_GEMM && op->gemm.experts)
-    us_engine_gather_compute(b, op);
-  else if (op->kind == US_ENGINE_GEMM)
+  if (op->kind == US_ENGINE_GEMM)
     us_engine_wide_compute(b, op);
   else if (op->kind == US_ENGINE_DOWN)
     us_engine_down_gathered(b, op);
@@ -57,6 +55,8 @@ static __device__ __noinline__ void epilogue_several(struct us_engine_block *b,
     us_engine_gather_epilogue(b, op);
   else if (threadIdx.x < US_ENGINE_EPILOGUE + 32)
     us_engine_wide_rows(b, op);
+  else
+    us_engine_wide_pass(b, op);
 }
 
 /* Out of line: what runs once a round must not take registers from the loops that stream. */
@@ -71,7 +71,10 @@ static __device__ __noinline__ void decide(struct us_engine_block *b, const stru
 template <bool FILTERS>
 static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {
   if (US_ENGINE_SEVERAL && op->row_tiles > 1 && op->kind != US_ENGINE_ROUTE) {
-    compute_several(b, op);
+    if (op->kind == US_ENGINE_GEMM && op->gemm.experts)
+      us_engine_gather_compute(b, op); /* in line: called, its loop keeps activations on the stack */
+    else
+      compute_several(b, op);
     return;
   }
   switch ((enum us_engine_kind)op->kind) {
@@ -123,7 +126,7 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
     epilogue_several(b, op);
   else if (kind == US_ENGINE_GEMM)
     epilogue_gemm(b, op);
-  if (kind == US_ENGINE_DOWN && threadIdx.x == US_ENGINE_EPILOGUE) epilogue_down(b, op);
+  if (kind == US_ENGINE_DOWN) epilogue_down(b, op);
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 

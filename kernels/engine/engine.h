@@ -50,6 +50,8 @@ extern "C" {
 
 #define US_ENGINE_COMPUTE_WARPS 16
 #define US_ENGINE_STAGE_BYTES   34816 /* 16 pages of 2176 bytes */
+#define US_ENGINE_DOWN_TOLD     240 /* of a stage of DOWN: what a block tells itself about it (down_stream.cuh) */
+#define US_ENGINE_DOWN_BYTES    (US_ENGINE_STAGE_BYTES - US_ENGINE_DOWN_TOLD) /* for pages and activations */
 #define US_ENGINE_GROUPS        12 /* groups of 32 columns that a compute warp keeps in registers, at most */
 
 #define US_ENGINE_OPERAND_UNIT 0x1p64f

@@ -240,9 +240,15 @@ static __device__ __forceinline__ void us_gather_load_rows(const struct us_engin
     }
 }
 
+/* The tile with which a warp's loop ends, `tiles` on: in memory, since registers are short there. */
+static __device__ __forceinline__ void us_engine_until(struct us_engine_block *b, uint32_t tiles) {
+  if (threadIdx.x % 32 == 0) b->until = b->tile + tiles;
+  __syncwarp();
+}
+
 template <bool WHOLE>
-static __device__ __noinline__ void us_gather_tiles(struct us_engine_block *b,
-                                                    const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_gather_tiles(struct us_engine_block *b,
+                                                       const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
@@ -250,25 +256,25 @@ static __device__ __noinline__ void us_gather_tiles(struct us_engine_block *b,
   uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
   bool working = warp < g->warps;
   struct us_gather_share share = us_gather_share(b, g);
-  uint32_t i = share.begin;
-  while (i < share.end) {
-    uint32_t slot = i / g->w.tiles, end = (slot + 1) * g->w.tiles;
-    if (end > share.end) end = share.end;
+  for (uint32_t i = share.begin, end; i < share.end; i = end) {
+    uint32_t slot = i / g->w.tiles;
+    end = (slot + 1) * g->w.tiles < share.end ? (slot + 1) * g->w.tiles : share.end;
     uint4 rows[US_ENGINE_GROUPS];
     us_gather_load_rows(b, g, slot, working ? warp : 0, lane, rows);
-    for (; i < end; i++) {
+    us_engine_until(b, end - i);
+    do {
       float acc[8] = {};
       us_engine_gemm_tile<US_FORMAT_MXFP4, 2, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows,
                                                      acc);
       us_engine_hand_sums<2>(b, s, b->tile, warp, lane, acc);
       us_engine_count(&b->tile);
-    }
+    } while (b->tile != b->until);
   }
   b->stage = c.stage, b->phase = c.phase;
 }
 
-static __device__ __noinline__ void us_engine_gather_compute(struct us_engine_block *b,
-                                                             const struct us_engine_op *op) {
+static __device__ __forceinline__ void us_engine_gather_compute(struct us_engine_block *b,
+                                                                const struct us_engine_op *op) {
   us_engine_wait_done(b, op->wait);
   if (op->gemm.w.groups == us_engine_page_groups<US_FORMAT_MXFP4, 2>::most &&
       op->gemm.warps == US_ENGINE_COMPUTE_WARPS)

@@ -60,13 +60,6 @@ static __device__ __forceinline__ uint32_t us_engine_brief_pairs(uint32_t brief)
   return brief >> 28;
 }
 
-/* DOWN: what a stage of the ring holds: one or two steps (down.cuh: US_DOWN_...), the slots of their experts (16 bits each), where
- * their rows lie. */
-struct us_engine_down_stage {
-  alignas(16) uint32_t slots;
-  uint32_t count, rows[2];
-};
-
 /* Rows that were routed last (route.cuh). */
 struct us_engine_routed {
   uint64_t seed[US_ENGINE_ROWS];
@@ -90,6 +83,7 @@ struct us_engine_block {
   uint32_t fetched;      /* compute: which of us_engine_shared.op it is */
   uint32_t stage, phase; /* cursor in the ring */
   uint32_t tile;         /* of products: how many this role has passed, and so partial-sum buffers used */
+  uint32_t until;        /* of a warp of several row tiles: with which `tile` its slot ends */
   uint32_t routes;       /* ROUTE operations passed */
   uint32_t attentions;   /* ATTENTION operations passed that may take the ring (attention_ring.cuh) */
   uint32_t items[2];     /* compute: a product's tiles that are dealt out to this block */
@@ -122,7 +116,6 @@ struct us_engine_shared {
   uint32_t item
       [US_ENGINE_ITEMS]; /* of tile t of the launch, at t % US_ENGINE_ITEMS: US_ENGINE_NONE ends a product */
   float row[4][US_ENGINE_ROWS]; /* small things of one operation */
-  struct us_engine_down_stage down[US_ENGINE_STAGES];
   struct us_engine_routed rows;
   struct us_engine_rank rank;
   alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
@@ -185,8 +178,7 @@ static __device__ __forceinline__ void us_engine_keep_launch(const struct us_eng
   us_engine_copy_words(&us_engine_shared_of(NULL)->rank, rank, sizeof *rank);
 }
 
-/* The same as an address that the compiler keeps: it would compute it again and again, each time asking for the block's place in its
- * cluster. For us_shared_load*, whose order among asm statements stands as written. */
+/* The same as an address, in a register, for us_shared_load*: their order among asm statements stands as written. */
 static __device__ __forceinline__ uint32_t us_engine_shared_base(const struct us_engine_block *b) {
   uint32_t address = us_shared_address(us_engine_shared_of(b));
   asm volatile("" : "+r"(address));

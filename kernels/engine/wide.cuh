@@ -94,6 +94,17 @@ static __device__ __forceinline__ void us_engine_wide_stream(struct us_engine_bl
   b->stage = c.stage, b->phase = c.phase;
 }
 
+/* The other one passes by. */
+static __device__ __forceinline__ void us_engine_wide_pass(struct us_engine_block *b,
+                                                           const struct us_engine_op *op) {
+  const struct us_engine_gemm *g = &op->gemm;
+  struct us_wide_walk walk = us_wide_begin(b, g);
+  struct us_wide_panel panel;
+  uint32_t panels = 0, most = us_wide_most(g, op->row_tiles);
+  while (us_wide_next(g, most, &walk, &panel)) panels++;
+  us_engine_skip(b, panels * g->warps * g->subs);
+}
+
 /* One warp of the epilogue: a lane a row tile. */
 static __device__ __forceinline__ void us_engine_wide_rows(struct us_engine_block *b,
                                                            const struct us_engine_op *op) {

@@ -127,10 +127,11 @@ static uint32_t take(const struct us_pages *p, const uint8_t *page, const struct
   if (words == 8) sub = at->reg * 2 + at->half;
   memcpy(&value, page + us_pages_word_offset(at->lane, at->fragment * words + sub), sizeof value);
   if (words == 8) return value;
+  if (words == 2) value = at->reg % 2 ? value ^ value << 4 : value << 12 | value >> 20;
   bool crossed = words == 1 && at->reg == 3; /* its bits lie in the other half */
   value = value >> 16 * (crossed ? 1 - at->half : at->half) & 0xffffu;
   if (words == 4) return value;
-  if (words == 2) return value >> (at->reg % 2 ? 0 : 8) & 0xffu;
+  if (words == 2) return (value >> 8 & 0x80u) | (value >> 4 & 0x7fu);
   static const uint8_t bit[4][4] = {{6, 7, 8, 15}, {3, 4, 5, 12}, {0, 1, 2, 9}, {14, 10, 11, 13}};
   uint32_t code = 0;
   for (uint32_t i = 0; i < 4; i++) code |= (value >> bit[at->reg][i] & 1u) << i;

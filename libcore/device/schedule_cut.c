@@ -40,11 +40,11 @@ uint32_t us_schedule_step_bytes(const struct us_engine_matrix *w, uint32_t step_
 
 void us_schedule_cut_down(const struct us_engine_matrix *w, struct us_engine_down *down) {
   uint32_t step = US_ENGINE_COMPUTE_WARPS / w->groups;
-  while (step > 1 && (w->slices % step || us_schedule_step_bytes(w, step, true) > US_ENGINE_STAGE_BYTES))
+  while (step > 1 && (w->slices % step || us_schedule_step_bytes(w, step, true) > US_ENGINE_DOWN_BYTES))
     step--;
   down->step_slices = step;
   down->steps = w->slices / step;
-  down->stage_steps = 2 * us_schedule_step_bytes(w, step, false) <= US_ENGINE_STAGE_BYTES ? 2 : 1;
+  down->stage_steps = 2 * us_schedule_step_bytes(w, step, false) <= US_ENGINE_DOWN_BYTES ? 2 : 1;
 }
 
 const struct us_device_matrix *us_schedule_matrix(const struct us_device_schedule *s, uint32_t program,

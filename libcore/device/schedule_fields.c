@@ -210,8 +210,8 @@ static enum us_status check_down(const struct fields *f) {
        d->steps, d->step_slices, d->w.slices);
   WANT(d->step_slices * d->w.groups <= US_ENGINE_COMPUTE_WARPS, "a step has more than a group a warp");
   WANT((d->stage_steps == 1 || d->stage_steps == 2) &&
-           us_schedule_step_bytes(&d->w, d->step_slices, true) <= US_ENGINE_STAGE_BYTES &&
-           d->stage_steps * us_schedule_step_bytes(&d->w, d->step_slices, false) <= US_ENGINE_STAGE_BYTES,
+           us_schedule_step_bytes(&d->w, d->step_slices, true) <= US_ENGINE_DOWN_BYTES &&
+           d->stage_steps * us_schedule_step_bytes(&d->w, d->step_slices, false) <= US_ENGINE_DOWN_BYTES,
        "%u steps are no stage", d->stage_steps);
   return US_OK;
 }

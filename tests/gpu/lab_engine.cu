@@ -376,7 +376,7 @@ uint32_t lab_down_slices(const struct lab_weights *w) {
   const struct us_engine_matrix *m = &w->matrix;
   uint32_t best = 1;
   for (uint32_t s = 1; s * m->groups <= US_ENGINE_COMPUTE_WARPS; s++)
-    if (m->slices % s == 0 && step_bytes(w, s, true) <= US_ENGINE_STAGE_BYTES) best = s;
+    if (m->slices % s == 0 && step_bytes(w, s, true) <= US_ENGINE_DOWN_BYTES) best = s;
   return best;
 }
 
@@ -388,7 +388,7 @@ uint32_t lab_add_down(struct lab_run *run, uint32_t rank, const struct lab_weigh
   d->w = w->matrix, d->w.pages += first * w->matrix.matrix_bytes;
   d->pairs = pairs, d->F = w->cols, d->exchange = run->exchanges[rank], d->route = route;
   d->step_slices = lab_down_slices(w), d->steps = w->matrix.slices / d->step_slices;
-  d->stage_steps = 2 * step_bytes(w, d->step_slices, false) <= US_ENGINE_STAGE_BYTES ? 2 : 1;
+  d->stage_steps = 2 * step_bytes(w, d->step_slices, false) <= US_ENGINE_DOWN_BYTES ? 2 : 1;
   if (rank == 0) run->items += (w->matrix.tiles + 2) / 3;
   return lab_add(run, rank, op);
 }

@@ -89,7 +89,7 @@ START_TEST(an_mxfp4_word_decodes_to_bf16_by_masks_shifts_and_a_product) {
         uint32_t word = us_pages_place_code(US_FORMAT_MXFP4, code, place / 2, place % 2);
         for (uint32_t other = 0; other < 8; other++)
           if (other != place)
-            word |=
+            word ^=
                 us_pages_place_code(US_FORMAT_MXFP4, (others * other + others) & 15u, other / 2, other % 2);
         uint32_t half = decode_mxfp4(word, place / 2) >> 16 * (place % 2) & 0xffffu;
         ck_assert_uint_eq(us_f32_bits(bf16_value(half)), us_f32_bits(expected));
@@ -99,16 +99,20 @@ START_TEST(an_mxfp4_word_decodes_to_bf16_by_masks_shifts_and_a_product) {
 END_TEST
 
 START_TEST(an_fp8_word_decodes_to_bf16_by_masks_and_shifts) {
-  for (uint32_t code = 0; code < 256; code++) {
-    if ((code & 127u) == 127u) continue; /* NaN */
-    uint32_t even =
-        us_pages_place_code(US_FORMAT_FP8, code, 2, 0) | us_pages_place_code(US_FORMAT_FP8, 0xa5, 3, 0);
-    uint32_t odd =
-        us_pages_place_code(US_FORMAT_FP8, 0xa5, 0, 0) | us_pages_place_code(US_FORMAT_FP8, code, 1, 0);
-    uint32_t expected = us_f32_bits(us_fp8_to_f32((uint8_t)code) * US_PAGES_FP8_UNIT);
-    ck_assert_uint_eq(us_f32_bits(bf16_value((even & 0x8000u) | (even >> 4 & 0x07f0u))), expected);
-    ck_assert_uint_eq(us_f32_bits(bf16_value((odd << 8 & 0x8000u) | (odd << 4 & 0x07f0u))), expected);
-  }
+  for (uint32_t code = 0; code < 256; code++)
+    for (uint32_t place = 0; place < 4; place++) { /* register of the word and half */
+      if ((code & 127u) == 127u) continue;         /* NaN */
+      uint32_t expected = us_f32_bits(us_fp8_to_f32((uint8_t)code) * US_PAGES_FP8_UNIT);
+      for (uint32_t others = 0; others < 256; others++) { /* whatever the other codes of the word are */
+        uint32_t word = us_pages_place_code(US_FORMAT_FP8, code, 2 + place / 2, place % 2);
+        for (uint32_t other = 0; other < 4; other++)
+          if (other != place)
+            word ^= us_pages_place_code(US_FORMAT_FP8, (others * (2 * other + 1) + other) & 255u, other / 2,
+                                        other % 2);
+        uint32_t decoded = (place / 2 ? word ^ word << 4 : word << 12 | word >> 20) & 0x87f087f0u;
+        ck_assert_uint_eq(us_f32_bits(bf16_value(decoded >> 16 * (place % 2) & 0xffffu)), expected);
+      }
+    }
 }
 END_TEST
 
