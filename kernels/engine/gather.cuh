@@ -66,7 +66,8 @@ static __device__ __forceinline__ void us_gather_choose(const struct us_engine_b
   us_route_gather(work, r, r->logits + tile * r->logits_tile);
   us_route_score(work, r);
   us_engine_meet();
-  if (token < US_ENGINE_ROWS && us_engine_shared_of(b)->rows.exists[token]) us_route_choose(work, r, token, lane);
+  if (token < US_ENGINE_ROWS && us_engine_shared_of(b)->rows.exists[token])
+    us_route_choose(work, r, token, lane);
   if (token < US_ENGINE_ROWS) us_gather_publish(b, r, work, tile, token, lane);
 }
 
