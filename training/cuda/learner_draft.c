@@ -19,12 +19,14 @@ static enum us_status open_lane(struct cuda_draft *draft, uint32_t lane, const s
   struct us_cuda_params *own = ((struct cuda_set *)draft->base.set)->lane[lane];
   const struct cuda_set *target = (const struct cuda_set *)draft->base.target->set;
   const struct us_param *embed = us_params_find(target->base.params, "model.embed_tokens.weight");
+  struct us_draft_shape shape = draft->base.shape;
+  shape.vocab = draft->base.target->shape.vocab; /* of the head; a published drafter's own number is stale */
   us_cuda_use(cuda);
   enum us_status status =
-      us_cuda_draft_create(cuda, &draft->base.shape, own, us_cuda_param_compute(target->lane[lane], embed),
+      us_cuda_draft_create(cuda, &shape, own, us_cuda_param_compute(target->lane[lane], embed),
                            draft->base.target->capacity, blocks, &draft->lane[lane], err);
   if (status == US_OK)
-    status = us_cuda_draft_loss_create(cuda, &draft->base.shape, loss, blocks, &draft->loss[lane], err);
+    status = us_cuda_draft_loss_create(cuda, &shape, loss, blocks, &draft->loss[lane], err);
   return status;
 }
 
