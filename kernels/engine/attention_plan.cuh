@@ -1,6 +1,6 @@
 /* attention_plan.cuh: what each row of a row tile sees, into which jobs its keys are cut, and the shared memory of it all.
  *
- *     us_attention_plan_rows(b, op, shared);      // one warp, once state and rows stand: rows, jobs
+ *     us_attention_plan_rows(b, program, row_tile, shared);  // one warp, once state and rows stand: rows, jobs
  *     us_attention_set_job(b, shared, j);         // one warp: job j
  *
  * A job is a row, a chunk of 16 query heads and a piece of the row's keys. The cut follows from the row's own position alone: up to
@@ -154,12 +154,12 @@ static __device__ __forceinline__ uint32_t us_attention_span(uint32_t blocks, ui
 
 /* One warp: every row of the tile, and the jobs. Lanes hold the rows 8 tile - 15 ... + 16 of the pass, and those after them. */
 static __device__ __forceinline__ void us_attention_plan_rows(const struct us_engine_block *b,
-                                                              const struct us_engine_op *op,
+                                                              uint32_t program, uint32_t row_tile,
                                                               struct us_attention_shared *sh) {
   const struct us_engine_attention *a = &sh->a;
   const struct us_engine_state *state = b->rank->state;
-  const struct us_engine_row *rows = op->program == US_ENGINE_PASS_DRAFT ? state->draft : state->target;
-  uint32_t lane = threadIdx.x % 32, r = lane - 15, here = op->row_tile * US_ENGINE_ROWS + r, next = here + 32;
+  const struct us_engine_row *rows = program == US_ENGINE_PASS_DRAFT ? state->draft : state->target;
+  uint32_t lane = threadIdx.x % 32, r = lane - 15, here = row_tile * US_ENGINE_ROWS + r, next = here + 32;
   uint32_t position = 0, sequence = US_ENGINE_NONE, later = US_ENGINE_NONE;
   if (here < US_ENGINE_MAX_ROWS)
     position = __ldcg(&rows[here].position), sequence = __ldcg(&rows[here].sequence);

@@ -130,16 +130,19 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
-/* A product that leaves shared memory behind its sums alone: dense, of one row tile. */
-static __device__ __forceinline__ bool leaves_scratch(const struct us_engine_op *op) {
-  return op->kind == US_ENGINE_GEMM && !op->gemm.experts && op->row_tiles == 1;
+/* How many operations before the attention `op` shared memory behind the products' sums is nobody's: a dense product of one row tile, and
+ * a reduction of one before it, have nothing there. */
+static __device__ __forceinline__ uint32_t plans_ahead(const struct us_engine_block *b,
+                                                       const struct us_engine_op *op) {
+  uint32_t before = b->op_index - us_engine_launch_of(b)->first;
+  if (!before || op[-1].kind != US_ENGINE_GEMM || op[-1].gemm.experts || op[-1].row_tiles != 1) return 0;
+  return before > 1 && op[-2].kind == US_ENGINE_REDUCE && op[-2].row_tiles == 1 ? 2 : 1;
 }
 
 /* The planning warp: operation n of the launch. */
 static __device__ __forceinline__ void plan(struct us_engine_block *b, const struct us_engine_op *op,
                                             uint32_t n) {
-  bool begins = b->op_index == b->launch->first;
-  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n, !begins && leaves_scratch(op - 1));
+  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n - plans_ahead(b, op), n);
 }
 
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without

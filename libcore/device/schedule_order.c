@@ -6,7 +6,7 @@
  * - The compute warps of a block take operations in order. All of them wait for op->wait before they touch memory, also in blocks
  *   that have no part in the operation; weights alone are read ahead.
  * - Attention's rows and page tables are read by a warp that plans it (attention_ahead.cuh): when its block's compute warps have come to
- *   the dense product of one row tile before it, or to the attention, and attention.ready is done.
+ *   the dense product of one row tile before it, to the reduction of one before that, or to the attention, and attention.ready is done.
  * - A dense product of several row tiles (wide.cuh) is a vector operation to the others: its compute warps finish it. A warp of its
  *   own loads its activations into the ring. That warp waits at the end of a round and where such products do, nowhere else, and a stage's
  *   barrier does not tell it one phase from the next but one: attention, which takes the ring, must be over.
@@ -339,11 +339,13 @@ static enum us_status touch_accept(struct us_schedule_order *o, int64_t x) {
   return status;
 }
 
-/* Whether operation x is attention that is planned when blocks come to the operation before it. */
-static bool plans_ahead(const struct us_schedule_order *o, int64_t x) {
-  if (x % o->n == 0 || us_schedule_op(o, x)->kind != US_ENGINE_ATTENTION) return false;
+/* How many operations before x blocks begin to plan it, if it is attention. */
+static int plans_ahead(const struct us_schedule_order *o, int64_t x) {
+  if (x % o->n == 0 || us_schedule_op(o, x)->kind != US_ENGINE_ATTENTION) return 0;
   const struct us_engine_op *op = us_schedule_op(o, x - 1);
-  return op->kind == US_ENGINE_GEMM && !op->gemm.experts && op->row_tiles == 1;
+  if (op->kind != US_ENGINE_GEMM || op->gemm.experts || op->row_tiles != 1) return 0;
+  op = us_schedule_op(o, x % o->n > 1 ? x - 2 : x);
+  return op->kind == US_ENGINE_REDUCE && op->row_tiles == 1 ? 2 : 1;
 }
 
 /* `before`: what all blocks know before they wait; of attention, when its planning warp begins. */
@@ -448,12 +450,12 @@ enum us_status us_schedule_check_order(const struct us_device_schedule *s,
   if (status == US_OK) status = pair_exchanges(o);
   if (status == US_OK) status = begin(o);
   if (status == US_OK) find_caches(o);
-  struct view before = nothing;
+  struct view known[3] = {nothing, nothing,
+                          nothing}; /* when blocks come to operation x, the one before, ... */
   for (int64_t x = 0; status == US_OK && x < (int64_t)ROUNDS * o->n; x++) {
-    struct view now = o->all, early = plans_ahead(o, x) ? before : now;
+    known[2] = known[1], known[1] = known[0], known[0] = o->all;
     status = pass_operation(o, x);
-    if (status == US_OK) status = touch(o, x, early);
-    before = now;
+    if (status == US_OK) status = touch(o, x, known[plans_ahead(o, x)]);
   }
   o->err = NULL;
   if (status == US_OK)
