@@ -8,31 +8,18 @@
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
 #include "model/random.h"
+#include "scratch_folder.h"
 #include "suite.h"
 
-#include <ftw.h>
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char folder[64], path[128], other[192];
-
-static int remove_one(const char *name, const struct stat *st, int type, struct FTW *ftw) {
-  return remove(name);
-}
-
-static void setup(void) {
-  strcpy(folder, "t_checkpoint.XXXXXX");
-  ck_assert_ptr_nonnull(mkdtemp(folder));
-}
-
-static void teardown(void) {
-  nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
-}
+static char path[128], other[192];
 
 static const char *in(const char *name, char *text) {
-  snprintf(text, sizeof path, "%s/%s", folder, name);
+  snprintf(text, sizeof path, "%s/%s", scratch_folder, name);
   return text;
 }
 
@@ -531,7 +518,7 @@ START_TEST(a_failed_write_leaves_nothing) {
   ck_assert_int_eq(us_model_write(in("none.h5", other), model, NULL, &problem), US_ERR_USAGE);
   ck_assert_int_ne(stat(path, &st), 0);
   ck_assert_int_ne(stat(other, &st), 0);
-  ck_assert_int_eq(rmdir(folder), 0); /* empty: no temporary either */
+  ck_assert_int_eq(rmdir(scratch_folder), 0); /* empty: no temporary either */
   us_model_free(model);
 }
 END_TEST
@@ -707,7 +694,7 @@ END_TEST
 
 static Suite *make_suite(void) {
   TCase *c = tcase_create("checkpoint");
-  tcase_add_checked_fixture(c, setup, teardown);
+  tcase_add_checked_fixture(c, scratch_folder_make, scratch_folder_remove);
   tcase_add_loop_test(c, every_layout_comes_back_bit_for_bit, 0, 2 * PRECISIONS);
   tcase_add_test(c, a_folder_becomes_hdf5_and_a_folder_again);
   tcase_add_test(c, tokenizer_and_provenance_travel_along);

@@ -5,11 +5,11 @@
 #include "model/checkpoint.h"
 #include "model/count.h"
 #include "model/precision.h"
+#include "scratch_folder.h"
 #include "small.h"
 
 #include "base/buffer.h"
 
-#include <ftw.h>
 #include <math.h>
 #include <stdlib.h>
 #include <sys/stat.h>
@@ -112,23 +112,10 @@ END_TEST
 
 /* --- stored --- */
 
-static char folder[64], path[128];
-
-static int remove_one(const char *name, const struct stat *st, int type, struct FTW *ftw) {
-  return remove(name);
-}
-
-static void setup(void) {
-  strcpy(folder, "t_draft_head.XXXXXX");
-  ck_assert_ptr_nonnull(mkdtemp(folder));
-}
-
-static void teardown(void) {
-  nftw(folder, remove_one, 16, FTW_DEPTH | FTW_PHYS);
-}
+static char path[128];
 
 static const char *in(const char *name) {
-  snprintf(path, sizeof path, "%s/%s", folder, name);
+  snprintf(path, sizeof path, "%s/%s", scratch_folder, name);
   return path;
 }
 
@@ -258,7 +245,7 @@ END_TEST
 static Suite *make_suite(void) {
   TCase *c = tcase_create("draft_head");
   int n = sizeof formats / sizeof *formats;
-  tcase_add_checked_fixture(c, setup, teardown);
+  tcase_add_checked_fixture(c, scratch_folder_make, scratch_folder_remove);
   tcase_add_test(c, a_drafter_gets_a_head_another_one_and_none);
   tcase_add_test(c, a_head_of_another_width_is_refused);
   tcase_add_test(c, a_drafters_head_converts_by_its_own_rule_and_counts_apart);
