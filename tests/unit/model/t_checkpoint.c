@@ -444,19 +444,6 @@ END_TEST
 
 /* --- folders --- */
 
-static void replace_in_config(const char *name, const char *from, const char *to) {
-  char file_name[256];
-  struct us_buffer text = {0};
-  snprintf(file_name, sizeof file_name, "%s/config.json", name);
-  ck_assert_ok(us_buffer_read_file(&text, file_name, 1 << 20, &err));
-  char *at = strstr(text.data, from);
-  ck_assert_ptr_nonnull(at);
-  FILE *file = fopen(file_name, "w");
-  fprintf(file, "%.*s%s%s", (int)(at - text.data), text.data, to, at + strlen(from));
-  fclose(file);
-  us_buffer_release(&text);
-}
-
 START_TEST(a_config_that_does_not_match_its_tensors_is_refused) {
   static const struct {
     const char *from, *to, *expect;

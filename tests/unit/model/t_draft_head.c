@@ -149,19 +149,6 @@ START_TEST(a_head_comes_back_bit_for_bit_from_file_and_folder) {
 }
 END_TEST
 
-static void replace_in_config(const char *name, const char *from, const char *to) {
-  char file_name[256];
-  struct us_buffer text = {0};
-  snprintf(file_name, sizeof file_name, "%s/config.json", name);
-  ck_assert_int_eq(us_buffer_read_file(&text, file_name, 1 << 20, &err), US_OK);
-  char *at = strstr(text.data, from);
-  ck_assert_ptr_nonnull(at);
-  FILE *file = fopen(file_name, "w");
-  fprintf(file, "%.*s%s%s", (int)(at - text.data), text.data, to, at + strlen(from));
-  fclose(file);
-  us_buffer_release(&text);
-}
-
 START_TEST(a_folder_whose_config_and_head_differ_is_refused_by_its_field) {
   static const struct {
     bool own;
