@@ -8,6 +8,7 @@
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
 #include "model/random.h"
+#include "same_shape.h"
 #include "scratch_folder.h"
 #include "suite.h"
 
@@ -107,7 +108,7 @@ static void compare_refs(const struct us_tensor_ref *a, const struct us_tensor_r
 static void compare(struct us_model *a, struct us_model *b) {
   struct us_tensor_ref *x = NULL, *y = NULL;
   size_t n = 0, m = 0;
-  ck_assert_mem_eq(&a->shape, &b->shape, sizeof a->shape);
+  assert_same_shape(&a->shape, &b->shape);
   ck_assert_str_eq(a->scale_rule, b->scale_rule);
   ck_assert_ok(us_model_tensors(a, &x, &n, &err));
   ck_assert_ok(us_model_tensors(b, &y, &m, &err));
@@ -120,7 +121,7 @@ static void compare(struct us_model *a, struct us_model *b) {
 static void compare_drafts(struct us_draft *a, struct us_draft *b) {
   struct us_tensor_ref *x = NULL, *y = NULL;
   size_t n = 0, m = 0;
-  ck_assert_mem_eq(&a->shape, &b->shape, sizeof a->shape);
+  assert_same_draft_shape(&a->shape, &b->shape);
   ck_assert_ok(us_draft_tensors(a, &x, &n, &err));
   ck_assert_ok(us_draft_tensors(b, &y, &m, &err));
   ck_assert_uint_eq(n, m);

@@ -5,13 +5,13 @@
 #include "model/checkpoint.h"
 #include "model/count.h"
 #include "model/precision.h"
+#include "same_shape.h"
 #include "scratch_folder.h"
 #include "small.h"
 
 #include "base/buffer.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -119,16 +119,6 @@ static const char *in(const char *name) {
   return path;
 }
 
-/* As their config.json says them: bytes between the fields mean nothing. */
-static void assert_same_shape(const struct us_draft_shape *a, const struct us_draft_shape *b) {
-  char *a_json = NULL, *b_json = NULL;
-  ck_assert_msg(us_draft_shape_print(a, &a_json, &err) == US_OK, "%s", err.message);
-  ck_assert_msg(us_draft_shape_print(b, &b_json, &err) == US_OK, "%s", err.message);
-  ck_assert_str_eq(a_json, b_json);
-  free(a_json);
-  free(b_json);
-}
-
 START_TEST(a_head_comes_back_bit_for_bit_from_file_and_folder) {
   struct small m = open_small(16, 1, US_ROUND_BF16);
   struct us_draft *own = with_head(m.draft, m.model, formats[_i]), *back;
@@ -137,7 +127,7 @@ START_TEST(a_head_comes_back_bit_for_bit_from_file_and_folder) {
     ck_assert_msg(us_draft_open(path, &back, &err) == US_OK, "%s", err.message);
     ck_assert_int_eq(us_draft_check(back, &err), US_OK);
     ck_assert_int_eq(us_draft_check_target(back, m.model, &err), US_OK);
-    assert_same_shape(&back->shape, &own->shape);
+    assert_same_draft_shape(&back->shape, &own->shape);
     ck_assert_int_eq(back->head.format, formats[_i]);
     ck_assert_mem_eq(back->head.data, own->head.data, us_matrix_data_bytes(formats[_i], N, D));
     size_t scales = us_matrix_scale_bytes(formats[_i], N, D, 0);

@@ -4,6 +4,7 @@
  */
 #include "model/shape.h"
 #include "model/shape_share.h"
+#include "same_shape.h"
 #include "suite.h"
 
 #include <jansson.h>
@@ -26,7 +27,7 @@ START_TEST(printing_a_shape_and_parsing_it_gives_it_back) {
   char *json = NULL;
   ck_assert_msg(us_shape_print(&shape, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_shape_parse(json, strlen(json), "config.json", &back, &err) == US_OK, "%s", err.message);
-  ck_assert_mem_eq(&shape, &back, sizeof shape);
+  assert_same_shape(&shape, &back);
   free(json);
 }
 END_TEST
@@ -87,7 +88,7 @@ START_TEST(a_share_that_cannot_be_cut_names_the_field_and_changes_nothing) {
   ck_assert_int_eq(us_shape_share(&s, 16, &err), US_ERR_INPUT);
   ck_assert_str_eq(err.message, "num_key_value_heads: 8 cannot be cut into 16 equal parts");
   ck_assert_int_eq(us_shape_share(&s, 0, &err), US_ERR_USAGE);
-  ck_assert_mem_eq(&s, &whole, sizeof s);
+  assert_same_shape(&s, &whole);
   s.expert_inner = 8 * 24; /* cut into 8 it is whole, but no multiple of 32 */
   err = (struct us_err){0};
   ck_assert_int_eq(us_shape_share(&s, 8, &err), US_ERR_INPUT);
@@ -97,7 +98,7 @@ START_TEST(a_share_that_cannot_be_cut_names_the_field_and_changes_nothing) {
   err = (struct us_err){0};
   ck_assert_int_eq(us_draft_shape_share(&d, &whole, 3, &err), US_ERR_INPUT);
   ck_assert_ptr_nonnull(strstr(err.message, "num_key_value_heads"));
-  ck_assert_mem_eq(&d, &draft, sizeof d);
+  assert_same_draft_shape(&d, &draft);
 }
 END_TEST
 
@@ -274,7 +275,7 @@ START_TEST(unknown_keys_are_ignored) {
   char *json = edited("tiny", "attention_chunk_size", "128");
   struct us_shape shape, plain = load("tiny");
   ck_assert_int_eq(us_shape_parse(json, strlen(json), "config.json", &shape, NULL), US_OK);
-  ck_assert_mem_eq(&shape, &plain, sizeof shape);
+  assert_same_shape(&shape, &plain);
   free(json);
 }
 END_TEST
@@ -315,7 +316,7 @@ START_TEST(a_precision_that_published_keys_cannot_say_survives) {
   struct us_err err = {0};
   ck_assert_msg(us_shape_print(&shape, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
-  ck_assert_mem_eq(&shape, &back, sizeof shape);
+  assert_same_shape(&shape, &back);
   free(json);
 }
 END_TEST
@@ -382,13 +383,13 @@ START_TEST(a_drafter_survives_printing) {
   struct us_err err = {0};
   ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
-  ck_assert_mem_eq(&d, &back, sizeof d);
+  assert_same_draft_shape(&d, &back);
   ck_assert(strstr(json, "markov") == NULL && strstr(json, "own_head") == NULL);
   free(json);
   d.markov = 64, d.head = US_FORMAT_MXFP4;
   ck_assert_msg(us_draft_shape_print(&d, &json, &err) == US_OK, "%s", err.message);
   ck_assert_msg(us_draft_shape_parse(json, strlen(json), "c", &back, &err) == US_OK, "%s", err.message);
-  ck_assert_mem_eq(&d, &back, sizeof d);
+  assert_same_draft_shape(&d, &back);
   free(json);
   d.markov = 48;
   ck_assert_int_eq(us_draft_shape_check(&d, NULL, &err), US_ERR_INPUT);
