@@ -3,7 +3,8 @@
 #
 # Parts: all tests; unit and command-line tests under AddressSanitizer and UndefinedBehaviorSanitizer; unit tests under
 # ThreadSanitizer; every fuzz target for 30 seconds (US_FUZZ_SECONDS). --quick runs only the first part.
-# Builds in build/, build-asan/, build-tsan/ and build-fuzz/. The last line is "N passed, N failed"; exit 0 if none failed.
+# Builds in build/, build-asan/, build-tsan/ and build-fuzz/. Ends with what failed, the end of its output below its name;
+# the last line is "N passed, N failed"; exit 0 if none failed.
 set -u
 US_ROOT=$(cd "$(dirname "$0")/.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
@@ -14,7 +15,7 @@ while [ $# -gt 0 ]; do
   --quick) quick=yes ;;
   --no-install) install=no ;;
   --cuda) cuda=${2:?--cuda needs auto, enabled or disabled} && shift ;;
-  -h | --help) sed -n '2,6s/^# //p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,7s/^# //p' "$0" && exit 0 ;;
   *) us_say "run.sh: unknown option '$1'; see --help" && exit 2 ;;
   esac
   shift
@@ -31,7 +32,11 @@ spent() {
   times >&2
 }
 
+failures=$(mktemp) || exit 1
+trap 'rm -f "$failures"' EXIT
+
 finish() {
+  cat "$failures" >&2
   echo "$passed passed, $failed failed"
   [ "$failed" -eq 0 ]
   exit
@@ -45,7 +50,7 @@ run_tests() {
   meson test -C "$folder" --no-rebuild --print-errorlogs "$@" >&2
   log=$folder/meson-logs/testlog.json
   if [ ! -s "$log" ]; then
-    us_say "no test ran in $folder"
+    echo "no test ran in $folder" >>"$failures"
     count 0 1
     return
   fi
@@ -54,6 +59,7 @@ run_tests() {
   all=$(grep -c '"result": ' "$log")
   [ "$skipped" -eq 0 ] || us_say "$skipped skipped"
   count "$ok" $((all - ok - skipped))
+  "$US_ROOT/tests/failures.py" "$log" >>"$failures"
 }
 
 # part NAME FOLDER OPTION...: build; a build that fails counts as one failure and ends the part.
@@ -62,7 +68,7 @@ part() {
   folder=$2
   shift 2
   us_build "$folder" "$@" && return 0
-  us_say "the build in $folder failed"
+  echo "the build in $folder failed" >>"$failures"
   count 0 1
   return 1
 }
@@ -84,7 +90,7 @@ fuzz() {
 if [ "$install" = yes ]; then
   # shellcheck disable=SC2086 # lists of words
   if ! us_install_packages $US_BUILD_PACKAGES $US_TEST_PACKAGES; then
-    us_say "packages are missing"
+    echo "packages are missing" >>"$failures"
     count 0 1
     finish
   fi
