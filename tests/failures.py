@@ -19,7 +19,7 @@ def main():
         if test["result"] in GOOD:
             continue
         print(f"{test['result']} after {test['duration']:.1f} s, status {test['returncode']}: {test['name']}")
-        printed = (test.get("stdout") or "") + (test.get("stderr") or "")
+        printed = "\n".join(test.get(name) or "" for name in ("stdout", "stderr"))
         for line in printed.splitlines()[-LINES:]:
             print("  " + line)
 
