@@ -1,7 +1,7 @@
 /* us_serve_bench.h: us-serve --bench: the speed of decoding on GPUs, over batches and contexts.
  *
  *     static const struct us_opt opts[] = {..., US_SERVE_BENCH_OPTIONS, US_OPT_END};
- *     us_serve_bench_plan(run->opts, &plan, &err);      // before the executor: it must have room for plan.sequences, .positions
+ *     us_serve_bench_plan(run->opts, accept, accept_count, &plan, &err);    // before the executor: what it must have room for
  *     us_serve_bench(run, &plan, ex, &err);
  *
  * A table on a terminal, else a JSON line a combination of batch and context.

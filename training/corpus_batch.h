@@ -1,7 +1,7 @@
 /* corpus_batch.h: work on many documents at a time, one thread each, results in the order they were read.
  *
  *     struct us_corpus_batch batch;
- *     us_corpus_batch_init(&batch, pool, work, done, &state);
+ *     us_corpus_batch_init(&batch, pool, NULL, work, done, &state);
  *     us_corpus_read("text/", &options, us_corpus_batch_take, &batch, &err);
  *     us_corpus_batch_flush(&batch, &err);                        // what is still waiting
  *     us_corpus_batch_release(&batch);

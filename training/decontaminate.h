@@ -3,7 +3,7 @@
  *     struct us_decontaminator *filter;
  *     us_decontaminator_create(&filter, &err);
  *     us_decontaminator_add(filter, prompt, bytes, &err);
- *     us_decontaminator_check(filter, document, bytes, &overlaps, &err);     // overlaps: leave the document out
+ *     us_decontaminator_check(filter, document, bytes, &overlaps, NULL, &err);     // overlaps: leave the document out
  *     us_decontaminator_free(filter);
  *
  * Words are maximal runs of letters, marks and digits (Unicode L, M, N) of the text after NFC and simple lower-casing;

@@ -2,9 +2,9 @@
  *
  *     struct us_model_train *train;
  *     us_model_train_create(&shape, &params, &seq, R, US_TRAIN_SAVE, &train, &err);
- *     us_model_train_forward(train, &(struct us_batch){.R = R, .token = t, .position = p, .document = d}, NULL);
+ *     us_model_train_forward(train, &(struct us_batch){.R = R, .token = t, .position = p, .document = d}, NULL, &err);
  *     us_head_loss(&seq, &loss);                        // loss.x = train->hidden, loss.dx = train->dhidden
- *     us_model_train_backward(train);                   // adds to the gradients in params
+ *     us_model_train_backward(train, &err);             // adds to the gradients in params
  *
  * Operations and rounding points are those of the reference executor, by sequence instead of by row. Memory: about
  * (5 D + qkv + H V + K (D + 3 F)) floats a row and layer with US_TRAIN_SAVE, one layer's worth plus D a row and layer with

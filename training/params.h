@@ -1,7 +1,7 @@
 /* params.h: what is trained: FP32 masters, their gradients, the weights as multiplied, and how each is treated.
  *
  *     struct us_params params;
- *     us_params_init_fresh(&params, &shape, seed, &err);       // or us_params_init_model(&params, model, &err)
+ *     us_params_init_fresh(&params, &shape, seed, 0.02f, &err);   // or us_params_init_model(&params, model, &err)
  *     us_params_refresh(&params, pool, US_SEQ_ROUND_BF16, &err);   // compute = bf16 or fake-quantised masters
  *     ... forward and backward: read .compute, add to .grad; an optimizer step updates .value ...
  *     us_params_export(&params, model, &err);                   // encode the masters into a us_model's tensors

@@ -3,7 +3,7 @@
  *     struct us_ranks ranks;
  *     us_ranks_discover(getenv_of, NULL, &ranks, &err);        // getenv_of(arg, name): getenv, or a test's table
  *     if (ranks.processes > 1) us_rendezvous_open(&ranks, 120.0, &rendezvous, &err);
- *     int gpu = us_ranks_first_gpu(&ranks, visible, gpus);     // of this process
+ *     us_ranks_first_gpu(&ranks, visible, gpus, &first, &err); // of this process
  *
  * In this order: RANK, WORLD_SIZE, LOCAL_RANK (torchrun and hand-written scripts); OMPI_COMM_WORLD_* (mpirun); PMI_RANK, PMI_SIZE
  * (MPICH, Intel MPI); SLURM_PROCID, SLURM_STEP_NUM_TASKS (srun; a batch script alone has no step). None: one process.

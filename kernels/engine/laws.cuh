@@ -1,7 +1,7 @@
 /* laws.cuh: what rules REJECT and BLOCK and log-probabilities need to know of a round's rows: decode/round.c's sums over the
  * vocabulary, by all blocks of all ranks, before ACCEPT decides.
  *
- *     if (us_engine_has_laws(b)) us_engine_weigh(b, &op->accept);      // all compute threads of all blocks, in ACCEPT
+ *     if (asked) us_engine_weigh(b, &op->accept, asked);               // all compute threads of all blocks, in ACCEPT
  *     laws = us_engine_laws();                                         // block 0: masses, thresholds, what each slot would emit
  *
  * Two times through the rows. First the masses of p (the target's law after temperature and filters) and q (the drafter's), and what

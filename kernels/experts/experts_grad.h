@@ -2,7 +2,7 @@
  *
  *     us_experts_sort(&ex, id, plan);                       // rows of each expert, ascending
  *     us_experts_seq(&seq, &ex, &plan, x, weight, &act, y);
- *     us_experts_grad(&seq, &ex, &plan, x, weight, &act, dy, dx, dweight, grads);
+ *     us_experts_grad(&seq, &ex, &plan, weight, &act, dy, dx, dweight, grads);
  *
  * Slot s of the plan is one (row, expert) pair; slots of an expert are contiguous and ascend by row. A row's experts add
  * in ascending id, so the sum does not depend on its neighbours. Gate and up lie behind each other: (2F, D).

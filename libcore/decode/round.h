@@ -1,8 +1,8 @@
 /* round.h: the decisions of one speculative round, on logits: what to propose, what to commit. No executor here.
  *
- *     us_round_propose(&round, &sequence, draft_logits);          // proposals from the drafter's rows or a replay
+ *     us_round_propose(&rules, &sequence, draft_logits, &round);          // proposals from the drafter's rows or a replay
  *     ... one target pass over anchor and proposals ...
- *     us_round_verify(&round, &sequence, logits, scratch, &err);  // round.committed tokens, round.accepted of them drafts
+ *     us_round_verify(&rules, &sequence, logits, scratch, &round, &err);  // round.committed tokens, round.accepted of them drafts
  */
 #ifndef US_DECODE_ROUND_H
 #define US_DECODE_ROUND_H

@@ -2,7 +2,7 @@
  *
  *     struct us_serve serve = {.tokenizer = tokenizer, .sampling = {.temperature = 0.7f}, .seed = 1, .max_tokens = 256,
  *                              .generate = {.block = 8, .batch = 4}, .on_entry = write_line, .arg = stdout};
- *     if (us_serve_run(&serve, ex, prompts, &stats, &err) != US_OK) return err.status;
+ *     if (us_serve_run(&serve, ex, prompts, n, &stats, &err) != US_OK) return err.status;
  *
  * A raw prompt is encoded as it is; a chat goes through the model's template (formats/chat.h). The user turns of a
  * prompt are answered in order, each seeing the answers before it (of several samples, the best); answers to the same

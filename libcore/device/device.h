@@ -4,7 +4,7 @@
  *     us_devices_open(0, 4, 4, &devices, &err);               // GPUs 0..3, one rank each; peer access is on
  *     us_devices_use(devices, gpu);                           // make it current before CUDA calls
  *     ... launch on devices->stream[gpu] of every GPU ...
- *     us_devices_sync(devices, ops, &err);                    // US_ERR_DEVICE: says where the engine waits
+ *     us_devices_sync(devices, ops, op_count, &err);          // US_ERR_DEVICE: says where the engine waits
  *     us_devices_close(devices);
  *
  * One host thread drives all GPUs. Several ranks may share a GPU (tests): rank r lives on GPU r / (ranks / gpus).

@@ -3,7 +3,7 @@
  *     us_device_group_create(devices, weights, &(struct us_device_schedule_options){.batch = 1, .block = 8}, &group, &err);
  *     us_device_group_caches(group, target_pool, draft_pool);
  *     group->state.target[0] = (struct us_engine_row){...};
- *     us_device_group_upload(group, tables, draft_tables, &err);            // the state of every rank
+ *     us_device_group_upload(group, &tables, &err);                         // the state of every rank
  *     us_device_group_run(group, US_DEVICE_ENGINE, first, last, &err);      // operations [first, last), once
  *     us_devices_sync(devices, group->schedule[0]->ops, group->schedule[0]->op_count, &err);
  *     us_device_group_free(group);

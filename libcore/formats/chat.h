@@ -2,10 +2,9 @@
  *
  *     struct us_message messages[] = {{.role = "user", .content = "hello"}};
  *     struct us_buffer text = {0};
- *     us_chat_format(messages, 1, &(struct us_chat_options){.generate = true, .thinking = true}, &text,
- * &err);
- *     // <|im_start|>system\nYou are MiMo,
- * ...<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n
+ *     struct us_chat_options options = {.generate = true, .thinking = true};
+ *     us_chat_format(messages, 1, &options, &text, &err);
+ *     // <|im_start|>system\nYou are MiMo, ...<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n
  *
  * A turn is `<|im_start|>ROLE\nCONTENT<|im_end|>`, nothing between turns. The system turn is always first; if
  * the messages have none, US_CHAT_SYSTEM stands there. Every assistant turn begins with `<think>...</think>`:

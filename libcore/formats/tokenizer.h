@@ -5,7 +5,7 @@
  *     struct us_ids ids = {0};
  *     us_tokenizer_encode(tokenizer, text, strlen(text), true, &ids, &err);
  *     struct us_token_stream stream = {0};                            // text as it is generated
- *     for (size_t i = 0; i < ids.count; i++) us_tokenizer_stream(tokenizer, &stream, ids.ids[i], &out, &err);
+ *     for (size_t i = 0; i < ids.count; i++) us_tokenizer_stream(tokenizer, &stream, ids.ids[i], true, &out, &err);
  *     us_tokenizer_stream_end(&stream, &out, &err);
  *     us_ids_release(&ids); us_tokenizer_free(tokenizer);
  *

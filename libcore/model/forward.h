@@ -2,7 +2,7 @@
  *
  *     struct us_forward f = {.pool = pool, .isa = us_isa_resolve(US_ISA_BEST), .round_bf16 = true};
  *     float *h = us_forward_need(&f, US_WORK_H, R * D, &status, &err);
- *     us_forward_norm(&f, h, weight, R, D, eps, packed);        // norm, rounded, packed for us_forward_linear
+ *     us_forward_norm(&f, h, weight, R, D, eps, NULL, packed);  // norm, rounded, packed for us_forward_linear
  *     us_forward_linear(&f, &layer->o_proj, packed, R, y, D);
  *     us_forward_release(&f);
  *

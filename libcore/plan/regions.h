@@ -1,6 +1,6 @@
 /* regions.h: which parts of which buffers a task reads and writes: what a race is defined on.
  *
- *     struct us_access accesses[US_TASK_ACCESSES_MAX(program)];
+ *     struct us_access *accesses = calloc(us_task_accesses_max(program), sizeof *accesses);
  *     size_t n = us_task_accesses(program, task, accesses);
  */
 #ifndef US_PLAN_REGIONS_H

@@ -1,6 +1,6 @@
 /* runner.h: run a tile program on the thread pool. Internal to plan/.
  *
- *     us_runner_run(&runner, program, pool, run_tile, &pass);     // run_tile(&pass, task, worker)
+ *     us_runner_run(&runner, program, pool, run_tile, &pass, &err);     // run_tile(&pass, task, worker)
  *
  * Workers claim tasks in list order, wait until the task's events are complete, run it and signal. The checker's
  * deadlock proof is about exactly this rule.

@@ -2,8 +2,8 @@
  *
  *     struct us_cuda_group *group;
  *     us_cuda_group_create(cuda, lanes, rank, ranks, rendezvous, &group, &err);   // every process; rank: of lane 0
- *     us_cuda_group_reduce(group, owned, grad);                // queued: owned[r] of all gradients, summed, to rank r
- *     us_cuda_group_share(group, owned, own, value);           // queued: owned[r] from rank r to all
+ *     us_cuda_group_reduce(group, owned, grad, &err);          // queued: owned[r] of all gradients, summed, to rank r
+ *     us_cuda_group_share(group, owned, own, value, &err);     // queued: owned[r] from rank r to all
  *     us_cuda_group_sum(group, values, 2, &err);               // a few doubles over all processes; waits
  *     us_cuda_group_wait(group, &err);                         // as a stream synchronisation, but ends when a process is gone
  *     us_cuda_group_free(group);
