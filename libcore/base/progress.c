@@ -75,6 +75,7 @@ static void draw(struct us_progress *progress, double elapsed) {
     fprintf(progress->out, "%s\n", line);
   fflush(progress->out);
   progress->drawn = true;
+  progress->drawn_done = progress->done;
 }
 
 void us_progress_set(struct us_progress *progress, uint64_t done) {
@@ -99,7 +100,8 @@ void us_progress_note(struct us_progress *progress, const char *format, ...) {
 
 void us_progress_end(struct us_progress *progress) {
   if (!progress->out || !progress->drawn) return;
-  draw(progress, progress->now(progress->now_arg) - progress->started);
+  if (progress->terminal || progress->done != progress->drawn_done)
+    draw(progress, progress->now(progress->now_arg) - progress->started);
   if (progress->terminal) fputc('\n', progress->out);
   fflush(progress->out);
   progress->out = NULL;

@@ -20,7 +20,7 @@
 struct us_progress {
   FILE *out; /* NULL: silent */
   const char *label, *unit;
-  uint64_t total, done; /* total 0: not known */
+  uint64_t total, done, drawn_done; /* total 0: not known */
   double started, shown;
   bool terminal, drawn;
   char note[64];

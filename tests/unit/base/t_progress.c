@@ -78,6 +78,32 @@ START_TEST(a_file_gets_a_plain_line_every_thirty_seconds) {
 }
 END_TEST
 
+START_TEST(a_file_gets_its_last_line_once) {
+  struct us_progress progress;
+  char *text;
+  size_t size;
+  double clock;
+  FILE *out = start(&progress, &text, &size, false, &clock);
+  clock = 40;
+  us_progress_set(&progress, 4000000);
+  clock = 50;
+  us_progress_set(&progress, 8000000); /* too soon to draw */
+  us_progress_end(&progress);
+  fclose(out);
+  ck_assert_str_eq(text, "training: 4.0M/8.0M tokens 50 %, 100.0K/s, 0:40 left\n"
+                         "training: 8.0M/8.0M tokens 100 %, 160.0K/s\n");
+  free(text);
+  out = start(&progress, &text, &size, false, &clock);
+  clock = 40;
+  us_progress_set(&progress, 8000000);
+  clock = 41;
+  us_progress_end(&progress);
+  fclose(out);
+  ck_assert_str_eq(text, "training: 8.0M/8.0M tokens 100 %, 200.0K/s\n");
+  free(text);
+}
+END_TEST
+
 START_TEST(quiet_is_silent) {
   struct us_progress progress;
   us_progress_start(&progress, NULL, "x", "y", 0);
@@ -126,6 +152,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, short_work_is_silent);
   tcase_add_test(c, a_terminal_line_has_share_rate_and_time_left);
   tcase_add_test(c, a_file_gets_a_plain_line_every_thirty_seconds);
+  tcase_add_test(c, a_file_gets_its_last_line_once);
   tcase_add_test(c, quiet_is_silent);
   tcase_add_test(c, an_unknown_total_shows_count_and_rate);
   tcase_add_test(c, a_log_writes_what_its_level_shows_and_cleans_it);
