@@ -55,6 +55,10 @@ enum us_status us_json_parse(const char *text, size_t size, const char *name, js
     json_decref(root);
     return us_err_memory(err, name, size);
   }
+  const char *end = size ? memchr(text, '\n', size) : NULL;
+  if (!root && size &&
+      (!end || end + 1 == text + size)) /* one line, often of many: its number is in the name */
+    return us_err_set(err, US_ERR_INPUT, "%s: column %d: %s", name, why.column, why.text);
   if (!root)
     return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why.line, why.column, why.text);
   *ret_root = root;
