@@ -1,6 +1,8 @@
 /* us_model.c: what a model is made of, what a decode round costs, and whether a checkpoint is sound. */
 #include "tool.h"
 
+#include "base/opt_value.h"
+#include "base/record.h"
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "model/count.h"
@@ -16,9 +18,11 @@
 
 static const struct us_opt opts[] = {
     US_OPT_ARG("command", "info|roofline|plan|check", "what to do", .required = true),
-    US_OPT_ARG("model", "SHAPE|MODEL",
-               "a shape's name (mimo-v2.5-pro), a config.json, a Hugging Face folder or an .h5 file",
-               .required = true),
+    US_OPT_ARG(
+        "model", "SHAPE|MODEL",
+        "a shape's name (mimo-v2.5-pro), a config.json, a Hugging Face folder or an .h5 file; - reads a "
+        "model's record from stdin",
+        .required = true),
     US_OPT_GROUP("Decode rounds"),
     US_OPT_INT("rows", 'r', "R", "token rows of a round; may be repeated (1, 8 and 32)", .min = 1,
                .max = 4096, .repeat = true),
@@ -29,8 +33,7 @@ static const struct us_opt opts[] = {
                .above_min = true),
     US_OPT_FILE("draft", 'd', "FILE",
                 "drafter whose bytes are added to a round: a shape or config.json, a folder or an .h5 file; "
-                "info counts "
-                "the latter two"),
+                "info counts the latter two; - reads its record from stdin"),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
     US_OPT_COMMON_TALK,
@@ -90,11 +93,8 @@ static bool is_folder(const char *path) {
 }
 
 /* --draft: a checkpoint's formats are its tensors', a config's what its target's shape says. */
-static enum us_status load_draft(struct us_tool_run *run, struct subject *s, struct us_err *err) {
-  const char *path = us_opt_str(run->opts, "draft");
+static enum us_status open_draft(struct subject *s, const char *path, struct us_err *err) {
   struct us_draft *draft = NULL;
-  if (!path) return US_OK;
-  s->drafts = true;
   if (!ends_with(path, ".h5") && !is_folder(path)) return us_draft_shape_load(path, &s->draft, err);
   enum us_status status = us_draft_open(path, &draft, err);
   if (status == US_OK) status = us_draft_count(draft, &s->draft_count, err);
@@ -109,19 +109,31 @@ static enum us_status load_draft(struct us_tool_run *run, struct subject *s, str
   return status;
 }
 
+static enum us_status load_draft(struct us_tool_run *run, struct subject *s, struct us_err *err) {
+  struct us_record record = {0};
+  if (!us_opt_given(run->opts, "draft")) return US_OK;
+  s->drafts = true;
+  enum us_status status = us_record_resolve(us_opt_str(run->opts, "draft"), stdin, "draft", &record, err);
+  if (status == US_OK) status = open_draft(s, record.path, err);
+  us_record_release(&record);
+  return status;
+}
+
 /* Value i of a repeated integer option, or of the defaults. */
 static uint32_t number_at(struct us_opts *options, const char *name, const char *const *defaults, size_t i) {
-  const char *text = us_opt_count(options, name) ? us_opt_nth(options, name, i) : defaults[i];
-  return (uint32_t)strtoul(text, NULL, 0);
+  int64_t value = 0; /* the option's table has checked it */
+  (void)us_opt_value_int(us_opt_count(options, name) ? us_opt_nth(options, name, i) : defaults[i], &value);
+  return (uint32_t)value;
 }
 
 static size_t numbers(struct us_opts *options, const char *name, size_t defaults) {
   return us_opt_count(options, name) ? us_opt_count(options, name) : defaults;
 }
 
-/* Three decimals: the inputs are no better. */
+/* Three decimals: the inputs are no better; of what is small three digits. */
 static double thousandths(double value) {
-  return round(value * 1e3) / 1e3;
+  double scale = value > 0 && value < 0.1 ? pow(10, 2 - floor(log10(value))) : 1e3;
+  return round(value * scale) / scale;
 }
 
 static void print_round(struct us_table *table, const struct us_roofline *r, uint32_t gpus,
@@ -220,18 +232,28 @@ static enum us_status check(struct us_tool_run *run, const char *path, struct us
   return status;
 }
 
-static enum us_status run_command(struct us_tool_run *run, struct us_err *err) {
-  const char *command = us_opt_str(run->opts, "command"), *path = us_opt_str(run->opts, "model");
+static enum us_status run_command(struct us_tool_run *run, const char *path, struct us_err *err) {
+  const char *command = us_opt_str(run->opts, "command");
   struct subject s = {0};
   if (!strcmp(command, "info")) return info(run, path, err);
   if (!strcmp(command, "check")) return check(run, path, err);
   bool roofline = !strcmp(command, "roofline"), plan = !strcmp(command, "plan");
   if (!roofline && !plan)
     return us_err_set(err, US_ERR_USAGE, "'%s' is not a command: info, roofline, plan or check", command);
+  if (plan && us_opt_count(run->opts, "rows") > 1)
+    return us_err_set(err, US_ERR_USAGE, "plan takes one --rows");
   enum us_status status = us_shape_load(path, &s.shape, err);
   if (status == US_OK && roofline) status = load_draft(run, &s, err);
   if (status != US_OK) return status;
   return roofline ? print_rounds(run, &s, err) : print_plan(run, &s.shape, err);
+}
+
+static enum us_status run_tool(struct us_tool_run *run, struct us_err *err) {
+  struct us_record record = {0};
+  enum us_status status = us_record_resolve(us_opt_str(run->opts, "model"), stdin, "model", &record, err);
+  if (status == US_OK) status = run_command(run, record.path, err);
+  us_record_release(&record);
+  return status;
 }
 
 static const struct us_tool tool = {
@@ -253,7 +275,7 @@ static const struct us_tool tool = {
                 "# what do a drafter and its head read, of what the model reads a token?\n"
                 "us-model info q.h5 --draft d.h5\n",
     .opts = opts,
-    .run = run_command};
+    .run = run_tool};
 
 int main(int argc, char **argv) {
   return us_tool_main(&tool, argc, argv);
