@@ -54,10 +54,11 @@ static enum us_status decode(struct us_tool_run *run, const struct us_tokenizer 
   enum us_status status = US_OK;
   for (const char *p = input->size ? input->data : ""; status == US_OK;) {
     while (isspace((unsigned char)*p)) p++;
-    if (*p == '\0') break;
+    if (p == input->data + input->size || input->size == 0) break;
     char *end;
     long value = strtol(p, &end, 10);
-    if (end == p || (*end && !isspace((unsigned char)*end)) || value < 0 || value > INT32_MAX) {
+    if (end == p || (end < input->data + input->size && !isspace((unsigned char)*end)) || value < 0 ||
+        value > INT32_MAX) {
       status = us_err_set(err, US_ERR_INPUT, "%s: byte %td: not a token id", us_opt_str(run->opts, "input"),
                           p - input->data);
       break;
