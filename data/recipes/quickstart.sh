@@ -11,12 +11,13 @@
 #   --threads N     CPU threads (0: all)
 #   --no-install    do not install packages
 #   --no-build      use the tools in build/ as they are
+#   --cuda WHAT     auto, enabled or disabled: whether device code is compiled too (auto: if nvcc is there)
 set -eu
 US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 
 text=$US_ROOT/data/sample/text prompts=$US_ROOT/data/prompts out=$US_ROOT/out/quickstart
-threads=0 install=yes build=yes
+threads=0 install=yes build=yes cuda=auto
 while [ $# -gt 0 ]; do
   case $1 in
   --text) text=${2:?--text needs a folder} && shift ;;
@@ -25,7 +26,8 @@ while [ $# -gt 0 ]; do
   --threads) threads=${2:?--threads needs a number} && shift ;;
   --no-install) install=no ;;
   --no-build) build=no ;;
-  -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  --cuda) cuda=${2:?--cuda needs auto, enabled or disabled} && shift ;;
+  -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;;
   *) us_say "quickstart.sh: unknown option '$1'; see --help" && exit 2 ;;
   esac
   shift
@@ -35,7 +37,12 @@ if [ "$install" = yes ]; then
   # shellcheck disable=SC2086 # a list of words
   us_install_packages $US_BUILD_PACKAGES
 fi
-if [ "$build" = yes ]; then us_build "$US_ROOT/build" -Dcuda=auto -Dtests=false; fi
+if [ "$build" = yes ]; then
+  if [ "$cuda" != disabled ] && us_find_nvcc; then
+    us_say "nvcc is here: device code is compiled too, for many minutes; '--cuda disabled' leaves it out"
+  fi
+  us_build "$US_ROOT/build" "-Dcuda=$cuda" -Dtests=false
+fi
 PATH="$US_ROOT/build/tools:$PATH"
 ULTRASPEED_DATA=$US_ROOT/data
 export PATH ULTRASPEED_DATA
