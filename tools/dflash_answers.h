@@ -29,7 +29,8 @@
   US_OPT_FLAG("ignore-end", 0, "answers go on after end-of-turn and end-of-text tokens"),                                      \
   US_OPT_NUM("answer-seconds", 0, "S", "with --generate: as many of the N as are answered in S seconds; 0: all", \
              .def = "0", .max = 1e6),                                                                          \
-  US_OPT_FILE("answers-out", 0, "RUN", "write the answers as JSON lines; without --output nothing is trained"), \
+  US_OPT_FILE("answers-out", 0, "RUN", "write the answers as JSON lines; without --output nothing is trained",  \
+              .writes = US_OPT_WRITES_FILE),                                                                    \
   US_OPT_FILE("answers", 0, "RUN", "train on answers that were recorded, instead of --generate"),              \
   US_OPT_NUM("text-share", 0, "SHARE", "with answers: sequences that are text nevertheless", .def = "0", .max = 1)
 /* clang-format on */

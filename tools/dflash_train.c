@@ -19,7 +19,8 @@
 
 static const struct us_opt opts[] = {
     US_OPT_FILE("target", 't', "FILE", "model to draft for; - reads its record from stdin", .required = true),
-    US_OPT_FILE("output", 'o', "FILE", "drafter to write: an .h5 file, or a folder in the published layout"),
+    US_OPT_FILE("output", 'o', "FILE", "drafter to write: an .h5 file, or a folder in the published layout",
+                .writes = US_OPT_WRITES_CHECKPOINT),
     US_OPT_GROUP("Text"),
     US_OPT_FILE("data", 0, "FILE", "token shards: text to train on, or prompts with --generate"),
     US_DFLASH_ANSWERS_OPTIONS,
@@ -75,8 +76,8 @@ static const struct us_opt opts[] = {
     US_OPT_INT("eval-every", 0, "N", "steps between evaluations on what is held out; 0: at the end alone",
                .def = "0"),
     US_OPT_INT("eval-sequences", 0, "N", "held-out sequences of an evaluation; 0: all", .def = "32"),
-    US_OPT_FILE("log", 0, "FILE.tsv", "write the log as TSV"),
-    US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact"),
+    US_OPT_FILE("log", 0, "FILE.tsv", "write the log as TSV", .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("run", 0, "FILE.h5", "write the log as an HDF5 run artefact", .writes = US_OPT_WRITES_FILE),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
     US_OPT_TRAIN_WHERE,

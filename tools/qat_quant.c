@@ -19,7 +19,8 @@
 static const struct us_opt opts[] = {
     US_OPT_ARG("model", "MODEL", "checkpoint: a folder or an .h5 file; - reads its record from stdin",
                .required = true),
-    US_OPT_FILE("output", 'o', "FILE", "model to write: an .h5 file, or a folder in the published layout"),
+    US_OPT_FILE("output", 'o', "FILE", "model to write: an .h5 file, or a folder in the published layout",
+                .writes = US_OPT_WRITES_CHECKPOINT),
     US_OPT_GROUP("Precision"),
     US_OPT_RULES("precision", 'p', "RULES", "module=format,...; the last match wins", .def = "experts=mxfp4"),
     US_OPT_ENUM("scale-rule", 0, "mse|floor|even|rceil|r7.25", "how MXFP4 scales are chosen", .def = "mse"),
@@ -64,10 +65,13 @@ static const struct us_opt opts[] = {
     US_OPT_INT("eval-windows", 0, "N", "held-out sequences to measure the result on; 0: all", .def = "64"),
     US_OPT_INT("eval-length", 0, "N", "tokens of each", .def = "512", .min = 2, .max = 131072),
     US_OPT_FLAG("no-eval", 0, "do not measure the result"),
-    US_OPT_FILE("report", 0, "FILE", "write what rounding did to each tensor: TSV, or an .h5 artefact"),
-    US_OPT_FILE("metrics", 0, "FILE", "write original, PTQ and QAT compared: TSV, or JSON lines (.jsonl)"),
-    US_OPT_FILE("log", 0, "FILE.tsv", "write the training log as TSV"),
-    US_OPT_FILE("run", 0, "FILE.h5", "write the training log as an HDF5 run artefact"),
+    US_OPT_FILE("report", 0, "FILE", "write what rounding did to each tensor: TSV, or an .h5 artefact",
+                .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("metrics", 0, "FILE", "write original, PTQ and QAT compared: TSV, or JSON lines (.jsonl)",
+                .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("log", 0, "FILE.tsv", "write the training log as TSV", .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("run", 0, "FILE.h5", "write the training log as an HDF5 run artefact",
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
     US_OPT_TRAIN_WHERE,
@@ -567,7 +571,7 @@ static const struct us_tool tool = {
         "# no finetuning, but roundings chosen by the inputs of 64 sequences\n"
         "qat-quant pico.h5 --data text.h5 -o gptq.h5 --gptq 64 --steps 0\n"
         "# what would rules do?\n"
-        "qat-quant pico.h5 --dry-run -p experts=mxfp4,attn.qkv=fp8,layers.0.experts=bf16",
+        "qat-quant pico.h5 --dry-run -p experts=mxfp4,attn.qkv=fp8,layers.1.experts=bf16",
     .opts = opts,
     .run = run_tool,
 };

@@ -11,6 +11,7 @@
 #include "plan/profile_files.h"
 #include "plan/tiles.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -28,10 +29,11 @@ static const struct us_opt opts[] = {
                .max = US_MAX_BLOCK),
     US_TILE_PROFILE_GPU_OPTIONS,
     US_OPT_GROUP("Files"),
-    US_OPT_FILE("output", 'o', "FILE.h5", "trace as an HDF5 artefact"),
-    US_OPT_FILE("tsv", 0, "FILE", "trace as TSV, one task a line"),
-    US_OPT_FILE("perfetto", 0, "FILE.json", "trace for ui.perfetto.dev"),
-    US_OPT_FILE("plot", 0, "FILE.png", "timeline of the last --window milliseconds, of GPUs of the middle"),
+    US_OPT_FILE("output", 'o', "FILE.h5", "trace as an HDF5 artefact", .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("tsv", 0, "FILE", "trace as TSV, one task a line", .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("perfetto", 0, "FILE.json", "trace for ui.perfetto.dev", .writes = US_OPT_WRITES_FILE),
+    US_OPT_FILE("plot", 0, "FILE.png", "timeline of the last --window milliseconds, of GPUs of the middle",
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_NUM("window", 0, "MS", "milliseconds that the picture shows, 0: all; default: 10, of GPUs 0.3"),
     US_OPT_GROUP("Common options"),
     US_OPT_INT("seed", 0, "N", "seed of everything random", .def = "1"),
@@ -79,6 +81,7 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   s->gpu = us_opt_device(o, "device") >= 0;
   enum us_status status = us_tile_profile_check(o, err);
+  if (status == US_OK) status = us_tool_check_outputs(s->run, err);
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK && !us_opt_given(o, "synthetic"))
     status = us_pair_open(us_opt_str(o, "model"), us_opt_str(o, "draft"), stdin, &s->pair, err);
@@ -113,6 +116,16 @@ static enum us_status generate(struct session *s, struct us_generate_stats *stat
   return status;
 }
 
+/* Clocks tell nanoseconds, and so sums of them; shares and rates have six digits. */
+static double nanoseconds(double milliseconds) {
+  return round(milliseconds * 1e6) / 1e6;
+}
+static double six_digits(double value) {
+  char text[32];
+  snprintf(text, sizeof text, "%.6g", value);
+  return strtod(text, NULL);
+}
+
 /* One line an operation, then the sums. */
 static enum us_status print_profile(struct session *s, const struct us_profile *p, double bandwidth,
                                     struct us_err *err) {
@@ -131,12 +144,12 @@ static enum us_status print_profile(struct session *s, const struct us_profile *
       us_table_text(table, us_program_kind_name(kind));
       us_table_text(table, us_task_op_name(op));
       us_table_int(table, (int64_t)row->tasks);
-      us_table_num(table, 1e3 * row->busy);
-      us_table_num(table, p->busy > 0 ? row->busy / p->busy : 0);
-      us_table_num(table, 1e3 * row->wait);
+      us_table_num(table, nanoseconds(1e3 * row->busy));
+      us_table_num(table, six_digits(p->busy > 0 ? row->busy / p->busy : 0));
+      us_table_num(table, nanoseconds(1e3 * row->wait));
       us_table_num(table, row->bytes);
-      us_table_num(table, rate / 1e9);
-      us_table_num(table, rate / bandwidth);
+      us_table_num(table, six_digits(rate / 1e9));
+      us_table_num(table, six_digits(rate / bandwidth));
     }
   return us_table_close(table, err);
 }
@@ -150,6 +163,7 @@ static enum us_status write_text(const struct us_trace *trace, const char *path,
   if (status != US_OK) return status;
   FILE *file = fdopen(dup(out.fd), "w");
   status = file ? write(trace, file, err) : us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
+  if (file && status != US_OK) us_err_prefix(err, "%s", path);
   if (file && fclose(file) != 0 && status == US_OK)
     status = us_err_errno(err, US_ERR_IO, "cannot write '%s'", path);
   if (status == US_OK) return us_atomic_commit(&out, err);

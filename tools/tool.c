@@ -1,13 +1,16 @@
 /* tool.c: what every tool's main does. */
 #include "tools/tool.h"
+#include "base/atomic.h"
 #include "base/optdoc.h"
 #include "base/record.h"
 #include "base/version.h"
+#include "model/checkpoint.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define EXIT_SIGPIPE 141 /* 128 + SIGPIPE: what the shell reports for a reader that left */
@@ -93,6 +96,32 @@ enum us_status us_tool_add_parent(struct us_provenance *provenance, const char *
   char hex[US_SHA256_HEX];
   enum us_status status = us_record_hash(path, hex, err);
   return status == US_OK ? us_provenance_add_parent(provenance, path, hex, kind, err) : status;
+}
+
+static enum us_status check_output(const struct us_opt *opt, const char *path, struct us_err *err) {
+  struct stat info;
+  if (strcmp(path, "-") == 0)
+    return us_err_set(err, US_ERR_USAGE, "--%s: '-' is no file: standard output takes records alone",
+                      opt->name);
+  if (opt->writes == US_OPT_WRITES_CHECKPOINT) return us_checkpoint_try(path, err);
+  if (stat(path, &info) == 0 && !S_ISREG(info.st_mode) && !S_ISDIR(info.st_mode))
+    return US_OK; /* /dev/stderr */
+  struct us_atomic out;
+  enum us_status status = us_atomic_open(path, &out, err);
+  if (status == US_OK) us_atomic_abandon(&out);
+  return status;
+}
+
+enum us_status us_tool_check_outputs(struct us_tool_run *run, struct us_err *err) {
+  enum us_status status = US_OK;
+  for (const struct us_opt *opt = run->table; opt->kind; opt++)
+    if (opt->kind == US_OPT_KIND_FLAG && strcmp(opt->name, "dry-run") == 0 &&
+        us_opt_flag(run->opts, opt->name))
+      return US_OK;
+  for (const struct us_opt *opt = run->table; opt->kind && status == US_OK; opt++)
+    if (opt->writes && us_opt_given(run->opts, opt->name))
+      status = check_output(opt, us_opt_str(run->opts, opt->name), err);
+  return status;
 }
 
 static enum us_status run_tool(const struct us_tool *tool, struct us_opts *opts, int argc, char *const *argv,

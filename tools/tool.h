@@ -56,6 +56,10 @@ US_CHECKED enum us_status us_tool_provenance(struct us_tool_run *run, uint64_t s
 US_CHECKED enum us_status us_tool_add_parent(struct us_provenance *provenance, const char *path,
                                              const char *kind, struct us_err *err);
 
+/* Whether each file that the command line wants written (.writes in the table) can be, before work that may take hours:
+ * US_ERR_IO names it. US_ERR_USAGE for `-`: standard output takes records. With --dry-run nothing is looked at. */
+US_CHECKED enum us_status us_tool_check_outputs(struct us_tool_run *run, struct us_err *err);
+
 /* True once SIGINT or SIGTERM arrived; long loops look at it between steps and end with US_INTERRUPTED. A second signal
  * ends the process at once. Can be passed to the library as its `interrupted` callback. */
 bool us_tool_interrupted(void);

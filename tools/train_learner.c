@@ -39,8 +39,13 @@ static enum us_status open_cuda(struct us_tool_run *run, int first, struct us_le
 enum us_status us_tool_open_learner(struct us_tool_run *run, struct us_pool *pool,
                                     struct us_learner **ret_learner, struct us_err *err) {
   int first = us_opt_device(run->opts, "device");
-  if (first >= 0) return open_cuda(run, first, ret_learner, err);
+  enum us_status status = US_OK;
+  if (first >= 0) {
+    status = open_cuda(run, first, ret_learner, err);
+    return status == US_OK && us_learner_leads(*ret_learner) ? us_tool_check_outputs(run, err) : status;
+  }
   if (has_option(run->table, "gpus") && us_opt_given(run->opts, "gpus"))
     return us_err_set(err, US_ERR_USAGE, "--gpus needs --device cuda");
-  return us_learner_create_cpu(pool, ret_learner, err);
+  status = us_tool_check_outputs(run, err);
+  return status == US_OK ? us_learner_create_cpu(pool, ret_learner, err) : status;
 }

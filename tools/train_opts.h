@@ -33,7 +33,8 @@
              .def = "0", .max = 1)
 
 #define US_OPT_TRAIN_PROGRESS                                                                                   \
-  US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed"),                        \
+  US_OPT_FILE("state", 0, "FILE", "keep the run in FILE.0 and FILE.1, to be resumed",                         \
+              .writes = US_OPT_WRITES_FILE),                                                                  \
   US_OPT_INT("save-every", 0, "N", "steps between saves of the state", .def = "100"),                          \
   US_OPT_FLAG("resume", 0, "continue the run in --state, if there is one"),                                    \
   US_OPT_INT("log-every", 0, "N", "steps between log lines", .def = "10", .min = 1)

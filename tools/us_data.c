@@ -18,7 +18,8 @@
 static const struct us_opt opts[] = {
     US_OPT_FILE("text", 't', "PATH", "file or folder of text, .jsonl or .json dialogues", .required = true,
                 .repeat = true),
-    US_OPT_FILE("output", 'o', "FILE", "token shards (.h5) or tokenizer.json to write"),
+    US_OPT_FILE("output", 'o', "FILE", "token shards (.h5) or tokenizer.json to write",
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_FILE("tokenizer", 0, "FILE", "tokenizer.json, a model that has one, or - for a record on stdin"),
     US_OPT_INT("train-vocab", 0, "N", "train a vocabulary of N tokens instead of making shards", .min = 266,
                .max = 1048576),
@@ -299,7 +300,8 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   struct us_opts *o = tool_run->opts;
   if (us_opt_str(o, "output") == NULL && !us_opt_flag(o, "dry-run"))
     return us_err_set(err, US_ERR_USAGE, "--output is required, or --dry-run");
-  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &job.pool, err);
+  enum us_status status = us_tool_check_outputs(tool_run, err);
+  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &job.pool, err);
   if (status == US_OK) status = open_filter(o, &job.filter, err);
   if (status == US_OK)
     status = us_opt_given(o, "train-vocab") ? make_vocabulary(&job, err) : make_shards(&job, err);

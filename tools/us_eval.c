@@ -28,7 +28,8 @@ static const struct us_opt opts[] = {
     US_OPT_GROUP("Held-out text"),
     US_OPT_INT("windows", 0, "N", "sequences; 0: all", .def = "0"),
     US_OPT_INT("length", 'l', "N", "tokens of each", .def = "512", .min = 2, .max = 131072),
-    US_OPT_FILE("write-top", 0, "FILE", "record the model's 64 likeliest tokens instead, for --top"),
+    US_OPT_FILE("write-top", 0, "FILE", "record the model's 64 likeliest tokens instead, for --top",
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_GROUP("Generation"),
     US_OPT_INT("max-tokens", 0, "N", "generated tokens a prompt", .def = "256", .min = 1, .max = 1 << 20),
     US_OPT_NUM("temperature", 't', "T", "0 is greedy", .def = "0", .max = 100),
@@ -47,7 +48,8 @@ static const struct us_opt opts[] = {
     US_OPT_INT("threads", 0, "N", "CPU threads; 0 uses every core", .def = "0", .max = 256),
     US_OPT_GROUP("Output"),
     US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),
-    US_OPT_FILE("plot", 0, "FILE.png", "draw acceptance by position, or the KL's distribution"),
+    US_OPT_FILE("plot", 0, "FILE.png", "draw acceptance by position, or the KL's distribution",
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_COMMON_TALK,
     US_OPT_END,
 };
@@ -385,6 +387,7 @@ static enum us_status choose(struct session *s, struct us_err *err) {
   if (us_opt_device(o, "device") >= 0 && prompts)
     return us_err_set(err, US_ERR_USAGE, "--device cuda needs --data, --top, or runs to replay");
   if (us_opt_flag(o, "task") && data) return us_err_set(err, US_ERR_USAGE, "--task excludes --data");
+  if (us_tool_check_outputs(s->run, err) != US_OK) return err->status;
   if (top) return eval_top(s, err);
   return runs ? eval_runs(s, err) : data ? eval_data(s, err) : eval_prompts(s, err);
 }

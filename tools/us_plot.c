@@ -11,8 +11,9 @@
 #define MAX_TABLE ((size_t)256 << 20)
 
 static const struct us_opt opts[] = {
-    US_OPT_ARG("tables", "TABLE...", "TSV files with a header", .required = true, .repeat = true),
-    US_OPT_FILE("output", 'o', "FILE.png", "picture to write", .required = true),
+    US_OPT_ARG("tables", "TABLE...", "TSV files with a header; - is stdin", .required = true, .repeat = true),
+    US_OPT_FILE("output", 'o', "FILE.png", "picture to write", .required = true,
+                .writes = US_OPT_WRITES_FILE),
     US_OPT_STR("x", 'x', "COLUMN", "what lies along the picture", .required = true),
     US_OPT_STR("y", 'y', "COLUMN", "what is drawn; may be repeated", .required = true, .repeat = true),
     US_OPT_STR("group", 'g', "COLUMN", "a series for each text in this column"),
@@ -72,6 +73,8 @@ static enum us_status read_table(struct table *table, const char *path, struct u
   enum us_status status = us_buffer_read_file(&table->text, path, MAX_TABLE, err);
   size_t lines = 1;
   for (size_t i = 0; i < table->text.size; i++) lines += table->text.data[i] == '\n';
+  if (status == US_OK && table->text.size && strlen(table->text.data) != table->text.size)
+    status = us_err_set(err, US_ERR_INPUT, "%s: byte %zu is NUL: no text", path, strlen(table->text.data));
   if (status == US_OK && !(table->line = calloc(lines, sizeof *table->line)))
     status = us_err_memory(err, "a table", lines * sizeof *table->line);
   for (char *p = table->text.data; status == US_OK && p && *p;) {
@@ -174,7 +177,8 @@ static enum us_status draw(struct picture *p, struct us_err *err) {
   char *text = NULL;
   enum us_status status = us_tool_provenance(p->run, 0, &provenance, err);
   for (size_t i = 0; i < p->table_count && status == US_OK; i++)
-    status = us_tool_add_parent(provenance, p->tables[i].path, "table", err);
+    if (strcmp(p->tables[i].path, "-") != 0)
+      status = us_tool_add_parent(provenance, p->tables[i].path, "table", err);
   if (status == US_OK && !(text = us_provenance_text(provenance, err))) status = err->status;
   if (status == US_OK) status = us_plot_xy(us_opt_str(o, "output"), &axes, p->series, p->count, text, err);
   us_provenance_free(provenance);
@@ -198,9 +202,9 @@ static void release(struct picture *p) {
 static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   struct us_opts *o = tool_run->opts;
   struct picture p = {.run = tool_run, .table_count = us_opt_count(o, "tables")};
-  enum us_status status = US_OK;
+  enum us_status status = us_tool_check_outputs(tool_run, err);
   p.tables = calloc(p.table_count, sizeof *p.tables);
-  if (!p.tables) status = us_err_memory(err, "tables", p.table_count * sizeof *p.tables);
+  if (status == US_OK && !p.tables) status = us_err_memory(err, "tables", p.table_count * sizeof *p.tables);
   for (size_t i = 0; i < p.table_count && status == US_OK; i++) {
     const char *path = us_opt_nth(o, "tables", i), *slash = strrchr(path, '/');
     p.tables[i].name = i < us_opt_count(o, "name") ? us_opt_nth(o, "name", i) : slash ? slash + 1 : path;

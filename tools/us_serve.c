@@ -359,7 +359,8 @@ static enum us_status serve(struct session *s, struct us_err *err) {
   if (status == US_OK) status = us_serve_bench_plan(o, s->accept, s->accept_count, &s->bench, err);
   if (status != US_OK) return status;
   if (us_opt_flag(o, "bench")) {
-    status = open_model(s, err);
+    status = us_tool_check_outputs(s->run, err);
+    if (status == US_OK) status = open_model(s, err);
     return status == US_OK ? us_serve_bench(s->run, &s->bench, s->ex, err) : status;
   }
   if (us_opt_given(o, "draft-from")) status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);

@@ -23,7 +23,8 @@
       US_OPT_FLAG("first-token", 0, "also run a prompt of each context and time its first token"),           \
       US_OPT_FILE("trace", 0, "FILE.tsv",                                                                    \
                   "serve a recorded load again: arrival_ms, prompt_tokens, output_tokens"),                  \
-      US_OPT_FILE("plot", 0, "FILE.png", "tokens a second over batches, a line a context")
+      US_OPT_FILE("plot", 0, "FILE.png", "tokens a second over batches, a line a context",                   \
+                  .writes = US_OPT_WRITES_FILE)
 
 struct us_serve_bench_plan {
   uint32_t batches[US_SERVE_BENCH_LIST], contexts[US_SERVE_BENCH_LIST];

@@ -39,6 +39,9 @@ enum us_opt_kind {
   US_OPT_KIND_GROUP,  /* a heading of the help page, no option */
 };
 
+/* What a FILE is to the tool: read, or written when the work is done. */
+enum us_opt_writes { US_OPT_READS = 0, US_OPT_WRITES_FILE, US_OPT_WRITES_CHECKPOINT };
+
 struct us_opt {
   enum us_opt_kind kind;
   const char *name;       /* long name, without dashes */
@@ -50,9 +53,11 @@ struct us_opt {
   bool above_min;         /* min itself is refused */
   bool required;
   bool repeat; /* every value is kept; a FLAG counts */
+  enum us_opt_writes writes;
 };
 
-/* Rows: the help text comes last, then any of .def, .min, .max, .above_min, .required, .repeat. */
+/* Rows: the help text comes last, then any of .def, .min, .max, .above_min, .required, .repeat,
+ * .writes. */
 #define US_OPT_FILE(name_, letter_, value_, ...)                                                             \
   { .kind = US_OPT_KIND_FILE, .name = name_, .letter = letter_, .value_name = value_, .help = __VA_ARGS__ }
 #define US_OPT_STR(name_, letter_, value_, ...)                                                              \
@@ -89,7 +94,7 @@ struct us_opt {
 #define US_OPT_COMMON_OUT                                                                                    \
   US_OPT_GROUP("Output"), US_OPT_FLAG("dry-run", 0, "say what would be done, do nothing"),                   \
       US_OPT_FLAG("json", 0, "records as JSON lines instead of TSV"),                                        \
-      US_OPT_FILE("plot", 0, "FILE.png", "draw the result")
+      US_OPT_FILE("plot", 0, "FILE.png", "draw the result", .writes = US_OPT_WRITES_FILE)
 #define US_OPT_COMMON_TALK                                                                                   \
   US_OPT_GROUP("Messages and settings"), US_OPT_FLAG("quiet", 'q', "no progress, only warnings and errors"), \
       US_OPT_FLAG("verbose", 'v', "say more; twice for debugging", .repeat = true),                          \

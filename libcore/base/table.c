@@ -53,6 +53,10 @@ void us_table_write_tsv_text(FILE *out, const char *value) {
 }
 
 void us_table_number(double value, char ret_text[32]) {
+  if (value == trunc(value) && fabs(value) < 0x1p53) { /* bytes are not 1.31e+06 */
+    snprintf(ret_text, 32, "%.0f", value);
+    return;
+  }
   for (int digits = 6; digits <= 17; digits++) {
     snprintf(ret_text, 32, "%.*g", digits, value);
     if (strtod(ret_text, NULL) == value) return;

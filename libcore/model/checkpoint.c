@@ -1,5 +1,6 @@
 /* checkpoint.c: opening and writing by path, and what the two file formats have in common. */
 #include "model/checkpoint.h"
+#include "base/atomic.h"
 #include "model/checkpoint_impl.h"
 #include "model/config.h"
 #include "model/precision.h"
@@ -49,6 +50,14 @@ enum us_status us_model_write(const char *path, struct us_model *model, const ch
                               struct us_err *err) {
   if (ends_in_h5(path)) return us_model_write_h5(path, model, opt_provenance_json, err);
   return us_model_write_folder(path, model, opt_provenance_json, US_SHARD_BYTES, err);
+}
+
+enum us_status us_checkpoint_try(const char *path, struct us_err *err) {
+  struct us_atomic out;
+  if (!ends_in_h5(path)) return us_checkpoint_try_folder(path, err);
+  enum us_status status = us_atomic_open(path, &out, err);
+  if (status == US_OK) us_atomic_abandon(&out);
+  return status;
 }
 
 enum us_status us_draft_write(const char *path, struct us_draft *draft, const char *opt_provenance_json,

@@ -32,6 +32,9 @@ US_CHECKED enum us_status us_model_write(const char *path, struct us_model *mode
 US_CHECKED enum us_status us_draft_write(const char *path, struct us_draft *draft,
                                          const char *opt_provenance_json, struct us_err *err);
 
+/* Whether a checkpoint could be written to `path` now; leaves nothing there. US_ERR_IO says why not. */
+US_CHECKED enum us_status us_checkpoint_try(const char *path, struct us_err *err);
+
 /* us_model_write to a folder with another shard size; 0: one file. */
 US_CHECKED enum us_status us_model_write_folder(const char *path, struct us_model *model,
                                                 const char *opt_provenance_json, uint64_t shard_bytes,

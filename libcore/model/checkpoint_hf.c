@@ -321,6 +321,13 @@ static enum us_status begin_folder(const char *path, char *ret_part, size_t size
   return US_OK;
 }
 
+enum us_status us_checkpoint_try_folder(const char *path, struct us_err *err) {
+  char part[PATH_MAX];
+  enum us_status status = begin_folder(path, part, sizeof part, err);
+  if (status == US_OK) rmdir(part);
+  return status;
+}
+
 /* Make the rename last: sync the folder that the folder is in. */
 static void sync_parent(const char *path) {
   char parent[PATH_MAX];

@@ -14,6 +14,7 @@
 #define US_PROVENANCE_FILE "provenance.json"
 #define US_MASK_FILE       "mask_embedding.pt"
 
+US_CHECKED enum us_status us_checkpoint_try_folder(const char *path, struct us_err *err);
 US_CHECKED enum us_status us_model_open_folder(const char *path, struct us_model **ret_model,
                                                struct us_err *err);
 US_CHECKED enum us_status us_model_open_h5(const char *path, struct us_model **ret_model, struct us_err *err);
