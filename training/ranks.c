@@ -84,19 +84,40 @@ void us_ranks_first_host(const char *list, char *host) {
   if (close) snprintf(host + n + digits, 60, "%.*s", (int)strcspn(close + 1, ","), close + 1);
 }
 
-/* A port that two jobs on one host do not share. */
-static uint16_t port_of(const struct environment *e) {
-  const char *job = e->get(e->arg, "SLURM_JOB_ID");
-  if (!job) job = e->get(e->arg, "PMIX_NAMESPACE");
+/* srun's own PMI server says rank and size, but not which process of its host one is, as Slurm's variables do. A mpiexec inside a
+ * Slurm job says other numbers than they, which count its proxies, or has local ones. */
+static bool pmi_is_sruns(const struct environment *e) {
+  static const char *const same[2][2] = {{"PMI_RANK", "SLURM_PROCID"}, {"PMI_SIZE", "SLURM_STEP_NUM_TASKS"}};
+  for (int i = 0; i < 2; i++) {
+    const char *pmi = e->get(e->arg, same[i][0]), *slurm = e->get(e->arg, same[i][1]);
+    if (!pmi || !slurm || strcmp(pmi, slurm) != 0) return false;
+  }
+  return !e->get(e->arg, "MPI_LOCALRANKID");
+}
+
+static uint32_t hash_of(const struct environment *e, const char *name, uint32_t hash, bool *found) {
+  const char *text = e->get(e->arg, name);
+  for (const char *c = text ? text : ""; *c; c++) hash = hash * 31 + (unsigned char)*c;
+  *found = *found || text;
+  return hash;
+}
+
+/* A port that two runs on one host do not share: two jobs, two steps of a job, two calls of mpirun in a job. The variables are those
+ * that are the same in all processes of a run: a batch script's mpirun has a step on every host but its own. */
+static uint16_t port_of(const struct environment *e, const char *launcher) {
+  bool found = false;
   uint32_t hash = 0;
-  for (const char *c = job ? job : ""; *c; c++) hash = hash * 31 + (unsigned char)*c;
-  return job ? (uint16_t)(20000 + hash % 10000) : DEFAULT_PORT;
+  if (strcmp(launcher, "mpirun") == 0) hash = hash_of(e, "PMIX_NAMESPACE", hash, &found);
+  if (!found) hash = hash_of(e, "SLURM_JOB_ID", hash, &found);
+  if (strcmp(launcher, "srun") == 0) hash = hash_of(e, "SLURM_STEP_ID", hash * 31 + '.', &found);
+  return found ? (uint16_t)(20000 + hash % 10000) : DEFAULT_PORT;
 }
 
 static enum us_status find_meeting(const struct environment *e, struct us_ranks *ranks, struct us_err *err) {
   const char *address = e->get(e->arg, "MASTER_ADDR"), *file = e->get(e->arg, "US_RENDEZVOUS");
-  const char *nodes = e->get(e->arg, "SLURM_STEP_NODELIST");
-  uint32_t port = port_of(e);
+  bool step = strcmp(ranks->launcher, "srun") == 0;
+  const char *nodes = e->get(e->arg, step ? "SLURM_STEP_NODELIST" : "SLURM_JOB_NODELIST");
+  uint32_t port = port_of(e, ranks->launcher);
   bool found = false;
   enum us_status status = number(e, "MASTER_PORT", 65534, &port, &found, err);
   if (status != US_OK) return status;
@@ -127,6 +148,7 @@ enum us_status us_ranks_discover(us_ranks_getenv get, void *arg, struct us_ranks
   bool found = false;
   *ret_ranks = (struct us_ranks){.processes = 1, .local_processes = 1};
   for (size_t i = 0; i < sizeof launchers / sizeof launchers[0] && !found; i++) {
+    if (strcmp(launchers[i].name, "mpiexec") == 0 && pmi_is_sruns(&e)) continue;
     enum us_status status = ask(&e, &launchers[i], ret_ranks, &found, err);
     if (status != US_OK) return status;
   }

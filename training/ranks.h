@@ -6,9 +6,10 @@
  *     us_ranks_first_gpu(&ranks, visible, gpus, &first, &err); // of this process
  *
  * In this order: RANK, WORLD_SIZE, LOCAL_RANK (torchrun and hand-written scripts); OMPI_COMM_WORLD_* (mpirun); PMI_RANK, PMI_SIZE
- * (MPICH, Intel MPI); SLURM_PROCID, SLURM_STEP_NUM_TASKS (srun; a batch script alone has no step). None: one process.
- * Where they meet: MASTER_ADDR and MASTER_PORT; or the file US_RENDEZVOUS on a file system that all see; or this host, if all
- * run on it; or the first node of the Slurm step.
+ * (MPICH, Intel MPI; srun --mpi=pmi2 counts as srun); SLURM_PROCID, SLURM_STEP_NUM_TASKS (srun; a batch script alone has no step).
+ * None: one process.
+ * Where they meet: the file US_RENDEZVOUS on a file system that all see; or MASTER_ADDR and MASTER_PORT; or this host, if all
+ * run on it; or the first node of the Slurm step, for mpirun and mpiexec of the Slurm job.
  */
 #ifndef US_TRAINING_RANKS_H
 #define US_TRAINING_RANKS_H

@@ -88,6 +88,81 @@ START_TEST(srun_meets_on_the_first_node_of_the_step) {
 }
 END_TEST
 
+/* Slurm 22.05, two nodes of two tasks: srun --mpi=pmi2. */
+START_TEST(sruns_own_pmi_leaves_the_hosts_to_slurm) {
+  struct variable environment[] = {{"PMI_RANK", "2"},
+                                   {"PMI_SIZE", "4"},
+                                   {"SLURM_PROCID", "2"},
+                                   {"SLURM_STEP_NUM_TASKS", "4"},
+                                   {"SLURM_LOCALID", "0"},
+                                   {"SLURM_STEP_TASKS_PER_NODE", "2(x2)"},
+                                   {"SLURM_STEP_NODELIST", "n[1-2]"},
+                                   {NULL, NULL}};
+  struct us_ranks ranks = discover(environment);
+  ck_assert_str_eq(ranks.launcher, "srun");
+  ck_assert_uint_eq(ranks.process, 2);
+  ck_assert_uint_eq(ranks.local, 0);
+  ck_assert_uint_eq(ranks.local_processes, 2);
+  ck_assert_str_eq(ranks.address, "n1");
+}
+END_TEST
+
+/* MPICH 4.0 in a batch script: Slurm's numbers are those of the proxies, one a node. */
+START_TEST(mpiexec_in_a_slurm_job_has_its_own_numbers) {
+  struct us_ranks ranks = discover((struct variable[]){{"PMI_RANK", "3"},
+                                                       {"PMI_SIZE", "4"},
+                                                       {"MPI_LOCALRANKID", "1"},
+                                                       {"MPI_LOCALNRANKS", "2"},
+                                                       {"SLURM_PROCID", "1"},
+                                                       {"SLURM_STEP_NUM_TASKS", "2"},
+                                                       {"SLURM_LOCALID", "0"},
+                                                       {"SLURM_STEP_NODELIST", "n[1-2]"},
+                                                       {"SLURM_JOB_NODELIST", "n[1-2]"},
+                                                       {NULL, NULL}});
+  ck_assert_str_eq(ranks.launcher, "mpiexec");
+  ck_assert_uint_eq(ranks.process, 3);
+  ck_assert_uint_eq(ranks.local, 1);
+  ck_assert_uint_eq(ranks.local_processes, 2);
+  ck_assert_str_eq(ranks.address, "n1");
+}
+END_TEST
+
+START_TEST(steps_of_one_job_do_not_share_a_port) {
+  struct variable environment[] = {{"SLURM_PROCID", "0"},
+                                   {"SLURM_STEP_NUM_TASKS", "2"},
+                                   {"SLURM_LOCALID", "0"},
+                                   {"SLURM_STEP_TASKS_PER_NODE", "2"},
+                                   {"SLURM_JOB_ID", "1234"},
+                                   {"SLURM_STEP_ID", "0"},
+                                   {NULL, NULL}};
+  uint16_t port = discover(environment).port;
+  environment[5].value = "1";
+  ck_assert_uint_ne(discover(environment).port, port);
+  environment[4].value = "123", environment[5].value = "40"; /* 1234, 0 without anything between */
+  ck_assert_uint_ne(discover(environment).port, port);
+}
+END_TEST
+
+/* Open MPI 4.1 in a batch script: its host is in no step, the others are in one of which it is no part. */
+START_TEST(mpirun_in_a_batch_script_meets_on_the_first_node_of_the_job) {
+  struct variable first[] = {{"OMPI_COMM_WORLD_RANK", "0"},       {"OMPI_COMM_WORLD_SIZE", "4"},
+                             {"OMPI_COMM_WORLD_LOCAL_RANK", "0"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"},
+                             {"PMIX_NAMESPACE", "1929773057"},    {"SLURM_JOB_ID", "11"},
+                             {"SLURM_JOB_NODELIST", "n[1-2]"},    {NULL, NULL}};
+  struct variable third[] = {{"OMPI_COMM_WORLD_RANK", "2"},       {"OMPI_COMM_WORLD_SIZE", "4"},
+                             {"OMPI_COMM_WORLD_LOCAL_RANK", "0"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"},
+                             {"PMIX_NAMESPACE", "1929773057"},    {"SLURM_JOB_ID", "11"},
+                             {"SLURM_JOB_NODELIST", "n[1-2]"},    {"SLURM_STEP_ID", "0"},
+                             {"SLURM_STEP_NODELIST", "n2"},       {NULL, NULL}};
+  struct us_ranks a = discover(first), b = discover(third);
+  ck_assert_str_eq(a.address, "n1");
+  ck_assert_str_eq(b.address, "n1");
+  ck_assert_uint_eq(a.port, b.port);
+  first[4].value = "1929773058"; /* a second mpirun in the same job */
+  ck_assert_uint_ne(discover(first).port, b.port);
+}
+END_TEST
+
 START_TEST(a_batch_script_without_srun_is_one_process) {
   struct us_ranks ranks =
       discover((struct variable[]){{"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "16"}, {NULL, NULL}});
@@ -163,6 +238,10 @@ static Suite *make_suite(void) {
   tcase_add_test(c, torchrun_names_process_host_and_port);
   tcase_add_test(c, mpirun_on_one_host_meets_there);
   tcase_add_test(c, srun_meets_on_the_first_node_of_the_step);
+  tcase_add_test(c, sruns_own_pmi_leaves_the_hosts_to_slurm);
+  tcase_add_test(c, mpiexec_in_a_slurm_job_has_its_own_numbers);
+  tcase_add_test(c, steps_of_one_job_do_not_share_a_port);
+  tcase_add_test(c, mpirun_in_a_batch_script_meets_on_the_first_node_of_the_job);
   tcase_add_test(c, a_batch_script_without_srun_is_one_process);
   tcase_add_test(c, a_file_takes_the_place_of_an_address);
   tcase_add_test(c, contradictions_are_told);
