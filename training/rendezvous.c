@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <netdb.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -16,7 +17,10 @@
 #include <unistd.h>
 
 #define MAGIC      0x75732d72 /* "us-r" */
+#define WELCOME    0x75732d77 /* process 0's answer to a hello */
+#define REFUSED    0x75732d6e
 #define RETRY_MS   50
+#define TRY_SECS   5          /* of a connection; a host that drops packets would hold it for two minutes */
 #define PARTED     0xfffffffe /* a word of a process that is through; others are the number of one that is gone */
 #define SHARE_SECS 600.0      /* process 0 may still load a model when the others wait for its bytes */
 
@@ -76,43 +80,81 @@ static bool receive_all(int fd, void *bytes, size_t n, double end) {
   return true;
 }
 
+/* A host that loses its power or its network sends no last packet: without questions it would never be missed. */
+static void stay_in_touch(int fd) {
+  int on = 1, idle = 15, between = 5, most = 4; /* seconds, seconds, questions: gone after 35 s */
+  (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &between, sizeof between);
+  (void)setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &most, sizeof most);
+}
+
 /* --- process 0 --- */
 
-static enum us_status listen_at(struct us_rendezvous *r, struct us_err *err) {
-  char port[8], where[1100];
-  struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found;
-  bool file = r->ranks.file[0] != '\0';
-  snprintf(port, sizeof port, "%u", file ? 0u : (unsigned)r->ranks.port);
-  snprintf(where, sizeof where, "port %s", file ? "of its own" : port);
-  bool here = strcmp(r->ranks.address, "127.0.0.1") == 0;
-  if (getaddrinfo(here ? "127.0.0.1" : NULL, port, &hints, &found) != 0)
-    return us_err_set(err, US_ERR_IO, "cannot listen on %s", where);
+/* Whether all processes run on this host and meet by its loopback, which no other host can reach. */
+static bool meets_here(const struct us_ranks *ranks) {
+  return ranks->file[0] ? ranks->local_processes >= ranks->processes
+                        : strcmp(ranks->address, "127.0.0.1") == 0;
+}
+
+/* With AF_INET6 IPv4 comes in as well. */
+static bool try_listen(struct us_rendezvous *r, int family, const char *port) {
+  bool here = meets_here(&r->ranks);
+  struct addrinfo hints = {.ai_family = family, .ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found;
+  if (getaddrinfo(here ? "127.0.0.1" : NULL, port, &hints, &found) != 0) return false;
+  int one = 1, zero = 0;
   r->listener = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  int one = 1;
-  bool good = r->listener >= 0 && setsockopt(r->listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0 &&
-              bind(r->listener, found->ai_addr, found->ai_addrlen) == 0 &&
-              listen(r->listener, (int)r->ranks.processes) == 0;
+  bool good =
+      r->listener >= 0 && setsockopt(r->listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == 0 &&
+      (family != AF_INET6 || setsockopt(r->listener, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero) == 0) &&
+      bind(r->listener, found->ai_addr, found->ai_addrlen) == 0 &&
+      listen(r->listener, (int)r->ranks.processes) == 0;
   int reason = errno;
   freeaddrinfo(found);
+  if (!good && r->listener >= 0) {
+    close(r->listener);
+    r->listener = -1;
+  }
   errno = reason;
-  return good ? US_OK : us_err_errno(err, US_ERR_IO, "cannot listen on %s", where);
+  return good;
+}
+
+static enum us_status listen_at(struct us_rendezvous *r, struct us_err *err) {
+  char port[8];
+  bool file = r->ranks.file[0] != '\0';
+  snprintf(port, sizeof port, "%u", file ? 0u : (unsigned)r->ranks.port);
+  errno = 0;
+  if (!meets_here(&r->ranks) && try_listen(r, AF_INET6, port)) return US_OK;
+  if (errno != EADDRINUSE && try_listen(r, AF_INET, port)) return US_OK; /* a host may be without IPv6 */
+  return us_err_errno(err, US_ERR_IO, "cannot listen on port %s", file ? "of its own" : port);
+}
+
+static uint16_t port_of(int listener) {
+  struct sockaddr_storage own = {0};
+  socklen_t n = sizeof own;
+  if (getsockname(listener, (struct sockaddr *)&own, &n) != 0) return 0;
+  return ntohs(own.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&own)->sin6_port
+                                         : ((struct sockaddr_in *)&own)->sin_port);
 }
 
 /* The file appears whole: host and port of the listener. */
 static enum us_status write_file(struct us_rendezvous *r, struct us_err *err) {
-  struct sockaddr_in own;
-  socklen_t n = sizeof own;
   char host[256] = "127.0.0.1", name[1100];
-  if (getsockname(r->listener, (struct sockaddr *)&own, &n) != 0)
-    return us_err_errno(err, US_ERR_IO, "the listening port");
-  if (r->ranks.local_processes < r->ranks.processes && gethostname(host, sizeof host) != 0)
+  if (!meets_here(&r->ranks) && gethostname(host, sizeof host) != 0)
     return us_err_errno(err, US_ERR_IO, "this host's name");
   snprintf(name, sizeof name, "%s.%ld", r->ranks.file, (long)getpid());
   FILE *file = fopen(name, "w");
-  bool good = file && fprintf(file, "%s %u\n", host, (unsigned)ntohs(own.sin_port)) > 0;
+  bool good = file && fprintf(file, "%s %u\n", host, (unsigned)port_of(r->listener)) > 0;
   good = file && fclose(file) == 0 && good;
   if (good && rename(name, r->ranks.file) == 0) return US_OK;
-  return us_err_errno(err, US_ERR_IO, "cannot write '%s'", r->ranks.file);
+  enum us_status status = us_err_errno(err, US_ERR_IO, "cannot write '%s'", r->ranks.file);
+  if (file) unlink(name);
+  return status;
+}
+
+static bool answer(int fd, uint32_t word) {
+  word = htonl(word);
+  return send_all(fd, &word, sizeof word);
 }
 
 /* Who it is that connected. A stranger is turned away without a word; a wrong process is an error. */
@@ -129,10 +171,11 @@ static enum us_status greet(struct us_rendezvous *r, int fd, uint32_t *arrived, 
                         r->ranks.processes);
   else if (!process || process >= processes || r->peer[process] >= 0)
     status = us_err_set(err, US_ERR_USAGE, "two processes say that they are number %u", process);
-  if (status != US_OK) {
+  if (!answer(fd, status == US_OK ? WELCOME : REFUSED) || status != US_OK) {
     close(fd);
     return status;
   }
+  stay_in_touch(fd);
   r->peer[process] = fd;
   (*arrived)++;
   return US_OK;
@@ -168,11 +211,20 @@ static bool read_file(const struct us_rendezvous *r, char host[256], char port[8
   return good;
 }
 
+/* The first of the host's addresses that answers; -1: none. */
 static int connect_once(const char *host, const char *port) {
-  struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM}, *found;
+  struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM}, *found;
+  struct timeval most = {.tv_sec = TRY_SECS}, none = {0};
+  int fd = -1;
   if (getaddrinfo(host, port, &hints, &found) != 0) return -1;
-  int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd >= 0 && connect(fd, found->ai_addr, found->ai_addrlen) != 0) {
+  for (const struct addrinfo *at = found; at && fd < 0; at = at->ai_next) {
+    fd = socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) continue;
+    (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof most); /* holds for connect too */
+    if (connect(fd, at->ai_addr, at->ai_addrlen) == 0) {
+      (void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &none, sizeof none);
+      continue;
+    }
     close(fd);
     fd = -1;
   }
@@ -180,25 +232,39 @@ static int connect_once(const char *host, const char *port) {
   return fd;
 }
 
+/* Whether it is process 0 of this run that listens there: another program may, when the file is an old one or the port is another's; and
+ * a connection to one of the ports that outgoing connections get may end at itself. */
+static bool introduce(struct us_rendezvous *r, int fd, double end, bool *ret_refused) {
+  struct hello hello = {htonl(MAGIC), htonl(r->ranks.process), htonl(r->ranks.processes)};
+  uint32_t word;
+  if (!send_all(fd, &hello, sizeof hello) || !receive_all(fd, &word, sizeof word, end)) return false;
+  *ret_refused = ntohl(word) == REFUSED;
+  return ntohl(word) == WELCOME;
+}
+
 static enum us_status join(struct us_rendezvous *r, double seconds, struct us_err *err) {
   double end = now() + seconds;
   char host[256] = "", port[8] = "";
-  bool file = r->ranks.file[0] != '\0';
+  bool file = r->ranks.file[0] != '\0', refused = false;
   if (!file) {
     snprintf(host, sizeof host, "%s", r->ranks.address);
     snprintf(port, sizeof port, "%u", (unsigned)r->ranks.port);
   }
-  while (r->peer[0] < 0 && now() < end) {
-    if (!file || read_file(r, host, port)) r->peer[0] = connect_once(host, port);
-    if (r->peer[0] < 0) nap();
+  while (now() < end && !refused) {
+    int fd = !file || read_file(r, host, port) ? connect_once(host, port) : -1;
+    if (fd >= 0 && introduce(r, fd, end, &refused)) {
+      stay_in_touch(fd);
+      r->peer[0] = fd;
+      return US_OK;
+    }
+    if (fd >= 0) close(fd);
+    nap();
   }
-  if (r->peer[0] < 0)
-    return us_err_set(err, US_ERR_IO, "process %u found no process 0 at %s%s%s within %.0f s",
-                      r->ranks.process, file ? r->ranks.file : host, file ? "" : ":", file ? "" : port,
-                      seconds);
-  struct hello hello = {htonl(MAGIC), htonl(r->ranks.process), htonl(r->ranks.processes)};
-  if (send_all(r->peer[0], &hello, sizeof hello)) return US_OK;
-  return us_err_set(err, US_ERR_IO, "process 0 at %s:%s hung up", host, port);
+  if (refused)
+    return us_err_set(err, US_ERR_USAGE, "process 0 at %s:%s refuses process %u of %u", host, port,
+                      r->ranks.process, r->ranks.processes);
+  return us_err_set(err, US_ERR_IO, "process %u found no process 0 at %s%s%s within %.0f s", r->ranks.process,
+                    file ? r->ranks.file : host, file ? "" : ":", file ? "" : port, seconds);
 }
 
 /* --- life --- */

@@ -6,8 +6,9 @@
  *     if (us_rendezvous_check(r, &err) != US_OK) ...           // "process 3 is gone": now and then
  *     us_rendezvous_close(r);
  *
- * Process 0 listens, the others keep a connection to it: by TCP at an address and port, or at an address that process 0 writes into
- * a file all can see. A process that ends, however it does, closes its connection; process 0 passes on who it was.
+ * Process 0 listens, the others keep a connection to it: by TCP (IPv4 or IPv6) at an address and port, or at an address that process 0
+ * writes into a file all can see. Whoever is there instead and does not answer as process 0 would is left, and looked for again. A process
+ * that ends, however it does, closes its connection; one whose host or network is lost is missed after 35 s. Process 0 passes on who it was.
  */
 #ifndef US_TRAINING_RENDEZVOUS_H
 #define US_TRAINING_RENDEZVOUS_H
@@ -19,7 +20,7 @@
 struct us_rendezvous;
 
 /* US_ERR_IO when one does not arrive within `seconds` (process 0 says which), or the port is taken; US_ERR_USAGE when two say they
- * are the same process, or have other ideas of how many there are. */
+ * are the same process, or have other ideas of how many there are (process 0 says so, and whoever it refuses). */
 US_CHECKED enum us_status us_rendezvous_open(const struct us_ranks *ranks, double seconds,
                                              struct us_rendezvous **ret_rendezvous, struct us_err *err);
 void us_rendezvous_close(struct us_rendezvous *rendezvous); /* NULL is allowed */
