@@ -226,7 +226,10 @@ static void on_log(void *arg, const struct us_dflash_log *log) {
   us_run_log_add(&job->log, row);
   us_progress_note(&job->progress, "loss %.3f, length %.2f", loss, length);
   us_progress_set(&job->progress, log->step);
-  if (heldout_length == heldout_length)
+  if (loss != loss) /* a resumed run that had ended is evaluated alone */
+    us_log_notice(job->run->log, "step %llu: held out %.4f, length %.3f", (unsigned long long)log->step,
+                  heldout, heldout_length);
+  else if (heldout_length == heldout_length)
     us_log_notice(job->run->log, "step %llu: loss %.4f, length %.3f; held out %.4f, length %.3f",
                   (unsigned long long)log->step, loss, length, heldout, heldout_length);
   else

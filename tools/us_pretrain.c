@@ -85,9 +85,12 @@ static void on_log(void *arg, const struct us_pretrain_log *log) {
   if (!job->leads) return;
   if (log->mfu == log->mfu) snprintf(mfu, sizeof mfu, ", MFU %.1f %%", 100.0 * log->mfu);
   us_run_log_add(&job->log, row);
-  us_progress_note(&job->progress, "loss %.3f", log->loss);
+  if (log->loss == log->loss) us_progress_note(&job->progress, "loss %.3f", log->loss);
   us_progress_set(&job->progress, log->step);
-  if (log->bits_per_byte == log->bits_per_byte)
+  if (log->loss != log->loss) /* a resumed run that had ended is evaluated alone */
+    us_log_notice(job->run->log, "step %llu: held out %.4f nats a token, %.4f bits a byte",
+                  (unsigned long long)log->step, log->heldout, log->bits_per_byte);
+  else if (log->bits_per_byte == log->bits_per_byte)
     us_log_notice(job->run->log, "step %llu: loss %.4f, held out %.4f nats a token, %.4f bits a byte",
                   (unsigned long long)log->step, log->loss, log->heldout, log->bits_per_byte);
   else

@@ -330,6 +330,9 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
+  run->last = (struct us_dflash_log){.rows_per_second = (double)NAN, /* until a step is taken */
+                                     .gflops = (double)NAN,
+                                     .mfu = (double)NAN};
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);

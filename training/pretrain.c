@@ -242,6 +242,12 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;
   if (status == US_OK) status = us_trainer_start(&run->trainer, run->resume, err);
+  run->last = (struct us_pretrain_log){
+      .loss = (double)NAN, /* until a step is taken: a run that had ended takes none */
+      .tokens_per_second = (double)NAN,
+      .gflops = (double)NAN,
+      .mfu = (double)NAN,
+      .imbalance = (double)NAN};
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);

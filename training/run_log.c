@@ -7,21 +7,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-enum us_status us_run_log_open(struct us_run_log *log, const char *const *columns, size_t n,
-                               const char *opt_path, bool append, struct us_err *err) {
-  *log = (struct us_run_log){.columns = columns, .n = n};
-  if (!opt_path) return US_OK;
-  snprintf(log->path, sizeof log->path, "%s", opt_path);
-  log->file = fopen(opt_path, append ? "a" : "w");
-  if (!log->file) return us_err_errno(err, US_ERR_IO, "cannot write '%s'", opt_path);
-  setvbuf(log->file, NULL, _IOLBF, 0);
-  bool rows_before = append && fseek(log->file, 0, SEEK_END) == 0 && ftell(log->file) > 0;
-  enum us_status status = rows_before ? us_table_continue(log->file, columns, n, &log->table, err)
-                                      : us_table_open(log->file, columns, n, false, &log->table, err);
-  if (status != US_OK) us_run_log_release(log);
-  return status;
-}
+/* --- rows --- */
 
 static void keep(struct us_run_log *log, const double *row) {
   if (log->count == log->capacity) {
@@ -37,8 +25,110 @@ static void keep(struct us_run_log *log, const double *row) {
   memcpy(log->rows + log->n * log->count++, row, log->n * sizeof *row);
 }
 
+/* --- rows of an earlier process --- */
+
+/* Cells of a line: numbers, empty where there is no value. */
+static bool parse_row(const char *line, size_t n, double *row) {
+  for (size_t i = 0; i < n; i++) {
+    char *end = (char *)line;
+    row[i] = *line == '\t' || *line == '\n' ? (double)NAN : strtod(line, &end);
+    if (*end != (i + 1 < n ? '\t' : '\n') || (end == line && !isnan(row[i]))) return false;
+    line = end + 1;
+  }
+  return *line == '\0';
+}
+
+static bool is_header(const char *line, const char *const *columns, size_t n) {
+  for (size_t i = 0; i < n; i++) {
+    size_t length = strlen(columns[i]);
+    if (strncmp(line, columns[i], length) != 0 || line[length] != (i + 1 < n ? '\t' : '\n')) return false;
+    line += length + 1;
+  }
+  return *line == '\0';
+}
+
+/* Keep the rows that are there; a last line that was cut short is cut off. *ret_bytes: of what is whole. */
+static enum us_status read_rows(struct us_run_log *log, long *ret_bytes, struct us_err *err) {
+  double *row = malloc(log->n * sizeof *row);
+  char *line = NULL;
+  size_t capacity = 0, number = 0;
+  ssize_t length;
+  enum us_status status = row ? US_OK : us_err_memory(err, "run log", log->n * sizeof *row);
+  *ret_bytes = 0;
+  while (status == US_OK && (length = getline(&line, &capacity, log->file)) > 0 && line[length - 1] == '\n') {
+    bool good = number++ ? parse_row(line, log->n, row) : is_header(line, log->columns, log->n);
+    if (!good)
+      status =
+          us_err_set(err, US_ERR_INPUT, "%s: line %zu: not of a log of this run, which is to be continued",
+                     log->path, number);
+    else if (number > 1)
+      keep(log, row);
+    *ret_bytes += length;
+  }
+  free(line);
+  free(row);
+  return status;
+}
+
+/* So many rows are left in the file, and writing goes on behind them. */
+static bool cut_file(FILE *file, size_t rows) {
+  int c;
+  rewind(file);
+  for (size_t lines = rows + 1; lines && (c = getc(file)) != EOF;) lines -= c == '\n';
+  long bytes = ftell(file);
+  return bytes >= 0 && ftruncate(fileno(file), bytes) == 0 && fseek(file, 0, SEEK_END) == 0;
+}
+
+/* A resumed run begins at its last save: rows from the step of its first one on are taken back. Whether the first of them, which lies
+ * behind the rows that are left, is of that very step. */
+static bool go_back(struct us_run_log *log, double step) {
+  size_t count = log->count;
+  log->resumed = false;
+  while (count && !(log->rows[log->n * (count - 1)] < step)) count--;
+  if (count == log->count) return false;
+  log->count = count;
+  if (log->file && !cut_file(log->file, count)) log->uncut = true;
+  return log->rows[log->n * count] == step;
+}
+
+/* --- life --- */
+
+static enum us_status open_file(struct us_run_log *log, bool append, struct us_err *err) {
+  long bytes = 0;
+  log->file = append ? fopen(log->path, "r+") : NULL;
+  append = log->file != NULL;
+  if (!append) log->file = fopen(log->path, "w");
+  if (!log->file) return us_err_errno(err, US_ERR_IO, "cannot write '%s'", log->path);
+  setvbuf(log->file, NULL, _IOLBF, 0);
+  enum us_status status = append ? read_rows(log, &bytes, err) : US_OK;
+  if (status == US_OK && append &&
+      (ftruncate(fileno(log->file), bytes) != 0 || fseek(log->file, bytes, SEEK_SET) != 0))
+    status = us_err_errno(err, US_ERR_IO, "cannot write '%s'", log->path);
+  if (status != US_OK) return status;
+  log->resumed = log->count > 0;
+  return bytes ? us_table_continue(log->file, log->columns, log->n, &log->table, err)
+               : us_table_open(log->file, log->columns, log->n, false, &log->table, err);
+}
+
+enum us_status us_run_log_open(struct us_run_log *log, const char *const *columns, size_t n,
+                               const char *opt_path, bool append, struct us_err *err) {
+  *log = (struct us_run_log){.columns = columns, .n = n};
+  if (!opt_path) return US_OK;
+  snprintf(log->path, sizeof log->path, "%s", opt_path);
+  enum us_status status = open_file(log, append, err);
+  if (status != US_OK) us_run_log_release(log);
+  return status;
+}
+
 void us_run_log_add(struct us_run_log *log, const double *row) {
-  keep(log, row);
+  if (log->resumed && go_back(log, row[0])) {
+    double *again = log->rows + log->n * log->count++;
+    for (size_t i = 0; i < log->n; i++)
+      if (isfinite(row[i])) again[i] = row[i];
+    row = again;
+  } else {
+    keep(log, row);
+  }
   for (size_t i = 0; log->table && i < log->n; i++) us_table_num(log->table, row[i]);
 }
 
@@ -49,10 +139,14 @@ enum us_status us_run_log_close(struct us_run_log *log, struct us_err *err) {
   if (log->file && fclose(log->file) != 0 && status == US_OK)
     status = us_err_errno(err, US_ERR_IO, "cannot write '%s'", log->path);
   log->file = NULL;
+  if (status == US_OK && log->uncut)
+    status = us_err_set(err, US_ERR_IO, "cannot cut '%s' back to where the run was resumed", log->path);
   if (status == US_OK && log->failed)
     status = us_err_memory(err, "run log", log->count * log->n * sizeof *log->rows);
   return status;
 }
+
+/* --- what comes out --- */
 
 enum us_status us_run_log_write(const struct us_run_log *log, const char *path, const char *provenance,
                                 struct us_err *err) {

@@ -9,7 +9,7 @@
  *     us_run_log_column(&log, 2, y);
  *     us_run_log_release(&log);
  *
- * A value that is not finite is no value: an empty cell.
+ * A value that is not finite is no value: an empty cell. The first column is the step, which rises from row to row.
  */
 #ifndef US_TRAINING_RUN_LOG_H
 #define US_TRAINING_RUN_LOG_H
@@ -24,12 +24,17 @@ struct us_run_log {
   size_t n, count, capacity;
   double *rows; /* (count, n) */
   bool failed;  /* a row did not fit in memory */
+  bool resumed; /* the rows are an earlier process's */
+  bool uncut;   /* rows that were taken back are still in the file */
   char path[1024];
   FILE *file;
   struct us_table *table;
 };
 
-/* With `append` an existing TSV is continued: its header stays the only one. US_ERR_IO, US_ERR_MEMORY. */
+/* With `append` an existing TSV is continued, and its rows are in memory: where the first row added is of an earlier step than the last of
+ * them, because a resumed run goes back to its last save, those from its step on are taken back; one of the same step, as when a run is
+ * resumed that had ended, lends the values that the new one has not. A last line that was cut short is dropped.
+ * US_ERR_INPUT when the file is no log with these columns; US_ERR_IO, US_ERR_MEMORY. */
 US_CHECKED enum us_status us_run_log_open(struct us_run_log *log, const char *const *columns, size_t n,
                                           const char *opt_path, bool append, struct us_err *err);
 

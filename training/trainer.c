@@ -29,6 +29,7 @@ enum us_status us_trainer_start(struct us_trainer *t, bool resume, struct us_err
   t->step = t->tokens = 0;
   t->saved = UINT64_MAX;
   t->under_way = NULL;
+  t->rate = t->norm = (double)NAN;
   t->before = 0.0;
   t->slot = 0;
   if (t->state_path && !resume && us_train_state_exists(t->state_path))

@@ -34,10 +34,11 @@ struct us_trainer {
 
   uint64_t step; /* steps taken */
   uint64_t tokens;
-  double rate, norm; /* of the last step: learning rate and gradient norm before clipping */
-  double before;     /* seconds trained before this process */
-  double started;    /* clock at start */
-  uint64_t saved;    /* step of the last save; UINT64_MAX: none */
+  double rate,
+      norm; /* of the last step: learning rate and gradient norm before clipping; NAN before one is taken */
+  double before;  /* seconds trained before this process */
+  double started; /* clock at start */
+  uint64_t saved; /* step of the last save; UINT64_MAX: none */
   int slot;
   struct us_trainer_save *under_way; /* a save that a thread writes; NULL: none */
 };
