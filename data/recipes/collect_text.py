@@ -30,7 +30,7 @@ def write_lines(path, rows):
 
 
 def collect_math(source, out):
-    rows = [json.loads(line) for line in source.read_text().splitlines() if line]
+    rows = [json.loads(line) for line in source.open() if line.strip()]
     write_lines(out / "math" / "questions.jsonl", [{"question": r["question"], "answer": r["answer"]} for r in rows])
     write_lines(out / "math" / "lines.jsonl", [{"text": f"{r['question']}\n{r['answer']}\n"} for r in rows])
 

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import pathlib
 import re
+import shutil
 import sys
 
 from collect_text import as_line, collect_agent, collect_math, write_lines
@@ -153,7 +154,7 @@ def in_turns(rows):
 
 
 def derive_math(source, out, p, scale):
-    rows = [json.loads(line) for line in source.read_text().splitlines() if line]
+    rows = [json.loads(line) for line in source.open() if line.strip()]
     collect_math(source, out)
     names, variants = names_of(rows), []
     for row in rows:
@@ -251,26 +252,32 @@ def derive_samples(out, seed, scale):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=pathlib.Path, required=True, help="what nano_text.py wrote")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to make")
     parser.add_argument("--math", type=pathlib.Path, help="grade-school-math train.jsonl")
     parser.add_argument("--agent", type=pathlib.Path, help="tau-bench trajectories (*.json)")
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    seed, scale = args.seed, args.scale
-    jobs = [(derive_functions, args.text, args.out), (derive_service, args.out, make_sample.Pick(seed + 2), scale),
-            (derive_small_functions, args.out, 1000 * seed, scale), (derive_samples, args.out, 10 * (seed + 1), scale),
-            (derive_records, args.agent, args.out, seed, scale)]
+    if args.out.exists():
+        parser.error(f"{args.out} is there already")
+    seed, scale, out = args.seed, args.scale, args.out.with_name(args.out.name + ".part")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    jobs = [(derive_functions, args.text, out), (derive_service, out, make_sample.Pick(seed + 2), scale),
+            (derive_small_functions, out, 1000 * seed, scale), (derive_samples, out, 10 * (seed + 1), scale),
+            (derive_records, args.agent, out, seed, scale)]
     if args.math:
-        jobs.append((derive_math, args.math, args.out, make_sample.Pick(seed), scale))
+        jobs.append((derive_math, args.math, out, make_sample.Pick(seed), scale))
     if args.agent:
-        jobs.append((derive_agent, args.agent, args.out, make_sample.Pick(seed + 1), scale))
+        jobs.append((derive_agent, args.agent, out, make_sample.Pick(seed + 1), scale))
     at_once = [multiprocessing.Process(target=job, args=rest) for job, *rest in jobs]  # no two write the same file
     for process in at_once:
         process.start()
     for process in at_once:
         process.join()
-    sys.exit(any(process.exitcode for process in at_once))
+    if any(process.exitcode for process in at_once):
+        sys.exit(1)
+    out.rename(args.out)  # a folder that is there is whole
 
 
 if __name__ == "__main__":

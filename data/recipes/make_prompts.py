@@ -38,8 +38,8 @@ def known_windows(paths):
     found = set()
     for path in paths:
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            for line in file.read_text().splitlines():
-                found |= windows_of(text_of(json.loads(line)))
+            for line in file.open():  # str.splitlines would end a line at U+2028, which JSON does not escape
+                found |= windows_of(text_of(json.loads(line))) if line.strip() else set()
     return found
 
 
@@ -108,7 +108,9 @@ def main():
         if left[kind]:
             left[kind] -= 1
             rows.append(dict(prompt, id=f"{kind}-{key:x}", scenario=kind))
-    args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part = args.out.with_name(args.out.name + ".part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.rename(args.out)  # a file that is there is whole
 
 
 main()

@@ -32,7 +32,10 @@ export PATH ULTRASPEED_DATA
 mkdir -p "$out"
 cd "$out"
 
-[ -d sample ] || python3 "$US_ROOT/data/sample/make_sample.py" --out sample --scale 8 --seed 1
+if [ ! -d sample ]; then
+  python3 "$US_ROOT/data/sample/make_sample.py" --out sample.part --scale 8 --seed 1
+  mv sample.part sample
+fi
 all="--text $text --text sample --text $US_ROOT/data/sample/text --template plain"
 # shellcheck disable=SC2086 # lists of options
 [ -f tokenizer.json ] || us-data $all $prompts --train-vocab 4096 -o tokenizer.json

@@ -75,7 +75,8 @@ if [ -z "$questions" ]; then
   questions=$out/questions.jsonl
   if [ ! -f "$questions" ]; then
     python3 "$US_ROOT/data/sample/make_sample.py" --out "$out/sample" --seed 9
-    head -n "$count" "$out/sample/math.jsonl" >"$questions"
+    head -n "$count" "$out/sample/math.jsonl" >"$questions.part"
+    mv "$questions.part" "$questions"
     rm -r "$out/sample"
   fi
 fi

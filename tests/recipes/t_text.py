@@ -94,6 +94,33 @@ def prompts_that_overlap_with_a_set_are_left_out():
         assert "How many" in made and "thirteen" not in made
 
 
+def a_line_separator_inside_a_prompt_ends_no_line():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "text" / "math").mkdir(parents=True)
+        (folder / "text" / "math" / "q.jsonl").write_text(json.dumps({"question": "How many is 1 and 1?", "answer": "2"}) + "\n")
+        (folder / "set.jsonl").write_text(json.dumps({"id": "a", "prompt": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n\n")
+        made = subprocess.run([sys.executable, ROOT / "data/recipes/make_prompts.py", "--text", folder / "text", "--out", folder / "out.jsonl",
+                               "--count", "4", "--prompts", folder / "set.jsonl"], capture_output=True, text=True)
+        assert made.returncode == 0 and "How many" in (folder / "out.jsonl").read_text(), made.stderr[-200:]
+
+
+def derived_text_is_there_when_it_is_whole():
+    """The recipes take a folder that is there for done."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "text" / "code").mkdir(parents=True)
+        (folder / "text" / "code" / "a.jsonl").write_text(json.dumps({"text": "x = 1"}) + "\n")
+        (folder / "math.jsonl").write_text('{"question')
+        words = [sys.executable, ROOT / "data/recipes/derive_text.py", "--text", folder / "text", "--scale", "0", "--out", folder / "out"]
+        cut = subprocess.run(words + ["--math", folder / "math.jsonl"], capture_output=True)
+        assert cut.returncode == 1 and not (folder / "out").exists()
+        subprocess.run(words, check=True)
+        assert (folder / "out" / "agent" / "service.jsonl").exists() and not (folder / "out.part").exists()
+        again = subprocess.run(words, capture_output=True, text=True)
+        assert again.returncode == 2 and "is there already" in again.stderr, again.stderr
+
+
 def main():
     failed = 0
     for test in [value for value in globals().values() if callable(value) and getattr(value, "__module__", "") == "__main__"
