@@ -36,6 +36,18 @@ static enum us_status open_cuda(struct us_tool_run *run, int first, struct us_le
   return US_OK;
 }
 
+/* On a CPU the processes of a launcher know nothing of each other: each trains the whole run. */
+static void warn_of_company(struct us_tool_run *run) {
+  struct us_ranks ranks;
+  struct us_err ignored;
+  if (us_ranks_discover(get, NULL, &ranks, &ignored) == US_OK && ranks.processes > 1)
+    us_log_warning(
+        run->log,
+        "process %u of %u that %s started: on a CPU each trains the whole run and writes its files; "
+        "--device cuda divides it",
+        ranks.process, ranks.processes, ranks.launcher);
+}
+
 enum us_status us_tool_open_learner(struct us_tool_run *run, struct us_pool *pool,
                                     struct us_learner **ret_learner, struct us_err *err) {
   int first = us_opt_device(run->opts, "device");
@@ -46,6 +58,7 @@ enum us_status us_tool_open_learner(struct us_tool_run *run, struct us_pool *poo
   }
   if (has_option(run->table, "gpus") && us_opt_given(run->opts, "gpus"))
     return us_err_set(err, US_ERR_USAGE, "--gpus needs --device cuda");
+  if (has_option(run->table, "gpus")) warn_of_company(run);
   status = us_tool_check_outputs(run, err);
   return status == US_OK ? us_learner_create_cpu(pool, ret_learner, err) : status;
 }

@@ -19,8 +19,9 @@
   US_OPT_INT("gpus", 0, "N", "GPUs of this process, from --device on", .def = "1", .min = 1, .max = 64)
 /* clang-format on */
 
-/* The learner of the options; a tool without --gpus uses one GPU and looks for no other processes. US_ERR_USAGE for --gpus
- * without --device cuda. In the process that leads, us_tool_check_outputs. */
+/* The learner of the options; a tool without --gpus uses one GPU and looks for no other processes. On a CPU each process
+ * of a launcher trains by itself, with a warning. US_ERR_USAGE for --gpus without --device cuda. In the process that leads,
+ * us_tool_check_outputs. */
 US_CHECKED enum us_status us_tool_open_learner(struct us_tool_run *run, struct us_pool *pool,
                                                struct us_learner **ret_learner, struct us_err *err);
 
