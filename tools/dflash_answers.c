@@ -177,6 +177,7 @@ enum us_status us_dflash_answers_make(struct us_dflash_answers *a, struct us_err
   if (status != US_OK) return status;
   us_progress_start(&a->progress, a->run->quiet || !us_learner_leads(a->learner) ? NULL : stderr, "answers",
                     "answers", count);
+  a->progress.limit = us_opt_num(o, "answer-seconds");
   status = generate(a, count, err);
   us_progress_end(&a->progress);
   if (status == US_OK)

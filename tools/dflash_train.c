@@ -479,6 +479,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status != US_OK) return status;
   us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "distilling", "steps",
                     job->train.trainer.steps);
+  job->progress.limit = 60 * job->train.trainer.minutes;
   status = us_dflash(&job->train, job->pool, err);
   us_progress_end(&job->progress);
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)

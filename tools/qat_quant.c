@@ -262,6 +262,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status != US_OK) return status;
   us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "finetuning", "steps",
                     job->qat.trainer.steps);
+  job->progress.limit = 60 * job->qat.trainer.minutes;
   status = us_qat(&job->qat, job->pool, err);
   us_progress_end(&job->progress);
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)

@@ -79,6 +79,7 @@ static enum us_status read_table(struct table *table, const char *path, struct u
     status = us_err_memory(err, "a table", lines * sizeof *table->line);
   for (char *p = table->text.data; status == US_OK && p && *p;) {
     char *end = strchr(p, '\n');
+    if (end && end > p && end[-1] == '\r') end[-1] = '\0'; /* of other systems */
     if (end) *end++ = '\0';
     status = cut_line(&table->line[table->n++], p, err);
     p = end;
@@ -136,6 +137,13 @@ static void name_of(const struct picture *p, const struct table *table, const ch
            columns || (!files && !group) ? y : "", columns && group ? " " : "", group ? group : "");
 }
 
+/* A place in the picture: a logarithmic axis has none for what is not above 0. */
+static bool is_drawn(const struct picture *p, double x, double y) {
+  struct us_opts *o = p->run->opts;
+  return isfinite(x) && isfinite(y) && (x > 0 || !us_opt_flag(o, "x-log")) &&
+         (y > 0 || !us_opt_flag(o, "y-log"));
+}
+
 static enum us_status add_column(struct picture *p, const struct table *table, const char *y_name,
                                  struct us_err *err) {
   struct us_opts *o = p->run->opts;
@@ -152,7 +160,7 @@ static enum us_status add_column(struct picture *p, const struct table *table, c
     struct us_plot_series *s = NULL;
     status = number(table, row, x_column, &x, err);
     if (status == US_OK) status = number(table, row, y_column, &y, err);
-    if (status != US_OK || isnan(x) || isnan(y)) continue;
+    if (status != US_OK || !is_drawn(p, x, y)) continue;
     name_of(p, table, y_name, group, name, sizeof name);
     status = series_of(p, name, &s, err);
     if (status != US_OK) break;
@@ -214,7 +222,8 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   for (size_t i = 0; i < p.table_count && status == US_OK; i++)
     for (size_t k = 0; k < us_opt_count(o, "y") && status == US_OK; k++)
       status = add_column(&p, &p.tables[i], us_opt_nth(o, "y", k), err);
-  if (status == US_OK && p.count == 0) status = us_err_set(err, US_ERR_INPUT, "no row has both numbers");
+  if (status == US_OK && p.count == 0)
+    status = us_err_set(err, US_ERR_INPUT, "no row has both numbers, above 0 where the axis is logarithmic");
   if (status == US_OK) status = draw(&p, err);
   if (p.tables) release(&p);
   return status;

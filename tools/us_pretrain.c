@@ -254,6 +254,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status == US_OK) {
     us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "training", "steps",
                       job->train.trainer.steps);
+    job->progress.limit = 60 * job->train.trainer.minutes;
     status = us_pretrain(&job->train, pool, err);
     us_progress_end(&job->progress);
   }

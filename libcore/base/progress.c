@@ -62,7 +62,9 @@ static void draw(struct us_progress *progress, double elapsed) {
     used = (size_t)snprintf(line, sizeof line, "%.60s: %s/%s %.20s %.0f %%, %s/s", progress->label, done,
                             total, progress->unit, 100 * share, rate);
     if (speed > 0 && progress->done < progress->total) {
-      short_time((double)(progress->total - progress->done) / speed, left);
+      double seconds = (double)(progress->total - progress->done) / speed, limit = progress->limit;
+      if (limit > 0 && seconds > limit - elapsed) seconds = limit > elapsed ? limit - elapsed : 0;
+      short_time(seconds, left);
       used += (size_t)snprintf(line + used, sizeof line - used, ", %s left", left);
     }
   } else

@@ -22,6 +22,7 @@ struct us_progress {
   const char *label, *unit;
   uint64_t total, done, drawn_done; /* total 0: not known */
   double started, shown;
+  double limit; /* seconds after which the work ends whatever is left; 0: none. To be set after the start */
   bool terminal, drawn;
   char note[64];
   double (*now)(void *arg); /* seconds, never going back; tests set their own */

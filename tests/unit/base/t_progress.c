@@ -104,6 +104,24 @@ START_TEST(a_file_gets_its_last_line_once) {
 }
 END_TEST
 
+START_TEST(what_is_left_ends_with_the_time_allowed) {
+  struct us_progress progress;
+  char *text;
+  size_t size;
+  double clock;
+  FILE *out = start(&progress, &text, &size, false, &clock);
+  progress.limit = 120;
+  clock = 40;
+  us_progress_set(&progress, 1000000);
+  clock = 130;
+  us_progress_set(&progress, 2000000);
+  fclose(out);
+  ck_assert_str_eq(text, "training: 1.0M/8.0M tokens 12 %, 25.0K/s, 1:20 left\n"
+                         "training: 2.0M/8.0M tokens 25 %, 15.4K/s, 0:00 left\n");
+  free(text);
+}
+END_TEST
+
 START_TEST(quiet_is_silent) {
   struct us_progress progress;
   us_progress_start(&progress, NULL, "x", "y", 0);
@@ -153,6 +171,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_terminal_line_has_share_rate_and_time_left);
   tcase_add_test(c, a_file_gets_a_plain_line_every_thirty_seconds);
   tcase_add_test(c, a_file_gets_its_last_line_once);
+  tcase_add_test(c, what_is_left_ends_with_the_time_allowed);
   tcase_add_test(c, quiet_is_silent);
   tcase_add_test(c, an_unknown_total_shows_count_and_rate);
   tcase_add_test(c, a_log_writes_what_its_level_shows_and_cleans_it);
