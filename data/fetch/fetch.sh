@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetch the upstream text and prompt sets that recipes can use. Usage: data/fetch/fetch.sh [--packages] DIR
+# fetch.sh: text and prompt sets that others published, for the recipes. Usage: data/fetch/fetch.sh [--packages] DIR
 #
 # Downloads what sources.tsv lists into DIR/upstream, checks each file's SHA-256, and makes DIR/text and DIR/prompts in the
 # forms that `--text DIR/text --prompts DIR/prompts` take. A source without a pinned hash ("-") is downloaded, its hash is
@@ -10,8 +10,12 @@ set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 packages=
-[ "${1:-}" != --packages ] || { packages=1; shift; }
-[ $# -eq 1 ] || { sed -n '2,9s/^# //p' "$0" >&2; exit 2; }
+case ${1:-} in
+--packages) packages=1 && shift ;;
+-h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
+-*) echo "fetch.sh: unknown option '$1'; see --help" >&2 && exit 2 ;;
+esac
+[ $# -eq 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
 out=$1
 mkdir -p "$out/upstream"
 

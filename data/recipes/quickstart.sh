@@ -32,6 +32,10 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+case $cuda in
+auto | enabled | disabled) ;;
+*) us_say "quickstart.sh: --cuda: '$cuda' is none of auto, enabled, disabled" && exit 2 ;;
+esac
 
 if [ "$install" = yes ]; then
   # shellcheck disable=SC2086 # a list of words

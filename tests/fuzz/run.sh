@@ -10,6 +10,7 @@ US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 
 case ${1:-} in
+-h | --help) sed -n '2,7s/^# //p' "$0" && exit 0 ;;
 '' | *[!0-9]*) sed -n '2,7s/^# //p' "$0" >&2 && exit 2 ;;
 esac
 seconds=$1
