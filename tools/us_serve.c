@@ -351,12 +351,26 @@ static enum us_status fill(struct session *s, struct us_serve *serve, struct us_
   return US_OK;
 }
 
+/* Options that would do nothing beside the others. */
+static enum us_status check_options(struct us_opts *o, struct us_err *err) {
+  static const char *const gpu[] = {"gpus", "engine", "positions"};
+  bool replays = us_opt_given(o, "draft-from");
+  for (size_t i = 0; us_opt_device(o, "device") < 0 && i < sizeof gpu / sizeof *gpu; i++)
+    if (us_opt_given(o, gpu[i])) return us_err_set(err, US_ERR_USAGE, "--%s needs --device cuda", gpu[i]);
+  if (us_opt_flag(o, "adaptive") && !us_opt_given(o, "draft") && !replays)
+    return us_err_set(err, US_ERR_USAGE, "--adaptive needs --draft or --draft-from");
+  if (us_opt_given(o, "accept") && !replays && !us_opt_flag(o, "bench"))
+    return us_err_set(err, US_ERR_USAGE, "--accept needs --draft-from or --bench");
+  return US_OK;
+}
+
 static enum us_status serve(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
   struct us_serve settings;
   struct us_generate_stats stats;
   enum us_status status = parse_accept(s, err);
   if (status == US_OK) status = us_serve_bench_plan(o, s->accept, s->accept_count, &s->bench, err);
+  if (status == US_OK) status = check_options(o, err);
   if (status != US_OK) return status;
   if (us_opt_flag(o, "bench")) {
     status = us_tool_check_outputs(s->run, err);
