@@ -54,5 +54,6 @@ enum us_status us_io_flush(FILE *file, const char *name, struct us_err *err) {
   errno = 0;
   if (fflush(file) == 0 && !ferror(file)) return US_OK;
   if (errno == 0) errno = EIO; /* an earlier write failed and its reason is gone */
+  if (fileno(file) == STDOUT_FILENO) return us_err_errno(err, US_ERR_IO, "cannot write standard output");
   return us_err_errno(err, US_ERR_IO, "cannot write '%s'", name);
 }

@@ -28,7 +28,8 @@ void us_io_map_close(struct us_io_map *map); /* a zeroed map is allowed */
 US_CHECKED enum us_status us_io_write_all(int fd, const void *bytes, size_t n, const char *name,
                                           struct us_err *err);
 
-/* Flush a stream and say whether everything reached it; for streams that are not ours to close. */
+/* Flush a stream and say whether everything reached it; for streams that are not ours to close. Of stdout the message says
+ * "standard output", else `name`. */
 US_CHECKED enum us_status us_io_flush(FILE *file, const char *name, struct us_err *err);
 
 #endif
