@@ -9,8 +9,10 @@
 #include "model/small_shape.h"
 #include "suite.h"
 
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define LONGEST 64 /* rounds of a call, so that calls end without a reason too */
 
@@ -164,11 +166,74 @@ START_TEST(what_cannot_be_served_is_refused) {
 }
 END_TEST
 
+#define HEADER "prompt_tokens\tarrival_ms\toutput_tokens\n"
+
+/* The status of reading these bytes; the message, or the arrivals. */
+static enum us_status read_load(const char *bytes, size_t size, struct us_arrival **ret_arrivals,
+                                size_t *ret_n, struct us_err *err) {
+  char path[] = "/tmp/us_arrivals_XXXXXX";
+  int file = mkstemp(path);
+  ck_assert_int_ge(file, 0);
+  ck_assert_int_eq(write(file, bytes, size), (ssize_t)size);
+  close(file);
+  enum us_status status = us_arrivals_read(path, ret_arrivals, ret_n, err);
+  unlink(path);
+  return status;
+}
+
+START_TEST(a_load_is_read_by_the_names_of_its_columns) {
+  static const char text[] = HEADER "\r\n7\t1000\t9\r\n\n1048576\t1500.5\t1";
+  struct us_arrival *arrivals;
+  size_t n = 0;
+  struct us_err err = {0};
+  ck_assert_msg(read_load(text, sizeof text - 1, &arrivals, &n, &err) == US_OK, "%s", err.message);
+  ck_assert_uint_eq(n, 2);
+  ck_assert(arrivals[0].seconds == 0 && arrivals[0].prompt_tokens == 7 && arrivals[0].output_tokens == 9);
+  ck_assert_double_eq(arrivals[1].seconds, 0.5005);
+  ck_assert_uint_eq(arrivals[1].prompt_tokens, 1 << 20);
+  ck_assert_uint_eq(us_arrivals_positions(arrivals, n), (1 << 20) + 1 + US_MAX_BLOCK);
+  free(arrivals);
+}
+END_TEST
+
+START_TEST(a_row_that_is_none_is_refused_by_its_line) {
+  static const struct {
+    const char *text, *says;
+    size_t size; /* 0: up to the NUL */
+  } cases[] = {
+      /* no line feed: one line, however many returns */
+      {"prompt_tokens\tarrival_ms\toutput_tokens\r7\t1\t1\r7\t2\t1\r7\t3\t1\r7\t4\t1\r", "line 1", 0},
+      {"", "no arrivals", 0},
+      {HEADER "\n", "no arrivals", 0},
+      {"prompt_tokens\tarrival_ms\n", "line 1: expected", 0},
+      {"\nprompt_tokens\tarrival_ms\tarrival_ms\n", "line 2: 'arrival_ms' is not", 0},
+      {HEADER "7\t1000\n", "line 2: expected", 0},
+      {HEADER "7\t1000\t9\t9\n", "line 2: expected", 0},
+      {HEADER "7\t\t1000\t9\n", "line 2: expected", 0},
+      {HEADER "\n\n7\t1000\t0\n", "line 4: expected", 0},
+      {HEADER "7.5\t1000\t9\n", "line 2: expected", 0},
+      {HEADER "1048577\t1000\t9\n", "line 2: expected", 0},
+      {HEADER "7\tnan\t9\n", "line 2: expected", 0},
+      {HEADER "7\t5\t9\n7\t4\t9\n", "line 3: arrives before", 0},
+      {HEADER "7\t5\t9\0008\n7\t6\t9\n", "line 2: has a NUL byte", sizeof HEADER - 1 + 8 + 6}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    struct us_arrival *arrivals;
+    size_t n, size = cases[i].size ? cases[i].size : strlen(cases[i].text);
+    struct us_err err = {0};
+    ck_assert_msg(read_load(cases[i].text, size, &arrivals, &n, &err) == US_ERR_INPUT, "case %zu", i);
+    ck_assert_msg(strstr(err.message, cases[i].says), "case %zu: %s", i, err.message);
+    ck_assert_ptr_null(arrivals);
+  }
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("arrivals");
   tcase_add_test(c, everybody_gets_an_answer_of_the_recorded_length);
   tcase_add_test(c, one_place_serves_one_after_the_other);
   tcase_add_test(c, what_cannot_be_served_is_refused);
+  tcase_add_test(c, a_load_is_read_by_the_names_of_its_columns);
+  tcase_add_test(c, a_row_that_is_none_is_refused_by_its_line);
   return us_suite("arrivals", c);
 }
 US_TEST_MAIN(make_suite)
