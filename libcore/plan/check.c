@@ -81,6 +81,15 @@ static enum us_status record_signal(struct checker *c, uint32_t index) {
   return US_OK;
 }
 
+static bool same_operation(const struct us_operation *a, const struct us_operation *b) {
+  return a->op == b->op && a->layer == b->layer && a->slot == b->slot;
+}
+
+static struct us_operation operation_of(const struct checker *c, uint32_t index) {
+  const struct us_task *t = &c->program->tasks[index];
+  return (struct us_operation){.op = (enum us_task_op)t->op, .layer = t->layer, .slot = t->slot};
+}
+
 static bool happens_before(const struct checker *c, uint32_t earlier) {
   uint32_t event = c->program->tasks[earlier].signal;
   return event != US_EVENT_NONE && (c->known[event / 64] >> (event % 64) & 1);
@@ -151,11 +160,18 @@ static enum us_status race(struct checker *c, uint32_t index, const struct us_ac
   return fail(c, index, problem);
 }
 
+/* `problem` and the task that is in the way. */
+static enum us_status fail_with(struct checker *c, uint32_t index, const char *problem,
+                                const struct us_region *region, uint32_t other) {
+  char text[160], whole[320];
+  describe(c->program, other, text, sizeof text);
+  snprintf(whole, sizeof whole, "%s %s that %s wrote", problem, us_buffer_name(region->buffer), text);
+  return fail(c, index, whole);
+}
+
 static enum us_status check_read(struct checker *c, uint32_t index, const struct us_access *access) {
   struct live_list *list = list_of(c, &access->region);
   uint64_t covered = 0;
-  uint32_t phase =
-      US_EVENT_NONE; /* one op writes all that a read sees: else some of it is left from an earlier op */
   bool repeated = false;
   for (size_t i = 0; i < list->count; i++) {
     const struct live *item = &list->items[i];
@@ -166,12 +182,11 @@ static enum us_status check_read(struct checker *c, uint32_t index, const struct
                   c->program->tasks[item->task].signal == c->program->tasks[index].signal;
       continue;
     }
-    if (item->task == index) continue;
     if (!happens_before(c, item->task)) return race(c, index, access, item);
-    uint32_t event = c->program->tasks[item->task].signal;
-    if (phase != US_EVENT_NONE && event != phase)
-      return fail(c, index, "reads what an earlier operation left over");
-    phase = event;
+    struct us_operation writer = operation_of(c, item->task);
+    if (!same_operation(&writer, &access->from))
+      return fail_with(c, index, "reads, of another operation than its own needs,", &access->region,
+                       item->task);
     covered += common_area(&item->region, &access->region);
   }
   if (covered != area(&access->region)) {
@@ -185,6 +200,7 @@ static enum us_status check_read(struct checker *c, uint32_t index, const struct
 
 static enum us_status check_write(struct checker *c, uint32_t index, const struct us_access *access) {
   struct live_list *list = list_of(c, &access->region);
+  struct us_operation own = operation_of(c, index);
   for (size_t i = 0; i < list->count;) {
     const struct live *item = &list->items[i];
     if (!overlaps(&item->region, &access->region)) {
@@ -192,18 +208,29 @@ static enum us_status check_write(struct checker *c, uint32_t index, const struc
       continue;
     }
     if (item->task != index && !happens_before(c, item->task)) return race(c, index, access, item);
+    struct us_operation other = operation_of(c, item->task);
+    if (item->writes && same_operation(&own, &other))
+      return fail_with(c, index, "computes again", &access->region, item->task);
     enum us_status status = subtract(c, list, i, &access->region);
     if (status != US_OK) return status;
   }
   return push(c, list, (struct live){.region = access->region, .task = index, .writes = true});
 }
 
-static enum us_status check_task(struct checker *c, uint32_t index) {
+static enum us_status check_tile(struct checker *c, uint32_t index) {
   const struct us_task *task = &c->program->tasks[index];
+  uint32_t begin, end;
+  if (!us_task_extent(c->program, task, &begin, &end)) return fail(c, index, "is no task of such a program");
   if (task->begin >= task->end) return fail(c, index, "has an empty tile");
-  enum us_status status = learn_from_waits(c, index);
+  if (task->begin < begin || task->end > end) return fail(c, index, "has a tile beyond its operation's");
+  return US_OK;
+}
+
+static enum us_status check_task(struct checker *c, uint32_t index) {
+  enum us_status status = check_tile(c, index);
+  if (status == US_OK) status = learn_from_waits(c, index);
   if (status != US_OK) return status;
-  size_t count = us_task_accesses(c->program, task, c->accesses);
+  size_t count = us_task_accesses(c->program, &c->program->tasks[index], c->accesses);
   for (size_t i = 0; i < count && status == US_OK; i++)
     status = c->accesses[i].writes ? check_write(c, index, &c->accesses[i])
                                    : check_read(c, index, &c->accesses[i]);
@@ -212,14 +239,40 @@ static enum us_status check_task(struct checker *c, uint32_t index) {
 
 /* ---- the program ------------------------------------------------------------------------------------------------- */
 
-static enum us_status check_output(struct checker *c, struct us_region region) {
+/* The operation `from` has written all of the region, and nothing came after it. */
+static enum us_status check_output(struct checker *c, struct us_region region, struct us_operation from) {
   struct live_list *list = list_of(c, &region);
   uint64_t covered = 0;
-  for (size_t i = 0; i < list->count; i++)
-    if (list->items[i].writes) covered += common_area(&list->items[i].region, &region);
+  for (size_t i = 0; i < list->count; i++) {
+    struct us_operation writer = operation_of(c, list->items[i].task);
+    if (list->items[i].writes && same_operation(&writer, &from))
+      covered += common_area(&list->items[i].region, &region);
+  }
   if (covered == area(&region)) return US_OK;
-  return us_err_set(c->err, US_ERR_CHECK, "%s of rank %u, layer or slot %u, is not written completely",
-                    us_buffer_name(region.buffer), region.rank, region.index);
+  return us_err_set(c->err, US_ERR_CHECK, "%s of rank %u, layer or slot %u, is not written completely by %s",
+                    us_buffer_name(region.buffer), region.rank, region.index, us_task_op_name(from.op));
+}
+
+/* Keys and values of every layer, and of a rank of passes with a residual stream its last norm. */
+static enum us_status check_rank_outputs(struct checker *c, uint32_t rank) {
+  const struct us_program *p = c->program;
+  bool context = p->kind == US_PROGRAM_CONTEXT;
+  enum us_status status = US_OK;
+  for (uint32_t l = 0; l < p->dims.layers && status == US_OK; l++)
+    status = check_output(
+        c,
+        (struct us_region){.buffer = US_BUFFER_KV,
+                           .rank = rank,
+                           .index = l,
+                           .row1 = p->dims.rows,
+                           .col1 = p->dims.kv_heads[p->swa_layer[l]]},
+        (struct us_operation){.op = context ? US_TASK_CONTEXT_KV : US_TASK_ATTENTION, .layer = l});
+  if (status != US_OK || context) return status;
+  return check_output(
+      c,
+      (struct us_region){
+          .buffer = US_BUFFER_NORMED, .rank = rank, .row1 = p->dims.rows, .col1 = p->dims.hidden},
+      us_norm_before(p->dims.layers));
 }
 
 static enum us_status check_outputs(struct checker *c) {
@@ -229,14 +282,9 @@ static enum us_status check_outputs(struct checker *c) {
   for (size_t i = 0; i < p->task_count; i++) head |= p->tasks[i].op == US_TASK_HEAD;
   if (head)
     status = check_output(
-        c, (struct us_region){.buffer = US_BUFFER_LOGITS, .row1 = p->dims.rows, .col1 = p->dims.vocab});
-  for (uint32_t rank = 0; rank < p->ranks; rank++)
-    for (uint32_t l = 0; l < p->dims.layers && status == US_OK; l++)
-      status = check_output(c, (struct us_region){.buffer = US_BUFFER_KV,
-                                                  .rank = rank,
-                                                  .index = l,
-                                                  .row1 = p->dims.rows,
-                                                  .col1 = p->dims.kv_heads[p->swa_layer[l]]});
+        c, (struct us_region){.buffer = US_BUFFER_LOGITS, .row1 = p->dims.rows, .col1 = p->dims.vocab},
+        (struct us_operation){.op = US_TASK_HEAD, .layer = US_LAYER_NONE});
+  for (uint32_t rank = 0; rank < p->ranks && status == US_OK; rank++) status = check_rank_outputs(c, rank);
   return status;
 }
 

@@ -4,8 +4,9 @@
  *
  * Deadlock: every event a task waits for is signalled by earlier tasks only; workers claim tasks in order, so the
  * earliest unfinished task can always run. Race: two accesses of overlapping regions, one of them a write, must be
- * ordered through events. Coverage: every region read has been written completely, since its last overwriting; the
- * outputs (logits, K/V of every layer) are complete at the end; a tile written twice is a race.
+ * ordered through events. Coverage: a tile lies within its operation's; every region read has been written completely, last by the
+ * operation of the layer that regions.c names for it; nothing is written twice by one operation; the outputs (logits if there is
+ * a head, keys and values of every layer, the last norm) are complete at the end.
  */
 #ifndef US_PLAN_CHECK_H
 #define US_PLAN_CHECK_H

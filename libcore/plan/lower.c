@@ -200,16 +200,10 @@ static uint32_t lower_moe(struct lowering *lw, uint32_t layer, const struct us_p
   return partial;
 }
 
-/* ceil(N / ranks) ids a rank, the last has what is left: so an id's rank is a division. */
-static uint32_t first_id(const struct us_program_dims *dims, uint32_t rank, uint32_t ranks) {
-  uint64_t first = (uint64_t)rank * ((dims->vocab + ranks - 1) / ranks);
-  return first < dims->vocab ? (uint32_t)first : dims->vocab;
-}
-
 static void lower_head(struct lowering *lw, const struct us_program_dims *dims, uint64_t bytes) {
   for (uint32_t rank = 0; rank < lw->options.ranks; rank++) {
-    uint32_t begin = first_id(dims, rank, lw->options.ranks),
-             end = first_id(dims, rank + 1, lw->options.ranks);
+    uint32_t begin = us_program_first_id(lw->builder.program, rank),
+             end = us_program_first_id(lw->builder.program, rank + 1);
     add_op(lw,
            (struct us_tiling){.op = US_TASK_HEAD,
                               .layer = US_LAYER_NONE,
@@ -394,8 +388,8 @@ enum us_status us_lower_context(const struct us_draft_shape *draft, const struct
            (struct us_tiling){.op = US_TASK_CONTEXT_FC,
                               .layer = US_LAYER_NONE,
                               .rank = rank,
-                              .begin = draft->hidden * rank / lw.options.ranks,
-                              .end = draft->hidden * (rank + 1) / lw.options.ranks,
+                              .begin = us_program_first_fused(program, rank),
+                              .end = us_program_first_fused(program, rank + 1),
                               .bytes = share(fc_bytes, rank, lw.options.ranks)},
            US_EVENT_NONE, fused);
   lower_residual_norm(&lw, US_TASK_CONTEXT_NORM, US_LAYER_NONE, 0, fused);

@@ -81,6 +81,11 @@ struct us_program {
   uint32_t event_count;
 };
 
+/* The first of the vocabulary's ids (HEAD) and of the fused context's outputs (CONTEXT_FC) that rank `rank` computes; those of rank
+ * `ranks` are the ends of the last. */
+uint32_t us_program_first_id(const struct us_program *program, uint32_t rank);
+uint32_t us_program_first_fused(const struct us_program *program, uint32_t rank);
+
 /* "embed_norm", "qkv", ...; never NULL. */
 const char *us_task_op_name(enum us_task_op op);
 

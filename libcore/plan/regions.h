@@ -1,7 +1,8 @@
-/* regions.h: which parts of which buffers a task reads and writes: what a race is defined on.
+/* regions.h: which parts of which buffers a task reads and writes, and whose writing it means to read: what races and coverage
+ * are defined on.
  *
  *     struct us_access *accesses = calloc(us_task_accesses_max(program), sizeof *accesses);
- *     size_t n = us_task_accesses(program, task, accesses);
+ *     if (us_task_extent(program, task, &begin, &end)) n = us_task_accesses(program, task, accesses);
  */
 #ifndef US_PLAN_REGIONS_H
 #define US_PLAN_REGIONS_H
@@ -36,10 +37,26 @@ struct us_region {
   uint32_t row0, row1, col0, col1;
 };
 
+/* All tasks of one op, layer and slot, on every rank. */
+struct us_operation {
+  enum us_task_op op;
+  uint32_t layer, slot;
+};
+
 struct us_access {
   struct us_region region;
   bool writes;
+  struct us_operation from; /* of a read: the operation that must have written the region last */
 };
+
+/* The whole [begin, end) that the tiles of this task's operation share out on its rank. False: such a program has no such task
+ * (op, rank, layer or slot), and us_task_accesses must not be asked. */
+bool us_task_extent(const struct us_program *program, const struct us_task *task, uint32_t *ret_begin,
+                    uint32_t *ret_end);
+
+/* The norm before a layer's attention: of the embedding, or the last of the layer below; `layer` may be the number of layers: the norm
+ * before the head. */
+struct us_operation us_norm_before(uint32_t layer);
 
 /* Most accesses a task of this program can have. */
 size_t us_task_accesses_max(const struct us_program *program);

@@ -10,6 +10,7 @@
 #include "suite.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 static struct us_attention_shape attention(uint32_t H, uint32_t G, uint32_t window) {
@@ -103,15 +104,19 @@ START_TEST(the_trillion_parameter_program_passes_on_eight_ranks) {
 }
 END_TEST
 
-START_TEST(draft_and_context_programs_pass) {
-  struct us_shape target = small_shape();
-  struct us_draft_shape draft = {.layers = 3,
+static struct us_draft_shape small_draft_shape(void) {
+  return (struct us_draft_shape){.layers = 3,
                                  .hidden = 256,
                                  .vocab = 512,
                                  .inner = 512,
                                  .attention = attention(8, 4, 64),
                                  .block = 8,
                                  .taps = 3};
+}
+
+START_TEST(draft_and_context_programs_pass) {
+  struct us_shape target = small_shape();
+  struct us_draft_shape draft = small_draft_shape();
   struct us_lower_options options = {.ranks = 2, .rows = 8};
   struct us_program *program;
   ck_assert_int_eq(us_lower_draft(&draft, &target, &options, &program, NULL), US_OK);
@@ -139,23 +144,112 @@ START_TEST(a_dropped_wait_is_a_race_whichever_task_loses_it) {
 }
 END_TEST
 
-START_TEST(a_tile_computed_twice_or_never_is_refused) {
-  struct us_shape shape = small_shape();
-  struct us_program *program = lower(&shape, 1, 8);
+/* A changed copy of a task, and how it was changed. */
+struct change {
+  const char *what;
+  struct us_task task;
+};
+
+static size_t changes_of(const struct us_program *p, const struct us_task *task, struct change *changes) {
+  size_t n = 0;
+#define CHANGE(field, value)                                                                                 \
+  do {                                                                                                       \
+    changes[n] = (struct change){#field " = " #value, *task};                                                \
+    changes[n].task.field = (value);                                                                         \
+    n += memcmp(&changes[n].task, task, sizeof *task) != 0;                                                  \
+  } while (0)
+  CHANGE(begin, task->begin - 1);
+  CHANGE(begin, task->begin + 1);
+  CHANGE(begin, task->end);
+  CHANGE(end, task->end - 1);
+  CHANGE(end, task->end + 1);
+  CHANGE(rank, (uint16_t)(task->rank + 1));
+  CHANGE(rank, (uint16_t)((task->rank + 1) % p->ranks));
+  CHANGE(layer, US_LAYER_NONE);
+  CHANGE(layer, task->layer + 1);
+  CHANGE(layer, task->layer - 1);
+  CHANGE(layer, p->dims.layers);
+  CHANGE(slot, task->slot + 1);
+  CHANGE(slot, task->slot ^ 1);
+  CHANGE(signal, US_EVENT_NONE);
+  CHANGE(signal, task->signal + 1);
+  CHANGE(signal, p->event_count);
+  CHANGE(waits[0], task->waits[0] - 1);
+  CHANGE(waits[1], p->event_count);
+  for (uint16_t op = 0; op <= US_TASK_OP_COUNT; op++) CHANGE(op, op);
+#undef CHANGE
+  return n;
+}
+
+static void refuse_every_change(struct us_program *program) {
+  struct change changes[18 + US_TASK_OP_COUNT + 1];
+  ck_assert_int_eq(check(program), US_OK);
   for (size_t i = 0; i < program->task_count; i++) {
-    struct us_task *task = &program->tasks[i];
-    uint32_t begin = task->begin, end = task->end;
-    if (begin > 0) {
-      task->begin = begin - 1; /* overlaps its neighbour's tile */
-      ck_assert_msg(check(program) == US_ERR_CHECK, "task %zu (%s) overlaps and passes", i,
-                    us_task_op_name(task->op));
-      task->begin = begin;
+    struct us_task task = program->tasks[i];
+    for (size_t j = changes_of(program, &task, changes); j-- > 0;) {
+      program->tasks[i] = changes[j].task;
+      ck_assert_msg(check(program) == US_ERR_CHECK, "task %zu (%s) with %s passes", i,
+                    us_task_op_name(task.op), changes[j].what);
     }
-    task->end = end - 1; /* leaves a column out */
-    ck_assert_msg(check(program) == US_ERR_CHECK, "task %zu (%s) leaves a gap and passes", i,
-                  us_task_op_name(task->op));
-    task->end = end;
+    program->tasks[i] = task;
   }
+  us_program_free(program);
+}
+
+START_TEST(a_task_with_any_field_changed_is_refused) {
+  struct us_shape shape = small_shape();
+  for (uint32_t ranks = 1; ranks <= 2; ranks++) refuse_every_change(lower(&shape, ranks, 3));
+}
+END_TEST
+
+START_TEST(a_drafters_task_with_any_field_changed_is_refused) {
+  struct us_shape target = small_shape();
+  struct us_draft_shape draft = small_draft_shape();
+  struct us_lower_options options = {.ranks = 2, .rows = 8};
+  struct us_program *program;
+  ck_assert_int_eq(us_lower_draft(&draft, &target, &options, &program, NULL), US_OK);
+  refuse_every_change(program);
+  ck_assert_int_eq(us_lower_context(&draft, &target, &options, &program, NULL), US_OK);
+  refuse_every_change(program);
+}
+END_TEST
+
+/* The last task with this op, appended once more after everything else. */
+static void append_again(struct us_program *program, enum us_task_op op) {
+  size_t last = program->task_count - 1, found = last;
+  while (program->tasks[found].op != op) found--;
+  struct us_task *grown = realloc(program->tasks, (program->task_count + 1) * sizeof *grown);
+  ck_assert_ptr_nonnull(grown);
+  program->tasks = grown;
+  grown[program->task_count] = grown[found];
+  grown[program->task_count].waits[0] = grown[last].signal;
+  grown[program->task_count++].signal = US_EVENT_NONE;
+}
+
+START_TEST(what_is_computed_again_is_refused_in_any_order) {
+  static const enum us_task_op ops[] = {US_TASK_EMBED_NORM,    US_TASK_QKV,       US_TASK_ATTENTION,
+                                        US_TASK_O_PROJ,        US_TASK_ROUTER,    US_TASK_ROUTE,
+                                        US_TASK_RESIDUAL_NORM, US_TASK_EXPERT_UP, US_TASK_EXPERT_DOWN};
+  struct us_shape shape = small_shape();
+  for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) {
+    struct us_program *program = NULL;
+    struct us_lower_options options = {.ranks = 1, .rows = 3, .no_head = true};
+    ck_assert_int_eq(us_lower_target(&shape, &options, &program, NULL), US_OK);
+    ck_assert_int_eq(check(program), US_OK);
+    append_again(program, ops[i]);
+    ck_assert_msg(check(program) == US_ERR_CHECK, "%s again passes", us_task_op_name(ops[i]));
+    us_program_free(program);
+  }
+}
+END_TEST
+
+START_TEST(layers_that_change_places_are_refused) {
+  struct us_shape shape = small_shape();
+  shape.swa_layer[1] = shape.swa_layer[2] = 1;
+  struct us_program *program = lower(&shape, 1, 3);
+  for (size_t i = 0; i < program->task_count; i++)
+    if (program->tasks[i].layer == 1 || program->tasks[i].layer == 2) program->tasks[i].layer ^= 3;
+  ck_assert_int_eq(check(program), US_ERR_CHECK);
   us_program_free(program);
 }
 END_TEST
@@ -251,7 +345,10 @@ static Suite *make_suite(void) {
   tcase_add_test(c, the_trillion_parameter_program_passes_on_eight_ranks);
   tcase_add_test(c, draft_and_context_programs_pass);
   tcase_add_test(c, a_dropped_wait_is_a_race_whichever_task_loses_it);
-  tcase_add_test(c, a_tile_computed_twice_or_never_is_refused);
+  tcase_add_test(c, a_task_with_any_field_changed_is_refused);
+  tcase_add_test(c, a_drafters_task_with_any_field_changed_is_refused);
+  tcase_add_test(c, what_is_computed_again_is_refused_in_any_order);
+  tcase_add_test(c, layers_that_change_places_are_refused);
   tcase_add_test(c, a_wait_for_a_later_task_is_a_deadlock);
   tcase_add_test(c, an_event_that_counts_too_far_is_refused);
   tcase_add_test(c, tiles_share_out_the_bytes_exactly);
