@@ -91,11 +91,11 @@ enum us_status us_sequence_commit(struct us_sequence *s, const struct us_tokeniz
   else if (out->ids.count >= s->limit)
     out->finish = US_FINISH_LENGTH;
   if (!tokenizer) return US_OK;
-  if (out->finish == US_FINISH_STOP) return us_tokenizer_stream_end(&s->stream, &out->text, err);
-  /* A vocabulary is often padded: an id that no token has gives no text. */
-  if (token >= us_tokenizer_size(tokenizer) || !us_tokenizer_bytes(tokenizer, token, &(size_t){0}))
-    return US_OK;
-  return append_text(s, tokenizer, token, err);
+  /* A vocabulary is often padded: an id that no token has gives no text, and neither does a stop id. */
+  if (out->finish != US_FINISH_STOP && token < us_tokenizer_size(tokenizer) &&
+      us_tokenizer_bytes(tokenizer, token, &(size_t){0}))
+    return append_text(s, tokenizer, token, err);
+  return out->finish == US_FINISH_NONE ? US_OK : us_tokenizer_stream_end(&s->stream, &out->text, err);
 }
 
 void us_sequence_send(struct us_sequence *s, const struct us_generate_options *options) {

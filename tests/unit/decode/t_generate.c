@@ -3,7 +3,7 @@
  *
  *   Oracle | Equality | Prompts and samples | Ends | Text | Replay | Statistics | Faults
  */
-#include "decode/generate.h"
+#include "decode/sequence.h"
 #include "fake.h"
 #include "suite.h"
 
@@ -396,6 +396,25 @@ START_TEST(streamed_text_is_the_whole_text_and_stop_strings_never_show) {
 }
 END_TEST
 
+START_TEST(an_unfinished_character_is_text_even_if_padding_ends_the_sample) {
+  struct us_tokenizer *tokenizer = letters_tokenizer();
+  struct us_request r = request_of(PROMPT, 0.0f);
+  for (int32_t last = 256; last < 259; last++) { /* "ab", "bc", and an id that no token has */
+    struct us_output out = {0};
+    struct us_sequence s = {.request = &r, .output = &out, .limit = 2};
+    ck_assert_int_eq(us_sequence_commit(&s, tokenizer, 0xc3, 0, NULL), US_OK);
+    ck_assert_uint_eq(out.text.size, 0);
+    ck_assert_int_eq(us_sequence_commit(&s, tokenizer, last, 0, NULL), US_OK);
+    ck_assert_int_eq(out.finish, US_FINISH_LENGTH);
+    ck_assert_uint_eq(out.text.size, last < 258 ? 3 : 1);
+    ck_assert_int_eq(out.text.data[0], (char)0xc3);
+    us_ids_release(&out.ids);
+    us_buffer_release(&out.text);
+  }
+  us_tokenizer_free(tokenizer);
+}
+END_TEST
+
 START_TEST(a_listener_can_cancel_one_sample) {
   struct us_tokenizer *tokenizer = letters_tokenizer();
   struct fake f;
@@ -645,6 +664,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, the_models_last_position_ends_a_sequence);
   tcase_add_test(c, a_loop_is_cut_when_a_24_gram_occurs_the_third_time);
   tcase_add_test(c, streamed_text_is_the_whole_text_and_stop_strings_never_show);
+  tcase_add_test(c, an_unfinished_character_is_text_even_if_padding_ends_the_sample);
   tcase_add_test(c, a_listener_can_cancel_one_sample);
   tcase_add_test(c, a_replay_reaches_every_accept_length_and_equals_the_plain_run);
   tcase_add_test(c, replay_rates_of_0_and_1_accept_nothing_and_everything);
