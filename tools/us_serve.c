@@ -1,4 +1,5 @@
 /* us_serve.c: generate text with a model, plainly or with a drafter. */
+#include "base/io.h"
 #include "base/opt_value.h"
 #include "base/philox.h"
 #include "base/progress.h"
@@ -296,14 +297,14 @@ static enum us_status print_entry(void *arg, const struct us_run_entry *entry, s
   if (!s->as_text) return us_run_write(s->run->out, entry, err);
   if (!s->streaming) fwrite(entry->text, 1, entry->text_bytes, s->run->out);
   fputc('\n', s->run->out);
-  return US_OK;
+  return us_io_flush(s->run->out, "standard output", err);
 }
 
+/* Where nothing can be written, the sample ends; print_entry says why. */
 static bool stream_text(void *arg, const struct us_text_event *event) {
   struct session *s = arg;
   fwrite(event->text, 1, event->bytes, s->run->out);
-  fflush(s->run->out);
-  return true;
+  return fflush(s->run->out) == 0;
 }
 
 static enum us_status fill(struct session *s, struct us_serve *serve, struct us_err *err) {

@@ -302,16 +302,17 @@ static void choose_best(struct us_result *result) {
     if (result->outputs[i].mean_logprob > result->outputs[result->best].mean_logprob) result->best = i;
 }
 
-static void end_sequence(struct decoder *d, uint32_t slot) {
+static enum us_status end_sequence(struct decoder *d, uint32_t slot) {
   struct us_sequence *s = &d->sequences[slot];
   s->output->stats.seconds = now() - s->first_token;
   drop_caches(&s->kv, &s->draft_kv);
   struct us_result *result = &d->results[s->request_index];
   size_t request = s->request_index;
   d->sequences[slot] = d->sequences[--d->active];
-  if (--d->samples_left[request]) return;
+  if (--d->samples_left[request]) return US_OK;
   if (d->requests[request].logprobs) choose_best(result);
-  if (d->options->on_result) d->options->on_result(d->options->arg, request, result);
+  if (!d->options->on_result) return US_OK;
+  return d->options->on_result(d->options->arg, request, result, d->err);
 }
 
 /* Start the next sample: prefill if it is its request's first, then draw and commit the token after the prompt. */
@@ -337,8 +338,7 @@ static enum us_status start_sequence(struct decoder *d) {
   s->first_token = now();
   s->output->stats.first_token_seconds = s->first_token - d->started;
   us_sequence_send(s, d->options);
-  if (s->output->finish != US_FINISH_NONE) end_sequence(d, d->active - 1);
-  return US_OK;
+  return s->output->finish != US_FINISH_NONE ? end_sequence(d, d->active - 1) : US_OK;
 }
 
 /* A round */
@@ -449,9 +449,11 @@ static enum us_status finish_round(struct decoder *d, uint32_t slot, size_t firs
   return US_OK;
 }
 
-static void end_finished(struct decoder *d) {
-  for (uint32_t i = d->active; i-- > 0;)
-    if (d->sequences[i].output->finish != US_FINISH_NONE) end_sequence(d, i);
+static enum us_status end_finished(struct decoder *d) {
+  enum us_status status = US_OK;
+  for (uint32_t i = d->active; status == US_OK && i-- > 0;)
+    if (d->sequences[i].output->finish != US_FINISH_NONE) status = end_sequence(d, i);
+  return status;
 }
 
 static enum us_status step(struct decoder *d) {
@@ -468,7 +470,7 @@ static enum us_status step(struct decoder *d) {
     status = finish_round(d, i, row);
     row += rows;
   }
-  if (status == US_OK) end_finished(d);
+  if (status == US_OK) status = end_finished(d);
   d->stats.decode.seconds += now() - begun;
   return status;
 }
@@ -543,7 +545,7 @@ static enum us_status step_resident(struct decoder *d) {
   if (status == US_OK) status = run.status;
   d->stats.expert_layers += rounds.expert_layers;
   d->stats.distinct_experts += rounds.experts;
-  if (status == US_OK) end_finished(d);
+  if (status == US_OK) status = end_finished(d);
   d->stats.verify_seconds += now() - begun;
   d->stats.decode.seconds += now() - begun;
   return status;

@@ -89,8 +89,9 @@ struct us_generate_options {
   const float *accept; /* replay: rate at which slot i keeps the recorded token; the last one repeats */
   size_t accept_count; /* 0: always kept */
   bool (*on_text)(void *arg, const struct us_text_event *event); /* may be NULL; false cancels the sample */
-  /* Called once a request when all of its samples have ended; the result is complete but still the call's. May be NULL. */
-  void (*on_result)(void *arg, size_t request, const struct us_result *result);
+  /* Called once a request when all of its samples have ended; the result is complete but still the call's. May be NULL. What is
+   * not US_OK ends the call with it. */
+  enum us_status (*on_result)(void *arg, size_t request, const struct us_result *result, struct us_err *err);
   void *arg;
   bool (*interrupted)(void); /* asked every round; true returns US_INTERRUPTED; may be NULL */
 };
@@ -134,7 +135,7 @@ struct us_generate_stats {
 
 /* Run the requests (n) to their ends; ret_results (n) are filled in order, each to be released. On an error nothing is
  * left in them. US_ERR_USAGE: an argument out of range (the message names it); US_ERR_CHECK: logits that are not finite;
- * US_INTERRUPTED; and whatever the executor returns. */
+ * US_INTERRUPTED; and whatever the executor or on_result returns. */
 US_CHECKED enum us_status us_generate(struct us_executor *ex, const struct us_request *requests, size_t n,
                                       const struct us_generate_options *options,
                                       struct us_result *ret_results, struct us_generate_stats *opt_stats,

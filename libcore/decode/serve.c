@@ -24,7 +24,6 @@ struct batch {
   size_t n_requests, next; /* the next request whose entries are to be written */
   const struct us_result **ready;
   const char *settings_json;
-  enum us_status status;
   struct us_err *err;
 };
 
@@ -153,7 +152,7 @@ static enum us_status make_requests(struct batch *b, const int32_t *stop_ids, si
 
 /* Results to entries */
 
-static enum us_status write_request(struct batch *b, size_t request) {
+static enum us_status write_request(const struct batch *b, size_t request, struct us_err *err) {
   const struct us_serve *serve = b->serve;
   const struct conversation *c = &b->conversations[b->owner[request]];
   const struct us_result *result = b->ready[request];
@@ -172,21 +171,24 @@ static enum us_status write_request(struct batch *b, size_t request) {
                                  .settings_json = b->settings_json};
     us_run_entry_take(&entry, &result->outputs[s]);
     if (!serve->logprobs) entry.logprobs = NULL;
-    status = serve->on_entry(serve->arg, &entry, b->err);
+    status = serve->on_entry(serve->arg, &entry, err);
   }
   return status;
 }
 
-static void result_ready(void *arg, size_t request, const struct us_result *result) {
+static enum us_status result_ready(void *arg, size_t request, const struct us_result *result,
+                                   struct us_err *err) {
   struct batch *b = arg;
+  enum us_status status = US_OK;
   b->ready[request] = result;
-  while (b->status == US_OK && b->next < b->n_requests && b->ready[b->next])
-    b->status = write_request(b, b->next++);
+  while (status == US_OK && b->next < b->n_requests && b->ready[b->next])
+    status = write_request(b, b->next++, err);
+  return status;
 }
 
 static bool text_ready(void *arg, const struct us_text_event *event) {
-  struct batch *b = arg;
-  return b->status == US_OK && b->serve->generate.on_text(b->serve->arg, event);
+  const struct us_serve *serve = ((const struct batch *)arg)->serve;
+  return serve->generate.on_text(serve->arg, event);
 }
 
 /* The best answer joins the conversation; what was thought before </think> is not its content. */
@@ -260,7 +262,6 @@ static enum us_status run_turn(struct batch *b, struct us_executor *ex, struct u
   if (!results) return us_err_memory(b->err, "results", b->n_requests * sizeof *results);
   struct us_generate_stats stats = {0};
   enum us_status status = us_generate(ex, b->requests, b->n_requests, &options, results, &stats, b->err);
-  if (status == US_OK) status = b->status;
   add_stats(sum, &stats);
   for (size_t i = 0; i < b->n_requests; i++) {
     struct conversation *c = &b->conversations[b->owner[i]];

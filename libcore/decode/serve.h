@@ -37,8 +37,9 @@ struct us_serve {
   const struct us_run *replay; /* recorded plain run to draft from, or NULL */
   struct us_generate_options
       generate; /* on_text may be set; tokenizer, on_result and arg are us_serve_run's */
-  enum us_status (*on_entry)(void *arg, const struct us_run_entry *entry, struct us_err *err);
-  void *arg; /* of on_entry and generate.on_text */
+  enum us_status (*on_entry)(void *arg, const struct us_run_entry *entry,
+                             struct us_err *err); /* what is not US_OK ends the run with it */
+  void *arg;                                      /* of on_entry and generate.on_text */
 };
 
 /* A prompt of plain text, for a command line; strings are borrowed. */

@@ -415,6 +415,33 @@ START_TEST(an_unfinished_character_is_text_even_if_padding_ends_the_sample) {
 }
 END_TEST
 
+static enum us_status refuse_second(void *arg, size_t request, const struct us_result *result,
+                                    struct us_err *err) {
+  ck_assert(request < 4 && result->samples == 1 && result->outputs[0].finish == US_FINISH_LENGTH);
+  return ++*(size_t *)arg == 2 ? us_err_set(err, US_ERR_IO, "no room") : US_OK;
+}
+
+START_TEST(a_result_that_cannot_be_taken_ends_the_call) {
+  enum { N = 4 };
+  struct fake f;
+  struct us_request requests[N];
+  for (uint32_t batch = 1; batch <= 2; batch++)
+    for (uint32_t tokens = 1; tokens <= 9; tokens += 8) { /* ends with its prompt, and after rounds */
+      fake_init(&f, VOCAB, 8);
+      for (uint32_t i = 0; i < N; i++)
+        requests[i] = request_of(PROMPT + i, 0.0f), requests[i].max_tokens = tokens;
+      struct us_result results[N];
+      struct us_err err = {0};
+      size_t taken = 0;
+      struct us_generate_options o = {.batch = batch, .on_result = refuse_second, .arg = &taken};
+      ck_assert_int_eq(us_generate(&f.ex, requests, N, &o, results, NULL, &err), US_ERR_IO);
+      ck_assert_str_eq(err.message, "no room");
+      ck_assert_uint_eq(taken, 2);
+      ck_assert_ptr_null(results[0].outputs);
+    }
+}
+END_TEST
+
 START_TEST(a_listener_can_cancel_one_sample) {
   struct us_tokenizer *tokenizer = letters_tokenizer();
   struct fake f;
@@ -665,6 +692,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_loop_is_cut_when_a_24_gram_occurs_the_third_time);
   tcase_add_test(c, streamed_text_is_the_whole_text_and_stop_strings_never_show);
   tcase_add_test(c, an_unfinished_character_is_text_even_if_padding_ends_the_sample);
+  tcase_add_test(c, a_result_that_cannot_be_taken_ends_the_call);
   tcase_add_test(c, a_listener_can_cancel_one_sample);
   tcase_add_test(c, a_replay_reaches_every_accept_length_and_equals_the_plain_run);
   tcase_add_test(c, replay_rates_of_0_and_1_accept_nothing_and_everything);
