@@ -212,6 +212,8 @@ static enum us_status add_text_file(struct session *s, const char *path, struct 
   struct us_buffer *text = &s->texts[s->n_texts++];
   enum us_status status = us_buffer_read_file(text, path, (size_t)64 << 20, err);
   if (status != US_OK) return status;
+  if (strlen(text->data ? text->data : "") != text->size)
+    return us_err_set(err, US_ERR_INPUT, "%s: byte %zu is NUL; a prompt is text", path, strlen(text->data));
   struct us_prompt prompt = us_serve_text_prompt(path, text->data ? text->data : "");
   return add_prompts(s, &prompt, 1, err);
 }
@@ -378,6 +380,8 @@ static enum us_status serve(struct session *s, struct us_err *err) {
     if (status == US_OK) status = open_model(s, err);
     return status == US_OK ? us_serve_bench(s->run, &s->bench, s->ex, err) : status;
   }
+  if (us_opt_given(o, "accept") && !us_opt_given(o, "draft-from"))
+    return us_err_set(err, US_ERR_USAGE, "--accept needs --draft-from or --bench");
   if (us_opt_given(o, "draft-from")) status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
   if (status == US_OK) status = open_prompts(s, err);
   if (status == US_OK) status = open_model(s, err);
