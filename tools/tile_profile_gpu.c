@@ -1,4 +1,4 @@
-/* tile_profile_gpu.c: a round of the engine, split into streaming and waiting by cause. */
+/* tile_profile_gpu.c: a round of the engine, split into streaming and waiting by cause, or as its critical path. */
 #include "tools/tile_profile_gpu.h"
 
 #include "base/table.h"
@@ -6,11 +6,14 @@
 #include "device/executor.h"
 #include "device/profile_device.h"
 
+#include <math.h>
+
 /* ---- opening ------------------------------------------------------------------------------------------------------- */
 
 enum us_status us_tile_profile_check(struct us_opts *opts, struct us_err *err) {
-  static const char *const needs[] = {"gpus",  "engine",  "synthetic", "precision", "share",     "uniform",
-                                      "batch", "context", "rounds",    "sms",       "role-spans"};
+  static const char *const needs[] = {"gpus",   "engine",  "synthetic",  "precision",
+                                      "share",  "uniform", "batch",      "context",
+                                      "rounds", "sms",     "role-spans", "critical-path"};
   if (us_opt_device(opts, "device") >= 0) {
     if (us_opt_flag(opts, "uniform") && !us_opt_given(opts, "synthetic"))
       return us_err_set(err, US_ERR_USAGE, "--uniform needs --synthetic");
@@ -86,36 +89,96 @@ static void add(struct us_breakdown_op *sum, const struct us_breakdown_op *t) {
   for (int wait = 0; wait < US_TRACE_WAITS; wait++) sum->wait[wait] += t->wait[wait];
 }
 
-static enum us_status print_table(struct us_tool_run *run, const struct us_device_profile_result *r,
-                                  double ceiling, double *ret_bytes, struct us_err *err) {
+/* Weights that a program's operations of a task stream in a round, on all ranks. */
+static double bytes_of(const struct us_device_profile_result *r, int program, int task) {
+  const struct us_device_traffic *traffic = &r->traffic[program];
+  return r->ranks * (double)traffic->by_task[task] * (traffic->of_experts[task] ? r->experts : 1);
+}
+
+static enum us_status print_means(struct us_tool_run *run, const struct us_device_profile_result *r,
+                                  double ceiling, struct us_err *err) {
   struct us_table *table;
   struct us_breakdown_op all = {0};
-  *ret_bytes = 0;
+  double all_bytes = 0;
   enum us_status status = us_table_open(run->out, columns, sizeof columns / sizeof *columns,
                                         us_opt_flag(run->opts, "json"), &table, err);
   if (status != US_OK) return status;
   for (int program = 0; program < US_PROGRAM_KINDS; program++)
     for (int op = 0; op <= US_TASK_OP_COUNT; op++) {
       const struct us_breakdown_op *t = &r->breakdown.ops[program][op];
-      const struct us_device_traffic *traffic = &r->traffic[program];
+      double bytes = bytes_of(r, program, op);
       if (t->time <= 0) continue;
-      double bytes = r->ranks * (double)traffic->by_task[op] * (traffic->of_experts[op] ? r->experts : 1);
       print_line(table, us_program_kind_name((enum us_program_kind)program), us_trace_op_name(op), t,
                  r->breakdown.round, bytes, ceiling);
       add(&all, t);
-      *ret_bytes += bytes;
+      all_bytes += bytes;
     }
-  print_line(table, "all", "all", &all, r->breakdown.round, *ret_bytes, ceiling);
+  print_line(table, "all", "all", &all, r->breakdown.round, all_bytes, ceiling);
+  return us_table_close(table, err);
+}
+
+/* ---- the critical path --------------------------------------------------------------------------------------------- */
+
+static const char *const path_columns[] = {"program",     "op",      "visits",        "us",
+                                           "share",       "work_us", "epilogue_us",   "hand_off_us",
+                                           "exchange_us", "norm_us", "ring_empty_us", "sums_us",
+                                           "select_us",   "other_us"};
+
+static double length_of(const struct us_critical_op *t) {
+  double sum = t->work + t->epilogue;
+  for (int wait = 0; wait < US_TRACE_WAITS; wait++) sum += t->wait[wait];
+  return sum;
+}
+
+static void print_path_line(struct us_table *table, const char *program, const char *op,
+                            const struct us_critical_op *t, double round) {
+  static const enum us_engine_wait waits[] = {US_ENGINE_WAIT_DONE, US_ENGINE_WAIT_EXCHANGE,
+                                              US_ENGINE_WAIT_NORM, US_ENGINE_WAIT_STAGE,
+                                              US_ENGINE_WAIT_SUMS, US_ENGINE_WAIT_SELECT};
+  double length = length_of(t), other = length - t->work - t->epilogue;
+  us_table_text(table, program);
+  us_table_text(table, op);
+  us_table_num(table, t->visits);
+  us_table_num(table, 1e6 * length);
+  us_table_num(table, length / round);
+  us_table_num(table, 1e6 * t->work);
+  us_table_num(table, 1e6 * t->epilogue);
+  for (size_t i = 0; i < sizeof waits / sizeof *waits; i++) {
+    us_table_num(table, 1e6 * t->wait[waits[i]]);
+    other -= t->wait[waits[i]];
+  }
+  us_table_num(table, 1e6 * fmax(other, 0));
+}
+
+static enum us_status print_path(struct us_tool_run *run, const struct us_critical_path *path,
+                                 struct us_err *err) {
+  struct us_table *table;
+  struct us_critical_op all = {0};
+  enum us_status status = us_table_open(run->out, path_columns, sizeof path_columns / sizeof *path_columns,
+                                        us_opt_flag(run->opts, "json"), &table, err);
+  if (status != US_OK) return status;
+  for (int program = 0; program < US_PROGRAM_KINDS; program++)
+    for (int op = 0; op <= US_TASK_OP_COUNT; op++) {
+      const struct us_critical_op *t = &path->ops[program][op];
+      if (t->visits <= 0) continue;
+      print_path_line(table, us_program_kind_name((enum us_program_kind)program), us_trace_op_name(op), t,
+                      path->round);
+      all.visits += t->visits, all.work += t->work, all.epilogue += t->epilogue;
+      for (int wait = 0; wait < US_TRACE_WAITS; wait++) all.wait[wait] += t->wait[wait];
+    }
+  print_path_line(table, "all", "all", &all, path->round);
   return us_table_close(table, err);
 }
 
 /* ---- the run ------------------------------------------------------------------------------------------------------- */
 
 static void tell(struct us_tool_run *run, const struct us_device_profile_result *r,
-                 const struct us_bench_device *device, double bytes) {
+                 const struct us_bench_device *device) {
   const struct us_breakdown *b = &r->breakdown;
   const struct us_log *log = run->log;
-  double share = 100 / b->round;
+  double share = 100 / b->round, bytes = 0;
+  for (int program = 0; program < US_PROGRAM_KINDS; program++)
+    for (int op = 0; op <= US_TASK_OP_COUNT; op++) bytes += bytes_of(r, program, op);
   us_log_notice(log, "%u x %s%s: a round takes %.3f ms, recorded %.3f ms: the recording costs %.1f %%",
                 device->gpus, device->name,
                 us_opt_given(run->opts, "synthetic") ? ", weights are synthetic" : "", 1e3 * r->plain_round,
@@ -150,14 +213,16 @@ enum us_status us_tile_profile_gpu(struct us_tool_run *run, struct us_executor *
                                               .rounds = (uint32_t)us_opt_int(o, "rounds"),
                                               .capacity = (uint32_t)us_opt_int(o, "role-spans"),
                                               .keep = (uint32_t)us_opt_int(o, "sms"),
+                                              .path = us_opt_flag(o, "critical-path"),
                                               .seed = (uint64_t)us_opt_int(o, "seed"),
                                               .interrupted = us_tool_interrupted};
   struct us_device_profile_result result;
   struct us_bench_device device;
-  double bytes;
   enum us_status status = us_bench_device(ex, &device, err);
   if (status == US_OK) status = us_device_profile_run(ex, &options, &result, trace, err);
-  if (status == US_OK) status = print_table(run, &result, device.ceiling, &bytes, err);
-  if (status == US_OK) tell(run, &result, &device, bytes);
+  if (status == US_OK)
+    status =
+        options.path ? print_path(run, &result.path, err) : print_means(run, &result, device.ceiling, err);
+  if (status == US_OK) tell(run, &result, &device);
   return status;
 }

@@ -23,6 +23,8 @@
       US_OPT_INT("context", 0, "N", "positions before the first round", .def = "4096", .max = 1 << 20),      \
       US_OPT_INT("rounds", 0, "N", "rounds that are recorded", .def = "8", .min = 2, .max = 1000),           \
       US_OPT_INT("sms", 0, "N", "SMs of each GPU in the files; 0 is all", .def = "4", .max = 256),           \
+      US_OPT_FLAG("critical-path", 0,                                                                        \
+                  "print what a round waits for, from cause to cause, not means over SMs"),                  \
       US_OPT_INT("role-spans", 0, "N", "most intervals a role of an SM records", .def = "64K", .min = 2048,  \
                  .max = 1 << 22)
 

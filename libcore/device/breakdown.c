@@ -1,41 +1,10 @@
 /* breakdown.c: spans of blocks to seconds of operations. */
 #include "device/breakdown.h"
 
+#include "device/spans.h"
 #include "device/traffic.h"
 
 #define SECOND 1e9
-
-enum { COMPUTE, STREAM }; /* roles of a block, as kernels/engine/engine.cu numbers them */
-
-static const struct us_engine_span *lane_of(const struct us_breakdown_spans *s, uint32_t block, uint32_t role,
-                                            uint32_t *ret_count) {
-  uint32_t lane = block * US_ENGINE_ROLES + role, seen = s->counts[lane];
-  *ret_count = seen < s->capacity ? seen : s->capacity;
-  return s->spans + (size_t)lane * s->capacity;
-}
-
-/* Whether a round begins between two spans of a lane: the list starts again. */
-static bool wraps(const struct us_engine_span *before, const struct us_engine_span *span) {
-  return span->op < before->op;
-}
-
-static enum us_program_kind program_of(const struct us_engine_op *op) {
-  return op->program == US_ENGINE_PASS_TARGET  ? US_PROGRAM_TARGET
-         : op->program == US_ENGINE_PASS_DRAFT ? US_PROGRAM_DRAFT
-                                               : US_PROGRAM_CONTEXT;
-}
-
-static uint32_t task_of(const struct us_engine_op *op) {
-  return op->task_op < US_TASK_OP_COUNT ? op->task_op : US_TASK_OP_COUNT;
-}
-
-/* Rounds of a lane whose spans are all there. */
-static uint32_t whole_rounds(const struct us_breakdown_spans *s, uint32_t block, uint32_t role) {
-  uint32_t count, rounds = 0;
-  const struct us_engine_span *span = lane_of(s, block, role, &count);
-  for (uint32_t i = 1; i < count; i++) rounds += wraps(&span[i - 1], &span[i]);
-  return rounds + (count && s->counts[block * US_ENGINE_ROLES + role] <= s->capacity);
-}
 
 /* Where a lane's operation stands: when its input was there, and whether it has waited for the ring since. */
 struct stand {
@@ -58,19 +27,19 @@ static bool is_ramp(struct stand *at, const struct us_engine_span *span) {
 static void add_lane(struct us_breakdown *b, const struct us_breakdown_spans *s, uint32_t block,
                      uint32_t role, uint32_t rounds) {
   uint32_t count, round = 0;
-  const struct us_engine_span *span = lane_of(s, block, role, &count);
+  const struct us_engine_span *span = us_spans_of(s, block, role, &count);
   uint64_t begin = 0, end = 0;
   struct stand at = {.input = count ? span->begin : 0};
   for (uint32_t i = 0; i < count; i++) {
-    round += i && wraps(&span[i - 1], &span[i]);
+    round += i && us_spans_wrap(&span[i - 1], &span[i]);
     if (round >= rounds) break;
     if (round < b->skip || span[i].op >= s->op_count) continue;
     const struct us_engine_op *op = &s->ops[span[i].op];
-    struct us_breakdown_op *sum = &b->ops[program_of(op)][task_of(op)];
+    struct us_breakdown_op *sum = &b->ops[us_spans_program(op)][us_spans_task(op)];
     double seconds = span[i].ns / SECOND;
     if (!begin) begin = span[i].begin;
     end = span[i].begin + span[i].ns;
-    if (role == STREAM) {
+    if (role == US_SPANS_STREAM) {
       if (span[i].what == US_ENGINE_WAIT_FREE) sum->ring_full += seconds;
       continue;
     }
@@ -82,15 +51,16 @@ static void add_lane(struct us_breakdown *b, const struct us_breakdown_spans *s,
       sum->wait[span[i].what] += seconds;
     if (span[i].what == US_ENGINE_WAIT_ROUND) sum->time += seconds; /* it lies behind the last operation */
   }
-  if (role == COMPUTE) b->round += (double)(end - begin) / SECOND, b->rounds += rounds - b->skip;
+  if (role == US_SPANS_COMPUTE) b->round += (double)(end - begin) / SECOND, b->rounds += rounds - b->skip;
 }
 
 enum us_status us_breakdown_gpu(struct us_breakdown *b, const struct us_breakdown_spans *spans,
                                 struct us_err *err) {
   uint32_t rounds = UINT32_MAX;
   for (uint32_t block = 0; block < spans->blocks; block++)
-    for (uint32_t role = COMPUTE; role <= STREAM; role++) {
-      uint32_t whole = whole_rounds(spans, block, role), seen = spans->counts[block * US_ENGINE_ROLES + role];
+    for (uint32_t role = US_SPANS_COMPUTE; role <= US_SPANS_STREAM; role++) {
+      uint32_t whole = us_spans_rounds(spans, block, role),
+               seen = spans->counts[block * US_ENGINE_ROLES + role];
       if (whole < rounds) rounds = whole;
       if (seen > spans->capacity) b->dropped += seen - spans->capacity;
     }
@@ -98,7 +68,8 @@ enum us_status us_breakdown_gpu(struct us_breakdown *b, const struct us_breakdow
     return us_err_set(err, US_ERR_CHECK, "%u spans a role of a block are too few for %u rounds",
                       spans->capacity, b->skip + 1);
   for (uint32_t block = 0; block < spans->blocks; block++)
-    for (uint32_t role = COMPUTE; role <= STREAM; role++) add_lane(b, spans, block, role, rounds);
+    for (uint32_t role = US_SPANS_COMPUTE; role <= US_SPANS_STREAM; role++)
+      add_lane(b, spans, block, role, rounds);
   return US_OK;
 }
 
@@ -129,7 +100,7 @@ uint64_t us_breakdown_origin(const struct us_breakdown_spans *spans) {
   for (uint32_t block = 0; block < spans->blocks; block++)
     for (uint32_t role = 0; role < US_ENGINE_ROLES; role++) {
       uint32_t count;
-      const struct us_engine_span *span = lane_of(spans, block, role, &count);
+      const struct us_engine_span *span = us_spans_of(spans, block, role, &count);
       if (count && span->begin < origin) origin = span->begin;
     }
   return origin;
@@ -138,12 +109,12 @@ uint64_t us_breakdown_origin(const struct us_breakdown_spans *spans) {
 static void trace_lane(const struct us_breakdown_spans *s, uint32_t gpu, uint32_t block, uint32_t role,
                        uint64_t origin, double experts, struct us_trace *trace) {
   uint32_t count, round = 0;
-  const struct us_engine_span *span = lane_of(s, block, role, &count);
+  const struct us_engine_span *span = us_spans_of(s, block, role, &count);
   for (uint32_t i = 0; i < count; i++) {
-    round += i && wraps(&span[i - 1], &span[i]);
+    round += i && us_spans_wrap(&span[i - 1], &span[i]);
     if (span[i].op >= s->op_count || span[i].begin < origin) continue;
     const struct us_engine_op *op = &s->ops[span[i].op];
-    bool streams = role == STREAM && span[i].what == US_ENGINE_WAIT_NOTHING;
+    bool streams = role == US_SPANS_STREAM && span[i].what == US_ENGINE_WAIT_NOTHING;
     double bytes = (double)op->bytes * (us_device_op_of_experts(op) ? experts : 1) / s->blocks;
     us_trace_add(trace, &(struct us_span){.claimed = span[i].begin - origin,
                                           .start = span[i].begin - origin,
@@ -151,9 +122,9 @@ static void trace_lane(const struct us_breakdown_spans *s, uint32_t gpu, uint32_
                                           .bytes = streams ? (uint64_t)bytes : 0,
                                           .layer = op->layer,
                                           .pass = round * US_ENGINE_PASSES + op->program,
-                                          .op = (uint16_t)task_of(op),
+                                          .op = (uint16_t)us_spans_task(op),
                                           .worker = (uint16_t)(gpu * US_TRACE_BLOCKS + block),
-                                          .program = (uint8_t)program_of(op),
+                                          .program = (uint8_t)us_spans_program(op),
                                           .role = (uint8_t)(US_TRACE_COMPUTE + role),
                                           .wait = (uint8_t)span[i].what});
   }

@@ -1,7 +1,7 @@
 /* breakdown.h: the engine's spans as where a round's time went, and as a trace.
  *
  *     struct us_breakdown b = {.skip = 1};
- *     struct us_breakdown_spans spans = {ops, op_count, host_spans, host_counts, capacity, blocks};
+ *     struct us_breakdown_spans spans = {ops, op_count, host_spans, host_counts, capacity, blocks, ranks};
  *     us_breakdown_gpu(&b, &spans, &err);                                       // every GPU's
  *     us_breakdown_finish(&b);
  *     us_breakdown_trace(&spans, gpu, 4, us_breakdown_origin(&spans), 59.5, trace);
@@ -23,6 +23,7 @@ struct us_breakdown_spans {
   const struct us_engine_span *spans; /* (blocks, US_ENGINE_ROLES, capacity) */
   const uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) seen, also those that found no room */
   uint32_t capacity, blocks;
+  uint32_t ranks; /* that share the GPU, each as many blocks as another */
 };
 
 #define US_BREAKDOWN_RAMP                                                                                    \

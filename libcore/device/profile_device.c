@@ -142,11 +142,15 @@ static enum us_status take_gpu(const struct recording *r, const struct us_device
                                struct us_err *err) {
   struct us_engine_span *spans = NULL;
   uint32_t *counts = NULL;
-  struct us_breakdown_spans s = {
-      .ops = schedule->ops, .op_count = schedule->op_count, .blocks = r->parts.devices->blocks[gpu]};
+  const struct us_devices *devices = r->parts.devices;
+  struct us_breakdown_spans s = {.ops = schedule->ops,
+                                 .op_count = schedule->op_count,
+                                 .blocks = devices->blocks[gpu],
+                                 .ranks = devices->ranks / devices->gpus};
   enum us_status status = fetch(r, gpu, &spans, &counts, &s.capacity, err);
   s.spans = spans, s.counts = counts;
   if (status == US_OK) status = us_breakdown_gpu(&result->breakdown, &s, err);
+  if (status == US_OK && r->options->path) status = us_critical_path_gpu(&result->path, &s, err);
   /* GPUs have clocks of their own: each one's first span is its 0. */
   if (status == US_OK)
     us_breakdown_trace(&s, gpu, r->options->keep, us_breakdown_origin(&s), result->experts, trace);
@@ -174,6 +178,7 @@ static enum us_status take_all(const struct recording *r, struct us_device_profi
                       &result->traffic[program]);
   us_device_loop_free(loop);
   us_breakdown_finish(&result->breakdown);
+  us_critical_path_finish(&result->path);
   return status;
 }
 

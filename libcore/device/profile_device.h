@@ -10,7 +10,7 @@
 #ifndef US_DEVICE_PROFILE_DEVICE_H
 #define US_DEVICE_PROFILE_DEVICE_H
 
-#include "device/breakdown.h"
+#include "device/critical_path.h"
 #include "device/traffic.h"
 #include "model/executor.h"
 
@@ -21,12 +21,14 @@ struct us_device_profile_options {
   uint32_t rounds;   /* recorded ones, after some that bring the clocks up */
   uint32_t capacity; /* spans a role of a block; less if the GPU has no room */
   uint32_t keep;     /* blocks of each GPU whose spans go into the trace; 0: all */
+  bool path;         /* find the critical path too */
   uint64_t seed;
   bool (*interrupted)(void); /* may be NULL */
 };
 
 struct us_device_profile_result {
   struct us_breakdown breakdown;
+  struct us_critical_path path;                       /* if asked for */
   double plain_round, recorded_round;                 /* seconds, mean, by the GPU's clock */
   double experts;                                     /* distinct ones a MoE layer and row tile, mean */
   struct us_device_traffic traffic[US_PROGRAM_KINDS]; /* of a round on one rank, by program */

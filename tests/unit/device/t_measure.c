@@ -133,7 +133,8 @@ static struct us_breakdown_spans view(const struct recorded *r) {
                                      .spans = r->spans[0],
                                      .counts = r->counts,
                                      .capacity = CAPACITY,
-                                     .blocks = 1};
+                                     .blocks = 1,
+                                     .ranks = 1};
 }
 
 START_TEST(a_round_is_split_into_streaming_other_work_and_waits) {
