@@ -1,12 +1,15 @@
-/* dflash-train: distil a DFlash drafter from a model. */
+/* dflash_train.c: distil a DFlash drafter from a model.
+ *
+ * Contents: log; what goes in; answers; what comes out.
+ */
 #include "base/plot.h"
 #include "base/progress.h"
 #include "base/provenance.h"
 #include "base/record.h"
 #include "base/table.h"
 #include "model/checkpoint.h"
-#include "model/precision.h"
 #include "tools/dflash_answers.h"
+#include "tools/dflash_drafter.h"
 #include "tools/tool.h"
 #include "tools/train_learner.h"
 #include "tools/train_opts.h"
@@ -25,33 +28,7 @@ static const struct us_opt opts[] = {
     US_OPT_FILE("data", 0, "FILE", "token shards: text to train on, or prompts with --generate"),
     US_DFLASH_ANSWERS_OPTIONS,
     US_OPT_TRAIN_ACROSS,
-    US_OPT_GROUP("Drafter"),
-    US_OPT_FILE("init", 0, "FILE", "continue from this drafter; it says the shape"),
-    US_OPT_INT("layers", 0, "L", "layers", .def = "4", .min = 1, .max = US_MAX_DRAFT_LAYERS),
-    US_OPT_INT("block", 0, "B", "anchor and masks a block", .def = "8", .min = 2, .max = US_MAX_BLOCK),
-    US_OPT_INT("window", 0, "W", "positions that a block sees back", .def = "256", .min = 1),
-    US_OPT_STR(
-        "taps", 0, "L,L,...",
-        "target layers whose outputs are the context; default: four over the depth, the last included"),
-    US_OPT_INT("inner", 0, "F", "inner size of the MLP; 0: twice the hidden size", .def = "0"),
-    US_OPT_INT("heads", 0, "H", "query heads", .def = "4", .min = 1, .max = 1024),
-    US_OPT_INT("kv-heads", 0, "G", "key and value heads", .def = "2", .min = 1, .max = 1024),
-    US_OPT_INT("head-dim", 0, "Q", "size of a head; 0: hidden size by heads", .def = "0", .max = 1024),
-    US_OPT_INT("mask-id", 0, "ID", "token id that stands for a mask; -1: the vocabulary's last", .def = "-1",
-               .min = -1),
-    US_OPT_INT("markov", 0, "R",
-               "rank of what a slot gets of the token drafted before it; the slots are then drafted one "
-               "after the other, on a "
-               "CPU; 0: nothing",
-               .def = "0", .max = 4096),
-    US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"),
-    US_OPT_ENUM("format", 0, "same|bf16|fp8|mxfp4",
-                "of its matrices, trained through the rounding; same: that of --init, or bf16",
-                .def = "same"),
-    US_OPT_ENUM("head", 0, "same|target|bf16|fp8|mxfp4",
-                "output head that it drafts with: the target's, or a copy of it of its own in this format, "
-                "rounded and not trained; same: that of --init, or the target's",
-                .def = "same"),
+    US_DFLASH_DRAFTER_OPTIONS,
     US_OPT_GROUP("Training"),
     US_OPT_INT("anchors", 0, "N", "blocks a sequence", .def = "512", .min = 1, .max = 4096),
     US_OPT_ENUM("loss", 0, "ce|kl", "learn the tokens, or the target's distribution over them", .def = "ce"),
@@ -99,7 +76,7 @@ struct job {
   struct us_tool_run *run;
   struct us_record target_record;
   struct us_model *target;
-  struct us_draft *init, *rounded; /* rounded: init with another head, when nothing is trained */
+  struct us_dflash_drafter drafter;
   struct us_shards *shards;
   struct us_dflash_answers answers;
   struct us_pool *pool;
@@ -108,107 +85,8 @@ struct job {
   struct us_dflash train;
   struct us_run_log log;
   struct us_progress progress;
-  struct us_matrix_encoding encoding, head; /* --format, --head */
   char options[2048];
 };
-
-/* --- shape --- */
-
-static enum us_status parse_taps(const char *text, struct us_draft_shape *s, struct us_err *err) {
-  char *end;
-  s->taps = 0;
-  for (const char *at = text;; at = end + 1) {
-    long layer = strtol(at, &end, 10);
-    if (end == at || (*end && *end != ',') || layer < 0 || s->taps == US_MAX_TAPS)
-      return us_err_set(err, US_ERR_USAGE, "--taps '%s': not a list of at most %d layers, like 0,2,5", text,
-                        US_MAX_TAPS);
-    if ((uint32_t)layer >= s->target_layers)
-      return us_err_set(err, US_ERR_USAGE, "--taps '%s': layer %ld; the target has layers 0 to %u", text,
-                        layer, s->target_layers - 1);
-    s->tap_layer[s->taps++] = (uint32_t)layer;
-    if (!*end) return US_OK;
-  }
-}
-
-/* Four layers over the depth, the first and the last included. */
-static void default_taps(struct us_draft_shape *s) {
-  uint32_t last = s->target_layers - 1;
-  s->taps = last < 3 ? last + 1 : 4;
-  for (uint32_t i = 0; i < s->taps; i++) s->tap_layer[i] = s->taps == 1 ? last : i * last / (s->taps - 1);
-}
-
-static enum us_status read_shape(struct us_opts *o, const struct us_model *target, struct us_draft_shape *s,
-                                 struct us_err *err) {
-  const struct us_shape *t = &target->shape;
-  uint32_t heads = (uint32_t)us_opt_int(o, "heads"), dim = (uint32_t)us_opt_int(o, "head-dim");
-  if (!dim) dim = t->hidden / heads;
-  int64_t mask = us_opt_int(o, "mask-id"), inner = us_opt_int(o, "inner");
-  *s = (struct us_draft_shape){.layers = (uint32_t)us_opt_int(o, "layers"),
-                               .hidden = t->hidden,
-                               .vocab = t->vocab,
-                               .inner = inner ? (uint32_t)inner : 2 * t->hidden,
-                               .attention = {.q_heads = heads,
-                                             .kv_heads = (uint32_t)us_opt_int(o, "kv-heads"),
-                                             .qk_dim = dim,
-                                             .v_dim = dim,
-                                             .rotary_dim = dim,
-                                             .rope_theta = 1e4,
-                                             .window = (uint32_t)us_opt_int(o, "window"),
-                                             .sink = true},
-                               .norm_eps = t->norm_eps,
-                               .value_scale = 1.0,
-                               .block = (uint32_t)us_opt_int(o, "block"),
-                               .mask_id = mask < 0 ? t->vocab - 1 : (uint32_t)mask,
-                               .target_layers = t->layers,
-                               .markov = (uint32_t)us_opt_int(o, "markov")};
-  default_taps(s);
-  enum us_status status = US_OK;
-  if (us_opt_given(o, "taps")) status = parse_taps(us_opt_str(o, "taps"), s, err);
-  return status == US_OK ? us_draft_shape_check(s, t, err) : status;
-}
-
-/* --head: what the drafter drafts with. */
-static void take_head(struct job *job) {
-  static const enum us_format formats[] = {US_FORMAT_NONE, US_FORMAT_NONE, US_FORMAT_BF16, US_FORMAT_FP8,
-                                           US_FORMAT_MXFP4};
-  int choice = us_opt_choice(job->run->opts, "head");
-  struct us_draft_shape *s = &job->train.shape;
-  if (!choice) return;
-  s->head = formats[choice];
-  if (s->head == US_FORMAT_NONE) return;
-  s->vocab = job->target->shape.vocab;
-  job->head = (struct us_matrix_encoding){
-      .format = s->head, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
-  job->train.head = &job->head;
-}
-
-/* With --init the drafter says its shape, and options that would change it are refused. */
-static enum us_status take_init(struct job *job, struct us_err *err) {
-  static const char *const shape_options[] = {"layers", "block",    "window",   "taps",    "inner",
-                                              "heads",  "kv-heads", "head-dim", "mask-id", "markov"};
-  struct us_opts *o = job->run->opts;
-  for (size_t i = 0; i < sizeof shape_options / sizeof shape_options[0]; i++)
-    if (us_opt_given(o, shape_options[i]))
-      return us_err_set(err, US_ERR_USAGE, "--%s: the shape is that of --init", shape_options[i]);
-  enum us_status status = us_draft_open(us_opt_str(o, "init"), &job->init, err);
-  if (status == US_OK) status = us_draft_check_target(job->init, job->target, err);
-  if (status == US_OK) job->train.shape = job->init->shape;
-  return status;
-}
-
-/* Without steps and a time --init is only rounded. */
-static bool only_rounds(struct us_opts *o) {
-  return us_opt_given(o, "init") && !us_opt_int(o, "steps") && !(us_opt_num(o, "minutes") > 0.0);
-}
-
-static enum us_status check_rounding(struct us_opts *o, struct us_err *err) {
-  static const char *const of_training[] = {"log", "run", "plot", "state"};
-  for (size_t i = 0; i < sizeof of_training / sizeof *of_training && only_rounds(o); i++)
-    if (us_opt_given(o, of_training[i]))
-      return us_err_set(err, US_ERR_USAGE, "--%s: without steps and a time nothing is trained",
-                        of_training[i]);
-  return US_OK;
-}
 
 /* --- log --- */
 
@@ -275,7 +153,6 @@ static void read_training(struct job *job) {
   struct us_dflash *t = &job->train;
   double gamma = us_opt_num(o, "gamma");
   t->target = job->target;
-  t->init = job->init;
   t->shards = job->shards;
   t->text_share = us_opt_num(o, "text-share");
   t->across = us_opt_num(o, "across");
@@ -286,12 +163,6 @@ static void read_training(struct job *job) {
   t->micro = (size_t)us_opt_int(o, "micro");
   t->seed = (uint64_t)us_opt_int(o, "seed");
   t->fixed_mask = us_opt_flag(o, "fixed-mask");
-  int format = us_opt_choice(o, "format");
-  static const enum us_format formats[] = {US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_FP8, US_FORMAT_MXFP4};
-  /* Powers of two as FP8's scales: a GPU multiplies bf16, which then holds the same values. */
-  job->encoding = (struct us_matrix_encoding){
-      .format = formats[format], .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
-  if (format) t->encoding = &job->encoding;
   t->loss.kind = us_opt_choice(o, "loss") == 0 ? US_DRAFT_CE : US_DRAFT_KL;
   t->loss.weights = (enum us_draft_weights)us_opt_choice(o, "weights");
   t->loss.alpha = (float)us_opt_num(o, "alpha");
@@ -322,7 +193,7 @@ static enum us_status describe(struct job *job, struct us_err *err) {
   size_t size = sizeof job->options;
   enum us_status status = us_record_hash(job->target_record.path, target, err);
   if (status == US_OK && job->shards) status = us_record_hash(us_opt_str(o, "data"), data, err);
-  if (status == US_OK && job->init) status = us_record_hash(us_opt_str(o, "init"), init, err);
+  if (status == US_OK && job->drafter.init) status = us_record_hash(us_opt_str(o, "init"), init, err);
   if (status == US_OK && us_opt_str(o, "answers"))
     status = us_record_hash(us_opt_str(o, "answers"), answers, err);
   if (status == US_OK && us_opt_str(o, "prompts"))
@@ -344,21 +215,19 @@ static enum us_status describe(struct job *job, struct us_err *err) {
 static enum us_status open_inputs(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   enum us_status status = us_dflash_answers_check(o, err);
-  if (status == US_OK) status = check_rounding(o, err);
+  if (status == US_OK) status = us_dflash_drafter_check(o, err);
   if (status == US_OK)
     status = us_record_resolve(us_opt_str(o, "target"), stdin, "model", &job->target_record, err);
   if (status == US_OK) status = us_model_open(job->target_record.path, &job->target, err);
-  if (status == US_OK)
-    status =
-        us_opt_given(o, "init") ? take_init(job, err) : read_shape(o, job->target, &job->train.shape, err);
+  job->drafter = (struct us_dflash_drafter){.opts = o, .target = job->target, .train = &job->train};
+  if (status == US_OK) status = us_dflash_drafter_init(&job->drafter, err);
   if (status == US_OK && us_opt_given(o, "data"))
     status = us_shards_open(us_opt_str(o, "data"), &job->shards, err);
   if (status == US_OK && job->shards) status = us_rows_check_vocabulary(job->shards, job->target, err);
   if (status != US_OK) return status;
-  if (!job->shards && !job->target->shape.stop_count && !only_rounds(o))
+  if (!job->shards && !job->target->shape.stop_count && !us_dflash_drafter_only_rounds(o))
     return us_err_set(err, US_ERR_USAGE,
                       "without --data the target must have an end-of-text token to begin with");
-  take_head(job);
   read_training(job);
   us_tool_read_trainer(o, &job->train.trainer);
   job->train.trainer.options = job->options;
@@ -385,25 +254,6 @@ static enum us_status make_answers(struct job *job, struct us_err *err) {
 
 /* --- what comes out --- */
 
-static enum us_status add_conventions(struct us_provenance *p, const struct us_draft_shape *s,
-                                      struct us_err *err) {
-  char taps[16 * US_MAX_TAPS] = "[", mask[32];
-  size_t used = 1;
-  for (uint32_t i = 0; i < s->taps; i++)
-    used += (size_t)snprintf(taps + used, sizeof taps - used, "%s%u", i ? ", " : "", s->tap_layer[i]);
-  snprintf(taps + used, sizeof taps - used, "]");
-  snprintf(mask, sizeof mask, "%u", s->mask_id);
-  enum us_status status =
-      us_provenance_set_text(p, "labels", "unshifted: slot j predicts position p + j", err);
-  if (status == US_OK) status = us_provenance_set_text(p, "context", "strictly before the anchor", err);
-  if (status == US_OK)
-    status =
-        us_provenance_set_text(p, "taps_are", "residual stream after the layer, before the final norm", err);
-  if (status == US_OK) status = us_provenance_set_json(p, "tap_layers", taps, err);
-  if (status == US_OK) status = us_provenance_set_json(p, "mask_id", mask, err);
-  return status;
-}
-
 static enum us_status make_provenance(struct job *job, char **ret_text, struct us_err *err) {
   struct us_provenance *p = NULL;
   struct us_opts *o = job->run->opts;
@@ -411,52 +261,18 @@ static enum us_status make_provenance(struct job *job, char **ret_text, struct u
   enum us_status status = us_tool_provenance(job->run, job->train.seed, &p, err);
   if (status == US_OK) status = us_tool_add_parent(p, job->target_record.path, "model", err);
   if (status == US_OK && job->shards) status = us_tool_add_parent(p, us_opt_str(o, "data"), "tokens", err);
-  if (status == US_OK && job->init) status = us_tool_add_parent(p, us_opt_str(o, "init"), "draft", err);
-  if (status == US_OK) status = add_conventions(p, &job->train.shape, err);
+  if (status == US_OK && job->drafter.init)
+    status = us_tool_add_parent(p, us_opt_str(o, "init"), "draft", err);
+  if (status == US_OK) status = us_dflash_drafter_conventions(&job->train.shape, p, err);
   if (status == US_OK && !(*ret_text = us_provenance_text(p, err))) status = err->status;
   us_provenance_free(p);
-  return status;
-}
-
-/* --init with --head and in --format, without training; what is not given stays as it is. */
-static enum us_status round_init(struct job *job, struct us_draft **ret_draft, struct us_err *err) {
-  const struct us_dflash *t = &job->train;
-  const struct us_draft *from = job->init;
-  struct us_precision_rules rules;
-  struct us_convert how = {.rules = &rules, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
-  char text[64] = "";
-  if (t->encoding) snprintf(text, sizeof text, "draft=%s", us_format_name(t->encoding->format));
-  if (t->encoding && t->shape.head != US_FORMAT_NONE)
-    snprintf(text + strlen(text), sizeof text - strlen(text), ",draft.head=%s",
-             us_format_name(t->shape.head));
-  enum us_status status = us_precision_parse(text, &rules, err);
-  if (status == US_OK && (t->head || t->shape.head != from->shape.head)) {
-    status =
-        us_draft_with_head(from, t->head ? &job->target->head : NULL, t->head, job->pool, &job->rounded, err);
-    from = job->rounded;
-  }
-  return status == US_OK ? us_draft_convert(from, &how, job->pool, ret_draft, err) : status;
-}
-
-static enum us_status write_drafter(struct job *job, const char *path, const char *provenance,
-                                    struct us_err *err) {
-  struct us_draft *draft = NULL;
-  enum us_status status;
-  if (only_rounds(job->run->opts)) {
-    status = round_init(job, &draft, err);
-  } else {
-    status = us_draft_create(&job->train.shape, &draft, err);
-    if (status == US_OK) status = us_params_export_draft(&job->train.params, draft, err);
-  }
-  if (status == US_OK) status = us_draft_write(path, draft, provenance, err);
-  us_draft_free(draft);
   return status;
 }
 
 static enum us_status write_outputs(struct job *job, const char *provenance, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   const char *path = us_opt_str(o, "output");
-  enum us_status status = write_drafter(job, path, provenance, err);
+  enum us_status status = us_dflash_drafter_write(&job->drafter, job->pool, path, provenance, err);
   if (status == US_OK && us_opt_str(o, "run"))
     status = us_run_log_write(&job->log, us_opt_str(o, "run"), provenance, err);
   if (status == US_OK && us_opt_str(o, "plot")) status = draw(job, us_opt_str(o, "plot"), provenance, err);
@@ -470,7 +286,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
   job->train.learner = job->learner;
   job->leads = status == US_OK && us_learner_leads(job->learner);
-  if (only_rounds(o)) return status;
+  if (us_dflash_drafter_only_rounds(o)) return status;
   if (status == US_OK) status = make_answers(job, err);
   if (status != US_OK || !us_opt_str(o, "output")) return status;
   if (status == US_OK)
@@ -540,8 +356,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_learner_free(job.learner);
   us_pool_free(job.pool);
   us_shards_close(job.shards);
-  us_draft_free(job.rounded);
-  us_draft_free(job.init);
+  us_dflash_drafter_release(&job.drafter);
   us_model_free(job.target);
   us_record_release(&job.target_record);
   free(provenance);
