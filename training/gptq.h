@@ -28,7 +28,7 @@ struct us_gptq {
 /* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, but the
  * embedding, whose rows multiply nothing. They become the aims, not the rounded values, so that what nearly was rounded
  * the other way is near it in training too; a block whose scale is chosen otherwise for the aims may differ. Scales are those of
- * the masters as they come. */
+ * the masters as they come. US_ERR_INPUT when the text is shorter than a sequence. */
 US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original,
                                         struct us_params *params, struct us_pool *pool, struct us_err *err);
 

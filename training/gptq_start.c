@@ -251,6 +251,8 @@ static void release(struct session *s) {
 enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original, struct us_params *params,
                              struct us_pool *pool, struct us_err *err) {
   struct session s = {.gptq = gptq, .masters = params};
+  if (!us_shards_can_sample(gptq->shards, gptq->length + 1))
+    return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", gptq->length + 1);
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
   enum us_status status = us_params_init_model(&s.frozen, original, true, err);
   if (status == US_OK)

@@ -224,6 +224,17 @@ START_TEST(without_a_step_the_file_holds_what_the_masters_round_to) {
 }
 END_TEST
 
+/* It would see no input at all, and round to nearest under GPTQ's name. */
+START_TEST(sequences_longer_than_the_text_are_refused) {
+  struct us_err err = {0};
+  struct us_qat run = new_run(served, 5);
+  run.length = us_shards_tokens(world.shards, US_PART_TRAIN);
+  ck_assert_int_eq(us_qat_start(&run, world.pool, &err), US_ERR_INPUT);
+  ck_assert_msg(strstr(err.message, "the shards hold fewer than") != NULL, "%s", err.message);
+  us_qat_release(&run);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("gptq");
   tcase_add_unchecked_fixture(c, open_all, close_all);
@@ -234,6 +245,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_model_begins_closer_to_the_original_than_rounded_to_nearest);
   tcase_add_test(c, masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits);
   tcase_add_test(c, without_a_step_the_file_holds_what_the_masters_round_to);
+  tcase_add_test(c, sequences_longer_than_the_text_are_refused);
   return us_suite("gptq", c);
 }
 
