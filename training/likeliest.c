@@ -164,9 +164,10 @@ static void keep_row(void *arg, size_t row, const float *x) {
     l->entry[row * l->k + i] = best[i].id << 16 | (uint32_t)(steps < 65535 ? steps : 65535);
     mass += exp(-nats);
   }
-  l->rest[row] = (float)(mass < 1 ? 1 - mass : 0);
+  l->rest[row] =
+      (float)(mass > 1 ? 0 : 1 - mass); /* rounding may pass the end; what is no number stays none */
   double own = (double)x[label_of(l, row)] - sum;
-  l->label_logprob[row] = (float)(own < 0 ? own : 0);
+  l->label_logprob[row] = (float)(own > 0 ? 0 : own);
 }
 
 static enum us_status check_finite(const struct us_likeliest *l, const struct us_model *model,

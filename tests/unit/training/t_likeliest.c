@@ -159,6 +159,38 @@ START_TEST(other_vocabularies_tokenizers_and_sizes_are_refused) {
 }
 END_TEST
 
+/* The first weight of the final norm, of which every logit is made. */
+static float *norm_of(struct us_model *model) {
+  struct us_err err = {0};
+  struct us_tensor_ref *refs = NULL;
+  float *norm = NULL;
+  size_t count = 0;
+  US_OK_OR_FAIL(us_model_tensors(model, &refs, &count, &err));
+  for (size_t i = 0; i < count; i++)
+    if (strcmp(refs[i].name, "model.norm.weight") == 0) norm = *refs[i].vector;
+  free(refs);
+  ck_assert(norm != NULL);
+  return norm;
+}
+
+START_TEST(logits_that_are_no_numbers_are_neither_recorded_nor_compared) {
+  struct us_err err = {0};
+  struct us_likeliest l = record(16, 2), other;
+  struct us_likeliest_figures f;
+  struct us_likeliest_job job = {
+      .model = world.model, .shards = world.shards, .windows = 2, .length = LENGTH, .k = 16};
+  float *norm = norm_of(world.model), before = *norm;
+  *norm = NAN;
+  enum us_status measured = us_likeliest_measure(&job, world.pool, &other, &err);
+  enum us_status compared = us_likeliest_compare(&l, world.model, NULL, world.pool, &f, &err);
+  *norm = before;
+  ck_assert_int_eq(measured, US_ERR_CHECK);
+  ck_assert_int_eq(compared, US_ERR_CHECK);
+  ck_assert_msg(strstr(err.message, "not finite") != NULL, "%s", err.message);
+  us_likeliest_release(&l);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("likeliest");
   tcase_add_unchecked_fixture(c, open_all, close_all);
@@ -168,6 +200,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_file_gives_back_what_was_written);
   tcase_add_test(c, bad_files_are_refused_by_field);
   tcase_add_test(c, other_vocabularies_tokenizers_and_sizes_are_refused);
+  tcase_add_test(c, logits_that_are_no_numbers_are_neither_recorded_nor_compared);
   return us_suite("likeliest", c);
 }
 
