@@ -118,21 +118,38 @@ static enum us_status draw(const struct job *job, const char *path, const char *
 
 /* --- what goes in --- */
 
+/* A shape's name says little where it comes from a file: of all that it says. */
+static enum us_status hash_shape(const struct us_shape *shape, char hex[US_SHA256_HEX], struct us_err *err) {
+  char *text = NULL;
+  uint8_t digest[US_SHA256_BYTES];
+  enum us_status status = us_shape_print(shape, &text, err);
+  if (status == US_OK) status = us_sha256_bytes(text, strlen(text), digest, err);
+  if (status == US_OK) us_sha256_hex(digest, hex);
+  free(text);
+  return status;
+}
+
 /* What must be the same when a run is resumed, as text that a message can show. */
-static void describe(const struct job *job, const char *data_sha256, const char *init_sha256,
-                     char text[1024]) {
+static enum us_status describe(const struct job *job, const char *data_sha256, const char *init_sha256,
+                               char text[1024], struct us_err *err) {
   const struct us_pretrain *t = &job->train;
   const struct us_trainer *r = &t->trainer;
+  char shape_sha256[US_SHA256_HEX];
+  enum us_status status = hash_shape(t->shape, shape_sha256, err);
+  if (status != US_OK) return status;
   snprintf(
       text, 1024,
-      "shape=%s data=%.16s init=%.16s seed=%llu steps=%llu minutes=%g batch=%zu length=%zu micro=%zu "
+      "shape=%s config=%.16s data=%.16s init=%.16s seed=%llu steps=%llu minutes=%g batch=%zu length=%zu "
+      "micro=%zu "
       "optimizer=%d "
       "newton=%d "
       "lr=%g schedule=%d warmup=%g floor=%g decay=%g clip=%g balance=%g deviation=%g marked=%d across=%g",
-      t->shape->name, data_sha256, init_sha256, (unsigned long long)t->seed, (unsigned long long)r->steps,
-      r->minutes, t->batch, t->length, t->micro, (int)r->optim.kind, (int)r->optim.newton, r->schedule.peak,
-      (int)r->schedule.kind, r->schedule.warmup, r->schedule.floor, r->optim.muon_decay, r->clip,
-      (double)t->balance_rate, (double)t->deviation, (int)t->marked_only, t->across);
+      t->shape->name, shape_sha256, data_sha256, init_sha256, (unsigned long long)t->seed,
+      (unsigned long long)r->steps, r->minutes, t->batch, t->length, t->micro, (int)r->optim.kind,
+      (int)r->optim.newton, r->schedule.peak, (int)r->schedule.kind, r->schedule.warmup, r->schedule.floor,
+      r->optim.muon_decay, r->clip, (double)t->balance_rate, (double)t->deviation, (int)t->marked_only,
+      t->across);
+  return US_OK;
 }
 
 static void read_options(struct job *job) {
@@ -305,7 +322,7 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
     job.train.shape = &shape;
     job.train.shards = shards;
     read_options(&job);
-    describe(&job, hex, init_hex, options);
+    status = describe(&job, hex, init_hex, options, err);
     job.train.trainer.options = options;
   }
   if (status == US_OK && us_opt_flag(o, "dry-run")) {
