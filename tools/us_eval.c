@@ -239,7 +239,7 @@ static enum us_status answer(struct session *s, const char *path, struct us_err 
   struct us_prompts *prompts = NULL;
   enum us_status status = us_prompts_open_dir(path, &prompts, err);
   if (status != US_OK) return status;
-  s->progress.total += prompts->n;
+  s->progress.total += us_serve_entries(&serve, prompts->items, prompts->n);
   status = us_serve_run(&serve, s->ex, prompts->items, prompts->n, NULL, err);
   us_prompts_free(prompts);
   return status;

@@ -118,6 +118,7 @@ struct session {
   size_t accept_count;
   struct us_serve_bench_plan bench;
   bool as_text, streaming;
+  uint64_t answered;
 };
 
 /* ---- the model and what runs it ---- */
@@ -296,6 +297,7 @@ static enum us_status parse_accept(struct session *s, struct us_err *err) {
 
 static enum us_status print_entry(void *arg, const struct us_run_entry *entry, struct us_err *err) {
   struct session *s = arg;
+  us_progress_set(&s->progress, ++s->answered);
   if (!s->as_text) return us_run_write(s->run->out, entry, err);
   if (!s->streaming) fwrite(entry->text, 1, entry->text_bytes, s->run->out);
   fputc('\n', s->run->out);
@@ -387,7 +389,11 @@ static enum us_status serve(struct session *s, struct us_err *err) {
   if (status == US_OK) status = open_model(s, err);
   if (status == US_OK) status = add_random_prompts(s, err);
   if (status == US_OK) status = fill(s, &settings, err);
-  if (status == US_OK) status = us_serve_run(&settings, s->ex, s->prompts, s->n, &stats, err);
+  if (status != US_OK) return status;
+  us_progress_start(&s->progress, s->run->quiet || s->as_text ? NULL : stderr, "answering", "answers",
+                    us_serve_entries(&settings, s->prompts, s->n));
+  status = us_serve_run(&settings, s->ex, s->prompts, s->n, &stats, err);
+  us_progress_end(&s->progress);
   if (status != US_OK) return status;
   if (!s->run->quiet) us_serve_write_stats(stderr, &stats, us_opt_flag(o, "stats"));
   return US_OK;

@@ -46,6 +46,12 @@ static uint32_t turns_of(const struct us_prompt *p) {
   return p->kind == US_PROMPT_TURNS ? (uint32_t)p->n_messages : 1;
 }
 
+size_t us_serve_entries(const struct us_serve *serve, const struct us_prompt *prompts, size_t n) {
+  size_t turns = 0;
+  for (size_t i = 0; i < n; i++) turns += turns_of(&prompts[i]);
+  return turns * (serve->best || !serve->samples ? 1 : serve->samples);
+}
+
 static enum us_status add_message(struct conversation *c, struct us_message message, struct us_err *err) {
   if (c->n_messages == c->capacity) {
     size_t capacity = c->capacity ? 2 * c->capacity : 8;

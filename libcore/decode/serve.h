@@ -59,6 +59,9 @@ US_CHECKED enum us_status us_serve_run(const struct us_serve *serve, struct us_e
                                        const struct us_prompt *prompts, size_t n,
                                        struct us_generate_stats *opt_stats, struct us_err *err);
 
+/* How many entries us_serve_run makes of the prompts (n) when nothing stops it: one a turn and sample, or a turn if only the best counts. */
+size_t us_serve_entries(const struct us_serve *serve, const struct us_prompt *prompts, size_t n);
+
 /* Write the statistics of a run for people, one figure a line: tokens a second, acceptance length (pooled: committed
  * tokens / rounds, the target's own included), time to first token; with `detail` also acceptance by slot. */
 void us_serve_write_stats(FILE *out, const struct us_generate_stats *stats, bool detail);
