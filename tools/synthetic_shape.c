@@ -1,8 +1,12 @@
 /* synthetic_shape.c: the shapes that random weights are made for, from a tool's options. */
 #include "tools/synthetic_shape.h"
 
+#include "device/weights_layout.h"
 #include "model/precision.h"
 #include "model/shape_share.h"
+#include "training/quant_report.h"
+
+#include <unistd.h>
 
 enum us_status us_tool_synthetic_check(struct us_opts *opts, struct us_err *err) {
   static const char *const needs[] = {"precision", "share"};
@@ -40,4 +44,17 @@ enum us_status us_tool_synthetic_shape(struct us_opts *opts, struct us_synthetic
   if (status == US_OK && s->drafting) status = us_draft_shape_check(&s->draft, &s->shape, err);
   if (status == US_OK && us_opt_given(opts, "share")) status = cut(opts, s, err);
   return status;
+}
+
+enum us_status us_tool_synthetic_fits(const struct us_synthetic_shape *shape, struct us_err *err) {
+  struct us_model *model = NULL;
+  struct us_draft *draft = NULL;
+  uint64_t bytes = 0;
+  double memory = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+  enum us_status status = us_weights_skeleton(&shape->shape, NULL, &model, &draft, err);
+  if (status == US_OK) status = us_model_bytes(model, &bytes, err);
+  us_model_free(model);
+  if (status != US_OK || (double)bytes <= memory) return status;
+  return us_err_set(err, US_ERR_MEMORY, "random weights of %s take %.4g GB; this machine has %.4g GB",
+                    shape->shape.name, (double)bytes / 1e9, memory / 1e9);
 }

@@ -38,4 +38,7 @@ US_CHECKED enum us_status us_tool_synthetic_check(struct us_opts *opts, struct u
 US_CHECKED enum us_status us_tool_synthetic_shape(struct us_opts *opts, struct us_synthetic_shape *ret_shape,
                                                   struct us_err *err);
 
+/* Whether the weights fit into this machine's memory, for those that are made on the CPU. US_ERR_MEMORY says what they take. */
+US_CHECKED enum us_status us_tool_synthetic_fits(const struct us_synthetic_shape *shape, struct us_err *err);
+
 #endif

@@ -164,7 +164,8 @@ static enum us_status open_synthetic(struct session *s, struct us_err *err) {
     return us_executor_create_synthetic(&of.shape, of.drafting ? &of.draft : NULL, seed, &options, &s->ex,
                                         err);
   }
-  status = us_model_random(&of.shape, seed, s->pool, &s->pair.model, err);
+  status = us_tool_synthetic_fits(&of, err);
+  if (status == US_OK) status = us_model_random(&of.shape, seed, s->pool, &s->pair.model, err);
   if (status == US_OK)
     snprintf(s->pair.model->path, sizeof s->pair.model->path, "%s, random weights of seed %llu",
              of.shape.name, (unsigned long long)seed);
@@ -313,10 +314,6 @@ static bool stream_text(void *arg, const struct us_text_event *event) {
 
 static enum us_status fill(struct session *s, struct us_serve *serve, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  if (us_opt_flag(o, "chat") && us_opt_flag(o, "raw"))
-    return us_err_set(err, US_ERR_USAGE, "--chat excludes --raw");
-  if (us_opt_flag(o, "json") && us_opt_flag(o, "text"))
-    return us_err_set(err, US_ERR_USAGE, "--json excludes --text");
   size_t stops = us_opt_count(o, "stop");
   s->stops = calloc(stops + 1, sizeof *s->stops);
   if (!s->stops) return us_err_memory(err, "stop strings", stops * sizeof *s->stops);
@@ -356,12 +353,16 @@ static enum us_status fill(struct session *s, struct us_serve *serve, struct us_
   return US_OK;
 }
 
-/* Options that would do nothing beside the others. */
+/* Options that would do nothing beside the others: refused before a model is read. */
 static enum us_status check_options(struct us_opts *o, struct us_err *err) {
   static const char *const gpu[] = {"gpus", "engine", "positions"};
   bool replays = us_opt_given(o, "draft-from");
   for (size_t i = 0; us_opt_device(o, "device") < 0 && i < sizeof gpu / sizeof *gpu; i++)
     if (us_opt_given(o, gpu[i])) return us_err_set(err, US_ERR_USAGE, "--%s needs --device cuda", gpu[i]);
+  if (us_opt_flag(o, "chat") && us_opt_flag(o, "raw"))
+    return us_err_set(err, US_ERR_USAGE, "--chat excludes --raw");
+  if (us_opt_flag(o, "json") && us_opt_flag(o, "text"))
+    return us_err_set(err, US_ERR_USAGE, "--json excludes --text");
   if (us_opt_flag(o, "adaptive") && !us_opt_given(o, "draft") && !replays)
     return us_err_set(err, US_ERR_USAGE, "--adaptive needs --draft or --draft-from");
   if (us_opt_given(o, "accept") && !replays && !us_opt_flag(o, "bench"))
@@ -382,8 +383,6 @@ static enum us_status serve(struct session *s, struct us_err *err) {
     if (status == US_OK) status = open_model(s, err);
     return status == US_OK ? us_serve_bench(s->run, &s->bench, s->ex, err) : status;
   }
-  if (us_opt_given(o, "accept") && !us_opt_given(o, "draft-from"))
-    return us_err_set(err, US_ERR_USAGE, "--accept needs --draft-from or --bench");
   if (us_opt_given(o, "draft-from")) status = us_run_open(us_opt_str(o, "draft-from"), &s->replay, err);
   if (status == US_OK) status = open_prompts(s, err);
   if (status == US_OK) status = open_model(s, err);
