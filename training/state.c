@@ -50,6 +50,10 @@ enum us_status us_train_state_write(const char *path, struct us_train_state *sta
   struct us_h5_writer *out = NULL;
   char name[4096], layout[US_SHA256_HEX];
   slot_path(path, state->slot, name);
+  const struct us_param *bad = us_params_find_nonfinite(params, false);
+  if (bad)
+    return us_err_set(err, US_ERR_CHECK, "step %llu: a weight of %s is not finite; the state was not saved",
+                      (unsigned long long)state->step, bad->name);
   enum us_status status = layout_of(params, layout, err);
   if (status == US_OK) status = us_h5_create(name, KIND, &out, err);
   if (status != US_OK) return status;

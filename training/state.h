@@ -26,7 +26,8 @@ struct us_train_state {
 US_CHECKED enum us_status us_train_state_read(const char *path, struct us_train_state *state, bool *ret_found,
                                               struct us_err *err);
 
-/* Write to path.SLOT and turn the slot. */
+/* Write to path.SLOT and turn the slot. US_ERR_CHECK when a value is not finite: no run could go on from there, and the file that is there
+ * stays. */
 US_CHECKED enum us_status us_train_state_write(const char *path, struct us_train_state *state,
                                                struct us_err *err);
 

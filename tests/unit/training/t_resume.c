@@ -264,6 +264,23 @@ START_TEST(a_failed_write_keeps_the_last_state) {
 }
 END_TEST
 
+START_TEST(weights_that_are_no_numbers_are_not_saved) {
+  struct fixture f;
+  struct us_err err = {0};
+  bool found = false;
+  open_fixture(&f);
+  ck_assert_int_eq(us_train_state_write(f.path, &f.state, &err), US_OK);
+  f.state.step = 6;
+  f.params.items[3].value[1] = INFINITY;
+  ck_assert_int_eq(us_train_state_write(f.path, &f.state, &err), US_ERR_CHECK);
+  ck_assert_msg(strstr(err.message, "step 6") && strstr(err.message, f.params.items[3].name), "%s",
+                err.message);
+  ck_assert_int_eq(us_train_state_read(f.path, &f.state, &found, &err), US_OK);
+  ck_assert(found && f.state.step == 5);
+  close_fixture(&f);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("resume");
   tcase_add_test(c, killed_at_random_moments_it_ends_with_the_same_bits);
@@ -271,6 +288,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_broken_newer_file_leaves_the_older_one);
   tcase_add_test(c, other_options_or_tensors_are_refused_and_named);
   tcase_add_test(c, a_failed_write_keeps_the_last_state);
+  tcase_add_test(c, weights_that_are_no_numbers_are_not_saved);
   return us_suite("resume", c);
 }
 
