@@ -26,7 +26,7 @@ struct environment {
   void *arg;
 };
 
-/* Leading number of a variable, so that Slurm's "4(x2)" is 4. *ret_found stays false if it is not set. */
+/* Leading number of a variable: of a list such as Slurm's "4(x2)" the first. *ret_found stays false if it is not set. */
 static enum us_status number(const struct environment *e, const char *name, uint32_t most,
                              uint32_t *ret_value, bool *ret_found, struct us_err *err) {
   const char *text = e->get(e->arg, name);
@@ -43,6 +43,19 @@ static enum us_status number(const struct environment *e, const char *name, uint
   return US_OK;
 }
 
+/* Slurm's list of tasks by node, "4(x2),3": those of a node. */
+static uint32_t tasks_of(const char *list, uint32_t node) {
+  unsigned long tasks = 1;
+  for (char *end; *list; list = end + (*end == ',')) {
+    tasks = strtoul(list, &end, 10);
+    unsigned long nodes = strncmp(end, "(x", 2) == 0 ? strtoul(end + 2, NULL, 10) : 1;
+    if (node < nodes) break;
+    node -= (uint32_t)nodes;
+    end += strcspn(end, ",");
+  }
+  return tasks < 1 << 20 ? (uint32_t)tasks : 1 << 20;
+}
+
 /* Fill from one launcher's variables; *ret_found says whether this launcher started us. */
 static enum us_status ask(const struct environment *e, const struct launcher *l, struct us_ranks *ranks,
                           bool *ret_found, struct us_err *err) {
@@ -52,6 +65,13 @@ static enum us_status ask(const struct environment *e, const struct launcher *l,
   for (int i = 0; i < 4; i++) {
     enum us_status status = number(e, names[i], 1 << 20, &value[i], &have[i], err);
     if (status != US_OK) return status;
+  }
+  if (have[3] && strcmp(l->name, "srun") == 0) {
+    uint32_t node = 0;
+    bool found = false;
+    enum us_status status = number(e, "SLURM_NODEID", 1 << 20, &node, &found, err);
+    if (status != US_OK) return status;
+    value[3] = tasks_of(e->get(e->arg, l->local_processes), node);
   }
   *ret_found = have[0] && have[1];
   if (!*ret_found && strcmp(l->name, "torchrun") == 0 && have[0] != have[1])

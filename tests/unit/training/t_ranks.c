@@ -143,6 +143,26 @@ START_TEST(steps_of_one_job_do_not_share_a_port) {
 }
 END_TEST
 
+START_TEST(nodes_of_a_step_have_as_many_tasks_as_slurm_says) {
+  static const struct {
+    const char *list, *node;
+    uint32_t tasks;
+  } cases[] = {{"2,1", "0", 2},     {"2,1", "1", 1},       {"8(x2),4", "1", 8},
+               {"8(x2),4", "2", 4}, {"1,3(x2),2", "3", 2}, {"1,3(x2),2", "2", 3}};
+  for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+    struct us_ranks ranks = discover((struct variable[]){{"SLURM_PROCID", "5"},
+                                                         {"SLURM_STEP_NUM_TASKS", "20"},
+                                                         {"SLURM_LOCALID", "0"},
+                                                         {"SLURM_STEP_TASKS_PER_NODE", cases[i].list},
+                                                         {"SLURM_NODEID", cases[i].node},
+                                                         {"SLURM_STEP_NODELIST", "n[1-4]"},
+                                                         {NULL, NULL}});
+    ck_assert_msg(ranks.local_processes == cases[i].tasks, "%s: node %s: %u", cases[i].list, cases[i].node,
+                  ranks.local_processes);
+  }
+}
+END_TEST
+
 /* Open MPI 4.1 in a batch script: its host is in no step, the others are in one of which it is no part. */
 START_TEST(mpirun_in_a_batch_script_meets_on_the_first_node_of_the_job) {
   struct variable first[] = {{"OMPI_COMM_WORLD_RANK", "0"},       {"OMPI_COMM_WORLD_SIZE", "4"},
@@ -241,6 +261,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, sruns_own_pmi_leaves_the_hosts_to_slurm);
   tcase_add_test(c, mpiexec_in_a_slurm_job_has_its_own_numbers);
   tcase_add_test(c, steps_of_one_job_do_not_share_a_port);
+  tcase_add_test(c, nodes_of_a_step_have_as_many_tasks_as_slurm_says);
   tcase_add_test(c, mpirun_in_a_batch_script_meets_on_the_first_node_of_the_job);
   tcase_add_test(c, a_batch_script_without_srun_is_one_process);
   tcase_add_test(c, a_file_takes_the_place_of_an_address);
