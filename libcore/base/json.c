@@ -1,6 +1,7 @@
 /* json.c: parsing with caps, typed getters. */
 #include "base/json.h"
 #include "base/buffer.h"
+#include "base/utf8.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -170,4 +171,19 @@ enum us_status us_json_array(const json_t *object, const char *where, const char
                       json_array_size(node), max_items);
   *ret_value = node;
   return US_OK;
+}
+
+json_t *us_json_any_string(const char *bytes, size_t n) {
+  struct us_buffer clean = {0};
+  json_t *string = NULL;
+  enum us_status status = US_OK;
+  for (size_t at = 0; status == US_OK && at < n;) {
+    size_t part = strnlen(bytes + at, n - at);
+    status = us_utf8_repair(bytes + at, part, &clean, NULL);
+    if (status == US_OK && at + part < n) status = us_buffer_add(&clean, "\xef\xbf\xbd", NULL);
+    at += part + 1;
+  }
+  if (status == US_OK) string = json_stringn(clean.data ? clean.data : "", clean.size);
+  us_buffer_release(&clean);
+  return string;
 }

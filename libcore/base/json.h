@@ -50,4 +50,7 @@ US_CHECKED enum us_status us_json_object(const json_t *object, const char *where
 US_CHECKED enum us_status us_json_array(const json_t *object, const char *where, const char *key,
                                         size_t max_items, json_t **ret_value, struct us_err *err);
 
+/* Any bytes as a JSON string: what is not UTF-8, and NUL, which many readers refuse, become U+FFFD. NULL without memory. */
+json_t *us_json_any_string(const char *bytes, size_t n);
+
 #endif

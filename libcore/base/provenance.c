@@ -2,7 +2,6 @@
 #include "base/provenance.h"
 #include "base/json.h"
 #include "base/sha256.h"
-#include "base/utf8.h"
 #include "base/version.h"
 
 #include <stdio.h>
@@ -20,20 +19,10 @@ static enum us_status no_memory(struct us_err *err) {
   return us_err_memory(err, "provenance", 0);
 }
 
-/* A JSON string of any bytes: what is not UTF-8 becomes U+FFFD. */
-static json_t *lenient_string(const char *text) {
-  struct us_buffer clean = {0};
-  json_t *string = NULL;
-  if (us_utf8_repair(text, strlen(text), &clean, NULL) == US_OK)
-    string = json_stringn(clean.data ? clean.data : "", clean.size);
-  us_buffer_release(&clean);
-  return string;
-}
-
 static json_t *arguments(int argc, char *const *argv) {
   json_t *array = json_array();
   for (int i = 0; array && i < argc; i++)
-    if (json_array_append_new(array, lenient_string(argv[i])) != 0) {
+    if (json_array_append_new(array, us_json_any_string(argv[i], strlen(argv[i]))) != 0) {
       json_decref(array);
       return NULL;
     }
@@ -51,7 +40,7 @@ enum us_status us_provenance_create(const char *tool, int argc, char *const *arg
     options = json_object();
   struct us_provenance *p = calloc(1, sizeof *p);
   json_t *root = json_object();
-  bool ok = json_object_set_new(root, "tool", lenient_string(tool)) == 0;
+  bool ok = json_object_set_new(root, "tool", us_json_any_string(tool, strlen(tool))) == 0;
   ok = ok && json_object_set_new(root, "version", json_string(us_version())) == 0;
   ok = ok && json_object_set_new(root, "revision", json_string(us_revision())) == 0;
   ok = ok && json_object_set_new(root, "argv", arguments(argc, argv)) == 0;
@@ -79,7 +68,7 @@ void us_provenance_free(struct us_provenance *provenance) {
 enum us_status us_provenance_add_parent(struct us_provenance *provenance, const char *path,
                                         const char *sha256, const char *kind, struct us_err *err) {
   json_t *parent = json_object();
-  bool ok = json_object_set_new(parent, "path", lenient_string(path)) == 0;
+  bool ok = json_object_set_new(parent, "path", us_json_any_string(path, strlen(path))) == 0;
   ok = ok && json_object_set_new(parent, "sha256", json_string(sha256)) == 0;
   ok = ok && json_object_set_new(parent, "kind", json_string(kind)) == 0;
   ok = ok && json_array_append(json_object_get(provenance->root, "parents"), parent) == 0;
@@ -95,7 +84,7 @@ static enum us_status set_field(struct us_provenance *provenance, const char *ke
 
 enum us_status us_provenance_set_text(struct us_provenance *provenance, const char *key, const char *text,
                                       struct us_err *err) {
-  return set_field(provenance, key, lenient_string(text), err);
+  return set_field(provenance, key, us_json_any_string(text, strlen(text)), err);
 }
 
 enum us_status us_provenance_set_json(struct us_provenance *provenance, const char *key, const char *json,

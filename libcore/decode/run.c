@@ -3,7 +3,6 @@
 
 #include "base/io.h"
 #include "base/json.h"
-#include "base/utf8.h"
 
 #include <float.h>
 #include <math.h>
@@ -43,22 +42,6 @@ static json_t *logprob_array(const float *logprobs, size_t n) {
   return array;
 }
 
-/* Any bytes as JSON text: repaired UTF-8, and U+FFFD for NUL, which many readers refuse. NULL without memory. */
-static json_t *text_value(const char *text, size_t bytes) {
-  struct us_buffer clean = {0};
-  json_t *value = NULL;
-  enum us_status status = US_OK;
-  for (size_t at = 0; status == US_OK && at < bytes;) {
-    size_t n = strnlen(text + at, bytes - at);
-    status = us_utf8_repair(text + at, n, &clean, NULL);
-    if (status == US_OK && at + n < bytes) status = us_buffer_add(&clean, "\xef\xbf\xbd", NULL);
-    at += n + 1;
-  }
-  if (status == US_OK) value = json_stringn(clean.data ? clean.data : "", clean.size);
-  us_buffer_release(&clean);
-  return value;
-}
-
 static uint32_t used_slots(const uint64_t *counts) {
   uint32_t n = US_MAX_BLOCK;
   while (n && !counts[n - 1]) n--;
@@ -77,14 +60,15 @@ static json_t *stats_object(const struct us_decode_stats *s) {
 
 static json_t *entry_object(const struct us_run_entry *e) {
   json_t *root = json_object();
-  if (e->id) json_object_set_new(root, "id", text_value(e->id, strlen(e->id)));
-  if (e->scenario) json_object_set_new(root, "scenario", text_value(e->scenario, strlen(e->scenario)));
+  if (e->id) json_object_set_new(root, "id", us_json_any_string(e->id, strlen(e->id)));
+  if (e->scenario)
+    json_object_set_new(root, "scenario", us_json_any_string(e->scenario, strlen(e->scenario)));
   json_object_set_new(root, "turn", json_integer(e->turn));
   json_object_set_new(root, "sample", json_integer(e->sample));
   json_object_set_new(root, "best", json_boolean(e->best));
-  json_object_set_new(root, "text", text_value(e->text, e->text_bytes));
+  json_object_set_new(root, "text", us_json_any_string(e->text, e->text_bytes));
   json_object_set_new(root, "finish", json_string(us_finish_name(e->finish)));
-  if (e->answer) json_object_set_new(root, "answer", text_value(e->answer, strlen(e->answer)));
+  if (e->answer) json_object_set_new(root, "answer", us_json_any_string(e->answer, strlen(e->answer)));
   if (e->logprobs) json_object_set_new(root, "logprob", json_real(e->mean_logprob));
   json_object_set_new(root, "prompt_ids", id_array(e->prompt, e->prompt_count));
   json_object_set_new(root, "ids", id_array(e->ids, e->count));

@@ -1,7 +1,8 @@
 /* serve.c: prompts to requests, results to entries, turn by turn. */
 #include "decode/serve.h"
 
-#include <jansson.h>
+#include "base/json.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -211,19 +212,27 @@ static enum us_status add_answer(struct conversation *c, const struct us_result 
 
 /* Running */
 
+/* Rows of a round: a replay without a drafter takes as many as there may be. */
+static uint32_t block_of(const struct us_serve *s, const struct us_executor *ex) {
+  if (s->generate.block) return s->generate.block;
+  return ex->draft ? ex->draft->shape.block : s->replay ? US_MAX_BLOCK : 1;
+}
+
+static json_t *path_value(const char *path) {
+  return us_json_any_string(path, strlen(path));
+}
+
+/* NULL without memory. */
 static char *settings_text(const struct us_serve *s, const struct us_executor *ex) {
   const struct us_generate_options *g = &s->generate;
   json_t *root = json_pack(
-      "{s:f,s:I,s:f,s:f,s:I,s:I,s:I,s:s,s:I,s:b,s:I,s:b,s:s,s:s,s:s}", "temperature",
+      "{s:f,s:I,s:f,s:f,s:I,s:I,s:I,s:s,s:I,s:b,s:I,s:b,s:s,s:o,s:o}", "temperature",
       (double)s->sampling.temperature, "top_k", (json_int_t)s->sampling.top_k, "top_p",
       (double)s->sampling.top_p, "min_p", (double)s->sampling.min_p, "seed", (json_int_t)s->seed, "samples",
       (json_int_t)(s->samples ? s->samples : 1), "max_tokens", (json_int_t)s->max_tokens, "verify",
-      us_verify_name(g->rule), "block",
-      (json_int_t)(g->block    ? g->block
-                   : ex->draft ? ex->draft->shape.block
-                               : 1),
-      "adaptive", g->adaptive, "batch", (json_int_t)(g->batch ? g->batch : 1), "replayed", s->replay != NULL,
-      "executor", ex->name, "model", ex->model->path, "draft", ex->draft ? ex->draft->path : "");
+      us_verify_name(g->rule), "block", (json_int_t)block_of(s, ex), "adaptive", g->adaptive, "batch",
+      (json_int_t)(g->batch ? g->batch : 1), "replayed", s->replay != NULL, "executor", ex->name, "model",
+      path_value(ex->model->path), "draft", path_value(ex->draft ? ex->draft->path : ""));
   char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
   json_decref(root);
   return text;
@@ -302,7 +311,7 @@ enum us_status us_serve_run(const struct us_serve *serve, struct us_executor *ex
   b.ready = calloc(n, sizeof *b.ready);
   enum us_status status = US_OK;
   uint32_t turns = 0;
-  if (!b.conversations || !b.requests || !b.owner || !b.ready)
+  if (!b.conversations || !b.requests || !b.owner || !b.ready || !settings)
     status = us_err_memory(err, "prompts", n * sizeof *b.conversations);
   for (size_t i = 0; status == US_OK && i < n; i++) {
     b.conversations[i].prompt = &prompts[i];
