@@ -92,8 +92,8 @@ better() {
   done | sort -g | sed -n '1s/.* //p')
   [ -n "$kept" ] || return 1
   us_say "finetuning $kept is kept"
-  mv "q-$kept.h5" q.h5
   for file in quality.tsv qat.tsv qat.png; do cp "${file%.*}-$kept.${file#*.}" "$file"; done
+  mv "q-$kept.h5" q.h5 # last: with it the stage is done
 }
 
 finetuning() {
