@@ -45,6 +45,11 @@ US_CHECKED enum us_status us_devices_memory(const struct us_devices *devices, ui
 /* `code` is a cudaError_t: US_OK for 0; else "what: reason", US_ERR_MEMORY if memory ran out, US_ERR_DEVICE otherwise. */
 US_CHECKED enum us_status us_cuda_status(int code, const char *what, struct us_err *err);
 
+/* Bytes from pageable memory to the current GPU, there when this returns: cudaMemcpy returns when they are staged, and the streams
+ * of an engine do not wait for the default stream. */
+US_CHECKED enum us_status us_cuda_upload(void *to, const void *from, size_t bytes, const char *what,
+                                         struct us_err *err);
+
 /* Wait for every stream. If the engine's watchdog stopped a launch of `ops` (the host's copy of the list), US_ERR_DEVICE names
  * the first wait, and every role that waits gets a line through `say`. */
 US_CHECKED enum us_status us_devices_sync(struct us_devices *devices, const struct us_engine_op *ops,

@@ -153,9 +153,9 @@ static enum us_status fill_rope(const struct us_attention_shape *s, uint32_t pos
   if (!table) return us_err_memory(err, "rope tables", bytes);
   for (uint32_t p = 0; p < positions; p++)
     us_rope_table(s->rope_theta, s->rotary_dim, p, table + (size_t)p * s->rotary_dim);
-  int code = (int)cudaMemcpy(device, table, bytes, cudaMemcpyHostToDevice);
+  enum us_status status = us_cuda_upload(device, table, bytes, "rope tables", err);
   free(table);
-  return us_cuda_status(code, "rope tables", err);
+  return status;
 }
 
 static enum us_status create_rank(struct us_device_prefill *p, uint32_t r, struct us_err *err) {

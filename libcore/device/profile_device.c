@@ -49,6 +49,7 @@ static enum us_status alloc_spans(struct recording *r, uint32_t gpu, struct us_e
     p.capacity /= 2, p.spans = NULL;
   (void)cudaGetLastError();
   if (!code) code = (int)cudaMemset(p.counts, 0, lanes * sizeof *p.counts);
+  if (!code) code = (int)cudaStreamSynchronize(NULL); /* the engine's streams do not wait for it */
   r->profile[gpu] = p;
   return us_cuda_status(code, "spans", err);
 }

@@ -3,7 +3,8 @@
  * Link it in place of the runtime. Memory of a GPU is the host's, so an address sanitizer watches it; copies and fills happen at once;
  * kernels do nothing, but for a launch of the engine that holds the ACCEPT of rank 0: it draws one token a sequence, as accept.cuh goes
  * about it, so that rounds end. A call that CUDA would refuse on several GPUs (a stream of another GPU, memory that nobody owns, a graph
- * that was destroyed) ends the program. Call number fake_cuda_fail (from 1; 0: none) of those that take memory fails; a graph's leaves
+ * that was destroyed) ends the program, and so does a kernel on a stream while the default stream, which it does not wait for, may still
+ * be copying or filling. Call number fake_cuda_fail (from 1; 0: none) of those that take memory fails; a graph's leaves
  * a handle that means nothing, as CUDA's does.
  */
 #include "fake_cuda.h"
@@ -53,6 +54,8 @@ unsigned fake_cuda_gpus = 4, fake_cuda_calls, fake_cuda_fail, fake_cuda_held;
 static struct block blocks[MOST];
 static unsigned block_count;
 static __thread int current;
+static int filling
+    [64]; /* by GPU: the default stream's copies from the host and fills, since somebody waited for it */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- memory ------------------------------------------------------------------------------------------------------- */
@@ -123,23 +126,32 @@ static void need_stream(cudaStream_t stream) {
   if (stream->gpu != current) REFUSE("a stream of GPU %d while GPU %d is current", stream->gpu, current);
 }
 
-cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+/* Before a kernel on a stream of its own. */
+static void need_settled(void) {
+  if (__atomic_load_n(&filling[current], __ATOMIC_RELAXED)) REFUSE("the default stream may still be at work");
+}
+
+static cudaError_t copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
   if (kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) need_memory(to, bytes);
   if (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) need_memory(from, bytes);
   memmove(to, from, bytes);
   return cudaSuccess;
 }
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+  __atomic_store_n(&filling[current], kind == cudaMemcpyHostToDevice, __ATOMIC_RELAXED);
+  return copy(to, from, bytes, kind);
+}
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
                             cudaStream_t stream) {
   need_stream(stream);
   if (stream && stream->capture) REFUSE("a copy into a graph");
-  return cudaMemcpy(to, from, bytes, kind);
+  return copy(to, from, bytes, kind);
 }
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t pitch, size_t width,
                               size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
   need_stream(stream);
   for (size_t i = 0; i < height; i++)
-    cudaMemcpy((char *)to + i * to_pitch, (const char *)from + i * pitch, width, kind);
+    copy((char *)to + i * to_pitch, (const char *)from + i * pitch, width, kind);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t pitch, size_t width,
@@ -153,6 +165,7 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
+  __atomic_store_n(&filling[current], 1, __ATOMIC_RELAXED);
   return cudaMemsetAsync(to, value, bytes, NULL);
 }
 
@@ -211,6 +224,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   need_stream(stream);
+  if (!stream) __atomic_store_n(&filling[current], 0, __ATOMIC_RELAXED);
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -306,6 +320,7 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute attr
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
   const struct us_engine_launch *launch = arguments[0];
   need_stream(config->stream);
+  need_settled();
   if (config->gridDim.x != 132 / launch->ranks * launch->ranks) REFUSE("%u blocks", config->gridDim.x);
   struct CUgraph_st *graph = config->stream->capture;
   if (!graph) {
@@ -383,6 +398,7 @@ void __cudaRegisterFatBinaryEnd(void **handle) {}
 void __cudaUnregisterFatBinary(void **handle) {}
 void __cudaRegisterFunction(void) {}
 unsigned __cudaPushCallConfiguration(void) {
+  need_settled();
   return 1; /* no launch */
 }
 cudaError_t __cudaPopCallConfiguration(void) {
