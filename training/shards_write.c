@@ -299,10 +299,12 @@ enum us_status us_shards_writer_finish(struct us_shards_writer *writer, const ch
   enum us_status status = us_shards_writer_flush(writer, err);
   if (status != US_OK) return status;
   if (writer->counts.tokens[US_PART_TRAIN] == 0)
-    return us_err_set(err, US_ERR_INPUT,
-                      "no document is left to train on: %llu read, %llu duplicates, %llu overlapping",
-                      (unsigned long long)writer->counts.read, (unsigned long long)writer->counts.duplicates,
-                      (unsigned long long)writer->counts.overlaps);
+    return us_err_set(
+        err, US_ERR_INPUT,
+        "no document is left to train on: %llu read, %llu duplicates, %llu overlapping, %llu held out",
+        (unsigned long long)writer->counts.read, (unsigned long long)writer->counts.duplicates,
+        (unsigned long long)writer->counts.overlaps,
+        (unsigned long long)writer->counts.documents[US_PART_HELDOUT]);
   if (writer->n_entries > 0) qsort(writer->entries, writer->n_entries, sizeof *writer->entries, by_digest);
   if (path == NULL) return US_OK;
   status = us_h5_create(path, "tokens", &out, err);
