@@ -44,6 +44,18 @@ static size_t give_byte(void *buffer, size_t capacity, void *arg) {
   return 1;
 }
 
+/* What the parser found, in words that are not its own where those would not help. */
+static enum us_status refuse(const char *text, size_t size, const char *name, const json_error_t *why,
+                             struct us_err *err) {
+  const char *end = size ? memchr(text, '\n', size) : NULL, *what = why->text;
+  if (size >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
+    what = "a byte order mark, which JSON does not begin with";
+  if (strstr(what, "JSON_ALLOW_NUL")) what = "\\u0000 is not allowed";
+  if (size && (!end || end + 1 == text + size)) /* one line, often of many: its number is in the name */
+    return us_err_set(err, US_ERR_INPUT, "%s: column %d: %s", name, why->column, what);
+  return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why->line, why->column, what);
+}
+
 enum us_status us_json_parse(const char *text, size_t size, const char *name, json_t **ret_root,
                              struct us_err *err) {
   if (too_deep(text, size))
@@ -56,12 +68,7 @@ enum us_status us_json_parse(const char *text, size_t size, const char *name, js
     json_decref(root);
     return us_err_memory(err, name, size);
   }
-  const char *end = size ? memchr(text, '\n', size) : NULL;
-  if (!root && size &&
-      (!end || end + 1 == text + size)) /* one line, often of many: its number is in the name */
-    return us_err_set(err, US_ERR_INPUT, "%s: column %d: %s", name, why.column, why.text);
-  if (!root)
-    return us_err_set(err, US_ERR_INPUT, "%s: line %d column %d: %s", name, why.line, why.column, why.text);
+  if (!root) return refuse(text, size, name, &why, err);
   *ret_root = root;
   return US_OK;
 }

@@ -81,6 +81,8 @@ START_TEST(broken_text_is_refused_with_its_line) {
   refuse("", 0, "line 1");
   refuse("{\"a\": 1, \"a\": 2}", 16, "duplicate");
   refuse("{} {}", 5, "end of file");
+  refuse("\xef\xbb\xbf{}", 5, "x.json: column 1: a byte order mark");
+  refuse("{\"a\": \"\\u0000\"}", 15, ": \\u0000 is not allowed");
   refuse("{\"a\": \"\xff\"}", 10, "unable to decode byte 0xff");
   refuse("{\"a\0\": 1}", 9, "x.json: column ");
 }
