@@ -25,21 +25,6 @@ template <int V> struct us_forward_state {
   float max[2], sum[2]; /* largest score; sum of this thread's columns */
 };
 
-/* Scores that a row must not see become -Inf. */
-template <int KEYS>
-static __device__ __forceinline__ void us_mask_scores(float (*s)[4], const struct us_attention_seen &seen,
-                                                      uint32_t first, uint32_t lane) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    uint32_t before = seen.begin[i] - first - lane % 4 * 2, count = seen.end[i] - seen.begin[i];
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-      for (int c = 0; c < 2; c++)
-        if (n * 8 + c - before >= count) s[n][2 * i + c] = -INFINITY;
-  }
-}
-
 /* Scores to weights relative to a maximum; factor: what older sums shrink by. The maximum follows only when it would be 8 powers of
  * two behind, so that sums seldom shrink; weights up to 2^8 lose nothing. unit: scale in powers of two. */
 template <int KEYS, int V>
@@ -146,16 +131,20 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
 
     float s[KEYS / 8][4];
     uint32_t p[KEYS / 16][4];
+    auto weigh = [&](uint32_t t) {
+      uint32_t first = us_attention_tile_of<KEYS>(walk, t).first;
+      us_wg_hold<KEYS / 8>(s);
+      if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles))
+        us_mask_keys<KEYS>(s, seen, first, h.lane, -INFINITY);
+      us_weigh_scores<KEYS, V>(&x, s, unit_scale, factor);
+    };
     us_copy_wait<1>();
     __syncthreads();
     us_wg_fence();
     us_wg_products<Q, KEYS>(s, queries, US_UNIT_ROWS, h.shared + L::keys);
     us_wg_commit();
     us_wg_wait<0>();
-    us_wg_hold<KEYS / 8>(s);
-    uint32_t first = us_attention_tile_of<KEYS>(walk, 0).first;
-    if (!us_all_see<KEYS>(plan, first, walk.context_tiles == 0)) us_mask_scores<KEYS>(s, seen, first, h.lane);
-    us_weigh_scores<KEYS, V>(&x, s, unit_scale, factor);
+    weigh(0);
     us_wg_pack_rows<KEYS / 16>(s, p);
 
     for (uint32_t t = 0; t + 1 < walk.tiles; t++) {
@@ -172,12 +161,8 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
         us_wg_add<V>(x.out, p[j], h.shared + L::values + t % 2 * L::value, KEYS, j);
       us_wg_commit();
       if (t + 1 == walk.context_tiles) seen = us_attention_seen_of(job, h.row, 1);
-      first = us_attention_tile_of<KEYS>(walk, t + 1).first;
       us_wg_wait<1>();
-      us_wg_hold<KEYS / 8>(s);
-      if (!us_all_see<KEYS>(plan, first, t + 1 >= walk.context_tiles))
-        us_mask_scores<KEYS>(s, seen, first, h.lane);
-      us_weigh_scores<KEYS, V>(&x, s, unit_scale, factor);
+      weigh(t + 1);
       us_wg_wait<0>();
       us_wg_hold<V / 8>(x.out);
       us_shrink_sums<V>(&x, factor);

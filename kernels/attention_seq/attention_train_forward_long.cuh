@@ -75,7 +75,8 @@ static __device__ __forceinline__ void us_long_multiply(const struct us_attentio
     us_turn_release(shared + L::key_full + STAGES * 8, key.stage, lane);
     key.advance();
     uint32_t first = us_attention_tile_of<KEYS>(walk, t).first;
-    if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles)) us_mask_scores<KEYS>(s, seen, first, lane);
+    if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles))
+      us_mask_keys<KEYS>(s, seen, first, lane, -INFINITY);
     us_weigh_scores<KEYS, V>(x, s, unit_scale, factor);
   };
   auto add = [&]() {

@@ -124,6 +124,44 @@ static __device__ __forceinline__ void us_store_keys(uint32_t tile, uint16_t *he
   }
 }
 
+/* Units [begin, end) that may see a key of the block's tiles; begin above end: none. */
+struct us_keys_units {
+  uint32_t begin, end;
+};
+template <int GROUPS>
+static __device__ __forceinline__ struct us_keys_units us_keys_units_of(const struct us_attention_job &job,
+                                                                        uint32_t first_tile) {
+  struct us_keys_units u = {UINT32_MAX, 0};
+#pragma unroll
+  for (int i = 0; i < GROUPS; i++) {
+    if (first_tile + i >= job.cut.key_tiles) break;
+    uint2 units = job.plan.seen_by[first_tile + i];
+    if (units.x < units.y) u.begin = min(u.begin, units.x), u.end = max(u.end, units.y);
+  }
+  return u;
+}
+
+/* Scores to weights, and weights times dout v^T to ds. of_rows: lse and delta of this thread's first two rows. */
+template <int ROWS>
+static __device__ __forceinline__ void us_keys_weigh(float (*s)[4], const float4 *of_rows, float unit_scale) {
+#pragma unroll
+  for (int n = 0; n < ROWS / 8; n++) {
+    float4 r = of_rows[n * 4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) s[n][c] = us_exp2(fmaf(s[n][c], unit_scale, c % 2 ? -r.z : -r.x));
+  }
+}
+template <int ROWS>
+static __device__ __forceinline__ void us_keys_subtract(float (*s)[4], const float (*dp)[4],
+                                                        const float4 *of_rows) {
+#pragma unroll
+  for (int n = 0; n < ROWS / 8; n++) {
+    float4 r = of_rows[n * 4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) s[n][c] *= dp[n][c] - (c % 2 ? r.w : r.y);
+  }
+}
+
 template <int Q, int V, int ROWS, int GROUPS, int BLOCKS>
 static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
     us_attention_keys(const __grid_constant__ struct us_attention_job job) {
@@ -134,13 +172,8 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   uint32_t shared = us_shared_address(us_train_shared), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4,
            group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), g = blockIdx.y,
            first_tile = blockIdx.x * GROUPS;
-  uint32_t begin = UINT32_MAX, end = 0;
-#pragma unroll
-  for (int i = 0; i < GROUPS; i++) {
-    if (first_tile + i >= job.cut.key_tiles) break;
-    uint2 units = job.plan.seen_by[first_tile + i];
-    if (units.x < units.y) begin = min(begin, units.x), end = max(end, units.y);
-  }
+  struct us_keys_units units = us_keys_units_of<GROUPS>(job, first_tile);
+  uint32_t begin = units.begin, end = units.end;
   uint32_t first_key = (first_tile + group) * US_KEY_TILE, key = first_key + warp * 16 + lane / 4;
   uint32_t keys = shared + group * L::key, values = shared + L::values + group * L::value;
   float dk[Q / 8][4], dv[V / 8][4];
@@ -191,12 +224,7 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
       const float4 *of_rows = (const float4 *)note + lane % 4; /* lse, delta of two rows */
       us_wg_wait<1>();                                         /* the scores, and dk of the tile before */
       us_wg_hold<ROWS / 8>(s);
-#pragma unroll
-      for (int n = 0; n < ROWS / 8; n++) {
-        float4 r = of_rows[n * 4];
-#pragma unroll
-        for (int c = 0; c < 4; c++) s[n][c] = us_exp2(fmaf(s[n][c], unit_scale, c % 2 ? -r.z : -r.x));
-      }
+      us_keys_weigh<ROWS>(s, of_rows, unit_scale);
       if (!unmasked) us_mask_columns<ROWS>(s, note + L::note_ranges, key, a.block_begin != NULL, lane);
       uint32_t p[ROWS / 16][4], ds[ROWS / 16][4];
       us_wg_pack_rows<ROWS / 16>(s, p);
@@ -206,12 +234,7 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
       us_wg_commit();
       us_wg_wait<1>();
       us_wg_hold<ROWS / 8>(dp);
-#pragma unroll
-      for (int n = 0; n < ROWS / 8; n++) {
-        float4 r = of_rows[n * 4];
-#pragma unroll
-        for (int c = 0; c < 4; c++) s[n][c] *= dp[n][c] - (c % 2 ? r.w : r.y);
-      }
+      us_keys_subtract<ROWS>(s, dp, of_rows);
       us_wg_pack_rows<ROWS / 16>(s, ds);
       us_wg_fence();
 #pragma unroll

@@ -20,19 +20,34 @@ template <int Q, int V, int KEYS, int GROUPS> struct us_queries_layout {
                             bytes = offsets + 32 * 4;
 };
 
-/* p of masked keys is 0. */
+/* Scores to weights, and weights times dout v^T to ds. of_row: lse in powers of two and delta of this thread's two rows. */
 template <int KEYS>
-static __device__ __forceinline__ void us_mask_weights(float (*p)[4], const struct us_attention_seen &seen,
-                                                       uint32_t first, uint32_t lane) {
+static __device__ __forceinline__ void us_queries_weigh(float (*s)[4], const float2 of_row[2],
+                                                        float unit_scale) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    uint32_t before = seen.begin[i] - first - lane % 4 * 2, count = seen.end[i] - seen.begin[i];
+  for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
+    for (int c = 0; c < 4; c++) s[n][c] = us_exp2(fmaf(s[n][c], unit_scale, -of_row[c / 2].x));
+}
+template <int KEYS>
+static __device__ __forceinline__ void us_queries_subtract(float (*s)[4], const float (*dp)[4],
+                                                           const float2 of_row[2]) {
 #pragma unroll
-      for (int c = 0; c < 2; c++)
-        if (n * 8 + c - before >= count) p[n][2 * i + c] = 0;
-  }
+  for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) s[n][c] *= dp[n][c] - of_row[c / 2].y;
+}
+
+/* Start copying a unit's queries and output gradients. */
+template <int Q, int V>
+static __device__ __forceinline__ void us_queries_load(const struct us_attention_job &job,
+                                                       const struct us_attention_here &h, uint32_t queries,
+                                                       uint32_t dout) {
+  const struct us_attention_train &a = job.a;
+  us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, h.offset, job, h.unit, 0,
+                                     threadIdx.x % 128);
+  us_load_rows<V, US_UNIT_ROWS, 128>(dout, job.grads.dout, (size_t)a.q_heads * a.v_dim, a.v_dim,
+                                     h.offset + 16, job, h.unit, 0, threadIdx.x % 128);
 }
 
 template <int Q, int V, int KEYS, int GROUPS, int BLOCKS>
@@ -79,19 +94,13 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   auto weigh = [&](uint32_t t) {
     uint32_t first = us_attention_tile_of<KEYS>(walk, t).first;
     us_wg_hold<KEYS / 8>(s);
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) s[n][c] = us_exp2(fmaf(s[n][c], unit_scale, -of_row[c / 2].x));
+    us_queries_weigh<KEYS>(s, of_row, unit_scale);
     if (!us_all_see<KEYS>(plan, first, t >= walk.context_tiles))
-      us_mask_weights<KEYS>(s, seen, first, h.lane);
+      us_mask_keys<KEYS>(s, seen, first, h.lane, 0);
   };
   auto subtract = [&]() {
     us_wg_hold<KEYS / 8>(dp);
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) s[n][c] *= dp[n][c] - of_row[c / 2].y;
+    us_queries_subtract<KEYS>(s, dp, of_row);
   };
   auto add = [&](uint32_t t) {
 #pragma unroll
@@ -101,10 +110,7 @@ static __global__ void __launch_bounds__(GROUPS * 128, BLOCKS)
   };
 
   if (walk.tiles) {
-    us_load_rows<Q, US_UNIT_ROWS, 128>(queries, a.q, a.q_stride, a.qk_dim, h.offset, job, h.unit, 0,
-                                       threadIdx.x % 128);
-    us_load_rows<V, US_UNIT_ROWS, 128>(dout, job.grads.dout, (size_t)a.q_heads * a.v_dim, a.v_dim,
-                                       h.offset + 16, job, h.unit, 0, threadIdx.x % 128);
+    us_queries_load<Q, V>(job, h, queries, dout);
     load(0);
     us_copy_commit();
     if (walk.tiles > 1) load(1);

@@ -196,6 +196,21 @@ static __device__ __forceinline__ struct us_attention_seen us_attention_seen_of(
   return s;
 }
 
+/* Scores or weights (64, KEYS) of keys that a row must not see become `hidden`. */
+template <int KEYS>
+static __device__ __forceinline__ void us_mask_keys(float (*s)[4], const struct us_attention_seen &seen,
+                                                    uint32_t first, uint32_t lane, float hidden) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    uint32_t before = seen.begin[i] - first - lane % 4 * 2, count = seen.end[i] - seen.begin[i];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+      for (int c = 0; c < 2; c++)
+        if (n * 8 + c - before >= count) s[n][2 * i + c] = hidden;
+  }
+}
+
 /* ---- a block's key tiles ----------------------------------------------------------------------------------------- */
 
 /* The tiles that a block of queries goes through: the union of its context ranges, then that of its block ranges. A unit that sees
