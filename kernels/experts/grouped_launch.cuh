@@ -4,6 +4,7 @@
 #define US_KERNELS_GROUPED_LAUNCH_CUH
 
 #include "kernels/experts/grouped_kernel.cuh"
+#include "kernels/gpu/launch.cuh"
 
 /* Matrices (rows, columns) of bf16 (or FP32, if wide), `stride` values apart; what lies outside reads as zeros. */
 struct grouped_operand {
@@ -14,35 +15,17 @@ struct grouped_operand {
   bool wide;
 };
 
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                                    const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                                    const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                    CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 static inline cudaError_t describe(const struct grouped_operand *o, CUtensorMap *map) {
-  void *entry = NULL;
-  cudaDriverEntryPointQueryResult found;
-  cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess) return status;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   cuuint64_t bytes = o->wide ? 4 : 2, row = o->columns * bytes,
              matrix = o->matrices > 1 ? (cuuint64_t)o->stride * bytes : o->rows * row;
-  cuuint64_t size[3] = {o->columns, o->rows, o->matrices}, stride[2] = {row, matrix};
-  cuuint32_t box[3] = {(cuuint32_t)(128 / bytes), o->box_rows, 1}, step[3] = {1, 1, 1};
-  CUresult result = ((encode_function)entry)(
-      map, o->wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)o->at,
-      size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-static inline cudaError_t count_processors(uint32_t *ret_count) {
-  int device, count = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  *ret_count = (uint32_t)count;
-  return status;
+  struct us_tensor t = {o->at,
+                        o->wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                        3,
+                        {o->columns, o->rows, o->matrices},
+                        {row, matrix},
+                        {(cuuint32_t)(128 / bytes), o->box_rows, 1},
+                        CU_TENSOR_MAP_SWIZZLE_128B};
+  return us_tensor_describe(&t, map);
 }
 
 template <class Shape>
@@ -54,7 +37,7 @@ static cudaError_t launch(const struct grouped_args *a, struct grouped_operand *
   uint32_t processors;
   left->box_rows = Shape::ACROSS_A ? DEPTH : TILE_ROWS;
   right->box_rows = Shape::ACROSS_B ? DEPTH : Shape::COLUMNS / Shape::PARTS;
-  cudaError_t status = count_processors(&processors);
+  cudaError_t status = us_processors(&processors);
   if (status == cudaSuccess) status = describe(left, &maps.left);
   if (status == cudaSuccess) status = describe(right, &maps.right);
   if (Shape::SUM_STAGES) {

@@ -9,6 +9,7 @@
  * hit different banks). Bound: about 80 issue slots, 84 of the integer pipe, for 544 bytes of MXFP4 and 16 rows: 6 TB/s at full issue.
  * Figures: docs/perf.md.
  */
+#include "kernels/gpu/launch.cuh"
 #include "kernels/prefill/fragment.cuh"
 #include "kernels/prefill/gemm_store.cuh"
 
@@ -195,14 +196,6 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1)
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-cudaError_t us_prefill_processors(uint32_t *ret_count) {
-  int device, count = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  *ret_count = (uint32_t)count;
-  return status;
-}
-
 template <int FORMAT, int HALVES, bool FULL, int WARPS, int TILES>
 static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   auto kernel = prefill_gemm<FORMAT, HALVES, FULL, WARPS, TILES>;
@@ -216,7 +209,7 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   a->row_tiles = (a->g.rows + TILES * 8 - 1) / (TILES * 8);
   a->blocks = (w->tiles * HALVES + WARPS * 2 - 1) / (WARPS * 2);
   uint32_t bytes = WARPS * PATCH_BYTES + a->stages * a->stage_bytes, grid;
-  cudaError_t status = us_prefill_processors(&grid);
+  cudaError_t status = us_processors(&grid);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
   if (status != cudaSuccess) return status;

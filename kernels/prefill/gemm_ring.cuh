@@ -26,9 +26,6 @@ struct gemm_args {
 /* Projections, unless the pages are odd (wide.cu). */
 cudaError_t us_prefill_wide(struct gemm_args *args, cudaStream_t stream);
 
-/* Processors of the current device. */
-cudaError_t us_prefill_processors(uint32_t *ret_count);
-
 /* A block's piece of work: rows x one block of weight rows x one part of K. */
 struct gemm_item {
   uint32_t expert, first, rows, part, block;

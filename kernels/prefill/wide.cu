@@ -5,11 +5,10 @@
  *
  * Bound: 128 columns of FP8 are 48 KB from L2 for 1024 cycles of multiplies, twice what L2 delivers to every processor at once.
  */
+#include "kernels/gpu/launch.cuh"
 #include "kernels/prefill/fragment.cuh"
 #include "kernels/prefill/gemm_store.cuh"
 #include "kernels/prefill/wgmma.cuh"
-
-#include <cuda.h>
 
 #define WARPS 8
 #define SLOTS 4
@@ -172,27 +171,17 @@ static __global__ void __launch_bounds__((WARPS + LOADERS) * 32, 1)
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-typedef CUresult (*encode_function)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                                    const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                                    const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                    CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 /* The rows as the copy engine wants them described; rows past the last read as zeros. */
 static cudaError_t describe_rows(const struct us_prefill_gemm *g, uint32_t columns, uint32_t tile_rows,
                                  CUtensorMap *map) {
-  void *entry = NULL;
-  cudaDriverEntryPointQueryResult found;
-  cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-  if (status != cudaSuccess) return status;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  cuuint64_t size[2] = {g->w.slices * g->w.groups * 32u, g->rows}, stride[1] = {(cuuint64_t)g->x_stride * 2};
-  cuuint32_t box[2] = {columns, tile_rows}, step[2] = {1, 1};
-  CUresult result = ((encode_function)entry)(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)g->x, size, stride, box, step,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  struct us_tensor rows = {g->x,
+                           CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                           2,
+                           {g->w.slices * g->w.groups * 32u, g->rows},
+                           {(cuuint64_t)g->x_stride * 2},
+                           {columns, tile_rows},
+                           columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
+  return us_tensor_describe(&rows, map);
 }
 
 template <int FORMAT, int HALVES, int TILES>
@@ -209,7 +198,7 @@ static cudaError_t launch(struct gemm_args *a, cudaStream_t stream) {
   uint32_t bytes = WARPS * PATCH_BYTES + a->stages * a->stage_bytes, grid,
            items = a->row_tiles * a->blocks * a->g.parts;
   CUtensorMap map;
-  cudaError_t status = us_prefill_processors(&grid);
+  cudaError_t status = us_processors(&grid);
   if (status == cudaSuccess && items) status = describe_rows(&a->g, Rows::columns, TILES * 8, &map);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
