@@ -20,6 +20,9 @@ static void check_shapes(const struct target *t, struct us_cuda_params *set) {
   shape.full.qk_dim = 24;
   status = us_cuda_model_create(t->cuda, &shape, set, ROWS, US_TRAIN_SAVE, &model, &err);
   refuse(t->name, status, US_ERR_USAGE, &err, "layer 0: heads of 24");
+  shape = t->shape, shape.hidden = 12288;
+  status = us_cuda_model_create(t->cuda, &shape, set, ROWS, US_TRAIN_SAVE, &model, &err);
+  refuse(t->name, status, US_ERR_USAGE, &err, "a hidden size of 12288; on a GPU up to 8192");
   refuse(t->name, us_cuda_open(99, &none, &err), US_ERR_DEVICE, &err, "no GPU 99");
 }
 

@@ -1,6 +1,7 @@
 /* draft.c: a DFlash drafter on a GPU: memory, creation, and what a pass brings to the device. */
 #include "training/cuda/constants.h"
 #include "training/cuda/draft_state.h"
+#include "training/cuda/limits.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -136,18 +137,22 @@ static enum us_status build(struct us_cuda_draft *draft, struct us_err *err) {
                             err);
 }
 
+/* What the kernels ask for beyond us_draft_shape_check. */
+static enum us_status check_shape(const struct us_draft_shape *shape, size_t rows, struct us_err *err) {
+  enum us_status status = us_cuda_limits_rows(rows, us_cuda_limits_draft_widest(shape), err);
+  if (status == US_OK) status = us_cuda_limits_widths(shape->hidden, shape->vocab, err);
+  if (status == US_OK) status = us_cuda_limits_heads(&shape->attention, err);
+  return status == US_OK ? US_OK : us_err_prefix(err, "drafter");
+}
+
 enum us_status us_cuda_draft_create(struct us_cuda *cuda, const struct us_draft_shape *shape,
                                     struct us_cuda_params *params, const uint16_t *embed, size_t capacity,
                                     size_t blocks, struct us_cuda_draft **ret_draft, struct us_err *err) {
   *ret_draft = NULL;
   if (!capacity || !blocks || capacity > UINT32_MAX / 64 || blocks > UINT32_MAX / 1024)
     return us_err_set(err, US_ERR_USAGE, "%zu context rows and %zu blocks a pass", capacity, blocks);
-  const struct us_attention_shape *a = &shape->attention;
-  if (a->qk_dim % 16 || a->v_dim % 16 || a->qk_dim > 192 || a->v_dim > 128 || shape->vocab % 8)
-    return us_err_set(err, US_ERR_USAGE,
-                      "heads of %u and %u, a vocabulary of %u; on a GPU multiples of 16 up to 192 and 128, "
-                      "and of 8, are trained",
-                      a->qk_dim, a->v_dim, shape->vocab);
+  enum us_status status = check_shape(shape, capacity + blocks * shape->block, err);
+  if (status != US_OK) return status;
   struct us_cuda_draft *draft = calloc(1, sizeof *draft);
   if (!draft) return us_err_memory(err, "drafter's training state", sizeof *draft);
   *draft = (struct us_cuda_draft){.cuda = cuda,
@@ -156,7 +161,7 @@ enum us_status us_cuda_draft_create(struct us_cuda *cuda, const struct us_draft_
                                   .embed = embed,
                                   .capacity = capacity,
                                   .blocks_capacity = blocks};
-  enum us_status status = build(draft, err);
+  status = build(draft, err);
   if (status != US_OK) {
     us_cuda_draft_free(draft);
     return status;

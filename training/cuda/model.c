@@ -6,6 +6,7 @@
 
 #include "kernels/router/router_grad.h"
 #include "training/cuda/constants.h"
+#include "training/cuda/limits.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -183,28 +184,16 @@ static enum us_status fill_constants(const struct us_cuda_model *model, struct u
 
 /* --- creation --- */
 
-static bool fits_attention(const struct us_attention_shape *a) {
-  return a->qk_dim % 16 == 0 && a->v_dim % 16 == 0 && a->qk_dim <= 192 && a->v_dim <= 128;
-}
-
 /* What the kernels ask for beyond us_shape_check. */
 static enum us_status check_shape(const struct us_shape *shape, size_t capacity, struct us_err *err) {
-  if (!capacity || capacity > UINT32_MAX / 64)
-    return us_err_set(err, US_ERR_USAGE, "%zu rows a batch", capacity);
-  for (uint32_t l = 0; l < shape->layers; l++) {
-    const struct us_attention_shape *a = us_shape_attention(shape, l);
-    if (!fits_attention(a))
-      return us_err_set(
-          err, US_ERR_USAGE,
-          "layer %u: heads of %u and %u; on a GPU multiples of 16 up to 192 and 128 are trained", l,
-          a->qk_dim, a->v_dim);
+  enum us_status status = us_cuda_limits_rows(capacity, us_cuda_limits_widest(shape), err);
+  if (status == US_OK) status = us_cuda_limits_widths(shape->hidden, shape->vocab, err);
+  if (status == US_OK) status = us_cuda_limits_experts(shape->experts, shape->top_k, err);
+  for (uint32_t l = 0; l < shape->layers && status == US_OK; l++) {
+    status = us_cuda_limits_heads(us_shape_attention(shape, l), err);
+    if (status != US_OK) us_err_prefix(err, "layer %u", l);
   }
-  if (shape->vocab % 8 || shape->experts > 1024 || shape->top_k > 32)
-    return us_err_set(
-        err, US_ERR_USAGE,
-        "a vocabulary of %u, %u experts, %u a token; on a GPU a multiple of 8, 1024 and 32 are trained",
-        shape->vocab, shape->experts, shape->top_k);
-  return US_OK;
+  return status;
 }
 
 static enum us_status find_roles(struct us_cuda_model *model, struct us_err *err) {
