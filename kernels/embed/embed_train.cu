@@ -144,7 +144,8 @@ size_t us_embed_train_scratch(size_t pieces, size_t D) {
 int us_embed_train_grad(const struct us_embed_train_grad *grad, cudaStream_t stream) {
   size_t slices = (grad->D + COLUMNS - 1) / COLUMNS,
          blocks = (grad->pieces * slices * 32 + THREADS - 1) / THREADS;
-  if (grad->D % 4 || blocks >= 1u << 27) return cudaErrorInvalidValue;
+  if (grad->D % 4 || blocks >= (1u << 31) / THREADS)
+    return cudaErrorInvalidValue; /* threads have 32-bit numbers */
   if (!blocks) return cudaSuccess;
   add_rows<<<(unsigned)blocks, THREADS, 0, stream>>>(*grad, (uint32_t)slices);
   add_pieces<<<(unsigned)blocks, THREADS, 0, stream>>>(*grad, (uint32_t)slices);
