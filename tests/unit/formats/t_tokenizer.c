@@ -120,13 +120,13 @@ static double time_megabyte(const char *unit) {
   return seconds;
 }
 
-/* Quadratic work on a megabyte is 10^12 steps: minutes. Linear work takes a fraction of a second, sanitizers included. */
+/* Quadratic work on a megabyte is 10^12 steps: many minutes. Linear work takes a fraction of a second, under sanitizers seconds. */
 START_TEST(a_megabyte_of_one_thing_takes_linear_time) {
   static const char *const units[] = {
       "a", " ", "\n", "!", "ab", " \n", "\xcc\x81\xcc\xa3", "<|im_start|", "<", "\xff", "\xe4\xb8\x80"};
   for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
     double seconds = time_megabyte(units[i]);
-    ck_assert_msg(seconds < 10, "unit %zu took %.1f s", i, seconds);
+    ck_assert_msg(seconds < 60, "unit %zu took %.1f s", i, seconds);
   }
 }
 END_TEST
