@@ -3,6 +3,7 @@
 
 #include "base/atomic.h"
 #include "decode/serve.h"
+#include "model/tokenizer_file.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -74,7 +75,9 @@ static enum us_status join(struct us_dflash_answers *a, const struct us_ids *ids
 static enum us_status open_tokenizer(struct us_dflash_answers *a, struct us_err *err) {
   const struct us_model *model = a->target;
   if (!model->tokenizer_json) return US_OK;
-  return us_tokenizer_parse(model->tokenizer_json, model->tokenizer_bytes, model->path, &a->tokenizer, err);
+  char name[US_TOKENIZER_NAME_MAX];
+  us_tokenizer_file_name(model->path, name);
+  return us_tokenizer_parse(model->tokenizer_json, model->tokenizer_bytes, name, &a->tokenizer, err);
 }
 
 /* As us-serve. */

@@ -275,11 +275,13 @@ static enum us_status make_shards(struct job *job, struct us_err *err) {
   struct us_record record = {0};
   struct us_buffer json = {0};
   struct us_tokenizer *tokenizer = NULL;
+  char name[US_TOKENIZER_NAME_MAX];
   if (us_opt_str(o, "tokenizer") == NULL)
     return us_err_set(err, US_ERR_USAGE, "--tokenizer is required, or --train-vocab");
   enum us_status status = us_record_resolve(us_opt_str(o, "tokenizer"), stdin, NULL, &record, err);
   if (status == US_OK) status = us_tokenizer_file_read(record.path, &json, err);
-  if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, record.path, &tokenizer, err);
+  if (status == US_OK) us_tokenizer_file_name(record.path, name);
+  if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, name, &tokenizer, err);
   if (status == US_OK)
     status = us_shards_writer_create(tokenizer, json.data, us_opt_num(o, "heldout"), &job->writer, err);
   if (status == US_OK) {

@@ -80,7 +80,9 @@ static enum us_status run(struct us_tool_run *tool_run, struct us_err *err) {
   struct us_buffer input = {0}, json = {0};
   const char *path = us_opt_str(tool_run->opts, "tokenizer");
   enum us_status status = us_tokenizer_file_read(path, &json, err);
-  if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, path, &tokenizer, err);
+  char name[US_TOKENIZER_NAME_MAX];
+  us_tokenizer_file_name(path, name);
+  if (status == US_OK) status = us_tokenizer_parse(json.data, json.size, name, &tokenizer, err);
   if (status == US_OK)
     status = us_buffer_read_file(&input, us_opt_str(tool_run->opts, "input"), MAX_TEXT, err);
   if (status == US_OK)

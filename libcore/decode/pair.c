@@ -1,6 +1,8 @@
 /* pair.c: opening a model, its drafter and its tokenizer. */
 #include "decode/pair.h"
 
+#include "model/tokenizer_file.h"
+
 static enum us_status open_all(const char *model_argument, const char *opt_draft_argument, FILE *in,
                                struct us_pair *pair, struct us_err *err) {
   enum us_status status = us_record_resolve(model_argument, in, "model", &pair->model_record, err);
@@ -13,8 +15,10 @@ static enum us_status open_all(const char *model_argument, const char *opt_draft
   if (status != US_OK) return status;
   if (!pair->model->tokenizer_json)
     return us_err_set(err, US_ERR_INPUT, "%s: has no tokenizer", pair->model_record.path);
-  return us_tokenizer_parse(pair->model->tokenizer_json, pair->model->tokenizer_bytes,
-                            pair->model_record.path, &pair->tokenizer, err);
+  char name[US_TOKENIZER_NAME_MAX];
+  us_tokenizer_file_name(pair->model_record.path, name);
+  return us_tokenizer_parse(pair->model->tokenizer_json, pair->model->tokenizer_bytes, name, &pair->tokenizer,
+                            err);
 }
 
 enum us_status us_pair_open(const char *model_argument, const char *opt_draft_argument, FILE *in,

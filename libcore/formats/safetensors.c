@@ -37,7 +37,7 @@ struct us_safetensors {
 
 static enum us_status map_file(struct st_file *file, struct us_err *err) {
   int fd = open(file->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return us_err_errno(err, US_ERR_IO, "%s", file->path);
+  if (fd < 0) return us_err_errno(err, US_ERR_IO, "%s: cannot open", file->path);
   struct stat info;
   enum us_status status = US_OK;
   if (fstat(fd, &info) != 0)
@@ -301,7 +301,7 @@ static enum us_status open_folder(const char *folder, struct us_safetensors **re
 enum us_status us_safetensors_open(const char *path, struct us_safetensors **ret_st, struct us_err *err) {
   *ret_st = NULL;
   struct stat info;
-  if (stat(path, &info) != 0) return us_err_errno(err, US_ERR_IO, "%s", path);
+  if (stat(path, &info) != 0) return us_err_errno(err, US_ERR_IO, "%s: cannot open", path);
   if (S_ISDIR(info.st_mode)) return open_folder(path, ret_st, err);
   return ends_with(path, ".json") ? open_index(path, ret_st, err) : open_single(path, ret_st, err);
 }

@@ -479,7 +479,7 @@ START_TEST(a_bad_index_is_refused) {
   refuse_index(folder, "{\"weight_map\":{\"a\":\"../x.safetensors\"}}", "not a .safetensors file name");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"/etc/passwd\"}}", "not a .safetensors file name");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"missing.safetensors\"}}",
-               "missing.safetensors: No such file");
+               "missing.safetensors: cannot open: No such file");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"model-00001-of-00005.safetensors\"}}",
                "a: not in model-00001");
   refuse_index(folder, "{\"weight_map\":{\"t.8.weight\":\"model-00001-of-00005.safetensors\"}}",
