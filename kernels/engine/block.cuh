@@ -184,6 +184,15 @@ static __device__ __forceinline__ uint64_t us_load_flagged(const uint64_t *p) {
 static __device__ __forceinline__ void us_store_flagged(uint64_t *p, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+/* Four words, relaxed and of system scope as well: sums that are their own flags, the mailbox. */
+static __device__ __forceinline__ uint4 us_load_system16(const void *p) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
 
 /* A warp's lanes together: one more. */
 static __device__ __forceinline__ void us_engine_count(uint32_t *counter) {

@@ -54,16 +54,6 @@ static __device__ __forceinline__ void us_engine_await_pairs(const struct us_eng
   }
 }
 
-/* park, cancel, read of the mailbox. */
-static __device__ __forceinline__ uint4 us_load_mail(const struct us_engine_mailbox *mailbox) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(mailbox)
-               : "memory");
-  return v;
-}
-
 /* ---- candidates ---------------------------------------------------------------------------------------------------------------- */
 
 /* The best score with the lowest id, and the largest logit. A score of -Inf is nobody's: then the largest logit's token wins. */

@@ -71,15 +71,6 @@ static __device__ __forceinline__ struct us_down_plan us_down_plan(const struct 
 struct us_down_at {
   uint32_t slot, step, brief, next;
 };
-static __device__ __forceinline__ uint32_t us_down_expert(uint32_t brief) {
-  return us_engine_brief_expert(brief);
-}
-static __device__ __forceinline__ uint32_t us_down_first(uint32_t brief) {
-  return us_engine_brief_first(brief);
-}
-static __device__ __forceinline__ uint32_t us_down_pairs(uint32_t brief) {
-  return us_engine_brief_pairs(brief);
-}
 static __device__ __forceinline__ uint32_t us_down_brief(const struct us_engine_shared *s, uint32_t slot) {
   return s->active.brief[slot < US_ENGINE_SLOTS ? slot : 0];
 }
@@ -117,8 +108,8 @@ static __device__ __forceinline__ struct us_down_stage us_down_stage(const struc
   bool same = at->step + 1 < p->steps;
   if (p->stage_steps < 2 || (!same && at->slot + 1 >= p->active)) return stage;
   if (!same) stage.other = at->next;
-  uint32_t rows = us_down_pairs(at->brief) * us_down_stride(p, same);
-  if (!same) rows += us_down_pairs(stage.other) * us_down_stride(p, false);
+  uint32_t rows = us_engine_brief_pairs(at->brief) * us_down_stride(p, same);
+  if (!same) rows += us_engine_brief_pairs(stage.other) * us_down_stride(p, false);
   if (2 * p->step_bytes + rows > US_ENGINE_DOWN_BYTES) return stage;
   stage.count = 2, stage.joined = same;
   return stage;
@@ -132,11 +123,12 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
                                                            const struct us_down_at *at,
                                                            const struct us_down_stage *stage, uint32_t tiles,
                                                            uint32_t to, uint32_t full, uint64_t policy) {
-  const uint8_t *from = mine + us_down_expert(at->brief) * d->w.matrix_bytes + (size_t)at->step * p->run;
+  const uint8_t *from =
+      mine + us_engine_brief_expert(at->brief) * d->w.matrix_bytes + (size_t)at->step * p->run;
   if (p->steps == 1) {
     us_bulk_load_once(to, from, tiles * p->run, full, policy);
     if (stage->count == 2)
-      us_bulk_load_once(to + p->step_bytes, mine + us_down_expert(stage->other) * d->w.matrix_bytes,
+      us_bulk_load_once(to + p->step_bytes, mine + us_engine_brief_expert(stage->other) * d->w.matrix_bytes,
                         tiles * p->run, full, policy);
     return;
   }
@@ -145,7 +137,7 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
   for (uint32_t t = 0; t < US_DOWN_TILES; t++)
     if (t < tiles) us_bulk_load_once(to + t * run, from + (size_t)t * p->tile_bytes, run, full, policy);
   if (stage->count == 1 || stage->joined) return;
-  from = mine + us_down_expert(stage->other) * d->w.matrix_bytes;
+  from = mine + us_engine_brief_expert(stage->other) * d->w.matrix_bytes;
 #pragma unroll 1
   for (uint32_t t = 0; t < tiles; t++)
     us_bulk_load_once(to + p->step_bytes + t * run, from + (size_t)t * p->tile_bytes, run, full, policy);
@@ -158,7 +150,7 @@ static __device__ __forceinline__ uint32_t us_down_rows_at(const struct us_down_
                                                            uint32_t k) {
   uint32_t rows = ring + stage->count * p->step_bytes;
   if (!k) return rows;
-  return rows + (stage->joined ? p->rows_bytes : us_down_pairs(at->brief) * us_down_stride(p, false));
+  return rows + (stage->joined ? p->rows_bytes : us_engine_brief_pairs(at->brief) * us_down_stride(p, false));
 }
 
 /* A column of a step: the lane's. Of several row tiles pairs come to the even columns first, whose sums one lane has. */
@@ -170,14 +162,14 @@ static __device__ __forceinline__ void us_down_tell_column(const struct us_engin
   uint32_t number = column / 2 + column % 2 * 4, sums = US_ENGINE_NONE;
   float weight = 0;
   if (several) {
-    uint32_t pair = us_down_first(brief) + number;
-    bool exists = number < us_down_pairs(brief);
+    uint32_t pair = us_engine_brief_first(brief) + number;
+    bool exists = number < us_engine_brief_pairs(brief);
     if (exists) sums = us_down_sums_offset(active->row[pair]), weight = active->pair_weight[pair];
     rows += exists ? number * stride : 0; /* any other multiplies the slot's first pair, for nothing */
   } else {
     int pair = active->pair[slot][column];
     weight = active->weight[slot][column];
-    rows = pair < 0 ? us_shared_address(s->scratch) : rows + (pair - us_down_first(brief)) * stride;
+    rows = pair < 0 ? us_shared_address(s->scratch) : rows + (pair - us_engine_brief_first(brief)) * stride;
   }
   told->rows[column][k] = rows;
   told->weight[column / 2][k][column % 2] = weight;
@@ -214,20 +206,22 @@ static __device__ __forceinline__ void us_engine_down_rows(
     const struct us_down_at *at, const struct us_down_stage *stage, uint32_t index) {
   uint32_t full = us_shared_address(&s->full[index]), ring = us_shared_address(s->ring[index]);
   uint32_t lane = threadIdx.x % 32, k = lane / 8, pair_bytes = us_engine_pair_bytes(d->F);
-  uint32_t pairs = us_down_pairs(at->brief) + (stage->count == 2 ? us_down_pairs(stage->other) : 0);
+  uint32_t pairs =
+      us_engine_brief_pairs(at->brief) + (stage->count == 2 ? us_engine_brief_pairs(stage->other) : 0);
   const uint8_t *from = (const uint8_t *)d->pairs;
   if (lane == 0) us_barrier_expect(full, pairs * (p->steps == 1 ? pair_bytes : p->rows_bytes));
   __syncwarp();
   if (p->steps == 1) {
     if (lane == 0)
-      us_bulk_load(ring + stage->count * p->step_bytes, from + us_down_first(at->brief) * pair_bytes,
+      us_bulk_load(ring + stage->count * p->step_bytes, from + us_engine_brief_first(at->brief) * pair_bytes,
                    pairs * pair_bytes, full);
     return;
   }
   uint32_t brief = k ? stage->other : at->brief, number = lane % 8;
-  if (k >= (stage->joined ? 1 : stage->count) || number >= us_down_pairs(brief)) return;
+  if (k >= (stage->joined ? 1 : stage->count) || number >= us_engine_brief_pairs(brief)) return;
   us_bulk_load(us_down_rows_at(p, at, stage, ring, k) + number * us_down_stride(p, stage->joined),
-               from + (us_down_first(brief) + number) * pair_bytes + (k ? 0 : at->step * p->rows_bytes),
+               from + (us_engine_brief_first(brief) + number) * pair_bytes +
+                   (k ? 0 : at->step * p->rows_bytes),
                (stage->joined ? 2 : 1) * p->rows_bytes, full);
 }
 static_assert(US_DOWN_PAD == US_ENGINE_PAIR_PAD, "a pair copied whole brings its padding along");

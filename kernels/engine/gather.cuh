@@ -305,12 +305,7 @@ static __device__ __forceinline__ void us_engine_gather_epilogue(struct us_engin
     __syncwarp();
     if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
   }
-  us_engine_skip(b, (tile - b->tile) * g->subs);
-  b->tile = tile;
-  us_engine_epilogues_meet();
-  if (threadIdx.x != US_ENGINE_EPILOGUE) return;
-  us_engine_jitter(b);
-  us_add_release(b->rank->done + b->op_index, 1);
+  us_engine_epilogue_end(b, g, tile);
 }
 
 #endif

@@ -429,6 +429,17 @@ static __device__ __forceinline__ void us_engine_tell_early(const struct us_engi
   us_add_release(us_engine_counter(b, b->op_index, US_ENGINE_EARLY), 1);
 }
 
+/* The epilogue warps: the block's tiles of the product, which end before tile `end` of the launch, are out. */
+static __device__ __forceinline__ void us_engine_epilogue_end(struct us_engine_block *b,
+                                                              const struct us_engine_gemm *g, uint32_t end) {
+  us_engine_skip(b, (end - b->tile) * g->subs);
+  b->tile = end;
+  us_engine_epilogues_meet();
+  if (threadIdx.x != US_ENGINE_EPILOGUE) return;
+  us_engine_jitter(b);
+  us_add_release(b->rank->done + b->op_index, 1);
+}
+
 static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b,
                                                                const struct us_engine_op *op) {
   const struct us_engine_gemm local = op->gemm,
@@ -456,12 +467,7 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
     __syncwarp();
     if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
   }
-  us_engine_skip(b, (end - b->tile) * g->subs);
-  b->tile = end;
-  us_engine_epilogues_meet();
-  if (threadIdx.x != US_ENGINE_EPILOGUE) return;
-  us_engine_jitter(b);
-  us_add_release(b->rank->done + b->op_index, 1);
+  us_engine_epilogue_end(b, g, end);
 }
 
 #endif

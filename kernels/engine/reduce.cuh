@@ -22,14 +22,6 @@ static __device__ __forceinline__ struct us_reduce_place us_reduce_place(uint32_
   return at;
 }
 
-static __device__ __forceinline__ uint4 us_reduce_look(const float *from) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
 static __device__ __forceinline__ bool us_reduce_absent(uint4 v) {
   return v.x == US_ENGINE_ABSENT || v.y == US_ENGINE_ABSENT || v.z == US_ENGINE_ABSENT ||
          v.w == US_ENGINE_ABSENT;
@@ -56,7 +48,7 @@ static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_bl
       absent = false;
 #pragma unroll
       for (int i = 0; i < US_REDUCE_AHEAD; i++)
-        v[i] = us_reduce_look(from + (first + i < addends ? i * one : 0));
+        v[i] = us_load_system16(from + (first + i < addends ? i * one : 0));
 #pragma unroll
       for (int i = 0; i < US_REDUCE_AHEAD; i++) absent |= us_reduce_absent(v[i]);
       absent = __any_sync(0xffffffffu, absent); /* or the lanes would part here, and go on one by one */

@@ -256,7 +256,7 @@ template <bool FILTERS>
 static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
   const struct us_engine_select *s = &op->select;
   const bool mailman = us_engine_is_mailman(b, s);
-  uint4 mail = mailman ? us_load_mail(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
+  uint4 mail = mailman ? us_load_system16(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
   us_engine_wait_done(b, op->wait);
   us_engine_drain(b);
   struct us_engine_select_shared *shared = us_engine_select_shared();
