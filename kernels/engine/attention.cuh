@@ -15,6 +15,8 @@
  * run on 16 blocks. What does not depend on this layer's projection is done before the compute warps come here, by a warp of its own
  * (attention_ahead.cuh): rows, page offsets, jobs; first keys, values and rope rows are in L2 then, and the keys go to registers before
  * the projection is awaited. For long contexts HBM (one or two rows of a sequence) or tensor cores.
+ *
+ * Contents: results; folds; jobs.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_CUH
 #define US_KERNELS_ENGINE_ATTENTION_CUH

@@ -9,6 +9,8 @@
  *
  * Bound: HBM: 160 KB a block are in the ring or on their way there; two barriers of 128 threads and 80 multiplies a warp and leaf beside
  * 2200 cycles of an SM's share of HBM a leaf.
+ *
+ * Contents: a warp's own keys and values; a leaf; sums; a job.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_LONG_CUH
 #define US_KERNELS_ENGINE_ATTENTION_LONG_CUH

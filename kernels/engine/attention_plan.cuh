@@ -9,6 +9,8 @@
  * jobs (attention_shared.cuh). The sums form the same tree whatever the cut (attention_fold.cuh) and whoever shares.
  * Behind the jobs come folds: a row and chunk that is cut, some of its heads. Bound: latency, three loads one after the other; one
  * warp has the rows.
+ *
+ * Contents: rows; jobs.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
 #define US_KERNELS_ENGINE_ATTENTION_PLAN_CUH
@@ -16,14 +18,13 @@
 #include "kernels/engine/attention_fold.cuh"
 #include "kernels/engine/attention_head.cuh"
 
-#define US_ATTENTION_UNITS         4
-#define US_ATTENTION_SEGMENT_STEPS (US_ATTENTION_SEGMENT / US_ATTENTION_UNITS)
-#define US_ATTENTION_THREADS       128 /* of a unit */
-#define US_ATTENTION_FRESH         16  /* new keys, at most: rows of a sequence in a pass */
-#define US_ATTENTION_FRESH_PIECES  3   /* 8 positions each, at multiples of 8, that new keys may touch */
-#define US_ATTENTION_HEADS         128 /* of a rank, at most */
-#define US_ATTENTION_SHARED_ROWS   3   /* rows that share jobs, at least */
-#define US_ATTENTION_MOST_SPAN     96  /* segments a job, whose pages are listed in shared memory */
+#define US_ATTENTION_UNITS        4
+#define US_ATTENTION_THREADS      128 /* of a unit */
+#define US_ATTENTION_FRESH        16  /* new keys, at most: rows of a sequence in a pass */
+#define US_ATTENTION_FRESH_PIECES 3   /* 8 positions each, at multiples of 8, that new keys may touch */
+#define US_ATTENTION_HEADS        128 /* of a rank, at most */
+#define US_ATTENTION_SHARED_ROWS  3   /* rows that share jobs, at least */
+#define US_ATTENTION_MOST_SPAN    96  /* segments a job, whose pages are listed in shared memory */
 
 enum us_attention_cut { US_ATTENTION_WHOLE, US_ATTENTION_GROUPS, US_ATTENTION_SEGMENTS };
 

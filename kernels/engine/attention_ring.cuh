@@ -5,10 +5,11 @@
  *     us_attention_copy_keys<192, 128>(shared, slot, page, i);         // asynchronous: commit, wait, barrier
  *     us_attention_give_ring(b);                                       // all compute threads; weights stream on
  *
- * An operation takes the ring if a row is cut in segments, which its compute warps find out; other roles wait to hear it, and weights
- * of the next product stream during attention if not. The ring then holds one leaf a unit (attention_long.cuh), or the queries of 8
- * rows, one leaf, weights (attention_shared.cuh). While a leaf is multiplied the next one is on its way. Rows of 16-byte pieces; in odd rows the two halves of every 128 bytes are swapped, so that 8 lanes that load 64 bytes of two rows
- * meet every bank once.
+ * An operation takes the ring if a row is cut in segments, which the warp that plans it finds out and says (us_attention_decide); the
+ * streaming thread and the epilogue warps wait to hear it, and weights of the next product stream during attention if not. The ring then
+ * holds one leaf a unit (attention_long.cuh), or the queries of 8 rows, one leaf, weights (attention_shared.cuh). While a leaf is
+ * multiplied the next one is on its way. Rows of 16-byte pieces; in odd rows the two halves of every 128 bytes are swapped, so that 8
+ * lanes that load 64 bytes of two rows meet every bank once.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_RING_CUH
 #define US_KERNELS_ENGINE_ATTENTION_RING_CUH
@@ -35,7 +36,7 @@ static __device__ __forceinline__ uint32_t us_attention_stage_of(const struct us
   return at < US_ENGINE_STAGES ? at : at - US_ENGINE_STAGES;
 }
 
-/* Thread 0: whether the operation takes the ring. */
+/* One lane of the planning warp: whether the operation takes the ring. Nobody else writes the two words. */
 static __device__ __forceinline__ void us_attention_decide(struct us_engine_block *b, bool takes) {
   struct us_engine_shared *s = us_engine_shared_of(b);
   uint32_t bit = 1u << b->attentions % 32;

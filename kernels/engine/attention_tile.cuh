@@ -17,6 +17,8 @@
  * ex2.approx adds 2^-22 to a weight.
  *
  * Bound of a leaf: 320 multiplies at Q = 192, V = 128, 80 a warp, and 24 + 8 loads of 16 bytes a lane from shared memory.
+ *
+ * Contents: keys and scores; weights; values; a leaf.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_TILE_CUH
 #define US_KERNELS_ENGINE_ATTENTION_TILE_CUH

@@ -11,11 +11,15 @@
  *
  * A cut's `last` is what matters to the own piece: where many equal logits end in it, UINT32_MAX before the block with the last
  * kept token, 0 after it.
+ *
+ * Contents: digits; few tokens: sort them; many equal logits; the cuts.
  */
 #ifndef US_KERNELS_ENGINE_CUT_CUH
 #define US_KERNELS_ENGINE_CUT_CUH
 
 #include "kernels/engine/hop.cuh"
+
+/* ---- digits ------------------------------------------------------------------------------------------------------- */
 
 /* What is looked for, and what is known: tokens inside `within` whose place and key have these leading bits. */
 struct us_engine_reach {

@@ -6,6 +6,8 @@
  * order of a row's sum would then depend on what other rows chose. A stage of the ring holds one or two steps and behind them the
  * activations of the rows that use their experts, which are copied there too: weights by the streaming thread as soon as the stage is free,
  * activations by the epilogue's warps once they have been computed. Rows that are not routed to an expert have zero activations and weight 0.
+ *
+ * Contents: one step; whole MXFP4 pages; pages of any kind, and the operation.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_CUH
 #define US_KERNELS_ENGINE_DOWN_CUH
@@ -14,7 +16,7 @@
 
 #define US_DOWN_PAGE 1088 /* bytes of an MXFP4 page of four groups: codes, then scales */
 
-/* ---- compute warps -------------------------------------------------------------------------------------------------- */
+/* ---- one step ----------------------------------------------------------------------------------------------------- */
 
 /* d (16 rows x 8 tokens) = group q of 32 columns of a 16-row page; low, high: the scales of rows r and r + 8. */
 template <int FORMAT>
@@ -74,6 +76,8 @@ static __device__ __forceinline__ struct us_down_lane us_down_lane(uint32_t ring
                             told + (uint32_t)offsetof(struct us_down_told, tile) + tile * 16};
   return at;
 }
+
+/* ---- whole MXFP4 pages -------------------------------------------------------------------------------------------- */
 
 /* What a warp needs of one whole MXFP4 page of four groups: loaded at once, since a chain of loads is what the loop waits for. */
 struct us_down_page {
@@ -204,6 +208,8 @@ static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_bloc
   return make_float4(sums.y[0], sums.y[1], sums.y[2], sums.y[3]);
 }
 
+/* ---- pages of any kind, and the operation ------------------------------------------------------------------------- */
+
 /* All active experts' share of three tiles, pages of any kind: warp w has group w % groups of slice w / groups of every step. */
 template <int FORMAT>
 static __device__ __forceinline__ void us_engine_down_experts(struct us_engine_block *b,
@@ -275,7 +281,7 @@ static __device__ __noinline__ void us_engine_down_compute(struct us_engine_bloc
     ((uint4 *)us_engine_shared_of(b)->scratch)[threadIdx.x] = make_uint4(0, 0, 0, 0);
   uint32_t groups = us_engine_down_groups(d), first = us_engine_first_item(b, op->shift);
   if (first < groups && us_engine_shared_of(b)->active.count)
-    us_engine_meet(); /* the last stage is full when the pairs' thread has waited */
+    us_engine_meet(); /* the last stage is full when the warps that bring activations have waited */
   else
     us_engine_wait_done(b, op->wait);
   bool whole = d->w.format == US_FORMAT_MXFP4 && d->w.groups == 4;

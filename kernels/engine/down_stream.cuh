@@ -5,6 +5,8 @@
  *
  * All of them, since one is slower than the multiplies: a dependent instruction takes some six cycles beside 16 busy warps, a stage
  * some 1200. They walk through the same stages by themselves; a stage's barrier waits for the thread and one of the warps.
+ *
+ * Contents: what a stage holds; weights; what compute warps are told, and activations; the roles.
  */
 #ifndef US_KERNELS_ENGINE_DOWN_STREAM_CUH
 #define US_KERNELS_ENGINE_DOWN_STREAM_CUH
@@ -21,6 +23,8 @@
 static __device__ __forceinline__ uint32_t us_down_sums_offset(uint32_t row) {
   return row * 64 + (row & 2) * 16;
 }
+
+/* ---- what a stage holds ------------------------------------------------------------------------------------------- */
 
 /* The end of a stage: where everything lies, so that a compute warp looks once and computes no address. A column of the multiply is a row of
  * the row tile, or of several row tiles a pair of the expert's slot. Addresses are those of shared memory. */
@@ -115,7 +119,7 @@ static __device__ __forceinline__ struct us_down_stage us_down_stage(const struc
   return stage;
 }
 
-/* ---- streaming ------------------------------------------------------------------------------------------------------ */
+/* ---- weights ------------------------------------------------------------------------------------------------------ */
 
 /* The weights of a stage's steps: contiguous if a step is a whole tile row of pages, else tile by tile. */
 static __device__ __forceinline__ void us_engine_down_copy(const struct us_engine_down *d,
@@ -142,6 +146,8 @@ static __device__ __forceinline__ void us_engine_down_copy(const struct us_engin
   for (uint32_t t = 0; t < tiles; t++)
     us_bulk_load_once(to + p->step_bytes + t * run, from + (size_t)t * p->tile_bytes, run, full, policy);
 }
+
+/* ---- what compute warps are told, and activations ----------------------------------------------------------------- */
 
 /* Where the activations of step k's pairs begin. */
 static __device__ __forceinline__ uint32_t us_down_rows_at(const struct us_down_plan *p,
@@ -225,6 +231,8 @@ static __device__ __forceinline__ void us_engine_down_rows(
                (stage->joined ? 2 : 1) * p->rows_bytes, full);
 }
 static_assert(US_DOWN_PAD == US_ENGINE_PAIR_PAD, "a pair copied whole brings its padding along");
+
+/* ---- the roles ---------------------------------------------------------------------------------------------------- */
 
 /* One thread: the weights. They run ahead of the activations by up to a ring. */
 static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_block *b,

@@ -2,6 +2,8 @@
  *
  * A launch of a whole list, many rounds, is the engine; a launch of one operation is a node of the graph executor. Bound: bytes of
  * weights from HBM; docs/perf.md has what was reached, docs/engine.md how a tile goes from HBM to a token.
+ *
+ * Contents: one operation, role by role; through the list; a launch begins; host.
  */
 #include "kernels/engine/accept.cuh"
 #include "kernels/engine/attention.cuh"
@@ -12,6 +14,8 @@
 #include "kernels/engine/reduce_wide.cuh"
 #include "kernels/engine/select.cuh"
 #include "kernels/engine/wide.cuh"
+
+/* ---- one operation, role by role ---------------------------------------------------------------------------------- */
 
 enum { ROLE_COMPUTE, ROLE_STREAM, ROLE_EPILOGUE, ROLE_PLAN };
 
@@ -145,6 +149,8 @@ static __device__ __forceinline__ void plan(struct us_engine_block *b, const str
   if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n - plans_ahead(b, op), n);
 }
 
+/* ---- through the list --------------------------------------------------------------------------------------------- */
+
 /* A role comes to a ROUTE operation: the others have done with the list before it, which the compute warps then write. A role without
  * work between two of them waits for the first, or it would arrive for another role. */
 template <int ROLE> static __device__ __forceinline__ void pass_route(struct us_engine_block *b) {
@@ -250,6 +256,8 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_rou
   } while (next_round<ROLE>());
 }
 
+/* ---- a launch begins ---------------------------------------------------------------------------------------------- */
+
 /* Which rank and which of its blocks this block is; a warp's view of it. */
 static __device__ struct us_engine_block *make_block(const struct us_engine_launch *launch,
                                                      struct us_engine_shared *shared) {
@@ -325,6 +333,8 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     if (threadIdx.x >= US_ENGINE_PLANNER) run_rounds<ROLE_PLAN, FILTERS>();
   }
 }
+
+/* ---- host --------------------------------------------------------------------------------------------------------- */
 
 #if US_ENGINE_PROFILED
 

@@ -9,8 +9,9 @@
  * from a tile program (plan/program.h) by libcore/device/schedule.h. Plain data, the same on host and device.
  *
  * Roles of a block (20 warps, one block an SM): warps 0..15 compute; warp 16 streams weight pages into a ring that spans
- * operations and layers; warps 17 and 18 add the compute warps' partial sums, apply the epilogue and hand over, and 17 streams the
- * activations of the experts' down projection; warp 19 plans attention while the product before it runs.
+ * operations and layers; warps 17 and 18 add the compute warps' partial sums, apply the epilogue and hand over, and bring activations
+ * into the ring where they come that way: in turns for the experts' down projection, 17 alone for dense products of several row tiles;
+ * warp 19 plans attention while the product before it runs.
  *
  * Row tiles: an operation has 8 rows (a pass of R rows has ceil(R / 8) row tiles, each its own operations), but where it says how many
  * row tiles it has: the experts of up to 8 row tiles are routed, multiplied and summed together (gather.cuh), and dense products multiply up to
@@ -456,7 +457,8 @@ enum us_engine_wait {
   US_ENGINE_WAIT_SELECT,   /* another block's or rank's best token */
   US_ENGINE_WAIT_ROUND,    /* the end of a round */
 };
-#define US_ENGINE_ROLES 3 /* compute, stream, epilogue */
+/* Compute, stream, epilogue; the planning warp reports as an epilogue warp. */
+#define US_ENGINE_ROLES 3
 
 /* ---- profile ----------------------------------------------------------------------------------------------------- */
 

@@ -14,6 +14,8 @@
  *
  * A block has consecutive tiles of consecutive slots, so that a compute warp loads a slot's activations, gathered from its rows' operands,
  * two or three times an operation into the registers where those of a row tile would lie.
+ *
+ * Contents: choices; the list; gate and up.
  */
 #ifndef US_KERNELS_ENGINE_GATHER_CUH
 #define US_KERNELS_ENGINE_GATHER_CUH

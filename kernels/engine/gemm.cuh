@@ -4,6 +4,8 @@
  * the whole operation; all shared memory is ring. A stage is what 16 warps multiply at once: their pages side by side, one bulk
  * copy, one barrier. The warps' partial sums go through two buffers to the epilogue warps, one each, which add them in warp order while
  * the compute warps are at the next tile: they never wait for an epilogue.
+ *
+ * Contents: which tiles a block has; streaming; compute warps; epilogue warps.
  */
 #ifndef US_KERNELS_ENGINE_GEMM_CUH
 #define US_KERNELS_ENGINE_GEMM_CUH
@@ -87,7 +89,7 @@ static __device__ __forceinline__ void us_engine_advance(struct us_engine_cursor
   if (++c->stage == US_ENGINE_STAGES) c->stage = 0, c->phase ^= 1;
 }
 
-/* The epilogue's place in the ring, which it helps to fill in DOWN: `stages` on. */
+/* The epilogue's place in the ring, which it helps to fill in DOWN and in dense products of several row tiles: `stages` on. */
 static __device__ __forceinline__ void us_engine_skip(struct us_engine_block *b, uint32_t stages) {
   __syncwarp(); /* the lanes share `b` */
   if (threadIdx.x % 32 == 0) {
@@ -102,8 +104,8 @@ static __device__ __forceinline__ bool us_engine_copies(const struct us_engine_b
   return b->round == 0 || !b->launch->resident;
 }
 
-/* One thread: wait for the stage to be free, then expect `bytes`. Returns its full barrier, which wants two arrivals: DOWN has two
- * threads that fill a stage. */
+/* One thread that fills a stage alone: wait until it is free, then expect `bytes`. Returns its full barrier, which wants two arrivals, since
+ * in DOWN and in dense products of several row tiles two threads fill a stage. */
 static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine_block *b,
                                                           struct us_engine_shared *s,
                                                           struct us_engine_cursor c, uint32_t bytes) {

@@ -10,6 +10,8 @@
  * number of blocks. p lies in the target's logits, q in the drafter's, a slot higher.
  *
  * Bound: latency, some 40 us a row tile; runs only where a request asks for it.
+ *
+ * Contents: who asks; masses; emissions; both.
  */
 #ifndef US_KERNELS_ENGINE_LAWS_CUH
 #define US_KERNELS_ENGINE_LAWS_CUH

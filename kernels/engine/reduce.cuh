@@ -6,12 +6,16 @@
  * ascending order, each slice's a fixed tree: the same bits for any number of blocks.
  *
  * Formula: rmsnorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * weight, rounded once to bf16.
+ *
+ * Contents: sums of all ranks; residual; operand and norm; the operation.
  */
 #ifndef US_KERNELS_ENGINE_REDUCE_CUH
 #define US_KERNELS_ENGINE_REDUCE_CUH
 
 #include "kernels/engine/gemm.cuh"
 #include <cuda_bf16.h>
+
+/* ---- sums of all ranks -------------------------------------------------------------------------------------------- */
 
 /* A thread's four values: columns r, r + 8 of a tile of 16, tokens 2t, 2t + 1. */
 struct us_reduce_place {
@@ -69,6 +73,8 @@ static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_bl
   us_engine_span_end(b, US_ENGINE_WAIT_EXCHANGE, begin);
   return sum;
 }
+
+/* ---- residual ----------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ const struct us_engine_row *us_engine_rows(const struct us_engine_block *b,
                                                                              const struct us_engine_op *op) {
@@ -140,6 +146,8 @@ static __device__ __forceinline__ float4 us_reduce_residual(const struct us_engi
   us_reduce_write(&op->reduce, us_reduce_place(tile, lane), x);
   return x;
 }
+
+/* ---- operand and norm --------------------------------------------------------------------------------------------- */
 
 /* Two values rounded to bf16, times the operand's power of two: the first in the low half. */
 static __device__ __forceinline__ uint32_t us_reduce_bits(float x, float y) {
@@ -274,6 +282,8 @@ static __device__ __forceinline__ void us_reduce_scales(const struct us_engine_b
   us_engine_span_end(b, US_ENGINE_WAIT_NORM, begin);
   us_engine_meet();
 }
+
+/* ---- the operation ------------------------------------------------------------------------------------------------ */
 
 /* REDUCE as most are: a slice a block at most, a norm, nothing else wanted. It runs twice a layer, and half of its time would be fetching
  * the other's code. */

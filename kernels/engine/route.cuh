@@ -4,6 +4,8 @@
  * scores, bias for choosing only, ties to the lowest id, ids ascending, weights normalised over the chosen ones. Two warps score
  * a row, one chooses: expert e is lane e % 32's. A chain of loads costs a microsecond a link, so all of a thread's logits come at once,
  * and what does not depend on them is done before they are there.
+ *
+ * Contents: keys and logits; choice; the list; the operation.
  */
 #ifndef US_KERNELS_ENGINE_ROUTE_CUH
 #define US_KERNELS_ENGINE_ROUTE_CUH
@@ -28,6 +30,8 @@ struct us_route_work {
   uint32_t rows[US_ROUTE_EXPERTS][2], first[US_ROUTE_EXPERTS], counts[US_ENGINE_COMPUTE_WARPS];
 };
 static_assert(sizeof(struct us_route_work) <= US_ENGINE_VECTOR_BYTES, "routing in shared memory");
+
+/* ---- keys and logits ---------------------------------------------------------------------------------------------- */
 
 /* Two warps have a row until its experts are chosen: this thread's row, its first expert and the step to its next. */
 #define US_ROUTE_STEP 64
@@ -157,6 +161,8 @@ static __device__ __forceinline__ void us_route_score(struct us_route_work *work
   }
 }
 
+/* ---- choice ------------------------------------------------------------------------------------------------------- */
+
 /* The largest of this lane's keys; 0: it has none. */
 static __device__ __forceinline__ uint32_t us_route_best(const uint32_t *key, uint32_t E, uint32_t lane) {
   uint32_t best = 0;
@@ -235,6 +241,8 @@ static __device__ __forceinline__ float us_route_weight(const struct us_route_wo
   return weight * r->scaling;
 }
 
+/* ---- the list ----------------------------------------------------------------------------------------------------- */
+
 /* One warp, a row: enter its pairs into the table, lane k the k-th. An expert's place is the number of active ones below it. */
 static __device__ __forceinline__ void us_route_enter(struct us_engine_active *active,
                                                       struct us_route_work *work,
@@ -281,6 +289,8 @@ static __device__ __forceinline__ void us_route_number(struct us_engine_active *
       __popc(__ballot_sync(0xffffffffu, users[0] != 0)) + __popc(__ballot_sync(0xffffffffu, users[1] != 0));
   if (threadIdx.x == 0) active->count = count;
 }
+
+/* ---- the operation ------------------------------------------------------------------------------------------------ */
 
 /* What experts are chosen by, but for their scores. The rows have been read by this block, not yet met. */
 static __device__ __forceinline__ void us_route_keys(const struct us_engine_block *b,

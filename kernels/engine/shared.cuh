@@ -191,11 +191,6 @@ static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
                : "r"(address));
   return v;
 }
-static __device__ __forceinline__ int us_shared_load_s16(uint32_t address) {
-  int v;
-  asm volatile("ld.shared.s16 %0, [%1];" : "=r"(v) : "r"(address));
-  return v;
-}
 /* One thread arrives for `n`. */
 static __device__ __forceinline__ void us_barrier_arrive_many(uint32_t barrier, uint32_t n) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");

@@ -8,6 +8,8 @@
  * position, with zeros for what is not seen. Finite values give the same bits either way.
  *
  * Bound: mma.sync, 2 multiplies a product: 4 Q + 4 V flops a score.
+ *
+ * Contents: loading; one key tile; values that are not finite; the block.
  */
 #include "formats/bf16.h"
 #include "kernels/cpu/exp.h"

@@ -1,4 +1,7 @@
-/* engine_attention_oracle.cu: the attention test's worlds, and attention in double precision on the host. */
+/* engine_attention_oracle.cu: the attention test's worlds, and attention in double precision on the host.
+ *
+ * Contents: worlds; the definition.
+ */
 #include "engine_attention.h"
 #include "formats/bf16.h"
 

@@ -1,5 +1,8 @@
 /* lab_experts.cu: the expert stream at the widths of MiMo-V2.5-Pro and at small odd ones: gate and up, down, and their sum over
- * experts against double, layers in one launch; mistakes that must show; speed of each part and of layers back to back. */
+ * experts against double, layers in one launch; mistakes that must show; speed of each part and of layers back to back.
+ *
+ * Contents: gate and up; down; speed; a case.
+ */
 #include "formats/bf16.h"
 #include "lab_engine.h"
 extern "C" {

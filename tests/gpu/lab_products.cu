@@ -1,5 +1,8 @@
 /* lab_products.cu: products of many rows with pages, at the widths of MiMo-V2.5-Pro, one of four ranks, and small odd sizes; the
- * same for a layer's experts. Samples against double, mistakes that must show, a row alone against all, and speed. */
+ * same for a layer's experts. Samples against double, mistakes that must show, a row alone against all, and speed.
+ *
+ * Contents: truth; one matrix; experts.
+ */
 #include "formats/bf16.h"
 #include "prefill_lab.h"
 

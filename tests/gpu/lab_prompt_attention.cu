@@ -1,5 +1,8 @@
 /* lab_prompt_attention.cu: keys and values into pages to the bit, attention over them against double, rows alone against a chunk,
- * and speed: full and windowed layers of MiMo-V2.5-Pro, one of four ranks, and small shapes. */
+ * and speed: full and windowed layers of MiMo-V2.5-Pro, one of four ranks, and small shapes.
+ *
+ * Contents: running; pages; attention.
+ */
 #include "formats/bf16.h"
 #include "prefill_lab.h"
 

@@ -3,6 +3,8 @@
  * AdamW and Muon's momentum promise the CPU's bits. Muon's products have bf16 operands, so its step differs from the CPU's FP32 one;
  * how much is derived by making the same roundings (x, s, t, x after each step) around sums in double: call the distance of that to
  * the CPU's step e (Frobenius, of a whole matrix). The GPU's step has the same roundings with other sums; its distance may be 2 e.
+ *
+ * Contents: AdamW; Muon: the same roundings on the CPU; Muon; speed.
  */
 #include "train_values.h"
 

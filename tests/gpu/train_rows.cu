@@ -4,6 +4,8 @@
  * Bounds. u = 2^-24, b = 2^-8 (rounding to the 8 bits of bf16). A sum of D products in FP32 errs by at most (D + 2) u of the sum of
  * magnitudes. 1 / rms inherits half of that relative error and four roundings; y three more and b. Rotation, SwiGLU, embedding and
  * pieces of its gradient promise the CPU's bits.
+ *
+ * Contents: norms; rotation; SwiGLU; embedding.
  */
 #include "train_rows.h"
 #include "train_values.h"

@@ -1,7 +1,10 @@
 /* weights_bits.cu: a rank's weights on the GPU are the model's, code by code and scale by scale; made there or loaded, the bytes
  * are the same, and as many as predicted. With "large": MiMo-V2.5-Pro's share of one of four ranks, made and sampled.
  *
- * Truth: the CPU's random model, read by the formulas of weights.h; not the plan that loading works through. */
+ * Truth: the CPU's random model, read by the formulas of weights.h; not the plan that loading works through.
+ *
+ * Contents: shapes; comparing; one rank against the model; bytes; cases; the large model.
+ */
 #include "gpu_test.h"
 
 #include <algorithm>
