@@ -1,4 +1,5 @@
-/* opt_value.h: an option's text as a value. Private to libcore/base: tools use the getters of opt.h.
+/* opt_value.h: an option's text as a value: for opt.c, and for tools whose option is a list of values or repeats. Of one value the
+ * getters of opt.h are enough.
  *
  *     int64_t steps;
  *     if (!us_opt_value_int("3K", &steps)) ...;        // 3072
