@@ -23,8 +23,12 @@ struct us_serve_bench {
   bool synthetic, uniform, for_people;
 };
 
-/* "experts=mxfp4,..."; and for JSON: GPU, engine, model, weights, routing, precision. */
+/* "experts=mxfp4,..." */
 void us_serve_bench_precision(const struct us_executor *ex, char *text, size_t size);
+
+/* For JSON: the cells of these columns. */
+#define US_SERVE_BENCH_WHERE                                                                                 \
+  "gpu", "gpus", "ranks", "share_of_ranks", "engine", "model", "weights", "routing", "precision"
 void us_serve_bench_write_where(struct us_table *table, const struct us_serve_bench *b);
 
 /* What all rows have in common, for people; then a row, as soon as its run is over, for them or as JSON. */

@@ -42,15 +42,7 @@ void us_serve_bench_precision(const struct us_executor *ex, char *text, size_t s
 
 /* ---- JSON lines ---------------------------------------------------------------------------------------------------- */
 
-static const char *const columns[] = {"gpu",
-                                      "gpus",
-                                      "ranks",
-                                      "share_of_ranks",
-                                      "engine",
-                                      "model",
-                                      "weights",
-                                      "routing",
-                                      "precision",
+static const char *const columns[] = {US_SERVE_BENCH_WHERE,
                                       "batch",
                                       "context",
                                       "block",

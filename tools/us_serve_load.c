@@ -1,15 +1,7 @@
 /* us_serve_load.c: us-serve --bench --trace: what serving a recorded load comes to. */
 #include "tools/us_serve_bench_impl.h"
 
-static const char *const load_columns[] = {"gpu",
-                                           "gpus",
-                                           "ranks",
-                                           "share_of_ranks",
-                                           "engine",
-                                           "model",
-                                           "weights",
-                                           "routing",
-                                           "precision",
+static const char *const load_columns[] = {US_SERVE_BENCH_WHERE,
                                            "batch",
                                            "block",
                                            "requests",
