@@ -225,6 +225,20 @@ END_TEST
 
 /* Ends */
 
+START_TEST(of_equal_samples_the_first_is_the_best) {
+  struct fake f;
+  fake_init(&f, VOCAB, 8);
+  struct us_request r = request_of(PROMPT, 0.0f);
+  r.samples = 3, r.logprobs = true;
+  struct us_generate_options o = {.batch = 3};
+  struct us_result result;
+  generate(&f, &r, 1, &o, &result, NULL);
+  ck_assert_double_eq(result.outputs[2].mean_logprob, result.outputs[0].mean_logprob);
+  ck_assert_uint_eq(result.best, 0);
+  us_result_release(&result);
+}
+END_TEST
+
 START_TEST(a_stop_id_inside_an_accepted_prefix_cuts_what_follows) {
   struct fake f;
   fake_init(&f, VOCAB, 16);
@@ -415,6 +429,25 @@ START_TEST(an_unfinished_character_is_text_even_if_padding_ends_the_sample) {
 }
 END_TEST
 
+START_TEST(of_stop_strings_that_one_token_completes_the_one_that_began_first_counts) {
+  struct us_tokenizer *tokenizer = letters_tokenizer();
+  const char *stops[] = {"bc", "xbc", "c"};
+  struct us_request r = request_of(PROMPT, 0.0f);
+  r.stop_strings = stops, r.stop_string_count = 3;
+  struct us_output out = {0};
+  struct us_sequence s = {.request = &r, .output = &out, .limit = 9};
+  ck_assert_int_eq(us_sequence_commit(&s, tokenizer, 'a', 0, NULL), US_OK);
+  ck_assert_int_eq(us_sequence_commit(&s, tokenizer, 'x', 0, NULL), US_OK);
+  ck_assert_int_eq(out.finish, US_FINISH_NONE);
+  ck_assert_int_eq(us_sequence_commit(&s, tokenizer, 257, 0, NULL), US_OK); /* "bc" */
+  ck_assert_int_eq(out.finish, US_FINISH_STRING);
+  ck_assert_str_eq(out.text.data, "a");
+  us_ids_release(&out.ids);
+  us_buffer_release(&out.text);
+  us_tokenizer_free(tokenizer);
+}
+END_TEST
+
 static enum us_status refuse_second(void *arg, size_t request, const struct us_result *result,
                                     struct us_err *err) {
   ck_assert(request < 4 && result->samples == 1 && result->outputs[0].finish == US_FINISH_LENGTH);
@@ -505,6 +538,27 @@ START_TEST(replay_rates_of_0_and_1_accept_nothing_and_everything) {
     ck_assert_uint_eq(result.outputs[0].stats.rounds, all ? 7 : 56);
     us_result_release(&result);
   }
+  us_result_release(&recorded);
+}
+END_TEST
+
+START_TEST(the_last_of_the_replay_rates_repeats) {
+  struct fake f;
+  fake_init(&f, VOCAB, 8);
+  struct us_request r = request_of(PROMPT, 1.0f);
+  static const float rates[] = {0.3f, 1.0f};
+  struct us_generate_options plain = {.block = 1}, o = {.block = 8, .accept = rates, .accept_count = 2};
+  struct us_result recorded, result;
+  generate(&f, &r, 1, &plain, &recorded, NULL);
+  struct us_replay replay = {recorded.outputs[0].ids.ids, recorded.outputs[0].ids.count};
+  r.replay = &replay;
+  generate(&f, &r, 1, &o, &result, NULL);
+  const uint64_t *histogram = result.outputs[0].stats.histogram;
+  uint64_t some = 0; /* rounds that kept some of their proposals: none, or all of the fewer before the end */
+  for (uint32_t i = 1; i < 7; i++) some += histogram[i];
+  ck_assert_uint_le(some, 1);
+  ck_assert(histogram[0] > 1 && histogram[7] > 1);
+  us_result_release(&result);
   us_result_release(&recorded);
 }
 END_TEST
@@ -686,16 +740,19 @@ static Suite *make_suite(void) {
   tcase_add_test(c, prompts_take_prefill_chunks_between_multiples_of_512);
   tcase_add_test(c, samples_share_the_prompt_and_differ_by_their_noise);
   tcase_add_test(c, the_best_sample_has_the_largest_mean_logprob);
+  tcase_add_test(c, of_equal_samples_the_first_is_the_best);
   tcase_add_test(c, a_stop_id_inside_an_accepted_prefix_cuts_what_follows);
   tcase_add_test(c, max_tokens_are_never_exceeded);
   tcase_add_test(c, the_models_last_position_ends_a_sequence);
   tcase_add_test(c, a_loop_is_cut_when_a_24_gram_occurs_the_third_time);
   tcase_add_test(c, streamed_text_is_the_whole_text_and_stop_strings_never_show);
   tcase_add_test(c, an_unfinished_character_is_text_even_if_padding_ends_the_sample);
+  tcase_add_test(c, of_stop_strings_that_one_token_completes_the_one_that_began_first_counts);
   tcase_add_test(c, a_result_that_cannot_be_taken_ends_the_call);
   tcase_add_test(c, a_listener_can_cancel_one_sample);
   tcase_add_test(c, a_replay_reaches_every_accept_length_and_equals_the_plain_run);
   tcase_add_test(c, replay_rates_of_0_and_1_accept_nothing_and_everything);
+  tcase_add_test(c, the_last_of_the_replay_rates_repeats);
   tcase_add_test(c, statistics_add_up);
   tcase_add_test(c, adaptive_length_verifies_fewer_rows_when_the_drafter_is_unsure);
   tcase_add_test(c, bad_arguments_are_named);
