@@ -16,6 +16,9 @@
 
 /* --- hashing --- */
 
+/* A published model has its drafter's folder inside: depth 1. A link to a folder around it has no end. */
+#define DEPTH_MAX 8
+
 static int plain_entry(const struct dirent *entry) {
   return entry->d_name[0] != '.';
 }
@@ -24,30 +27,60 @@ static int by_bytes(const struct dirent **a, const struct dirent **b) {
   return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-static enum us_status list_entry(const char *folder, const char *name, struct us_buffer *listing,
-                                 struct us_err *err) {
-  char *path = NULL, hex[US_SHA256_HEX];
-  if (asprintf(&path, "%s/%s", folder, name) < 0)
-    return us_err_memory(err, "a path", strlen(folder) + strlen(name));
+static enum us_status add_line(const char *path, const char *name, struct us_buffer *listing,
+                               struct us_err *err) {
+  char hex[US_SHA256_HEX];
   enum us_status status = us_sha256_file(path, hex, err);
-  free(path);
   if (status == US_OK) status = us_buffer_add(listing, hex, err);
   if (status == US_OK) status = us_buffer_add(listing, "  ", err);
   if (status == US_OK) status = us_buffer_add(listing, name, err);
   return status == US_OK ? us_buffer_add(listing, "\n", err) : status;
 }
 
-static enum us_status hash_folder(const char *path, char ret_hex[US_SHA256_HEX], struct us_err *err) {
+static enum us_status neither(const char *path, struct us_err *err) {
+  return us_err_set(err, US_ERR_INPUT, "'%s' is neither a file nor a folder", path);
+}
+
+/* Append the lines of the files in a folder; their names begin at `prefix` of their paths. */
+static enum us_status list_folder(const char *folder, size_t prefix, int depth, struct us_buffer *listing,
+                                  struct us_err *err);
+
+static enum us_status list_entry(const char *folder, const char *name, size_t prefix, int depth,
+                                 struct us_buffer *listing, struct us_err *err) {
+  char *path = NULL;
+  struct stat info;
+  enum us_status status;
+  if (asprintf(&path, "%s/%s", folder, name) < 0)
+    return us_err_memory(err, "a path", strlen(folder) + strlen(name));
+  if (stat(path, &info) != 0)
+    status = us_err_errno(err, US_ERR_IO, "cannot open '%s'", path);
+  else if (S_ISDIR(info.st_mode))
+    status = list_folder(path, prefix, depth + 1, listing, err);
+  else
+    status = S_ISREG(info.st_mode) ? add_line(path, path + prefix, listing, err) : neither(path, err);
+  free(path);
+  return status;
+}
+
+static enum us_status list_folder(const char *folder, size_t prefix, int depth, struct us_buffer *listing,
+                                  struct us_err *err) {
   struct dirent **entries;
-  int n = scandir(path, &entries, plain_entry, by_bytes);
-  if (n < 0) return us_err_errno(err, US_ERR_IO, "cannot read '%s'", path);
-  struct us_buffer listing = {0};
+  if (depth > DEPTH_MAX)
+    return us_err_set(err, US_ERR_INPUT, "'%s' lies more than %d folders deep", folder, DEPTH_MAX);
+  int n = scandir(folder, &entries, plain_entry, by_bytes);
+  if (n < 0) return us_err_errno(err, US_ERR_IO, "cannot read '%s'", folder);
   enum us_status status = US_OK;
   for (int i = 0; i < n; i++) {
-    if (status == US_OK) status = list_entry(path, entries[i]->d_name, &listing, err);
+    if (status == US_OK) status = list_entry(folder, entries[i]->d_name, prefix, depth, listing, err);
     free(entries[i]);
   }
   free(entries);
+  return status;
+}
+
+static enum us_status hash_folder(const char *path, char ret_hex[US_SHA256_HEX], struct us_err *err) {
+  struct us_buffer listing = {0};
+  enum us_status status = list_folder(path, strlen(path) + 1, 0, &listing, err);
   uint8_t digest[US_SHA256_BYTES];
   if (status == US_OK) status = us_sha256_bytes(listing.data, listing.size, digest, err);
   if (status == US_OK) us_sha256_hex(digest, ret_hex);
@@ -58,7 +91,9 @@ static enum us_status hash_folder(const char *path, char ret_hex[US_SHA256_HEX],
 enum us_status us_record_hash(const char *path, char ret_hex[US_SHA256_HEX], struct us_err *err) {
   struct stat info;
   if (stat(path, &info) != 0) return us_err_errno(err, US_ERR_IO, "cannot open '%s'", path);
-  return S_ISDIR(info.st_mode) ? hash_folder(path, ret_hex, err) : us_sha256_file(path, ret_hex, err);
+  if (S_ISDIR(info.st_mode)) return hash_folder(path, ret_hex, err);
+  if (S_ISREG(info.st_mode)) return us_sha256_file(path, ret_hex, err);
+  return neither(path, err);
 }
 
 /* --- printing --- */

@@ -24,7 +24,8 @@ struct us_record {
 };
 
 /* SHA-256 of an artefact: of a file its content; of a folder the listing "digest  name\n" of its files in byte order of
- * names, as `sha256sum *` prints in the C locale. */
+ * names, as `sha256sum *` prints in the C locale. Files of a folder in it (a model's drafter) are "folder/name", where that
+ * folder's name stands; what begins with a dot is left out. US_ERR_IO; US_ERR_INPUT for a pipe or device, which may have no end. */
 US_CHECKED enum us_status us_record_hash(const char *path, char ret_hex[US_SHA256_HEX], struct us_err *err);
 
 /* Hash `path` and print its record: TSV, or {"path": ..., "sha256": ..., "kind": ...}. Flushes. */

@@ -10,6 +10,7 @@
 #include "base/table.h"
 
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static char path[32];
@@ -123,12 +124,14 @@ START_TEST(records) {
 }
 END_TEST
 
-static char folder[32], inside[64];
+static char folder[32], nested[40], inside[64];
 
 static void make_folder(void) {
   strcpy(folder, "us_t_alloc_dir_XXXXXX");
   ck_assert_ptr_nonnull(mkdtemp(folder));
-  snprintf(inside, sizeof inside, "%s/a", folder);
+  snprintf(nested, sizeof nested, "%s/d", folder);
+  ck_assert_int_eq(mkdir(nested, 0777), 0);
+  snprintf(inside, sizeof inside, "%s/a", nested);
   FILE *file = fopen(inside, "w");
   ck_assert_ptr_nonnull(file);
   fclose(file);
@@ -136,6 +139,7 @@ static void make_folder(void) {
 
 static void drop_folder(void) {
   unlink(inside);
+  rmdir(nested);
   rmdir(folder);
 }
 

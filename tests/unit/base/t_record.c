@@ -142,29 +142,90 @@ START_TEST(an_endless_line_is_refused) {
 }
 END_TEST
 
-/* The truth is the definition: SHA-256 of "digest  name\n" lines, hidden files left out. */
-START_TEST(a_folder_hashes_as_its_listing) {
-  char folder[] = "us_t_record_dir_XXXXXX", name[64], listing[256], expected[US_SHA256_HEX],
-       got[US_SHA256_HEX];
+/* A scratch folder, and paths in it. */
+static char folder[32], inside[64];
+
+static const char *in_folder(const char *name) {
+  snprintf(inside, sizeof inside, "%s/%s", folder, name);
+  return inside;
+}
+
+static void make_folder(void) {
+  strcpy(folder, "us_t_record_dir_XXXXXX");
   ck_assert_ptr_nonnull(mkdtemp(folder));
-  static const char *const names[] = {"b", "a", ".hidden"};
-  for (int i = 0; i < 3; i++) {
-    snprintf(name, sizeof name, "%s/%s", folder, names[i]);
-    FILE *file = fopen(name, "w");
-    fputs("abc", file);
-    fclose(file);
-  }
-  snprintf(listing, sizeof listing, "%s  a\n%s  b\n", abc, abc);
+  ck_assert_int_eq(mkdir(in_folder("dflash"), 0777), 0);
+}
+
+static void drop_folder(void) {
+  static const char *const files[] = {"a",           "b",   ".hidden", "dflash/c", "dflash/.hidden",
+                                      "dflash/link", "pipe"};
+  for (size_t i = 0; i < sizeof files / sizeof *files; i++) unlink(in_folder(files[i]));
+  rmdir(in_folder("dflash"));
+  rmdir(folder);
+}
+
+static void write_abc(const char *name) {
+  FILE *file = fopen(in_folder(name), "w");
+  ck_assert_ptr_nonnull(file);
+  fputs("abc", file);
+  fclose(file);
+}
+
+/* The truth is the definition: SHA-256 of "digest  name\n" lines. */
+static void expect_listing(const char *path_of_folder, const char *const *names, size_t n) {
+  char listing[1024] = "", expected[US_SHA256_HEX], got[US_SHA256_HEX];
+  struct us_err err = {0};
+  for (size_t i = 0; i < n; i++)
+    snprintf(listing + strlen(listing), sizeof listing - strlen(listing), "%s  %s\n", abc, names[i]);
   uint8_t digest[US_SHA256_BYTES];
   ck_assert_int_eq(us_sha256_bytes(listing, strlen(listing), digest, NULL), US_OK);
   us_sha256_hex(digest, expected);
-  ck_assert_int_eq(us_record_hash(folder, got, NULL), US_OK);
+  ck_assert_msg(us_record_hash(path_of_folder, got, &err) == US_OK, "%s", err.message);
   ck_assert_str_eq(got, expected);
-  for (int i = 0; i < 3; i++) {
-    snprintf(name, sizeof name, "%s/%s", folder, names[i]);
-    unlink(name);
-  }
-  rmdir(folder);
+}
+
+START_TEST(a_folder_hashes_as_its_listing) {
+  static const char *const written[] = {"b", "a", ".hidden"}, *const listed[] = {"a", "b"};
+  make_folder();
+  for (size_t i = 0; i < 3; i++) write_abc(written[i]);
+  expect_listing(folder, listed, 2);
+  char with_slash[40];
+  snprintf(with_slash, sizeof with_slash, "%s/", folder);
+  expect_listing(with_slash, listed, 2);
+  drop_folder();
+}
+END_TEST
+
+/* As a model is published: with its drafter's folder inside. */
+START_TEST(a_folder_in_a_folder_is_listed_where_its_name_stands) {
+  static const char *const written[] = {"b", "a", "dflash/c", "dflash/.hidden"}, *const listed[] = {
+                                                                                     "a", "b", "dflash/c"};
+  make_folder();
+  for (size_t i = 0; i < 4; i++) write_abc(written[i]);
+  expect_listing(folder, listed, 3);
+  drop_folder();
+}
+END_TEST
+
+static void refuse_hash(const char *hashed, enum us_status status, const char *message) {
+  char hex[US_SHA256_HEX];
+  struct us_err err = {0};
+  ck_assert_int_eq(us_record_hash(hashed, hex, &err), status);
+  ck_assert_msg(strstr(err.message, message) != NULL, "%s", err.message);
+}
+
+START_TEST(what_has_no_end_is_not_hashed) {
+  make_folder();
+  ck_assert_int_eq(symlink("..", in_folder("dflash/link")), 0);
+  refuse_hash(folder, US_ERR_INPUT, "' lies more than 8 folders deep");
+  unlink(in_folder("dflash/link"));
+  ck_assert_int_eq(symlink("gone", in_folder("dflash/link")), 0);
+  refuse_hash(folder, US_ERR_IO, "cannot open '");
+  unlink(in_folder("dflash/link"));
+  ck_assert_int_eq(mkfifo(in_folder("pipe"), 0666), 0);
+  refuse_hash(folder, US_ERR_INPUT, "/pipe' is neither a file nor a folder");
+  refuse_hash(in_folder("pipe"), US_ERR_INPUT, "/pipe' is neither a file nor a folder");
+  drop_folder();
 }
 END_TEST
 
@@ -180,6 +241,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_changed_or_missing_file_is_refused);
   tcase_add_test(c, an_endless_line_is_refused);
   tcase_add_test(c, a_folder_hashes_as_its_listing);
+  tcase_add_test(c, a_folder_in_a_folder_is_listed_where_its_name_stands);
+  tcase_add_test(c, what_has_no_end_is_not_hashed);
   return us_suite("record", c);
 }
 US_TEST_MAIN(make_suite)
