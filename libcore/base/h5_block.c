@@ -1,7 +1,7 @@
 /* h5_block.c: the user block of an HDF5 artefact: what is checked before anything else in the file is looked at. */
 #include "base/h5_block.h"
 
-#include <openssl/evp.h>
+#include "base/sha256.h"
 #include <string.h>
 
 static const char magic[8] = {'U', 'L', 'T', 'R', 'A', 'S', 'P', 'D'};
@@ -47,19 +47,20 @@ void us_h5_block_fill(uint8_t *user_block, const struct us_h5_block *block) {
 
 enum us_status us_h5_block_hash(const uint8_t *file, const uint8_t *head, const struct us_h5_block *block,
                                 uint8_t sha[US_H5_SHA_BYTES], struct us_err *err) {
-  EVP_MD_CTX *context = EVP_MD_CTX_new();
-  if (!context) return us_err_memory(err, "SHA-256", 0);
-  int ok = EVP_DigestInit_ex(context, EVP_sha256(), NULL) && EVP_DigestUpdate(context, head, US_H5_SHA_AT);
+  struct us_sha256 *hash;
+  enum us_status status = us_sha256_create(&hash, err);
+  if (status != US_OK) return status;
+  status = us_sha256_update(hash, head, US_H5_SHA_AT, err);
   uint64_t at = US_H5_BLOCK_BYTES;
-  for (uint64_t i = 0; ok && i < block->extents; i++) {
+  for (uint64_t i = 0; status == US_OK && i < block->extents; i++) {
     struct us_h5_extent extent = us_h5_block_extent(file, block, i);
-    ok = EVP_DigestUpdate(context, file + at, extent.offset - at);
+    status = us_sha256_update(hash, file + at, extent.offset - at, err);
     at = extent.offset + extent.bytes;
   }
-  ok = ok && EVP_DigestUpdate(context, file + at, block->file_bytes - at) &&
-       EVP_DigestFinal_ex(context, sha, NULL);
-  EVP_MD_CTX_free(context);
-  return ok ? US_OK : us_err_set(err, US_ERR_CHECK, "libcrypto cannot compute SHA-256");
+  if (status == US_OK) status = us_sha256_update(hash, file + at, block->file_bytes - at, err);
+  if (status == US_OK) return us_sha256_finish(hash, sha, err);
+  us_sha256_free(hash);
+  return status;
 }
 
 static enum us_status read_head(const uint8_t *file, size_t size, struct us_h5_block *block,

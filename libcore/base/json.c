@@ -81,12 +81,24 @@ enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_roo
   return status;
 }
 
-char *us_json_text(const json_t *value) {
+char *us_json_dump(const json_t *value, size_t flags) {
   errno = 0;
-  char *text = json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY);
+  char *text = json_dumps(value, flags);
   if (errno != ENOMEM) return text;
   free(text); /* jansson 2.14 overlooks when a key could not be appended */
   return NULL;
+}
+
+char *us_json_text(const json_t *value) {
+  return us_json_dump(value, JSON_COMPACT | JSON_ENCODE_ANY);
+}
+
+void us_json_set(json_t *object, const char *key, json_t *value, bool *whole) {
+  if (json_object_set_new(object, key, value) != 0) *whole = false;
+}
+
+void us_json_append(json_t *array, json_t *value, bool *whole) {
+  if (json_array_append_new(array, value) != 0) *whole = false;
 }
 
 bool us_json_has(const json_t *object, const char *key) {

@@ -28,8 +28,14 @@ US_CHECKED enum us_status us_json_parse(const char *text, size_t size, const cha
 US_CHECKED enum us_status us_json_load(const char *path, size_t max_bytes, json_t **ret_root,
                                        struct us_err *err);
 
-/* One line of text for a value: malloc'd; NULL when out of memory. Keys keep their order. */
-char *us_json_text(const json_t *value);
+/* Text for a value: malloc'd; NULL when out of memory, where json_dumps may leave something out. Keys keep their order. */
+char *us_json_text(const json_t *value);               /* on one line */
+char *us_json_dump(const json_t *value, size_t flags); /* as json_dumps */
+
+/* Set a member, append an item; `value` is stolen. What could not be added makes *whole false, and it stays so: look at it once
+ * at the end. A NULL value, or object or array, is a failure to make it. */
+void us_json_set(json_t *object, const char *key, json_t *value, bool *whole);
+void us_json_append(json_t *array, json_t *value, bool *whole);
 
 /* Present and not null. */
 bool us_json_has(const json_t *object, const char *key);

@@ -4,24 +4,22 @@
  */
 #include "formats/safetensors.h"
 
+#include "base/io.h"
+#include "base/json.h"
 #include "formats/safetensors_header.h"
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <jansson.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 struct st_file {
   char *path;
-  void *mapping; /* NULL when the bytes are borrowed */
-  size_t bytes;
+  struct us_io_map map; /* empty when the bytes are borrowed */
   struct us_st_header header;
 };
 
@@ -35,35 +33,12 @@ struct us_safetensors {
 
 /* ---- one file ---- */
 
-static enum us_status map_file(struct st_file *file, struct us_err *err) {
-  int fd = open(file->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return us_err_errno(err, US_ERR_IO, "%s: cannot open", file->path);
-  struct stat info;
-  enum us_status status = US_OK;
-  if (fstat(fd, &info) != 0)
-    status = us_err_errno(err, US_ERR_IO, "%s", file->path);
-  else if (!S_ISREG(info.st_mode))
-    status = us_err_set(err, US_ERR_INPUT, "%s: not a regular file", file->path);
-  else if (info.st_size < 1)
-    status = us_err_set(err, US_ERR_INPUT, "%s: the file is empty", file->path);
-  if (status == US_OK) {
-    void *mapping = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (mapping == MAP_FAILED)
-      status = us_err_errno(err, US_ERR_IO, "%s: cannot map", file->path);
-    else {
-      file->mapping = mapping;
-      file->bytes = (size_t)info.st_size;
-    }
-  }
-  close(fd);
-  return status;
-}
-
 static enum us_status open_file(struct st_file *file, const char *path, struct us_err *err) {
   file->path = strdup(path);
   if (!file->path) return us_err_memory(err, path, strlen(path));
-  enum us_status status = map_file(file, err);
-  return status == US_OK ? us_st_header_parse(file->mapping, file->bytes, path, &file->header, err) : status;
+  enum us_status status = us_io_map_open(path, &file->map, err);
+  return status == US_OK ? us_st_header_parse(file->map.data, file->map.size, path, &file->header, err)
+                         : status;
 }
 
 static int by_name(const void *left, const void *right) {
@@ -217,22 +192,16 @@ static enum us_status open_shards(struct us_safetensors *st, json_t *map, const 
   return status == US_OK ? check_index(st, map, path, err) : status;
 }
 
-/* Read the whole index, at most US_SAFETENSORS_MAX_HEADER bytes, as JSON. */
+/* The whole index, at most US_SAFETENSORS_MAX_HEADER bytes, as JSON. */
 static enum us_status load_index(const char *path, json_t **ret_root, struct us_err *err) {
-  struct st_file file = {.path = strdup(path)};
-  if (!file.path) return us_err_memory(err, path, strlen(path));
-  enum us_status status = map_file(&file, err);
-  if (status == US_OK && file.bytes > US_SAFETENSORS_MAX_HEADER)
-    status = us_err_set(err, US_ERR_INPUT, "%s: an index of %zu bytes", path, file.bytes);
-  if (status == US_OK) {
-    json_error_t problem;
-    *ret_root = json_loadb(file.mapping, file.bytes, JSON_REJECT_DUPLICATES, &problem);
-    if (!*ret_root)
-      status = us_err_set(err, US_ERR_INPUT, "%s: not JSON (line %d, column %d)", path, problem.line,
-                          problem.column);
-  }
-  if (file.mapping) munmap(file.mapping, file.bytes);
-  free(file.path);
+  struct us_io_map map;
+  enum us_status status = us_io_map_open(path, &map, err);
+  if (status != US_OK) return status;
+  if (map.size > US_SAFETENSORS_MAX_HEADER)
+    status = us_err_set(err, US_ERR_INPUT, "%s: an index of %zu bytes", path, map.size);
+  else
+    status = us_json_parse(map.size ? (const char *)map.data : "", map.size, path, ret_root, err);
+  us_io_map_close(&map);
   return status;
 }
 
@@ -312,7 +281,7 @@ void us_safetensors_close(struct us_safetensors *st) {
   if (!st) return;
   for (size_t f = 0; f < st->file_count; f++) {
     us_st_header_release(&st->files[f].header);
-    if (st->files[f].mapping) munmap(st->files[f].mapping, st->files[f].bytes);
+    us_io_map_close(&st->files[f].map);
     free(st->files[f].path);
   }
   free(st->files);

@@ -1,7 +1,8 @@
 /* safetensors_header.c: parse and check the header of one safetensors file. */
 #include "formats/safetensors_header.h"
 
-#include <jansson.h>
+#include "base/json.h"
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -171,15 +172,12 @@ enum us_status us_st_header_parse(const void *bytes, size_t n, const char *name,
                       (unsigned long long)header_bytes, n);
   if (header_bytes == 0 || file[8] != '{')
     return us_err_set(err, US_ERR_INPUT, "%s: header does not begin with {", name);
-  json_error_t problem;
-  json_t *root = json_loadb((const char *)file + 8, (size_t)header_bytes, JSON_REJECT_DUPLICATES, &problem);
-  if (!root) {
-    for (char *c = problem.text; *c; c++) /* jansson quotes the file, which may hold anything */
-      if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
-    return us_err_set(err, US_ERR_INPUT, "%s: header: %s at byte %d", name, problem.text, problem.position);
-  }
-  enum us_status status =
-      parse_entries(root, file + 8 + header_bytes, n - 8 - header_bytes, name, ret_header, err);
+  char where[US_ERR_MESSAGE_MAX];
+  json_t *root = NULL;
+  snprintf(where, sizeof where, "%s: header", name);
+  enum us_status status = us_json_parse((const char *)file + 8, (size_t)header_bytes, where, &root, err);
+  if (status != US_OK) return status;
+  status = parse_entries(root, file + 8 + header_bytes, n - 8 - header_bytes, name, ret_header, err);
   json_decref(root);
   if (status != US_OK) us_st_header_release(ret_header);
   return status;

@@ -1,16 +1,16 @@
 /* safetensors_writer.c: stream tensors into one safetensors file or into shards with an index.
  *
- * One file is open at a time: its header is known from the declarations, so it is written first and the
- * data follows.
- * No file has its name before commit, which puts them all in place, the index last.
+ * One file is open at a time: its header is known from the declarations, so it is written first and the data follows. No
+ * file has its name before commit, which puts them all in place, the index last.
  */
 #include "formats/safetensors.h"
 
 #include "base/atomic.h"
+#include "base/json.h"
+#include "base/utf8.h"
 #include "formats/safetensors_header.h"
 
 #include <errno.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,18 +61,25 @@ enum us_status us_safetensors_writer_create(const char *path, struct us_safetens
   size_t n = strlen(path), suffix = strlen(".safetensors");
   writer->folder = n < suffix || strcmp(path + n - suffix, ".safetensors") != 0;
   if (writer->folder && mkdir(path, 0777) != 0 && errno != EEXIST) {
+    enum us_status status = us_err_errno(err, US_ERR_IO, "%s: cannot create the folder", path);
     us_safetensors_writer_free(writer);
-    return us_err_errno(err, US_ERR_IO, "%s: cannot create the folder", path);
+    return status;
   }
   *ret_writer = writer;
   return US_OK;
 }
 
+static bool is_utf8(const char *text) {
+  return us_utf8_valid(text, strlen(text)) == strlen(text);
+}
+
 enum us_status us_safetensors_writer_metadata(struct us_safetensors_writer *writer, const char *key,
                                               const char *value, struct us_err *err) {
-  if (json_object_set_new(writer->metadata, key, json_string(value)) != 0)
+  if (!is_utf8(key) || !is_utf8(value))
     return us_err_set(err, US_ERR_USAGE, "%s: metadata %s is not UTF-8", writer->path, key);
-  return US_OK;
+  bool whole = true;
+  us_json_set(writer->metadata, key, json_string(value), &whole);
+  return whole ? US_OK : us_err_memory(err, "safetensors metadata", strlen(value));
 }
 
 static enum us_status grow(struct us_safetensors_writer *writer, struct us_err *err) {
@@ -94,9 +101,7 @@ enum us_status us_safetensors_writer_declare(struct us_safetensors_writer *write
                       writer->path);
   if (!us_dtype_bytes(dtype) || ndim > US_SAFETENSORS_MAX_DIMS || writer->count >= US_SAFETENSORS_MAX_TENSORS)
     return us_err_set(err, US_ERR_USAGE, "%s: dtype, dimensions or number of tensors out of range", name);
-  json_t *utf8 = json_string(name);
-  if (!utf8) return us_err_set(err, US_ERR_USAGE, "%s: a tensor name is not UTF-8", writer->path);
-  json_decref(utf8);
+  if (!is_utf8(name)) return us_err_set(err, US_ERR_USAGE, "%s: a tensor name is not UTF-8", writer->path);
   struct declared t = {.dtype = dtype, .ndim = ndim, .bytes = us_dtype_bytes(dtype)};
   for (uint32_t d = 0; d < ndim; d++) {
     t.dims[d] = dims[d];
@@ -173,19 +178,21 @@ static enum us_status name_shards(struct us_safetensors_writer *writer, struct u
  * memory. */
 static char *print_header(const struct us_safetensors_writer *writer, const struct shard *shard) {
   json_t *root = json_object();
-  if (json_object_size(writer->metadata)) json_object_set(root, "__metadata__", writer->metadata);
+  bool whole = true;
+  if (json_object_size(writer->metadata))
+    us_json_set(root, "__metadata__", json_incref(writer->metadata), &whole);
   uint64_t offset = 0;
-  int failed = 0;
   for (size_t i = shard->first; i < shard->end; i++) {
     const struct declared *t = &writer->tensors[i];
     json_t *shape = json_array();
-    for (uint32_t d = 0; d < t->ndim; d++) json_array_append_new(shape, json_integer((json_int_t)t->dims[d]));
+    for (uint32_t d = 0; d < t->ndim; d++)
+      us_json_append(shape, json_integer((json_int_t)t->dims[d]), &whole);
     json_t *entry = json_pack("{s:s, s:o, s:[I, I]}", "dtype", us_dtype_name(t->dtype), "shape", shape,
                               "data_offsets", (json_int_t)offset, (json_int_t)(offset + t->bytes));
-    failed |= json_object_set_new(root, t->name, entry) != 0;
+    us_json_set(root, t->name, entry, &whole);
     offset += t->bytes;
   }
-  char *text = failed ? NULL : json_dumps(root, JSON_COMPACT);
+  char *text = whole ? us_json_dump(root, JSON_COMPACT) : NULL;
   json_decref(root);
   return text;
 }
@@ -289,14 +296,15 @@ enum us_status us_safetensors_writer_write(struct us_safetensors_writer *writer,
 
 static enum us_status write_index(struct us_safetensors_writer *writer, struct us_err *err) {
   json_t *map = json_object();
+  bool whole = true;
   uint64_t total = 0;
   for (size_t i = 0; i < writer->count; i++) {
     const char *path = writer->shards[writer->tensors[i].shard].path;
-    json_object_set_new(map, writer->tensors[i].name, json_string(strrchr(path, '/') + 1));
+    us_json_set(map, writer->tensors[i].name, json_string(strrchr(path, '/') + 1), &whole);
     total += writer->tensors[i].bytes;
   }
   json_t *root = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-  char *text = json_dumps(root, JSON_INDENT(2));
+  char *text = whole ? us_json_dump(root, JSON_INDENT(2)) : NULL;
   json_decref(root);
   if (!text) return us_err_memory(err, "the index", writer->count * 128);
   struct us_atomic out;

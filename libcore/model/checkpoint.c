@@ -120,27 +120,22 @@ enum us_status us_refs_check_data(const struct us_tensor_ref *refs, size_t count
 /* In config.json beside mxfp4_block_size: engines ignore what they do not know. */
 #define SCALE_RULE_KEY "mxfp4_scale_rule"
 
-enum us_status us_model_config_print(struct us_model *model, char **ret_json, struct us_err *err) {
-  char *text = NULL;
+enum us_status us_model_config_json(struct us_model *model, json_t **ret_root, struct us_err *err) {
   us_model_update_precision(model);
-  enum us_status status = us_shape_print(&model->shape, &text, err);
-  *ret_json = text;
+  enum us_status status = us_shape_json(&model->shape, ret_root, err);
   if (status != US_OK || !model->scale_rule[0] || model->shape.precision.experts != US_FORMAT_MXFP4)
     return status;
-  json_t *root = json_loads(text, 0, NULL);
-  free(text);
-  *ret_json = NULL;
-  json_t *quantization = json_object_get(root, "quantization_config");
-  json_object_set_new(quantization, SCALE_RULE_KEY, json_string(model->scale_rule));
-  return us_config_print(root, ret_json, err);
+  json_t *quantization = json_object_get(*ret_root, "quantization_config");
+  if (json_object_set_new(quantization, SCALE_RULE_KEY, json_string(model->scale_rule)) == 0) return US_OK;
+  json_decref(*ret_root);
+  *ret_root = NULL;
+  return us_err_memory(err, "config.json", 0);
 }
 
-void us_model_config_scale_rule(struct us_model *model, const char *json, size_t bytes) {
-  json_t *root = json_loadb(json, bytes, 0, NULL);
+void us_model_config_scale_rule(struct us_model *model, const json_t *config) {
   const char *rule =
-      json_string_value(json_object_get(json_object_get(root, "quantization_config"), SCALE_RULE_KEY));
+      json_string_value(json_object_get(json_object_get(config, "quantization_config"), SCALE_RULE_KEY));
   if (rule) snprintf(model->scale_rule, sizeof model->scale_rule, "%.15s", rule);
-  json_decref(root);
 }
 
 /* --- checks --- */

@@ -5,6 +5,7 @@
  * Contents: the store, headers, models, drafters, writing.
  */
 #include "base/h5.h"
+#include "base/json.h"
 #include "model/checkpoint_impl.h"
 #include "model/config.h"
 #include "model/owner.h"
@@ -81,8 +82,8 @@ static void close_h5(void *thing) {
 
 /* --- headers --- */
 
-/* The parsed "header" text and the config inside it, printed; both to be released by the caller. */
-static enum us_status read_header(const struct us_h5 *file, json_t **ret_header, char **ret_config,
+/* The parsed "header" text, to be released by the caller, and the config inside it. */
+static enum us_status read_header(const struct us_h5 *file, json_t **ret_header, const json_t **ret_config,
                                   struct us_err *err) {
   char name[1100];
   const char *text = us_h5_text(file, "header");
@@ -90,10 +91,8 @@ static enum us_status read_header(const struct us_h5 *file, json_t **ret_header,
   snprintf(name, sizeof name, "%.1000s: header", us_h5_path(file));
   enum us_status status = us_config_parse(text, strlen(text), name, ret_header, err);
   if (status != US_OK) return status;
-  const json_t *config = json_object_get(*ret_header, "config");
-  if (!json_is_object(config)) return us_err_set(err, US_ERR_INPUT, "%s: config: missing", name);
-  *ret_config = json_dumps(config, JSON_REAL_PRECISION(17));
-  return *ret_config ? US_OK : us_err_memory(err, "header", strlen(text));
+  *ret_config = json_object_get(*ret_header, "config");
+  return json_is_object(*ret_config) ? US_OK : us_err_set(err, US_ERR_INPUT, "%s: config: missing", name);
 }
 
 static enum us_status copy_text(const char *text, size_t bytes, char **ret_copy, struct us_err *err) {
@@ -158,23 +157,22 @@ static enum us_status open_model(struct us_h5 *file, const char *path, struct us
   struct us_store store = {.arg = file, .path = path, .find = find, .count = count_all, .name_at = name_at};
   struct us_model *model = NULL;
   json_t *header = NULL;
-  char *config = NULL;
+  const json_t *config = NULL;
   enum us_status status = read_header(file, &header, &config, err);
-  if (status == US_OK) status = us_shape_parse(config, strlen(config), path, &shape, err);
+  if (status == US_OK) status = us_shape_read(config, path, &shape, err);
   if (status == US_OK) status = us_model_create(&shape, &model, err);
   if (status == US_OK) status = read_tokenizer(file, &store, model, err);
   if (status == US_OK) status = us_model_bind(model, &store, err);
   if (status == US_OK) status = check_precision(file, header, model, err);
   if (status == US_OK) status = read_provenance(file, &model->provenance_json, err);
   if (status == US_OK) {
-    us_model_config_scale_rule(model, config, strlen(config));
+    us_model_config_scale_rule(model, config);
     *ret_model = model;
     model = NULL;
   }
   us_model_free(model);
   us_store_release(&store);
   json_decref(header);
-  free(config);
   return status;
 }
 
@@ -199,7 +197,12 @@ enum us_status us_model_open_h5(const char *path, struct us_model **ret_model, s
 
 static json_t *conventions_json(const struct us_draft_shape *s) {
   json_t *taps = json_array();
-  for (uint32_t i = 0; i < s->taps; i++) json_array_append_new(taps, json_integer(s->tap_layer[i]));
+  bool whole = true;
+  for (uint32_t i = 0; i < s->taps; i++) us_json_append(taps, json_integer(s->tap_layer[i]), &whole);
+  if (!whole) {
+    json_decref(taps);
+    return NULL;
+  }
   return json_pack("{s:s, s:s, s:s, s:o, s:i, s:i, s:i}", "labels", LABELS, "context", CONTEXT, "taps", TAPS,
                    "tap_layers", taps, "mask_token_id", (int)s->mask_id, "target_layers",
                    (int)s->target_layers, "target_hidden_size", (int)s->hidden);
@@ -215,8 +218,7 @@ static enum us_status check_conventions(const struct us_h5 *file, const json_t *
   json_object_foreach(is, key, value) {
     const json_t *other = json_object_get(said, key);
     if (status != US_OK || json_equal(value, other)) continue;
-    char *have = json_dumps(other, JSON_ENCODE_ANY | JSON_COMPACT),
-         *want = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
+    char *have = us_json_text(other), *want = us_json_text(value);
     status = us_err_set(err, US_ERR_INPUT, "%s: header: conventions.%s: is %.100s, expected %.200s",
                         us_h5_path(file), key, have ? have : "missing", want ? want : "?");
     free(have);
@@ -232,9 +234,9 @@ static enum us_status open_draft(struct us_h5 *file, const char *path, struct us
   struct us_store store = {.arg = file, .path = path, .find = find, .count = count_all, .name_at = name_at};
   struct us_draft *draft = NULL;
   json_t *header = NULL;
-  char *config = NULL;
+  const json_t *config = NULL;
   enum us_status status = read_header(file, &header, &config, err);
-  if (status == US_OK) status = us_draft_shape_parse(config, strlen(config), path, &shape, err);
+  if (status == US_OK) status = us_draft_shape_read(config, path, &shape, err);
   if (status == US_OK) status = check_conventions(file, header, &shape, err);
   if (status == US_OK) status = us_draft_create(&shape, &draft, err);
   if (status == US_OK) status = us_draft_bind(draft, &store, true, err);
@@ -245,7 +247,6 @@ static enum us_status open_draft(struct us_h5 *file, const char *path, struct us
   }
   us_draft_free(draft);
   json_decref(header);
-  free(config);
   return status;
 }
 
@@ -307,17 +308,16 @@ static enum us_status write_h5(const char *path, const char *kind, const struct 
 enum us_status us_model_write_h5(const char *path, struct us_model *model, const char *opt_provenance,
                                  struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
-  char *config = NULL;
+  json_t *config = NULL;
   size_t count = 0;
   enum us_status status = us_model_tensors(model, &refs, &count, err);
-  if (status == US_OK) status = us_model_config_print(model, &config, err);
+  if (status == US_OK) status = us_model_config_json(model, &config, err);
   if (status == US_OK) {
-    json_t *header = json_pack("{s:o?, s:o?, s:s}", "config", json_loads(config, 0, NULL), "precision",
+    json_t *header = json_pack("{s:o, s:o, s:s}", "config", config, "precision",
                                precision_json(&model->shape.precision), "scale_rule", model->scale_rule);
     status = write_h5(path, MODEL_KIND, refs, count, header, model->tokenizer_json, model->tokenizer_bytes,
                       opt_provenance, err);
   }
-  free(config);
   free(refs);
   return status;
 }
@@ -325,16 +325,15 @@ enum us_status us_model_write_h5(const char *path, struct us_model *model, const
 enum us_status us_draft_write_h5(const char *path, struct us_draft *draft, const char *opt_provenance,
                                  struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
-  char *config = NULL;
+  json_t *config = NULL;
   size_t count = 0;
   enum us_status status = us_draft_tensors(draft, &refs, &count, err);
-  if (status == US_OK) status = us_draft_shape_print(&draft->shape, &config, err);
+  if (status == US_OK) status = us_draft_shape_json(&draft->shape, &config, err);
   if (status == US_OK) {
-    json_t *header = json_pack("{s:o?, s:o?}", "config", json_loads(config, 0, NULL), "conventions",
-                               conventions_json(&draft->shape));
+    json_t *header =
+        json_pack("{s:o, s:o}", "config", config, "conventions", conventions_json(&draft->shape));
     status = write_h5(path, DRAFT_KIND, refs, count, header, NULL, 0, opt_provenance, err);
   }
-  free(config);
   free(refs);
   return status;
 }

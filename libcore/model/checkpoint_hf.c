@@ -72,10 +72,8 @@ static bool in_folder(char *path, size_t size, const char *folder, const char *n
 static enum us_status read_stop_ids(const char *folder, struct us_shape *shape, struct us_err *err) {
   char path[PATH_MAX];
   if (!in_folder(path, sizeof path, folder, US_GENERATION_FILE)) return US_OK;
-  struct us_buffer text = {0};
   json_t *root = NULL;
-  enum us_status status = us_buffer_read_file(&text, path, US_MAX_CONFIG_BYTES, err);
-  if (status == US_OK) status = us_config_parse(text.data ? text.data : "", text.size, path, &root, err);
+  enum us_status status = us_config_load(path, &root, err);
   if (status == US_OK) {
     struct us_config c = {.root = root, .name = path, .err = err};
     uint32_t ids[US_MAX_STOP_IDS];
@@ -88,7 +86,6 @@ static enum us_status read_stop_ids(const char *folder, struct us_shape *shape, 
     status = c.status;
   }
   json_decref(root);
-  us_buffer_release(&text);
   return status;
 }
 
@@ -110,18 +107,18 @@ static enum us_status read_optional(const char *folder, const char *name, size_t
   return status;
 }
 
-static enum us_status read_model_config(const char *folder, struct us_buffer *text, struct us_shape *shape,
+static enum us_status read_model_config(const char *folder, json_t **ret_config, struct us_shape *shape,
                                         struct us_err *err) {
   char path[PATH_MAX];
   enum us_status status = join(path, sizeof path, folder, US_CONFIG_FILE, err);
-  if (status == US_OK) status = us_buffer_read_file(text, path, US_MAX_CONFIG_BYTES, err);
-  if (status == US_OK) status = us_shape_parse(text->data ? text->data : "", text->size, path, shape, err);
+  if (status == US_OK) status = us_config_load(path, ret_config, err);
+  if (status == US_OK) status = us_shape_read(*ret_config, path, shape, err);
   if (status == US_OK) status = read_stop_ids(folder, shape, err);
   return status;
 }
 
 enum us_status us_model_open_folder(const char *path, struct us_model **ret_model, struct us_err *err) {
-  struct us_buffer config = {0};
+  json_t *config = NULL;
   struct us_shape shape;
   struct us_store store = {0};
   struct us_model *model = NULL;
@@ -131,7 +128,7 @@ enum us_status us_model_open_folder(const char *path, struct us_model **ret_mode
   if (status == US_OK) status = open_store(path, model->owner, &store, err);
   if (status == US_OK) status = us_model_bind(model, &store, err);
   if (status == US_OK) {
-    us_model_config_scale_rule(model, config.data, config.size);
+    us_model_config_scale_rule(model, config);
     status = read_optional(path, US_TOKENIZER_FILE, US_MAX_TOKENIZER_BYTES, &model->tokenizer_json,
                            &model->tokenizer_bytes, err);
   }
@@ -139,7 +136,7 @@ enum us_status us_model_open_folder(const char *path, struct us_model **ret_mode
     status = read_optional(path, US_PROVENANCE_FILE, US_MAX_CONFIG_BYTES, &model->provenance_json,
                            &provenance_bytes, err);
   }
-  us_buffer_release(&config);
+  json_decref(config);
   if (status != US_OK) {
     us_model_free(model);
     return status;
@@ -172,7 +169,7 @@ static enum us_status read_mask(const char *folder, struct us_draft *draft, stru
 
 enum us_status us_draft_open_folder(const char *path, struct us_draft **ret_draft, struct us_err *err) {
   char nested[PATH_MAX], config_path[PATH_MAX];
-  struct us_buffer config = {0};
+  json_t *config = NULL;
   struct us_draft_shape shape;
   struct us_store store = {0};
   struct us_draft *draft = NULL;
@@ -184,10 +181,8 @@ enum us_status us_draft_open_folder(const char *path, struct us_draft **ret_draf
   } else {
     status = join(config_path, sizeof config_path, path, US_CONFIG_FILE, err);
   }
-  if (status == US_OK) status = us_buffer_read_file(&config, config_path, US_MAX_CONFIG_BYTES, err);
-  if (status == US_OK) {
-    status = us_draft_shape_parse(config.data ? config.data : "", config.size, config_path, &shape, err);
-  }
+  if (status == US_OK) status = us_config_load(config_path, &config, err);
+  if (status == US_OK) status = us_draft_shape_read(config, config_path, &shape, err);
   if (status == US_OK) status = us_draft_create(&shape, &draft, err);
   if (status == US_OK) status = open_store(path, draft->owner, &store, err);
   if (status == US_OK) status = us_draft_bind(draft, &store, false, err);
@@ -196,7 +191,7 @@ enum us_status us_draft_open_folder(const char *path, struct us_draft **ret_draf
     status =
         read_optional(path, US_PROVENANCE_FILE, US_MAX_CONFIG_BYTES, &draft->provenance_json, &bytes, err);
   }
-  us_buffer_release(&config);
+  json_decref(config);
   if (status != US_OK) {
     us_draft_free(draft);
     return status;
@@ -354,11 +349,13 @@ enum us_status us_model_write_folder(const char *path, struct us_model *model,
                                      struct us_err *err) {
   char part[PATH_MAX], *config = NULL;
   struct us_tensor_ref *refs = NULL;
+  json_t *root = NULL;
   size_t count = 0;
   enum us_status status = begin_folder(path, part, sizeof part, err);
   if (status != US_OK) return status;
   status = us_model_tensors(model, &refs, &count, err);
-  if (status == US_OK) status = us_model_config_print(model, &config, err);
+  if (status == US_OK) status = us_model_config_json(model, &root, err);
+  if (status == US_OK) status = us_config_print(root, &config, err);
   if (status == US_OK) status = write_tensors(part, refs, count, shard_bytes, err);
   if (status == US_OK && model->tokenizer_json)
     status = write_text(part, US_TOKENIZER_FILE, model->tokenizer_json, err);

@@ -4,6 +4,7 @@
 
 #include "model/bind.h"
 #include "model/checkpoint.h"
+#include <jansson.h>
 
 #define US_MAX_TOKENIZER_BYTES ((size_t)256 << 20)
 
@@ -36,11 +37,11 @@ US_CHECKED enum us_status us_model_bind(struct us_model *model, struct us_store 
 US_CHECKED enum us_status us_draft_bind(struct us_draft *draft, struct us_store *store, bool bind_mask,
                                         struct us_err *err);
 
-/* The config.json of a model with its scale rule in it; malloc'ed. */
-US_CHECKED enum us_status us_model_config_print(struct us_model *model, char **ret_json, struct us_err *err);
+/* The config.json of a model with its scale rule in it; json_decref it. */
+US_CHECKED enum us_status us_model_config_json(struct us_model *model, json_t **ret_root, struct us_err *err);
 
-/* Read the scale rule back from a config.json that has been parsed before. */
-void us_model_config_scale_rule(struct us_model *model, const char *json, size_t bytes);
+/* Read the scale rule back from a config.json; "" where it has none. */
+void us_model_config_scale_rule(struct us_model *model, const json_t *config);
 
 /* US_ERR_USAGE naming the first matrix without data. */
 US_CHECKED enum us_status us_refs_check_data(const struct us_tensor_ref *refs, size_t count,

@@ -1,5 +1,6 @@
 /* config.c: typed, ranged reads of config.json fields. */
 #include "model/config.h"
+#include "base/json.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -7,18 +8,29 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Hand the root over if it is an object. */
+static enum us_status expect_object(json_t *root, const char *name, json_t **ret_root, struct us_err *err) {
+  if (json_is_object(root)) {
+    *ret_root = root;
+    return US_OK;
+  }
+  json_decref(root);
+  return us_err_set(err, US_ERR_INPUT, "%s: expected a JSON object", name);
+}
+
 enum us_status us_config_parse(const char *json, size_t bytes, const char *name, json_t **ret_root,
                                struct us_err *err) {
-  json_error_t problem;
+  json_t *root = NULL;
   *ret_root = NULL;
-  json_t *root = json_loadb(json, bytes, JSON_REJECT_DUPLICATES, &problem);
-  if (!root) { return us_err_set(err, US_ERR_INPUT, "%s: line %d: %s", name, problem.line, problem.text); }
-  if (!json_is_object(root)) {
-    json_decref(root);
-    return us_err_set(err, US_ERR_INPUT, "%s: expected a JSON object", name);
-  }
-  *ret_root = root;
-  return US_OK;
+  enum us_status status = us_json_parse(json, bytes, name, &root, err);
+  return status == US_OK ? expect_object(root, name, ret_root, err) : status;
+}
+
+enum us_status us_config_load(const char *path, json_t **ret_root, struct us_err *err) {
+  json_t *root = NULL;
+  *ret_root = NULL;
+  enum us_status status = us_json_load(path, US_MAX_CONFIG_BYTES, &root, err);
+  return status == US_OK ? expect_object(root, path, ret_root, err) : status;
 }
 
 void us_config_fail(struct us_config *c, const char *key, const char *format, ...) {
@@ -219,7 +231,7 @@ enum us_status us_config_print(json_t *root, char **ret_json, struct us_err *err
   *ret_json = NULL;
   if (!root) return us_err_memory(err, "config.json", 0);
   int digits = survives(root, 15) ? 15 : 17;
-  *ret_json = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
+  *ret_json = us_json_dump(root, JSON_INDENT(2) | JSON_REAL_PRECISION(digits));
   json_decref(root);
   return *ret_json ? US_OK : us_err_memory(err, "config.json", 0);
 }

@@ -25,9 +25,12 @@ struct us_config {
   enum us_status status;
 };
 
-/* Parse text into *ret_root (an object; json_decref it). Duplicate keys and a second value are refused. */
+/* Parse text into *ret_root (an object; json_decref it), as us_json_parse does. */
 US_CHECKED enum us_status us_config_parse(const char *json, size_t bytes, const char *name, json_t **ret_root,
                                           struct us_err *err);
+
+/* The same from a file of at most US_MAX_CONFIG_BYTES. */
+US_CHECKED enum us_status us_config_load(const char *path, json_t **ret_root, struct us_err *err);
 
 /* Record the problem with a key, unless there is one already. */
 void us_config_fail(struct us_config *c, const char *key, const char *format, ...) US_PRINTF(3, 4);
@@ -66,5 +69,16 @@ double us_config_rotary_factor(uint32_t dim, uint32_t rotary_dim);
 
 /* Print an object with two spaces of indent and as few digits as give every number back; malloc'ed. Steals root. */
 US_CHECKED enum us_status us_config_print(json_t *root, char **ret_json, struct us_err *err);
+
+/* us_shape_parse and us_draft_shape_parse of what is parsed already; `name` is for messages. */
+US_CHECKED enum us_status us_shape_read(const json_t *config, const char *name, struct us_shape *ret_shape,
+                                        struct us_err *err);
+US_CHECKED enum us_status us_draft_shape_read(const json_t *config, const char *name,
+                                              struct us_draft_shape *ret_draft, struct us_err *err);
+
+/* What us_shape_print and us_draft_shape_print print; json_decref it. */
+US_CHECKED enum us_status us_shape_json(const struct us_shape *shape, json_t **ret_root, struct us_err *err);
+US_CHECKED enum us_status us_draft_shape_json(const struct us_draft_shape *draft, json_t **ret_root,
+                                              struct us_err *err);
 
 #endif

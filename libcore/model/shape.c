@@ -1,7 +1,6 @@
 /* shape.c: checking shapes, and finding them by name. */
 #include "model/shape.h"
 #include "model/config.h"
-#include "base/buffer.h"
 #include "us_version.h"
 
 #include <errno.h>
@@ -225,33 +224,32 @@ static enum us_status find_file(const char *name_or_path, char *path, size_t byt
                     data && *data ? "$ULTRASPEED_DATA/shapes" : US_DATA_DIR "/shapes");
 }
 
-/* The text of a config, whose path is put into `path` (4096 bytes). */
-static enum us_status read_config(const char *name_or_path, char *path, struct us_buffer *text,
+/* A config, whose path is put into `path` (4096 bytes). */
+static enum us_status load_config(const char *name_or_path, char *path, json_t **ret_config,
                                   struct us_err *err) {
   enum us_status status = find_file(name_or_path, path, 4096, err);
   size_t n = status == US_OK ? strlen(path) : 0;
   if (n > 3 && strcmp(path + n - 3, ".h5") == 0)
     return us_err_set(err, US_ERR_INPUT,
                       "%s: a checkpoint where a shape is expected: a name, a config.json or a folder", path);
-  return status == US_OK ? us_buffer_read_file(text, path, US_MAX_CONFIG_BYTES, err) : status;
+  return status == US_OK ? us_config_load(path, ret_config, err) : status;
 }
 
 enum us_status us_shape_load(const char *name_or_path, struct us_shape *ret_shape, struct us_err *err) {
   char path[4096];
-  struct us_buffer text = {0};
-  enum us_status status = read_config(name_or_path, path, &text, err);
-  if (status == US_OK) status = us_shape_parse(text.data ? text.data : "", text.size, path, ret_shape, err);
-  us_buffer_release(&text);
+  json_t *config = NULL;
+  enum us_status status = load_config(name_or_path, path, &config, err);
+  if (status == US_OK) status = us_shape_read(config, path, ret_shape, err);
+  json_decref(config);
   return status;
 }
 
 enum us_status us_draft_shape_load(const char *name_or_path, struct us_draft_shape *ret_draft,
                                    struct us_err *err) {
   char path[4096];
-  struct us_buffer text = {0};
-  enum us_status status = read_config(name_or_path, path, &text, err);
-  if (status == US_OK)
-    status = us_draft_shape_parse(text.data ? text.data : "", text.size, path, ret_draft, err);
-  us_buffer_release(&text);
+  json_t *config = NULL;
+  enum us_status status = load_config(name_or_path, path, &config, err);
+  if (status == US_OK) status = us_draft_shape_read(config, path, ret_draft, err);
+  json_decref(config);
   return status;
 }

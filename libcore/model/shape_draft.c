@@ -4,6 +4,7 @@
  * dflash_config. The drafter rotates with rope_theta; dflash_config.backbone_rotary_base is the target's theta at
  * training time and not used (the engines with good acceptance agree). The stale vocab_size is kept as it is.
  */
+#include "base/json.h"
 #include "model/config.h"
 
 #include <string.h>
@@ -61,46 +62,53 @@ static void parse_draft(struct us_config *c, struct us_config *d, struct us_draf
   s->taps = us_config_ids(d, "target_layer_ids", US_MAX_TAPS, US_MAX_LAYERS - 1, s->tap_layer);
 }
 
-enum us_status us_draft_shape_parse(const char *json, size_t bytes, const char *name,
-                                    struct us_draft_shape *ret_draft, struct us_err *err) {
-  json_t *root = NULL;
+enum us_status us_draft_shape_read(const json_t *config, const char *name, struct us_draft_shape *ret_draft,
+                                   struct us_err *err) {
   struct us_err outer = {0}, nested = {0}; /* each keeps its first problem */
   memset(ret_draft, 0, sizeof *ret_draft);
-  enum us_status status = us_config_parse(json, bytes, name, &root, err);
-  if (status != US_OK) return status;
-  const json_t *inner = json_object_get(root, "dflash_config");
-  struct us_config c = {.root = root, .name = name, .err = &outer};
+  const json_t *inner = json_object_get(config, "dflash_config");
+  struct us_config c = {.root = config, .name = name, .err = &outer};
   struct us_config d = {
       .root = json_is_object(inner) ? inner : NULL, .name = name, .prefix = "dflash_config.", .err = &nested};
   if (!d.root)
     us_config_fail(&c, "dflash_config", "missing or not an object");
   else
     parse_draft(&c, &d, ret_draft);
-  status = c.status != US_OK ? c.status : d.status;
+  enum us_status status = c.status != US_OK ? c.status : d.status;
   if (status != US_OK) us_err_set(err, status, "%s", c.status != US_OK ? outer.message : nested.message);
   if (status == US_OK) {
     status = us_draft_shape_check(ret_draft, NULL, err);
     if (status != US_OK) us_err_prefix(err, "%s", name);
   }
+  return status;
+}
+
+enum us_status us_draft_shape_parse(const char *json, size_t bytes, const char *name,
+                                    struct us_draft_shape *ret_draft, struct us_err *err) {
+  json_t *root = NULL;
+  enum us_status status = us_config_parse(json, bytes, name, &root, err);
+  if (status == US_OK) status = us_draft_shape_read(root, name, ret_draft, err);
   json_decref(root);
   return status;
 }
 
 static json_t *print_dflash(const struct us_draft_shape *s) {
   json_t *taps = json_array();
-  for (uint32_t i = 0; i < s->taps; i++) json_array_append_new(taps, json_integer(s->tap_layer[i]));
+  bool whole = true;
+  for (uint32_t i = 0; i < s->taps; i++) us_json_append(taps, json_integer(s->tap_layer[i]), &whole);
   json_t *o = json_pack("{s:o, s:i, s:i, s:b, s:i, s:f, s:b}", "target_layer_ids", taps, "mask_token_id",
                         (int)s->mask_id, "block_size", (int)s->block, "use_swa", 1, "swa_window_size",
                         (int)s->attention.window, "attention_value_scale", s->value_scale,
                         "attention_sink_bias", (int)s->attention.sink);
-  if (o && s->head != US_FORMAT_NONE)
-    json_object_set_new(o, "own_head", json_string(us_format_name(s->head)));
-  if (o && s->markov) json_object_set_new(o, "markov_rank", json_integer(s->markov));
-  return o;
+  if (s->head != US_FORMAT_NONE) us_json_set(o, "own_head", json_string(us_format_name(s->head)), &whole);
+  if (s->markov) us_json_set(o, "markov_rank", json_integer(s->markov), &whole);
+  if (whole) return o;
+  json_decref(o);
+  return NULL;
 }
 
-enum us_status us_draft_shape_print(const struct us_draft_shape *s, char **ret_json, struct us_err *err) {
-  *ret_json = NULL;
+enum us_status us_draft_shape_json(const struct us_draft_shape *s, json_t **ret_root, struct us_err *err) {
+  *ret_root = NULL;
   enum us_status status = us_draft_shape_check(s, NULL, err);
   if (status != US_OK) return status;
   const struct us_attention_shape *a = &s->attention;
@@ -123,5 +131,13 @@ enum us_status us_draft_shape_print(const struct us_draft_shape *s, char **ret_j
     return us_err_memory(err, "drafter config.json", 0);
   }
   json_decref(rest);
-  return us_config_print(o, ret_json, err);
+  *ret_root = o;
+  return US_OK;
+}
+
+enum us_status us_draft_shape_print(const struct us_draft_shape *s, char **ret_json, struct us_err *err) {
+  json_t *root = NULL;
+  *ret_json = NULL;
+  enum us_status status = us_draft_shape_json(s, &root, err);
+  return status == US_OK ? us_config_print(root, ret_json, err) : status;
 }

@@ -298,19 +298,22 @@ static void parse_shape(struct us_config *c, struct us_shape *s) {
   parse_precision(c, &s->precision);
 }
 
+enum us_status us_shape_read(const json_t *config, const char *name, struct us_shape *ret_shape,
+                             struct us_err *err) {
+  struct us_config c = {.root = config, .name = name, .err = err};
+  memset(ret_shape, 0, sizeof *ret_shape);
+  parse_shape(&c, ret_shape);
+  if (c.status != US_OK) return c.status;
+  enum us_status status = us_shape_check(ret_shape, err);
+  if (status != US_OK) us_err_prefix(err, "%s", name);
+  return status;
+}
+
 enum us_status us_shape_parse(const char *json, size_t bytes, const char *name, struct us_shape *ret_shape,
                               struct us_err *err) {
   json_t *root = NULL;
-  memset(ret_shape, 0, sizeof *ret_shape);
   enum us_status status = us_config_parse(json, bytes, name, &root, err);
-  if (status != US_OK) return status;
-  struct us_config c = {.root = root, .name = name, .err = err};
-  parse_shape(&c, ret_shape);
-  status = c.status;
-  if (status == US_OK) {
-    status = us_shape_check(ret_shape, err);
-    if (status != US_OK) us_err_prefix(err, "%s", name);
-  }
+  if (status == US_OK) status = us_shape_read(root, name, ret_shape, err);
   json_decref(root);
   return status;
 }

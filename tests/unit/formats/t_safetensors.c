@@ -103,7 +103,7 @@ START_TEST(entries_with_a_bad_dtype_or_other_fields_are_refused) {
 END_TEST
 
 START_TEST(names_are_unique_short_and_printable) {
-  refuse("{" F32_4("a", "0", "16") "," F32_4("a", "16", "32") "}", 32, "header: duplicate");
+  refuse("{" F32_4("a", "0", "16") "," F32_4("a", "16", "32") "}", 32, "duplicate object key");
   refuse("{\"\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "tensor name is empty");
   refuse("{\"a\\nb\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "control characters");
   refuse("{\"a\\u0000b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "header: ");
@@ -472,21 +472,21 @@ START_TEST(a_bad_index_is_refused) {
   char folder[256];
   test_folder(folder);
   write_tensors(folder, 1000, 1);
-  refuse_index(folder, "{", "not JSON");
+  refuse_index(folder, "{", "index.json: column 1: ");
   refuse_index(folder, "{}      ", "weight_map is missing");
   refuse_index(folder, "{\"weight_map\":{}}", "names 0 shards");
   refuse_index(folder, "{\"weight_map\":{\"a\":3}}", "not a .safetensors file name");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"../x.safetensors\"}}", "not a .safetensors file name");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"/etc/passwd\"}}", "not a .safetensors file name");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"missing.safetensors\"}}",
-               "missing.safetensors: cannot open: No such file");
+               "missing.safetensors': No such file");
   refuse_index(folder, "{\"weight_map\":{\"a\":\"model-00001-of-00005.safetensors\"}}",
                "a: not in model-00001");
   refuse_index(folder, "{\"weight_map\":{\"t.8.weight\":\"model-00001-of-00005.safetensors\"}}",
                "t.8.weight: not in");
   refuse_index(folder,
                "{\"weight_map\":{\"t.1.weight\":\"model-00001-of-00005.safetensors\"},\"weight_map\":{}}",
-               "not JSON");
+               "duplicate object key");
   test_remove(folder);
 }
 END_TEST

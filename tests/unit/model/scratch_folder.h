@@ -33,7 +33,7 @@ static void scratch_folder_remove(void) {
 }
 
 /* The first `from` in the folder's config.json becomes `to`. */
-static void replace_in_config(const char *name, const char *from, const char *to) {
+static inline void replace_in_config(const char *name, const char *from, const char *to) {
   char file_name[256];
   struct us_buffer text = {0};
   struct us_err err = {0};
