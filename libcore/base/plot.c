@@ -6,6 +6,7 @@
 
 #include "base/plot_axis.h"
 #include "base/plot_png.h"
+#include "base/utf8.h"
 #include "base/version.h"
 #include <cairo.h>
 #include <math.h>
@@ -50,6 +51,23 @@ static enum us_status canvas_init(struct canvas *canvas, const char *path, const
   return US_OK;
 }
 
+#define TEXT_BYTES 512 /* more than any text here has room for */
+
+/* The beginning of `text` as UTF-8, which cairo and PNG insist on: each byte that is not becomes U+FFFD. */
+static void make_utf8(const char *text, char ret_utf8[TEXT_BYTES]) {
+  size_t used = 0;
+  while (*text) {
+    int n = us_utf8_length(text, 4, NULL); /* the final NUL ends a character that is cut */
+    const char *from = n > 0 ? text : "\xef\xbf\xbd";
+    size_t bytes = n > 0 ? (size_t)n : 3;
+    if (used + bytes >= TEXT_BYTES) break;
+    memcpy(ret_utf8 + used, from, bytes);
+    used += bytes;
+    text += n > 0 ? n : 1;
+  }
+  ret_utf8[used] = 0;
+}
+
 /* Write the picture if nothing failed, and release the canvas. */
 static enum us_status canvas_finish(struct canvas *canvas, const char *path, const char *opt_provenance,
                                     enum us_status status, struct us_err *err) {
@@ -57,10 +75,12 @@ static enum us_status canvas_finish(struct canvas *canvas, const char *path, con
     status = us_err_set(err, US_ERR_MEMORY, "%s: cairo: %s", path,
                         cairo_status_to_string(cairo_status(canvas->cr)));
   if (canvas->cr && status == US_OK) {
-    char software[64];
+    char software[64], title[TEXT_BYTES];
     snprintf(software, sizeof software, "UltraSpeed %s", us_version());
-    struct us_plot_text texts[] = {
-        {"Title", canvas->axes->title}, {"Software", software}, {"provenance", opt_provenance}};
+    make_utf8(canvas->axes->title ? canvas->axes->title : "", title);
+    struct us_plot_text texts[] = {{"Title", canvas->axes->title ? title : NULL},
+                                   {"Software", software},
+                                   {"provenance", opt_provenance}};
     cairo_surface_flush(canvas->surface);
     status = us_plot_png_write(path, (int)canvas->width, (int)canvas->height,
                                (size_t)cairo_image_surface_get_stride(canvas->surface),
@@ -82,8 +102,10 @@ static void set_font(struct canvas *canvas, double size, bool bold) {
 }
 
 static double text_width(struct canvas *canvas, const char *text) {
+  char utf8[TEXT_BYTES];
   cairo_text_extents_t extents;
-  cairo_text_extents(canvas->cr, text, &extents);
+  make_utf8(text, utf8);
+  cairo_text_extents(canvas->cr, utf8, &extents);
   return extents.x_advance;
 }
 
@@ -103,12 +125,14 @@ static void shorten(struct canvas *canvas, const char *text, double room, char *
 /* Text whose baseline begins, is centred or ends at (x, y), turned by `angle` around that point. */
 static void draw_text(struct canvas *canvas, double x, double y, enum align align, double angle,
                       const char *text) {
+  char utf8[TEXT_BYTES];
   double width = text_width(canvas, text);
+  make_utf8(text, utf8);
   cairo_save(canvas->cr);
   cairo_translate(canvas->cr, x, y);
   cairo_rotate(canvas->cr, angle);
   cairo_move_to(canvas->cr, align == ALIGN_LEFT ? 0 : align == ALIGN_CENTER ? -width / 2 : -width, 0);
-  cairo_show_text(canvas->cr, text);
+  cairo_show_text(canvas->cr, utf8);
   cairo_restore(canvas->cr);
 }
 

@@ -8,8 +8,8 @@
  * Axis titles carry the unit in parentheses. The provenance goes into an iTXt chunk "provenance", the title into "Title".
  * The file is replaced as a whole (atomic.h), and the same input gives the same bytes on one machine. Colours stay apart
  * for colour-blind readers (Okabe and Ito, 2008) and repeat in other shades after eight. NaN and infinite values, and
- * values <= 0 on a logarithmic axis, are left out. cairo draws, libpng writes; the caller's locale must not be a
- * decimal-comma one (the toolkit never calls setlocale).
+ * values <= 0 on a logarithmic axis, are left out; bytes of texts that are not UTF-8 become U+FFFD. cairo draws, libpng
+ * writes; the caller's locale must not be a decimal-comma one (the toolkit never calls setlocale).
  */
 #ifndef US_BASE_PLOT_H
 #define US_BASE_PLOT_H

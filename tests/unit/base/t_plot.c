@@ -167,6 +167,24 @@ START_TEST(spans_are_as_long_as_their_times) {
 }
 END_TEST
 
+/* Tables may be in any encoding; cairo draws UTF-8 alone. */
+START_TEST(texts_that_are_not_utf8_are_drawn_with_replacements) {
+  static const double y[] = {1, 2};
+  static const char *const labels[] = {"\xff", "na\xefve"};
+  struct us_plot_axes axes = {.title = "caf\xe9", .x_title = "\xe9", .y_title = "\xc3"};
+  struct us_plot_series series = {.name = "\xe9t\xe9", .y = y, .n = 2};
+  char bytes[4096] = {0};
+  make_path();
+  OK(us_plot_bars(path, &axes, labels, 2, &series, 1, NULL, &err));
+  OK(us_plot_xy(path, &axes, &series, 1, NULL, &err));
+  FILE *file = fopen(path, "rb");
+  ck_assert_uint_eq(fread(bytes, 1, sizeof bytes, file), sizeof bytes);
+  fclose(file);
+  ck_assert_ptr_nonnull(memmem(bytes, sizeof bytes, "caf\xef\xbf\xbd", 6)); /* the text chunk "Title" */
+  unlink(path);
+}
+END_TEST
+
 START_TEST(the_same_input_gives_the_same_bytes) {
   make_path();
   struct us_plot_axes axes = {.title = "t", .x_title = "x", .y_title = "y"};
@@ -265,6 +283,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_picture_without_data_has_empty_axes);
   tcase_add_test(c, bars_are_as_high_as_their_values);
   tcase_add_test(c, spans_are_as_long_as_their_times);
+  tcase_add_test(c, texts_that_are_not_utf8_are_drawn_with_replacements);
   tcase_add_test(c, the_same_input_gives_the_same_bytes);
   tcase_add_test(c, a_picture_that_cannot_be_written_is_an_error);
   tcase_add_test(c, ticks_stand_at_round_values);
