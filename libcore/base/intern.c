@@ -37,9 +37,9 @@ static uint32_t slot_of(const struct us_intern *intern, const void *bytes, size_
 }
 
 static enum us_status grow(struct us_intern *intern, struct us_err *err) {
+  if (intern->n_slots == 1u << 31) return us_err_memory(err, "string table", 8ull * intern->n_slots);
   uint32_t n_slots = intern->n_slots ? intern->n_slots * 2 : 64;
   uint32_t capacity = n_slots / 2;
-  if (n_slots > 1u << 31) return us_err_memory(err, "string table", (unsigned long long)n_slots * 4);
   struct us_intern_entry *entries = realloc(intern->entries, capacity * sizeof *entries);
   if (entries == NULL) return us_err_memory(err, "string table", capacity * sizeof *entries);
   intern->entries = entries;

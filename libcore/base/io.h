@@ -20,7 +20,7 @@ struct us_io_map {
   size_t size;
 };
 
-/* Map a regular file privately and read-only. US_ERR_IO names the path. */
+/* Map a regular file privately and read-only. US_ERR_IO, and US_ERR_INPUT for a folder, pipe or device, name the path. */
 US_CHECKED enum us_status us_io_map_open(const char *path, struct us_io_map *ret_map, struct us_err *err);
 void us_io_map_close(struct us_io_map *map); /* a zeroed map is allowed */
 
