@@ -10,9 +10,12 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${US_GPU_BUILD:-$root/build-gpu}
 limit=${US_GPU_TIMEOUT:-120}
 case ${1:-} in
+-h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 0 ;;
 -*) sed -n '2,7s/^# //p' "$0" >&2 && exit 2 ;;
 esac
 PATH=$PATH:/usr/local/cuda/bin
+command -v nvcc >/dev/null || { echo "run.sh: no nvcc" >&2 && exit 2; }
+[ -e /dev/nvidia0 ] || echo "run.sh: no GPU here: all is compiled, for many minutes, and then skipped" >&2
 mkdir -p "$build"
 
 device() { # nvcc with the options of the top-level meson.build

@@ -11,7 +11,7 @@ import tempfile
 
 ROOT = pathlib.Path(sys.argv[1]).resolve()
 SCRIPTS = [*(f"data/recipes/{name}.sh" for name in ("quickstart", "pico", "nano", "mini", "reproduce")),
-           "data/fetch/fetch.sh", "tests/run.sh", "tests/fuzz/run.sh"]
+           "data/fetch/fetch.sh", "tests/run.sh", "tests/fuzz/run.sh", "tests/gpu/run.sh"]
 failed = []
 
 
