@@ -69,23 +69,25 @@ dflash-train --target - --init "$draft" --data "$out/text.h5" --generate 300 --t
 us_say "== 4. generate for every scenario: plain, then with the drafter"
 # 256 tokens a prompt whatever the model says (--ignore-end), cut where it loops. Questions and chats are user turns; code
 # and dialogues are continued as they stand.
+answer() { # answer raw|turns OPTION...: what us-serve gives to the sets of a kind
+  kind=$1 && shift
+  options=$#
+  for file in "$prompts"/*.jsonl; do
+    case $file in
+    */math.jsonl | */chat.jsonl) of=turns ;;
+    *) of=raw ;;
+    esac
+    [ "$of" != "$kind" ] || set -- "$@" "$file"
+  done
+  [ $# -eq "$options" ] || us-serve "$@"
+}
 generate() { # generate RUN.jsonl OPTION...
   run=$1 && shift
   set -- --model "$out/q.h5" --plain-turns --cut-loops --ignore-end --max-tokens 256 --threads "$threads" "$@"
-  : >"$run.part"
-  # shellcheck disable=SC2086 # lists of files
-  [ -z "$raw" ] || us-serve "$@" $raw >>"$run.part"
-  # shellcheck disable=SC2086
-  [ -z "$turns" ] || us-serve "$@" --chat $turns >>"$run.part"
+  answer raw "$@" >"$run.part"
+  answer turns --chat "$@" >>"$run.part"
   mv "$run.part" "$run"
 }
-raw='' turns=''
-for set in "$prompts"/*.jsonl; do
-  case $set in
-  */math.jsonl | */chat.jsonl) turns="$turns $set" ;;
-  *) raw="$raw $set" ;;
-  esac
-done
 generate "$out/plain.jsonl"
 generate "$out/speculative.jsonl" --draft "$out/d.h5"
 python3 "$US_ROOT/data/recipes/same_tokens.py" "$out/plain.jsonl" "$out/speculative.jsonl"

@@ -1,10 +1,12 @@
 """Scripts that users start: help and a mistyped option. Usage: t_scripts.py SOURCE_ROOT
 
 --help prints what the script is to stdout and exits 0; an option that there is not exits 2 with a reason on stderr. Neither
-leaves anything in the folder that it was started in.
+leaves anything in the folder that it was started in. And the quickstart, in a folder with a space in its name, with tools that
+only write down what they are given: every prompt set reaches us-serve, whole, with the drafter and without.
 """
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,27 @@ def check(script, option, code, said):
         failed.append(f"{script} {option}: exit {done.returncode}, expected {code}; left {left}\n{done.stdout}{done.stderr}")
 
 
+def check_spaces():
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder) / "a clone"
+        shutil.copytree(ROOT / "data/recipes", place / "data/recipes")
+        shutil.copytree(ROOT / "data/prompts", place / "data/prompts")
+        (place / "build/tools").mkdir(parents=True)
+        for tool in ("us-data", "qat-quant", "dflash-train", "us-serve", "us-eval", "tile-profile"):
+            stub = place / "build/tools" / tool
+            stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{place}/{tool}.given"\n')
+            stub.chmod(0o755)
+        for script in ("same_tokens.py", "quickstart_table.py"):
+            (place / "data/recipes" / script).write_text("")
+        done = subprocess.run(["sh", place / "data/recipes/quickstart.sh", "--no-install", "--no-build"],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        given = (place / "us-serve.given").read_text().splitlines() if done.returncode == 0 else []
+        wanted = sorted(str(path) for path in (place / "data/prompts").glob("*.jsonl")) * 2
+        if sorted(word for word in given if word.endswith(".jsonl")) != sorted(wanted):
+            failed.append(f"quickstart.sh in '{place}': exit {done.returncode}; us-serve was given {given}\n{done.stderr}")
+
+
+check_spaces()
 for script in SCRIPTS:
     name = pathlib.Path(script).name
     check(script, "--help", 0, lambda done: done.stdout.startswith(f"{name}: ") and not done.stderr)
