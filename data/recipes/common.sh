@@ -8,6 +8,17 @@ US_TEST_PACKAGES="check clang libclang-rt-14-dev clang-format mandoc python3-num
 
 us_say() { printf '%s\n' "$*" >&2; }
 
+# us_one_word SCRIPT PATH...: false, with the reason, for a path with a blank in it, where a script's lists are words.
+us_one_word() {
+  us_script=$1
+  shift
+  for us_path in "$@"; do
+    case $us_path in
+    *[[:space:]]*) us_say "$us_script: '$us_path' has a blank in it, which this recipe cannot take" && return 1 ;;
+    esac
+  done
+}
+
 # Install those of the named packages that are missing. Needs root or sudo for it; without apt it only says what is needed.
 us_install_packages() {
   if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then

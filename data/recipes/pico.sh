@@ -16,8 +16,12 @@ US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 text='' out=$US_ROOT/out/pico threads=0 prompts="--prompts $US_ROOT/data/prompts"
 while [ $# -gt 0 ]; do
   case $1 in
-  --text) text=${2:?--text needs a folder} && shift ;;
-  --prompts) prompts="$prompts --prompts ${2:?--prompts needs a folder}" && shift ;;
+  --text) text=$(realpath "${2:?--text needs a folder}") && shift || exit 2 ;;
+  --prompts)
+    sets=$(realpath "${2:?--prompts needs a folder}") && us_one_word pico.sh "$sets" || exit 2
+    prompts="$prompts --prompts $sets"
+    shift
+    ;;
   --out) out=${2:?--out needs a folder} && shift ;;
   --threads) threads=${2:?--threads needs a number} && shift ;;
   -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -26,6 +30,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [ -n "$text" ] || { us_say "pico.sh: --text is required; see --help" && exit 2; }
+us_one_word pico.sh "$US_ROOT" "$text" || exit 2
 PATH="$US_ROOT/build/tools:$PATH"
 ULTRASPEED_DATA=$US_ROOT/data
 export PATH ULTRASPEED_DATA

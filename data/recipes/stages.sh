@@ -39,6 +39,7 @@ recipe_option() {
 
 # recipe_begin SCRIPT: once the options are read: into $out, the tools within reach.
 recipe_begin() {
+  us_one_word "$1" "$US_ROOT" "$text" "${sets:-}" || exit 2
   [ -n "$text" ] || { us_say "$1: --text is required; see --help" && exit 2; }
   PATH="${US_TOOLS:-$US_ROOT/build/tools}:$PATH"
   ULTRASPEED_DATA=$US_ROOT/data

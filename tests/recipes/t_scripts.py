@@ -46,7 +46,21 @@ def check_spaces():
             failed.append(f"quickstart.sh in '{place}': exit {done.returncode}; us-serve was given {given}\n{done.stderr}")
 
 
+def check_refused():
+    """The longer recipes keep lists of words: they say so of a path with a blank in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = pathlib.Path(folder) / "my text"
+        text.mkdir()
+        for name in ("pico", "nano", "mini"):
+            done = subprocess.run(["sh", ROOT / f"data/recipes/{name}.sh", "--text", text, "--out", folder + "/out"],
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+            said = f"{name}.sh: '{text.resolve()}' has a blank in it, which this recipe cannot take\n"
+            if done.returncode != 2 or done.stderr != said or os.path.exists(folder + "/out"):
+                failed.append(f"{name}.sh --text '{text}': exit {done.returncode}, expected 2\n{done.stderr}")
+
+
 check_spaces()
+check_refused()
 for script in SCRIPTS:
     name = pathlib.Path(script).name
     check(script, "--help", 0, lambda done: done.stdout.startswith(f"{name}: ") and not done.stderr)
