@@ -23,16 +23,16 @@ enum us_work {
   US_WORK_QKV,       /* (R, H*Q + G*Q + G*V) */
   US_WORK_Q,         /* (R, H*Q) */
   US_WORK_ATTENTION, /* (R, H*V) */
-  US_WORK_Y,         /* (R, D) output of a projection before the residual add; (R, E) router logits before */
+  US_WORK_Y,         /* (R, D) output of a projection before the residual add */
   US_WORK_GATE,      /* (R, F) dense MLP */
   US_WORK_UP,        /* (R, F) */
-  US_WORK_ROUTER,    /* (R, E) */
+  US_WORK_ROUTER,    /* (R, E) router logits */
   US_WORK_ROUTES,    /* ids, weights and groups */
   US_WORK_INNER,     /* (R*K, packed F) */
   US_WORK_ROPE,      /* (2, R, rotary_dim) */
   US_WORK_SCRATCH,   /* (threads, scratch) */
   US_WORK_BLOCK,     /* one page for a drafter's block */
-  US_WORK_MARKOV,    /* packed rows and one of logits */
+  US_WORK_MARKOV,    /* a packed row and a row (D) */
   US_WORK_COUNT
 };
 
@@ -50,7 +50,7 @@ float *us_forward_need(struct us_forward *f, enum us_work work, size_t floats, e
                        struct us_err *err);
 void us_forward_release(struct us_forward *f);
 
-/* packed (R, packed D) = rmsnorm(x); opt_plain (R, D) gets it unpacked too. */
+/* plain (R, D) = rmsnorm(x), and packed (R, packed D) the same packed. */
 void us_forward_norm(struct us_forward *f, const float *x, const float *weight, size_t R, size_t D,
                      double eps, float *plain, float *packed);
 
