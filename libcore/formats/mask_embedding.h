@@ -5,11 +5,9 @@
  *     ... mask.mask_token_id, mask.values[0 .. mask.hidden) ...
  *     us_mask_embedding_release(&mask);
  *
- * The file is torch.save({'mask_token_id': int, 'embedding': tensor[hidden]}): an uncompressed zip that
- * holds a pickle
- * and the tensor's bytes. A pickle is a program; this reader knows the dozen opcodes that such a file
- * contains and the one
- * constructor (torch._utils._rebuild_tensor_v2) and refuses everything else. Nothing is ever executed.
+ * The file is torch.save({'mask_token_id': int, 'embedding': tensor[hidden]}): an uncompressed zip that holds a
+ * pickle and the tensor's bytes. A pickle is a program; this reader knows the dozen opcodes that such a file contains
+ * and the one constructor (torch._utils._rebuild_tensor_v2) and refuses everything else. Nothing is ever executed.
  */
 #ifndef US_FORMATS_MASK_EMBEDDING_H
 #define US_FORMATS_MASK_EMBEDDING_H

@@ -5,8 +5,7 @@
  *     us_quant_stats_add(&stats, before, &stored, 0, stored.rows);   // any number of matrices or row ranges
  *     us_quant_stats_finish(&stats);                                 // stats.sqnr_db, stats.cosine, ...
  *
- * Sums are FP64, in order of tiles of 128 x 128 and of rows in a tile. To use threads give each a range of
- * rows and
+ * Sums are FP64, in order of tiles of 128 x 128 and of rows in a tile. To use threads give each a range of rows and
  * merge the parts in row order: as reproducible, and equal to one pass but for FP64 rounding.
  */
 #ifndef US_FORMATS_QUANT_STATS_H

@@ -12,10 +12,8 @@
  *     us_safetensors_writer_commit(writer, &err);                                // all files appear, whole
  *     us_safetensors_writer_free(writer);
  *
- * A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes. Files are
- * hostile until
- * checked: opening checks every name, dtype, size and offset, and that the tensors cover the file without
- * overlap and
+ * A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes. Files are hostile until
+ * checked: opening checks every name, dtype, size and offset, and that the tensors cover the file without overlap and
  * without hole; it reads no tensor. What the bytes mean is the caller's to check.
  */
 #ifndef US_FORMATS_SAFETENSORS_H
@@ -70,13 +68,10 @@ struct us_safetensor {
 
 struct us_safetensors;
 
-/* Map a .safetensors file, an index (*.json), or a folder: the one index in it (*.safetensors.index.json,
- * if there are
- * several model.safetensors.index.json), else model.safetensors, else its only .safetensors file. An
- * index's shards must
- * lie in its folder and hold the tensors that it says; tensors of a shard that the index does not name are
- * ignored.
- * US_ERR_IO if something cannot be read; US_ERR_INPUT names file and tensor if a check fails. */
+/* Map a .safetensors file, an index (*.json), or a folder: the one index in it (*.safetensors.index.json, if there
+ * are several model.safetensors.index.json), else model.safetensors, else its only .safetensors file. An index's
+ * shards must lie in its folder and hold the tensors that it says; tensors of a shard that the index does not name
+ * are ignored. US_ERR_IO if something cannot be read; US_ERR_INPUT names file and tensor if a check fails. */
 US_CHECKED enum us_status us_safetensors_open(const char *path, struct us_safetensors **ret_st,
                                               struct us_err *err);
 
@@ -103,8 +98,8 @@ US_CHECKED enum us_status us_safetensor_expect(const struct us_safetensor *t, en
 
 struct us_safetensors_writer;
 
-/* Start writing to a single file (a path ending in .safetensors) or into a folder, which is created if it
- * is missing. */
+/* Start writing to a single file (a path ending in .safetensors) or into a folder, which is created if it is missing. The
+ * folder must hold no other checkpoint: a reader goes by the index it finds. */
 US_CHECKED enum us_status us_safetensors_writer_create(const char *path,
                                                        struct us_safetensors_writer **ret_writer,
                                                        struct us_err *err);
@@ -114,18 +109,15 @@ US_CHECKED enum us_status us_safetensors_writer_metadata(struct us_safetensors_w
                                                          const char *key, const char *value,
                                                          struct us_err *err);
 
-/* Add a tensor; before begin. US_ERR_USAGE for a name that is empty, too long or not
- * UTF-8, and for an overflowing size. */
+/* Add a tensor; before begin. US_ERR_USAGE for a name that is empty, too long or not UTF-8, and for an overflowing
+ * size. */
 US_CHECKED enum us_status us_safetensors_writer_declare(struct us_safetensors_writer *writer,
                                                         const char *name, enum us_dtype dtype, uint32_t ndim,
                                                         const uint64_t *dims, struct us_err *err);
 
-/* Cut the tensors into files of at most max_shard_bytes each (0: no limit; a larger tensor gets a file of
- * its own; a
- * single file is never cut). In a folder the files are model.safetensors, or
- * model-00001-of-0000N.safetensors with
- * model.safetensors.index.json. Nothing may be declared afterwards.
- * US_ERR_USAGE for a name declared twice. */
+/* Cut the tensors into files of at most max_shard_bytes each (0: no limit; a larger tensor gets a file of its own; a
+ * single file is never cut). In a folder the files are model.safetensors, or model-00001-of-0000N.safetensors with
+ * model.safetensors.index.json. Nothing may be declared afterwards. US_ERR_USAGE for a name declared twice. */
 US_CHECKED enum us_status us_safetensors_writer_begin(struct us_safetensors_writer *writer,
                                                       uint64_t max_shard_bytes, struct us_err *err);
 

@@ -16,17 +16,15 @@ struct us_st_header {
   size_t metadata_count;
 };
 
-/* Parse and check the whole file's bytes: dtypes, shapes, sizes, offsets, overlap, holes. No tensor byte
- * is read.
+/* Parse and check the whole file's bytes: dtypes, shapes, sizes, offsets, overlap, holes. No tensor byte is read.
  * US_ERR_INPUT names `name` and the tensor; nothing is held then. */
 US_CHECKED enum us_status us_st_header_parse(const void *bytes, size_t n, const char *name,
                                              struct us_st_header *ret_header, struct us_err *err);
 
 void us_st_header_release(struct us_st_header *header);
 
-/* 1 if a tensor or metadata name can be shown in a one-line message: not empty, at most
- * US_SAFETENSORS_MAX_NAME bytes, no
- * control characters. */
+/* 1 if a tensor or metadata name can be shown in a one-line message: not empty, at most US_SAFETENSORS_MAX_NAME
+ * bytes, no control characters. */
 int us_st_name_ok(const char *name);
 
 #endif

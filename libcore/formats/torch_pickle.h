@@ -5,11 +5,9 @@
  *     if (us_torch_dict_parse(bytes, n, &dict, &err) != US_OK) return err.status;
  *     const struct us_torch_item *item = us_torch_dict_find(&dict, "embedding");
  *
- * A pickle is a program for a stack machine. This one has the protocol 2 opcodes that torch.save emits
- * for such a dict, a
- * fixed memory, and no way to call anything: the globals it knows are four names, and "calling" one
- * builds the description
- * of a tensor. Whatever else a file asks for is US_ERR_INPUT.
+ * A pickle is a program for a stack machine. This one has the protocol 2 opcodes that torch.save emits for such a
+ * dict, a fixed memory, and no way to call anything: the globals it knows are six names, and "calling" one builds
+ * the description of a tensor. Whatever else a file asks for is US_ERR_INPUT.
  */
 #ifndef US_FORMATS_TORCH_PICKLE_H
 #define US_FORMATS_TORCH_PICKLE_H

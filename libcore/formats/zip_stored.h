@@ -5,9 +5,8 @@
  *     if (us_zip_find(bytes, n, "mask.pt", "/data.pkl", &member, &err) != US_OK) return err.status;
  *     ... member.data[0 .. member.bytes) ...
  *
- * A torch.save file is such a zip. Compression, encryption, ZIP64 sizes and several disks are refused;
- * offsets, the local
- * header and the CRC-32 of what is read are checked.
+ * A torch.save file is such a zip. Compression, encryption, ZIP64 sizes and several disks are refused; offsets, the
+ * local header and the CRC-32 of what is read are checked.
  */
 #ifndef US_FORMATS_ZIP_STORED_H
 #define US_FORMATS_ZIP_STORED_H
@@ -21,9 +20,8 @@ struct us_zip_member {
   size_t bytes;
 };
 
-/* The member whose name ends in `suffix` after its first folder ("x/data.pkl" for "/data.pkl"); `data`
- * is NULL if there
- * is none. US_ERR_INPUT, naming `file`, if the zip is bad or two members match. */
+/* The member whose name ends in `suffix` after its first folder ("x/data.pkl" for "/data.pkl"); `data` is NULL if
+ * there is none. US_ERR_INPUT, naming `file`, if the zip is bad or two members match. */
 US_CHECKED enum us_status us_zip_find(const void *bytes, size_t n, const char *file, const char *suffix,
                                       struct us_zip_member *ret_member, struct us_err *err);
 
