@@ -219,7 +219,7 @@ static char *show(const json_t *value) {
   if (!value) return strdup("not given");
   if (json_is_string(value)) return strdup(json_string_value(value));
   const json_t *by = json_object_get(value, "by"), *inner = json_object_get(value, "value");
-  if (!by || !inner) return us_json_text(value);
+  if (!json_is_string(by) || !inner) return us_json_text(value); /* a file may have them of any type */
   char *text = us_json_text(inner), *both = NULL;
   if (text && asprintf(&both, "%s (%s)", text, json_string_value(by)) < 0) both = NULL;
   free(text);

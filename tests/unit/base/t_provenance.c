@@ -86,6 +86,19 @@ START_TEST(equal_runs_do_not_differ_whoever_set_the_options) {
 }
 END_TEST
 
+START_TEST(an_option_that_nobody_set_is_shown_as_it_stands) {
+  struct us_provenance *a = make(1, "200", sha, "mse"), *b = make(1, "200", sha, "mse");
+  struct us_buffer lines = {0};
+  size_t count;
+  ck_assert_int_eq(us_provenance_set_json(b, "extra", "{\"value\": 2, \"by\": 7}", NULL), US_OK);
+  ck_assert_int_eq(us_provenance_compare(a, b, &lines, &count, NULL), US_OK);
+  ck_assert_str_eq(lines.data, "extra: not given, {\"value\":2,\"by\":7}\n");
+  us_buffer_release(&lines);
+  us_provenance_free(a);
+  us_provenance_free(b);
+}
+END_TEST
+
 START_TEST(a_field_that_is_not_as_expected_is_named) {
   struct us_provenance *p = make(1, "200", sha, "floor");
   struct us_err err = {0};
@@ -129,6 +142,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, text_reads_back_the_same);
   tcase_add_test(c, comparing_says_what_differs);
   tcase_add_test(c, equal_runs_do_not_differ_whoever_set_the_options);
+  tcase_add_test(c, an_option_that_nobody_set_is_shown_as_it_stands);
   tcase_add_test(c, a_field_that_is_not_as_expected_is_named);
   tcase_add_test(c, hostile_text_is_refused_by_field);
   return us_suite("provenance", c);
