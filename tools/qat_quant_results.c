@@ -4,6 +4,7 @@
  */
 #include "tools/qat_quant_results.h"
 
+#include "base/json.h"
 #include "base/plot.h"
 #include "base/provenance.h"
 #include "base/table.h"
@@ -83,6 +84,7 @@ static json_t *metrics_object(const struct us_qat_quant *job) {
   const struct us_metrics_model *base = &job->metrics.models[0],
                                 *last = &job->metrics.models[job->metrics.n - 1];
   json_t *root = json_object();
+  bool whole = true;
   const struct {
     const char *key;
     double value;
@@ -102,7 +104,8 @@ static json_t *metrics_object(const struct us_qat_quant *job) {
                {"bits_per_byte", last->bits_per_byte},
                {"tokens", (double)job->metrics.tokens}};
   for (size_t i = 0; i < sizeof items / sizeof items[0]; i++)
-    json_object_set_new(root, items[i].key, number(items[i].value));
+    us_json_set(root, items[i].key, number(items[i].value), &whole);
+  if (!whole) json_decref(root), root = NULL;
   return root;
 }
 
@@ -116,7 +119,7 @@ static json_t *precision_object(const struct us_model *model) {
 
 static enum us_status set_object(struct us_provenance *provenance, const char *key, json_t *object,
                                  struct us_err *err) {
-  char *text = object ? json_dumps(object, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
+  char *text = object ? us_json_dump(object, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
   json_decref(object);
   if (!text) return us_err_memory(err, key, 0);
   enum us_status status = us_provenance_set_json(provenance, key, text, err);

@@ -4,6 +4,7 @@
  */
 #include "training/bpe_train.h"
 #include "base/intern.h"
+#include "base/json.h"
 #include "formats/added_tokens.h"
 #include "formats/byte_level.h"
 #include "formats/pretokenize.h"
@@ -355,19 +356,22 @@ static json_t *spelled(const struct us_bpe_trainer *trainer, int32_t symbol, str
   return json_stringn(scratch->data, scratch->size);
 }
 
-static json_t *make_model(const struct us_bpe_trainer *trainer) {
+static json_t *make_model(const struct us_bpe_trainer *trainer, bool *whole) {
   struct us_buffer scratch = {0};
   json_t *vocab = json_object(), *merges = json_array();
   for (uint32_t i = 0; i < trainer->symbols.n; i++) {
     json_t *name = spelled(trainer, (int32_t)i, &scratch);
-    json_object_set_new(vocab, json_string_value(name), json_integer(i));
+    if (name)
+      us_json_set(vocab, json_string_value(name), json_integer(i), whole);
+    else
+      *whole = false;
     json_decref(name);
   }
   for (size_t i = 0; i < trainer->n_merges; i++) {
     json_t *merge = json_array();
     for (int half = 0; half < 2; half++)
-      json_array_append_new(merge, spelled(trainer, trainer->merges[i][half], &scratch));
-    json_array_append_new(merges, merge);
+      us_json_append(merge, spelled(trainer, trainer->merges[i][half], &scratch), whole);
+    us_json_append(merges, merge, whole);
   }
   us_buffer_release(&scratch);
   return json_pack("{s:s, s:n, s:n, s:n, s:n, s:b, s:b, s:b, s:o, s:o}", "type", "BPE", "dropout",
@@ -375,12 +379,14 @@ static json_t *make_model(const struct us_bpe_trainer *trainer) {
                    "byte_fallback", 0, "ignore_merges", 0, "vocab", vocab, "merges", merges);
 }
 
-static json_t *make_added(int32_t first) {
+static json_t *make_added(int32_t first, bool *whole) {
   json_t *added = json_array();
   for (int i = 0; i < US_BPE_N_SPECIAL; i++)
-    json_array_append_new(added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", (int)first + i,
-                                           "content", us_bpe_special[i], "single_word", 0, "lstrip", 0,
-                                           "rstrip", 0, "normalized", 0, "special", 1));
+    us_json_append(added,
+                   json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", (int)first + i, "content",
+                             us_bpe_special[i], "single_word", 0, "lstrip", 0, "rstrip", 0, "normalized", 0,
+                             "special", 1),
+                   whole);
   return added;
 }
 
@@ -398,14 +404,16 @@ enum us_status us_bpe_trainer_finish(struct us_bpe_trainer *trainer, int32_t voc
   enum us_status status = begin_merging(trainer, err);
   if (status == US_OK) status = merge_all(trainer, vocab, err);
   if (status != US_OK) return status;
+  bool whole = true;
   json_t *split = json_pack("{s:s, s:{s:s}, s:s, s:b}", "type", "Split", "pattern", "Regex", US_PATTERN_QWEN2,
                             "behavior", "Isolated", "invert", 0);
   json_t *pre = json_pack("{s:s, s:[o, o]}", "type", "Sequence", "pretokenizers", split, make_byte_level());
-  json_t *root = json_pack("{s:s, s:n, s:n, s:o, s:{s:s}, s:o, s:o, s:o, s:o}", "version", "1.0",
-                           "truncation", "padding", "added_tokens", make_added((int32_t)trainer->symbols.n),
-                           "normalizer", "type", "NFC", "pre_tokenizer", pre, "post_processor",
-                           make_byte_level(), "decoder", make_byte_level(), "model", make_model(trainer));
-  char *text = root ? json_dumps(root, JSON_COMPACT) : NULL;
+  json_t *root =
+      json_pack("{s:s, s:n, s:n, s:o, s:{s:s}, s:o, s:o, s:o, s:o}", "version", "1.0", "truncation",
+                "padding", "added_tokens", make_added((int32_t)trainer->symbols.n, &whole), "normalizer",
+                "type", "NFC", "pre_tokenizer", pre, "post_processor", make_byte_level(), "decoder",
+                make_byte_level(), "model", make_model(trainer, &whole));
+  char *text = root && whole ? us_json_dump(root, JSON_COMPACT) : NULL;
   json_decref(root);
   status =
       text ? us_buffer_add(json, text, err) : us_err_memory(err, "tokenizer.json", (unsigned)vocab * 40u);

@@ -22,23 +22,23 @@ void us_run_entry_take(struct us_run_entry *entry, const struct us_output *outpu
 
 /* Writing */
 
-static json_t *id_array(const int32_t *ids, size_t n) {
+static json_t *id_array(const int32_t *ids, size_t n, bool *whole) {
   json_t *array = json_array();
-  for (size_t i = 0; array && i < n; i++) json_array_append_new(array, json_integer(ids[i]));
+  for (size_t i = 0; i < n; i++) us_json_append(array, json_integer(ids[i]), whole);
   return array;
 }
 
-static json_t *count_array(const uint64_t *counts, uint32_t n) {
+static json_t *count_array(const uint64_t *counts, uint32_t n, bool *whole) {
   json_t *array = json_array();
-  for (uint32_t i = 0; array && i < n; i++) json_array_append_new(array, json_integer((json_int_t)counts[i]));
+  for (uint32_t i = 0; i < n; i++) us_json_append(array, json_integer((json_int_t)counts[i]), whole);
   return array;
 }
 
 /* JSON has no infinities: the log-probability of the impossible is the lowest float. */
-static json_t *logprob_array(const float *logprobs, size_t n) {
+static json_t *logprob_array(const float *logprobs, size_t n, bool *whole) {
   json_t *array = json_array();
-  for (size_t i = 0; array && i < n; i++)
-    json_array_append_new(array, json_real((double)fmaxf(logprobs[i], -FLT_MAX)));
+  for (size_t i = 0; i < n; i++)
+    us_json_append(array, json_real((double)fmaxf(logprobs[i], -FLT_MAX)), whole);
   return array;
 }
 
@@ -48,40 +48,43 @@ static uint32_t used_slots(const uint64_t *counts) {
   return n;
 }
 
-static json_t *stats_object(const struct us_decode_stats *s) {
+static json_t *stats_object(const struct us_decode_stats *s, bool *whole) {
   uint32_t slots = used_slots(s->offered);
   double rate = s->seconds > 0.0 ? (double)s->committed / s->seconds : 0.0;
   return json_pack("{s:I,s:I,s:f,s:o,s:o,s:o,s:f,s:f,s:f}", "rounds", (json_int_t)s->rounds, "committed",
                    (json_int_t)s->committed, "acceptance_length", us_decode_stats_length(s), "offered",
-                   count_array(s->offered, slots), "accepted", count_array(s->accepted, slots), "histogram",
-                   count_array(s->histogram, s->rounds ? slots + 1 : 0), "first_token_seconds",
-                   s->first_token_seconds, "seconds", s->seconds, "tokens_per_second", rate);
+                   count_array(s->offered, slots, whole), "accepted", count_array(s->accepted, slots, whole),
+                   "histogram", count_array(s->histogram, s->rounds ? slots + 1 : 0, whole),
+                   "first_token_seconds", s->first_token_seconds, "seconds", s->seconds, "tokens_per_second",
+                   rate);
 }
 
+/* NULL when out of memory. */
 static json_t *entry_object(const struct us_run_entry *e) {
   json_t *root = json_object();
-  if (e->id) json_object_set_new(root, "id", us_json_any_string(e->id, strlen(e->id)));
+  bool whole = true;
+  if (e->id) us_json_set(root, "id", us_json_any_string(e->id, strlen(e->id)), &whole);
   if (e->scenario)
-    json_object_set_new(root, "scenario", us_json_any_string(e->scenario, strlen(e->scenario)));
-  json_object_set_new(root, "turn", json_integer(e->turn));
-  json_object_set_new(root, "sample", json_integer(e->sample));
-  json_object_set_new(root, "best", json_boolean(e->best));
-  json_object_set_new(root, "text", us_json_any_string(e->text, e->text_bytes));
-  json_object_set_new(root, "finish", json_string(us_finish_name(e->finish)));
-  if (e->answer) json_object_set_new(root, "answer", us_json_any_string(e->answer, strlen(e->answer)));
-  if (e->logprobs) json_object_set_new(root, "logprob", json_real(e->mean_logprob));
-  json_object_set_new(root, "prompt_ids", id_array(e->prompt, e->prompt_count));
-  json_object_set_new(root, "ids", id_array(e->ids, e->count));
-  if (e->logprobs) json_object_set_new(root, "logprobs", logprob_array(e->logprobs, e->count));
-  if (e->settings_json) json_object_set_new(root, "settings", json_loads(e->settings_json, 0, NULL));
-  /* The last to be set: without memory somewhere above, a field is missing and this is too. */
-  if (json_object_set_new(root, "stats", stats_object(&e->stats)) != 0) json_decref(root), root = NULL;
+    us_json_set(root, "scenario", us_json_any_string(e->scenario, strlen(e->scenario)), &whole);
+  us_json_set(root, "turn", json_integer(e->turn), &whole);
+  us_json_set(root, "sample", json_integer(e->sample), &whole);
+  us_json_set(root, "best", json_boolean(e->best), &whole);
+  us_json_set(root, "text", us_json_any_string(e->text, e->text_bytes), &whole);
+  us_json_set(root, "finish", json_string(us_finish_name(e->finish)), &whole);
+  if (e->answer) us_json_set(root, "answer", us_json_any_string(e->answer, strlen(e->answer)), &whole);
+  if (e->logprobs) us_json_set(root, "logprob", json_real(e->mean_logprob), &whole);
+  us_json_set(root, "prompt_ids", id_array(e->prompt, e->prompt_count, &whole), &whole);
+  us_json_set(root, "ids", id_array(e->ids, e->count, &whole), &whole);
+  if (e->logprobs) us_json_set(root, "logprobs", logprob_array(e->logprobs, e->count, &whole), &whole);
+  if (e->settings_json) us_json_set(root, "settings", json_loads(e->settings_json, 0, NULL), &whole);
+  us_json_set(root, "stats", stats_object(&e->stats, &whole), &whole);
+  if (!whole) json_decref(root), root = NULL;
   return root;
 }
 
 enum us_status us_run_write(FILE *out, const struct us_run_entry *entry, struct us_err *err) {
   json_t *root = entry_object(entry);
-  char *line = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
+  char *line = root ? us_json_dump(root, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
   json_decref(root);
   if (!line) return us_err_memory(err, "a run's line", entry->count * 16);
   fputs(line, out);

@@ -1,5 +1,6 @@
 /* t_run.c: recorded runs: what is written reads back equal, and bad lines are named. */
 #include "decode/run.h"
+#include "fail_alloc.h"
 #include "suite.h"
 
 #include <string.h>
@@ -127,8 +128,35 @@ START_TEST(a_full_disk_is_an_error) {
 }
 END_TEST
 
+/* The line of the undisturbed run; every later one that succeeds must be the same. */
+static char expected[4096];
+
+static enum us_status write_line(void *arg, struct us_err *err) {
+  static char line[sizeof expected], buffer[sizeof expected];
+  FILE *out = arg;
+  memset(line, 0, sizeof line);
+  rewind(out);
+  setvbuf(out, buffer, _IOFBF, sizeof buffer);
+  struct us_run_entry e = make_entry();
+  e.settings_json = NULL; /* jansson 2.14 itself ends where memory does at a closing quote */
+  enum us_status status = us_run_write(out, &e, err);
+  if (status != US_OK) return status;
+  rewind(out);
+  if (!fgets(line, sizeof line, out)) return us_err_set(err, US_ERR_CHECK, "no line");
+  if (!expected[0]) strcpy(expected, line);
+  return strcmp(line, expected) == 0 ? US_OK : us_err_set(err, US_ERR_CHECK, "a part is missing: %s", line);
+}
+
+START_TEST(a_line_is_written_whole_or_not_at_all) {
+  FILE *out = tmpfile();
+  us_fail_alloc(write_line, out, US_FAIL_ALLOC_MAY_SUCCEED);
+  fclose(out);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("run");
+  tcase_add_test(c, a_line_is_written_whole_or_not_at_all);
   tcase_add_test(c, a_written_run_reads_back_equal);
   tcase_add_test(c, any_bytes_of_text_become_valid_json);
   tcase_add_test(c, an_entry_is_found_by_prompt_and_sample);
