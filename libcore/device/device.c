@@ -15,8 +15,8 @@ enum us_status us_cuda_status(int code, const char *what, struct us_err *err) {
   return us_err_set(err, status, "%s: %s", what, cudaGetErrorString((cudaError_t)code));
 }
 
-enum us_status us_cuda_upload(void *to, const void *from, size_t bytes, const char *what,
-                              struct us_err *err) {
+enum us_status us_device_upload(void *to, const void *from, size_t bytes, const char *what,
+                                struct us_err *err) {
   cudaError_t code = cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);
   if (code == cudaSuccess) code = cudaStreamSynchronize(NULL);
   return us_cuda_status((int)code, what, err);

@@ -47,8 +47,8 @@ US_CHECKED enum us_status us_cuda_status(int code, const char *what, struct us_e
 
 /* Bytes from pageable memory to the current GPU, there when this returns: cudaMemcpy returns when they are staged, and the streams
  * of an engine do not wait for the default stream. */
-US_CHECKED enum us_status us_cuda_upload(void *to, const void *from, size_t bytes, const char *what,
-                                         struct us_err *err);
+US_CHECKED enum us_status us_device_upload(void *to, const void *from, size_t bytes, const char *what,
+                                           struct us_err *err);
 
 /* Wait for every stream. If the engine's watchdog stopped a launch of `ops` (the host's copy of the list), US_ERR_DEVICE names
  * the first wait, and every role that waits gets a line through `say`. */

@@ -15,7 +15,7 @@ static void cuda_free(void *arg, void *memory) {
 }
 
 static enum us_status cuda_upload(void *arg, void *to, const void *from, uint64_t bytes, struct us_err *err) {
-  return us_cuda_upload(to, from, bytes, "filling a buffer", err);
+  return us_device_upload(to, from, bytes, "filling a buffer", err);
 }
 
 /* The streams of an engine do not wait for the default stream. */

@@ -153,7 +153,7 @@ static enum us_status fill_rope(const struct us_attention_shape *s, uint32_t pos
   if (!table) return us_err_memory(err, "rope tables", bytes);
   for (uint32_t p = 0; p < positions; p++)
     us_rope_table(s->rope_theta, s->rotary_dim, p, table + (size_t)p * s->rotary_dim);
-  enum us_status status = us_cuda_upload(device, table, bytes, "rope tables", err);
+  enum us_status status = us_device_upload(device, table, bytes, "rope tables", err);
   free(table);
   return status;
 }
