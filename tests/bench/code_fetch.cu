@@ -99,7 +99,8 @@ static double median_cycles(const bench &b, int warps, int sections, bool stream
 int main(int argc, char **argv) {
   us_gpu_begin();
   us_gpu_watchdog(60);
-  bench b = {.passes = argc > 1 ? atoi(argv[1]) : 32};
+  bench b = {};
+  b.passes = argc > 1 ? atoi(argv[1]) : 32;
   if (b.passes < 2 || b.passes > 1000) {
     fprintf(stderr, "code_fetch: PASSES is %s, not 2 to 1000\n", argv[1]);
     return 2;
