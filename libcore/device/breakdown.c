@@ -56,21 +56,16 @@ static void add_lane(struct us_breakdown *b, const struct us_breakdown_spans *s,
 
 enum us_status us_breakdown_gpu(struct us_breakdown *b, const struct us_breakdown_spans *spans,
                                 struct us_err *err) {
-  uint32_t rounds = UINT32_MAX;
+  static const uint32_t roles[] = {US_SPANS_COMPUTE, US_SPANS_STREAM};
+  uint32_t rounds;
+  enum us_status status = us_spans_whole(spans, roles, b->skip, &rounds, err);
   for (uint32_t block = 0; block < spans->blocks; block++)
-    for (uint32_t role = US_SPANS_COMPUTE; role <= US_SPANS_STREAM; role++) {
-      uint32_t whole = us_spans_rounds(spans, block, role),
-               seen = spans->counts[block * US_ENGINE_ROLES + role];
-      if (whole < rounds) rounds = whole;
+    for (int i = 0; i < 2; i++) {
+      uint32_t seen = spans->counts[block * US_ENGINE_ROLES + roles[i]];
       if (seen > spans->capacity) b->dropped += seen - spans->capacity;
+      if (status == US_OK) add_lane(b, spans, block, roles[i], rounds);
     }
-  if (rounds <= b->skip)
-    return us_err_set(err, US_ERR_CHECK, "%u spans a role of a block are too few for %u rounds",
-                      spans->capacity, b->skip + 1);
-  for (uint32_t block = 0; block < spans->blocks; block++)
-    for (uint32_t role = US_SPANS_COMPUTE; role <= US_SPANS_STREAM; role++)
-      add_lane(b, spans, block, role, rounds);
-  return US_OK;
+  return status;
 }
 
 void us_breakdown_finish(struct us_breakdown *b) {

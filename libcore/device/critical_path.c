@@ -212,15 +212,9 @@ static void walk_back(const struct walk *w, struct us_critical_path *path) {
 enum us_status us_critical_path_gpu(struct us_critical_path *path, const struct us_breakdown_spans *spans,
                                     struct us_err *err) {
   static const uint32_t roles[] = {US_SPANS_COMPUTE, US_SPANS_EPILOGUE};
-  struct walk w = {.spans = spans, .rounds = UINT32_MAX};
-  for (uint32_t block = 0; block < spans->blocks; block++)
-    for (int i = 0; i < 2; i++) {
-      uint32_t whole = us_spans_rounds(spans, block, roles[i]);
-      if (whole < w.rounds) w.rounds = whole;
-    }
-  if (w.rounds <= path->skip)
-    return us_err_set(err, US_ERR_CHECK, "%u spans a role of a block are too few for %u rounds",
-                      spans->capacity, path->skip + 1);
+  struct walk w = {.spans = spans};
+  enum us_status status = us_spans_whole(spans, roles, path->skip, &w.rounds, err);
+  if (status != US_OK) return status;
   size_t stays = (size_t)spans->blocks * w.rounds * spans->op_count;
   w.stay = calloc(stays, sizeof *w.stay);
   if (!w.stay) return us_err_memory(err, "spans of operations", stays * sizeof *w.stay);

@@ -31,6 +31,20 @@ static inline uint32_t us_spans_rounds(const struct us_breakdown_spans *s, uint3
   return rounds + (count && s->counts[block * US_ENGINE_ROLES + role] <= s->capacity);
 }
 
+/* Rounds that every block has whole in both roles. US_ERR_CHECK: no more than the `skip` at the start. */
+static inline enum us_status us_spans_whole(const struct us_breakdown_spans *s, const uint32_t roles[2],
+                                            uint32_t skip, uint32_t *ret_rounds, struct us_err *err) {
+  *ret_rounds = UINT32_MAX;
+  for (uint32_t block = 0; block < s->blocks; block++)
+    for (int i = 0; i < 2; i++) {
+      uint32_t whole = us_spans_rounds(s, block, roles[i]);
+      if (whole < *ret_rounds) *ret_rounds = whole;
+    }
+  if (*ret_rounds > skip) return US_OK;
+  return us_err_set(err, US_ERR_CHECK, "%u spans a role of a block are too few for %u rounds", s->capacity,
+                    skip + 1);
+}
+
 static inline enum us_program_kind us_spans_program(const struct us_engine_op *op) {
   return op->program == US_ENGINE_PASS_TARGET  ? US_PROGRAM_TARGET
          : op->program == US_ENGINE_PASS_DRAFT ? US_PROGRAM_DRAFT
