@@ -29,7 +29,7 @@ struct us_engine_watch {
   uint64_t since;
 };
 
-static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what,
+static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what,
                                                             uint32_t index, uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
   uint64_t now = us_engine_now();
@@ -39,6 +39,7 @@ static __device__ __forceinline__ void us_engine_stop_stuck(const struct us_engi
   __threadfence_system();
   while (us_engine_now() - now < 500000000ull) __nanosleep(1000);
   asm volatile("trap; exit;");
+  __builtin_unreachable();
 }
 
 /* One more try of a wait of one thread. */
