@@ -203,24 +203,48 @@ static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engin
   if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_full[buffer]));
 }
 
-/* One tile: all its stages. */
+/* One stage of a tile. */
+template <int FORMAT, int HALVES, bool WHOLE>
+static __device__ __forceinline__ void us_engine_gemm_stage(const struct us_engine_block *b,
+                                                            struct us_engine_shared *s,
+                                                            struct us_engine_cursor *c, uint32_t groups,
+                                                            uint32_t offset, bool working, int lane,
+                                                            const uint4 *rows, float *acc) {
+  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
+  us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
+  if (WHOLE || working)
+    us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane, rows, acc);
+  us_engine_release(s, *c, lane);
+  us_engine_advance(c);
+}
+
+/* One tile: all its stages. F32, whose multiplies are long code for a small matrix, has one copy of them, before which the
+ * activations go round. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engine_block *b,
                                                            struct us_engine_shared *s,
                                                            struct us_engine_cursor *c, uint32_t subs,
                                                            uint32_t groups, uint32_t offset, bool working,
-                                                           int lane, const uint4 *rows, float *acc) {
-  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
+                                                           int lane, uint4 *rows, float *acc) {
+  constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most,
+                SUBS = us_engine_page_groups<FORMAT, HALVES>::subs;
+  if (FORMAT == US_FORMAT_F32) {
+#pragma unroll 1
+    for (int j = 0; j < SUBS; j++) {
+      if (j < subs)
+        us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows, acc);
+      uint4 first = rows[0];
 #pragma unroll
-  for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++) {
-    if (j >= subs) continue;
-    us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
-    if (WHOLE || working)
-      us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane,
-                                       rows + j * MOST, acc);
-    us_engine_release(s, *c, lane);
-    us_engine_advance(c);
+      for (int i = 0; i + 1 < SUBS; i++) rows[i] = rows[i + 1];
+      rows[SUBS - 1] = first;
+    }
+    return;
   }
+#pragma unroll
+  for (int j = 0; j < SUBS; j++)
+    if (j < subs)
+      us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows + j * MOST,
+                                                  acc);
 }
 
 /* This block's items, which ascend, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many

@@ -153,7 +153,7 @@ static __device__ __forceinline__ void us_f32_fragments(uint4 w0, uint4 w1, uint
 static __device__ __forceinline__ void us_page_multiply_f32(const uint8_t *page, int lane, const uint4 *b,
                                                             float *acc) {
   const uint4 *chunk = (const uint4 *)page + lane;
-#pragma unroll
+#pragma unroll 1 /* small code: it runs once a layer */
   for (int k = 0; k < 2; k++) {
     uint32_t a[12];
     us_f32_fragments(chunk[2 * k * 32], chunk[(2 * k + 1) * 32], a);
