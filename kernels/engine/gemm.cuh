@@ -172,11 +172,11 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
 /* Activations of this warp for `part`: slice part * warps * subs + j * warps + warp, all its groups. */
-template <int FORMAT, int HALVES>
+template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part,
                                                            int warp, int lane, uint4 *rows) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
-  uint32_t groups = g->w.groups, subs = g->subs, step = g->warps * groups * 32;
+  uint32_t groups = WHOLE ? MOST : g->w.groups, subs = g->subs, step = g->warps * groups * 32;
   const uint4 *operand = (const uint4 *)g->operand + (part * subs * g->warps + warp) * groups * 32 + lane;
 #pragma unroll
   for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++)
@@ -209,7 +209,7 @@ static __device__ __forceinline__ void us_engine_gemm_stage(const struct us_engi
                                                             struct us_engine_shared *s,
                                                             struct us_engine_cursor *c, uint32_t groups,
                                                             uint32_t offset, bool working, int lane,
-                                                            const uint4 *rows, float *acc) {
+                                                            uint4 *rows, float *acc) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
   us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
   if (WHOLE || working)
@@ -264,7 +264,7 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
     uint32_t part = g->experts ? 0 : i / g->w.tiles,
              end = g->experts ? US_ENGINE_NONE : (part + 1) * g->w.tiles;
     uint4 rows[US_ENGINE_GROUPS];
-    us_engine_load_rows<FORMAT, HALVES>(g, part, working ? warp : 0, lane, rows);
+    us_engine_load_rows<FORMAT, HALVES, WHOLE>(g, part, working ? warp : 0, lane, rows);
     do {
       float acc[4 * HALVES] = {};
       us_engine_gemm_tile<FORMAT, HALVES, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows, acc);
