@@ -285,7 +285,7 @@ static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_
   for (; j < sh->jobs; j += b->blocks) {
     if (j != first || sh->unset) {
       us_engine_meet(); /* shared memory of the job before */
-      if (threadIdx.x < 32) us_attention_set_job(b, sh, j);
+      if (threadIdx.x < 32) us_attention_set_job(j, false);
       us_engine_meet();
     }
     us_attention_run<QS, VS>(b, op, sh, early && j == first);

@@ -1,7 +1,7 @@
 /* attention_plan.cuh: what each row of a row tile sees, into which jobs its keys are cut, and the shared memory of it all.
  *
  *     us_attention_plan_rows(b, program, row_tile, shared);  // one warp, once state and rows stand: rows, jobs
- *     us_attention_set_job(b, shared, j);         // one warp: job j
+ *     us_attention_set_job(j, false);             // one warp: job j
  *
  * A job is a row, a chunk of 16 query heads and a piece of the row's keys. The cut follows from the row's own position alone: up to
  * US_ENGINE_ATTENTION_TOGETHER leaves are one job, a leaf a unit; up to US_ENGINE_ATTENTION_GROUPED leaves a job is a group, a leaf a
@@ -86,6 +86,7 @@ struct us_attention_shared {
   struct us_attention_leaf leaf[US_ATTENTION_UNITS];
   float sink[US_ATTENTION_HEADS]; /* times log2 e; -Inf: none */
   uint32_t chunks;                /* of 16 query heads */
+  uint32_t group;                 /* query heads of a KV head */
   uint32_t jobs;
   uint32_t span;         /* segments a job */
   uint32_t folds;        /* bit r: row r is cut in pieces, which somebody folds */
@@ -98,7 +99,21 @@ struct us_attention_shared {
 };
 static_assert(sizeof(struct us_attention_shared) <= US_ENGINE_VECTOR_BYTES, "shared memory of attention");
 
+/* By an address in a register: constants would each take an instruction to be one. */
+static __device__ __forceinline__ struct us_attention_shared *us_attention_shared_of(void) {
+  uint32_t address = us_engine_shared_base((const struct us_engine_block *)0) +
+                     (uint32_t)offsetof(struct us_engine_shared, partial);
+  return (struct us_attention_shared *)__cvta_shared_to_generic(address);
+}
+
 /* ---- rows -------------------------------------------------------------------------------------------------------- */
+
+/* Quotient of numbers below 2^21: x + 1/2 is farther from a multiple than the approximation errs. A third of a division's code. */
+static __device__ __forceinline__ uint32_t us_attention_quotient(uint32_t x, uint32_t by) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"((float)by));
+  return (uint32_t)(((float)x + 0.5f) * r);
+}
 
 /* What a row sees, of its place and of the rows of its sequence around it: `before` and `after` it in the pass. */
 static __device__ __forceinline__ void us_attention_see(const struct us_engine_attention *a,
@@ -112,18 +127,19 @@ static __device__ __forceinline__ void us_attention_see(const struct us_engine_a
   if (row->end < row->begin) row->end = row->begin;
   row->first = row->begin / 64,
   row->leaves = row->end > row->begin ? (row->end - 1) / 64 - row->first + 1 : 0;
-  row->first_page = row->first % a->page_count;
+  row->first_page =
+      row->first - us_attention_quotient(row->first, a->page_count) * a->page_count; /* positions < 2^27 */
 }
 
 /* How many jobs each chunk of a row is. */
 static __device__ __forceinline__ void us_attention_cut_row(struct us_attention_row *row, uint32_t block) {
-  uint32_t each = row->leaves <= US_ENGINE_ATTENTION_GROUPED ? US_ATTENTION_GROUP : US_ATTENTION_SEGMENT;
+  bool groups = row->leaves <= US_ENGINE_ATTENTION_GROUPED;
   uint32_t last = row->first + row->leaves - 1;
-  row->cut = row->leaves + block <= US_ENGINE_ATTENTION_TOGETHER ? US_ATTENTION_WHOLE
-             : each == US_ATTENTION_GROUP                        ? US_ATTENTION_GROUPS
-                                                                 : US_ATTENTION_SEGMENTS;
-  row->pieces = row->cut == US_ATTENTION_WHOLE ? 1 : last / each - row->first / each + 1 + block;
-  row->first_piece = row->first / each, row->last_piece = last / each;
+  row->first_piece = groups ? row->first / US_ATTENTION_GROUP : row->first / US_ATTENTION_SEGMENT;
+  row->last_piece = groups ? last / US_ATTENTION_GROUP : last / US_ATTENTION_SEGMENT;
+  row->cut = groups ? US_ATTENTION_GROUPS : US_ATTENTION_SEGMENTS;
+  row->pieces = row->last_piece - row->first_piece + 1 + block;
+  if (row->leaves + block <= US_ENGINE_ATTENTION_TOGETHER) row->cut = US_ATTENTION_WHOLE, row->pieces = 1;
 }
 
 /* All lanes: rows of a sequence that are cut in segments share their jobs, if they are enough. `left`: the sequence of the lane
@@ -153,66 +169,96 @@ static __device__ __forceinline__ uint32_t us_attention_span(uint32_t blocks, ui
   return span;
 }
 
-/* One warp: every row of the tile, and the jobs. Lanes hold the rows 8 tile - 15 ... + 16 of the pass, and those after them. */
+/* All lanes, if a row is cut in segments: who shares, and how many jobs each chunk of the lane's row then is. Returns the span. */
+static __device__ __forceinline__ uint32_t us_attention_cut_segments(struct us_attention_row *row, uint32_t r,
+                                                                     uint32_t left, bool draft,
+                                                                     uint32_t blocks, uint32_t chunks) {
+  bool exists = r < US_ENGINE_ROWS, cut = exists && row->cut == US_ATTENTION_SEGMENTS;
+  uint32_t all = us_attention_share_rows(row, r, left, cut && draft);
+  uint32_t segments = cut ? all : 0, others = cut ? row->together && draft : row->chunk_jobs;
+  uint32_t span = us_attention_span(blocks, segments, others, chunks);
+  row->chunk_jobs = (segments + span - 1) / span + others;
+  return span;
+}
+
+/* A lane's row of the pass. */
+struct us_attention_lane {
+  uint32_t r, position, sequence, left; /* row of the tile; the sequence of the lane before */
+  uint32_t before, after; /* rows of its sequence; as many after it as a sequence may have at all */
+  uint64_t tables;        /* of its sequence */
+};
+
+/* One warp. Lanes hold the rows 8 tile - 15 ... + 16 of the pass, and those after them. A row that does not exist is alone at position 0:
+ * its cut is that of a row with one leaf. */
+static __device__ __forceinline__ struct us_attention_lane us_attention_lane_of(
+    const struct us_engine_block *b, uint32_t program, uint32_t row_tile, bool draft) {
+  const struct us_engine_state *state = us_engine_rank_of(b)->state;
+  const struct us_engine_row *rows =
+      (const struct us_engine_row *)((const uint8_t *)state +
+                                     (program == US_ENGINE_PASS_DRAFT
+                                          ? offsetof(struct us_engine_state, draft)
+                                          : offsetof(struct us_engine_state, target)));
+  uint32_t lane = threadIdx.x % 32, r = lane - (US_ATTENTION_FRESH - 1), here = row_tile * US_ENGINE_ROWS + r,
+           next = here + 32;
+  struct us_attention_lane x = {r, 0, US_ENGINE_NONE};
+  uint32_t later = US_ENGINE_NONE;
+  if (here < US_ENGINE_MAX_ROWS)
+    x.position = __ldcg(&rows[here].position), x.sequence = __ldcg(&rows[here].sequence);
+  if (next < US_ENGINE_MAX_ROWS) later = __ldcg(&rows[next].sequence);
+  const struct us_engine_sequence *sequence = state->sequence + lane % US_ENGINE_SEQUENCES;
+  x.tables = *(const uint64_t *)((const uint8_t *)sequence +
+                                 (draft ? offsetof(struct us_engine_sequence, draft_kv.tables)
+                                        : offsetof(struct us_engine_sequence, kv.tables)));
+  x.tables = __shfl_sync(0xffffffffu, x.tables, (int)(x.sequence % US_ENGINE_SEQUENCES));
+  if (x.sequence == US_ENGINE_NONE) x.position = 0;
+  x.left = __shfl_sync(0xffffffffu, x.sequence, (int)(lane - 1)); /* of lane 0: the last lane's */
+  uint32_t later_left = __shfl_up_sync(0xffffffffu, later, 1);
+  /* bit i: a run begins at lane i, at lane 32 + i */
+  uint32_t starts =
+      __ballot_sync(0xffffffffu, lane == 0 || x.left != x.sequence || x.sequence == US_ENGINE_NONE);
+  uint32_t later_starts = __ballot_sync(0xffffffffu, (lane ? later_left : x.left) != later);
+  x.before = lane + __clz((int)(starts & ((2u << lane) - 1))) - 31;
+  uint32_t end = __ffs((int)__funnelshift_r(starts, later_starts, lane + 1)) - 1,
+           most = US_ATTENTION_FRESH - 1 - x.before;
+  x.after = end < most ? end : most;
+  return x;
+}
+
+/* One warp: every row of the tile, and the jobs. */
 static __device__ __forceinline__ void us_attention_plan_rows(const struct us_engine_block *b,
                                                               uint32_t program, uint32_t row_tile,
                                                               struct us_attention_shared *sh) {
   const struct us_engine_attention *a = &sh->a;
-  const struct us_engine_state *state = b->rank->state;
-  const struct us_engine_row *rows = program == US_ENGINE_PASS_DRAFT ? state->draft : state->target;
-  uint32_t lane = threadIdx.x % 32, r = lane - 15, here = row_tile * US_ENGINE_ROWS + r, next = here + 32;
-  uint32_t position = 0, sequence = US_ENGINE_NONE, later = US_ENGINE_NONE;
-  if (here < US_ENGINE_MAX_ROWS)
-    position = __ldcg(&rows[here].position), sequence = __ldcg(&rows[here].sequence);
-  if (next < US_ENGINE_MAX_ROWS) later = __ldcg(&rows[next].sequence);
-  uint64_t tables = 0; /* of sequence `lane`, on the way with the rows */
-  if (lane < US_ENGINE_SEQUENCES)
-    tables = (uint64_t)(a->draft ? state->sequence[lane].draft_kv.tables : state->sequence[lane].kv.tables);
-  uint32_t left = __shfl_up_sync(0xffffffffu, sequence, 1), last = __shfl_sync(0xffffffffu, sequence, 31);
-  uint32_t later_left = __shfl_up_sync(0xffffffffu, later, 1);
-  /* bit i: a run begins at lane i */
-  uint64_t starts = __ballot_sync(0xffffffffu, lane == 0 || left != sequence);
-  starts |= (uint64_t)__ballot_sync(0xffffffffu, (lane ? later_left : last) != later) << 32;
-  tables = __shfl_sync(0xffffffffu, tables, (int)(sequence % US_ENGINE_SEQUENCES));
-  struct us_attention_row row = {};
-  uint32_t chunks = us_engine_attention_chunks(a->H, a->G);
-  row.sequence = US_ENGINE_NONE;
-  if (r < US_ENGINE_ROWS) {
-    row.sequence = sequence, row.position = position, row.pieces = 1;
-    if (sequence != US_ENGINE_NONE) {
-      row.table = ((const uint64_t *const *)tables)[a->layer];
-      uint32_t begin = 63 - __clzll((long long)(starts & ((2ull << lane) - 1)));
-      uint32_t end = __ffsll((long long)(starts >> (lane + 1))) - 1; /* rows after it, of its sequence */
-      us_attention_see(
-          a, &row, r, lane - begin,
-          end < US_ATTENTION_FRESH - 1 - (lane - begin) ? end : US_ATTENTION_FRESH - 1 - (lane - begin));
-      us_attention_cut_row(&row, a->draft);
-    }
-  }
-  bool exists = r < US_ENGINE_ROWS, block = a->draft && row.cut == US_ATTENTION_SEGMENTS;
-  uint32_t segments = us_attention_share_rows(&row, r, left, block), others = row.together && block;
-  if (row.cut != US_ATTENTION_SEGMENTS) others = segments, segments = 0;
-  if (!exists) segments = others = 0;
-  uint32_t span = us_attention_span(b->blocks, segments, others, chunks);
-  row.chunk_jobs = (segments + span - 1) / span + others;
-  uint32_t jobs = row.chunk_jobs * chunks, slots = exists ? row.pieces * chunks : 0;
-  uint32_t folds = __ballot_sync(0xffffffffu, exists && row.cut != US_ATTENTION_WHOLE);
+  bool draft = a->draft;
+  struct us_attention_lane x = us_attention_lane_of(b, program, row_tile, draft);
+  bool exists = x.r < US_ENGINE_ROWS;
+  struct us_attention_row row;
+  row.sequence = x.sequence, row.position = x.position;
+  if (exists && x.sequence != US_ENGINE_NONE) x.tables = ((const uint64_t *)x.tables)[a->layer];
+  uint32_t group = us_attention_quotient(a->H, a->G), chunks = a->G * ((group + 15) / 16);
+  us_attention_see(a, &row, x.r, x.before, x.after);
+  us_attention_cut_row(&row, draft);
+  row.table = (const uint64_t *)x.tables;
+  uint32_t folds = __ballot_sync(0xffffffffu, exists && row.cut != US_ATTENTION_WHOLE), span = 1;
   bool ring = __any_sync(0xffffffffu, exists && row.cut == US_ATTENTION_SEGMENTS);
+  row.together = 1, row.chunk_jobs = exists ? row.pieces : 0;
+  if (ring) span = us_attention_cut_segments(&row, x.r, x.left, draft, b->blocks, chunks);
+  uint32_t jobs = row.chunk_jobs * chunks, slots = exists ? row.pieces * chunks : 0;
   row.first_job = jobs, row.partial = slots;
-#pragma unroll
-  for (uint32_t step = 1; step < US_ENGINE_ROWS; step *= 2) {
-    uint32_t job = __shfl_up_sync(0xffffffffu, row.first_job, step);
-    uint32_t slot = __shfl_up_sync(0xffffffffu, row.partial, step);
-    if (r >= step && exists) row.first_job += job, row.partial += slot;
+#pragma unroll 1
+  for (uint32_t step = 1; step < US_ENGINE_ROWS; step *= 2) { /* lanes before the first row have none */
+    row.first_job += __shfl_up_sync(0xffffffffu, row.first_job, step);
+    row.partial += __shfl_up_sync(0xffffffffu, row.partial, step);
   }
-  if (r == US_ENGINE_ROWS - 1) {
-    uint32_t parts = 1; /* as many as there are blocks for */
-    while (parts < 16 && __popc(folds) * chunks * parts * 2 <= b->blocks) parts *= 2;
-    sh->jobs = row.first_job, sh->chunks = chunks, sh->span = span, sh->parts = parts, sh->ring = ring,
-    sh->folds = folds >> (lane - (US_ENGINE_ROWS - 1));
+  if (x.r == US_ENGINE_ROWS - 1) {
+    uint32_t parts = 1, all = __popc(folds) * chunks * 2; /* as many as there are blocks for */
+#pragma unroll 1
+    while (parts < 16 && all * parts <= b->blocks) parts *= 2;
+    sh->jobs = row.first_job, sh->chunks = chunks, sh->group = group, sh->span = span, sh->parts = parts;
+    sh->ring = ring, sh->folds = folds >> (US_ATTENTION_FRESH - 1);
   }
   row.first_job -= jobs, row.partial -= slots;
-  if (exists) sh->row[r] = row;
+  if (exists) sh->row[x.r] = row;
 }
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
@@ -233,9 +279,10 @@ static __device__ __forceinline__ float *us_attention_partial(const struct us_at
 /* One thread: the job's row and chunk. */
 static __device__ __forceinline__ void us_attention_set_chunk(struct us_attention_shared *sh, uint32_t row,
                                                               uint32_t chunk) {
-  uint32_t group = (uint32_t)sh->a.H / sh->a.G, each = (group + 15) / 16, first = chunk % each * 16;
-  sh->job.row = row, sh->job.chunk = chunk, sh->job.g = chunk / each;
-  sh->job.first_head = sh->job.g * group + first, sh->job.heads = group - first < 16 ? group - first : 16;
+  uint32_t group = sh->group, each = (group + 15) / 16, g = us_attention_quotient(chunk, each),
+           first = (chunk - g * each) * 16;
+  sh->job.row = row, sh->job.chunk = chunk, sh->job.g = g;
+  sh->job.first_head = g * group + first, sh->job.heads = group - first < 16 ? group - first : 16;
   sh->job.own = first == 0 && !sh->a.draft ? sh->row[row].position / 64 : US_ENGINE_NONE;
 }
 
@@ -252,15 +299,13 @@ static __device__ __forceinline__ uint32_t us_attention_piece_leaf(const struct 
 static __device__ __forceinline__ uint32_t us_attention_leaf_id(const struct us_attention_shared *sh,
                                                                 const struct us_attention_row *row,
                                                                 uint32_t unit) {
-  uint32_t end = row->first + row->leaves, first = us_attention_piece_leaf(sh, row, sh->job.piece);
+  bool whole = row->cut == US_ATTENTION_WHOLE;
+  uint32_t end = row->first + row->leaves,
+           id = unit + (whole ? row->first : us_attention_piece_leaf(sh, row, sh->job.piece));
   if (row->sequence == US_ENGINE_NONE) return US_ENGINE_NONE;
-  if (row->cut == US_ATTENTION_WHOLE) {
-    uint32_t id = row->first + unit;
-    return id < end ? id : id == end && sh->a.draft ? US_ATTENTION_BLOCK : US_ENGINE_NONE;
-  }
-  if (first == US_ATTENTION_BLOCK) return unit == 0 ? first : US_ENGINE_NONE;
-  uint32_t id = first + unit;
-  return id >= row->first && id < end ? id : US_ENGINE_NONE;
+  if (id >= row->first && id < end) return id;
+  return whole ? (id == end && sh->a.draft ? US_ATTENTION_BLOCK : US_ENGINE_NONE)
+               : (id == US_ATTENTION_BLOCK ? id : US_ENGINE_NONE);
 }
 
 static __device__ __forceinline__ const uint8_t *us_attention_page(const struct us_engine_block *b,
@@ -270,13 +315,13 @@ static __device__ __forceinline__ const uint8_t *us_attention_page(const struct 
   if (id >= US_ATTENTION_BLOCK) return (const uint8_t *)0;
   uint32_t page = row->first_page + (id - row->first);
   if (page >= sh->a.page_count) page -= sh->a.page_count;
-  return (sh->a.draft ? b->rank->draft_pool : b->rank->kv_pool) + row->table[page];
+  return (sh->a.draft ? us_engine_rank_of(b)->draft_pool : us_engine_rank_of(b)->kv_pool) + row->table[page];
 }
 
 /* One warp: lanes 0 to 3 have a unit each. */
 static __device__ __forceinline__ void us_attention_set_units(const struct us_engine_block *b,
-                                                              struct us_attention_shared *sh) {
-  const struct us_attention_row *row = sh->row + sh->job.row;
+                                                              struct us_attention_shared *sh,
+                                                              const struct us_attention_row *row) {
   uint32_t lane = threadIdx.x % 32, count = row->count;
   struct us_attention_leaf leaf;
   leaf.id = lane < US_ATTENTION_UNITS ? us_attention_leaf_id(sh, row, lane) : US_ENGINE_NONE;
@@ -326,6 +371,7 @@ static __device__ __forceinline__ bool us_attention_set_long(struct us_attention
   bool block = piece >= pieces;
   piece = block ? pieces : piece, piece_end = block ? pieces + 1 : piece_end < pieces ? piece_end : pieces;
   uint32_t leaf = us_attention_piece_leaf(sh, row, piece), end = row->first + row->leaves;
+  if (threadIdx.x % 32 < US_ATTENTION_UNITS) sh->turn[threadIdx.x % 32] = 0;
   if (threadIdx.x % 32 == 0) {
     sh->job.piece = piece, sh->job.piece_end = piece_end, sh->job.leaf = leaf;
     if (!block) {
@@ -345,28 +391,23 @@ static __device__ __forceinline__ uint32_t us_attention_row_of(const struct us_a
   bool begun = lane < US_ENGINE_ROWS && sh->row[lane % US_ENGINE_ROWS].first_job <= j;
   return __popc(__ballot_sync(0xffffffffu, begun)) - 1;
 }
-/* Whether rows share job j. */
-static __device__ __forceinline__ bool us_attention_is_shared(const struct us_attention_shared *sh,
-                                                              uint32_t j) {
-  return sh->row[us_attention_row_of(sh, j)].together > 1;
-}
-
-/* One warp: job j. */
-static __device__ __forceinline__ void us_attention_set_job(const struct us_engine_block *b,
-                                                            struct us_attention_shared *sh, uint32_t j) {
-  uint32_t lane = threadIdx.x % 32, r = us_attention_row_of(sh, j);
+/* One warp: job j. Out of line: who plans and who comes to a further job go through the same code. `ahead`: not yet, if rows share it. */
+static __device__ __noinline__ void us_attention_set_job(uint32_t j, bool ahead) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_attention_shared *sh = us_attention_shared_of();
+  uint32_t r = us_attention_row_of(sh, j);
   const struct us_attention_row *row = sh->row + r;
-  uint32_t k = (j - row->first_job) / sh->chunks;
-  if (lane < 4) sh->turn[lane] = 0;
-  if (lane == 0) {
-    us_attention_set_chunk(sh, r, (j - row->first_job) % sh->chunks);
-    sh->job.piece = k, sh->job.piece_end = k + 1, sh->job.rows = row->together;
+  uint32_t of_row = j - row->first_job, chunks = sh->chunks, k = us_attention_quotient(of_row, chunks),
+           together = row->together;
+  if (threadIdx.x % 32 == 0) {
+    us_attention_set_chunk(sh, r, of_row - k * chunks);
+    sh->job.piece = k, sh->job.piece_end = k + 1, sh->job.rows = together;
   }
   __syncwarp();
-  if (row->together > 1)
-    us_attention_set_shared(b, sh, row, k);
-  else if (row->cut != US_ATTENTION_SEGMENTS || !us_attention_set_long(sh, row, k))
-    us_attention_set_units(b, sh);
+  if (together > 1) {
+    if (!ahead) us_attention_set_shared(b, sh, row, k);
+  } else if (row->cut != US_ATTENTION_SEGMENTS || !us_attention_set_long(sh, row, k))
+    us_attention_set_units(b, sh, row);
 }
 
 /* Position of the first new value in shared memory: pieces of 8 line up with the slots of a page, or of a block. */

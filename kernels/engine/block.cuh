@@ -29,8 +29,8 @@ struct us_engine_watch {
   uint64_t since;
 };
 
-static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(const struct us_engine_block *b, uint32_t what,
-                                                            uint32_t index, uint64_t have, uint64_t want) {
+static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(
+    const struct us_engine_block *b, uint32_t what, uint32_t index, uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
   uint64_t now = us_engine_now();
   s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
@@ -232,7 +232,7 @@ static __device__ __forceinline__ void us_engine_jitter(const struct us_engine_b
  * is done; one that stands at or after the current one means the round before. */
 static __device__ __forceinline__ uint32_t us_engine_target(const struct us_engine_block *b, uint32_t op) {
   const struct us_engine_launch *launch = us_engine_launch_of(b);
-  if (op < launch->first || op >= launch->last) return 0;
+  if (op - launch->first >= launch->last - launch->first) return 0;
   return (op < b->op_index ? b->round + 1 : b->round) * b->blocks;
 }
 

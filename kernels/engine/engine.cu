@@ -146,7 +146,7 @@ static __device__ __forceinline__ uint32_t plans_ahead(const struct us_engine_bl
 /* The planning warp: operation n of the launch. */
 static __device__ __forceinline__ void plan(struct us_engine_block *b, const struct us_engine_op *op,
                                             uint32_t n) {
-  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, n - plans_ahead(b, op), n);
+  if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(op, n - plans_ahead(b, op), n);
 }
 
 /* ---- through the list --------------------------------------------------------------------------------------------- */

@@ -84,7 +84,7 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
       __syncwarp();
       if (plans) {
         bool projects = i > launch.first && op[-1].kind == US_ENGINE_ROUTE;
-        if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(b, op, projects ? n - 1 : n, n);
+        if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(op, projects ? n - 1 : n, n);
         continue;
       }
       if (op->kind == US_ENGINE_ATTENTION) us_engine_attention(b, op);
