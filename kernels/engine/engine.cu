@@ -306,9 +306,14 @@ static __device__ void restore_route(struct us_engine_block *b) {
   const struct us_engine_op *first = b->rank->ops + b->launch->first;
   if (!begins_behind_route(b)) return;
   pass_route<ROLE_COMPUTE>(b);
-  us_engine_route_list(b,
-                       b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route),
-                       US_ENGINE_NONE);
+  struct us_engine_op *op = &us_engine_shared_of(b)->op[US_ENGINE_FETCHED - 1]; /* not in use yet */
+  us_engine_copy_words(
+      op, b->rank->ops + (first->kind == US_ENGINE_DOWN ? first->down.route : first->gemm.route), sizeof *op);
+  us_engine_meet();
+  if (threadIdx.x == 0) op->wait = US_ENGINE_NONE;
+  us_engine_meet();
+  b->fetched = US_ENGINE_FETCHED - 1;
+  us_engine_route_list(b, op);
   if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
 }
 

@@ -26,7 +26,6 @@
 
 #define US_GATHER_NOBODY 0xffffu /* an expert: the row does not exist, or has fewer choices */
 static_assert(US_ENGINE_SLOTS == US_ENGINE_COMPUTE, "one thread a choice");
-static_assert(US_ROUTE_EXPERTS == US_ENGINE_COMPUTE, "one thread an expert");
 
 static __device__ __forceinline__ uint32_t us_gather_running(const struct us_engine_block *b,
                                                              const struct us_engine_route *r) {
@@ -39,7 +38,6 @@ static __device__ __forceinline__ void us_gather_prepare(const struct us_engine_
                                                          const struct us_engine_op *op,
                                                          struct us_route_work *work, uint32_t tile) {
   us_route_rows(b, op, tile);
-  if (threadIdx.x < US_ROUTE_WORDS) work->any[threadIdx.x] = 0;
   us_route_keys(b, op, work);
 }
 
@@ -67,7 +65,6 @@ static __device__ __forceinline__ void us_gather_choose(const struct us_engine_b
   uint32_t token = threadIdx.x / 32, lane = threadIdx.x % 32;
   us_route_gather(work, r, r->logits + tile * r->logits_tile);
   us_route_score(work, r);
-  us_engine_meet();
   if (token < US_ENGINE_ROWS && us_engine_shared_of(b)->rows.exists[token])
     us_route_choose(work, r, token, lane);
   if (token < US_ENGINE_ROWS) us_gather_publish(b, r, work, tile, token, lane);
@@ -88,33 +85,12 @@ static __device__ __forceinline__ uint64_t us_gather_read(const struct us_engine
 
 /* ---- the list ----------------------------------------------------------------------------------------------------- */
 
-/* Sum of `value` over the threads before this one; *ret_total: over all. Two 16-bit sums side by side. */
-static __device__ __forceinline__ uint32_t us_gather_before(struct us_route_work *work, uint32_t value,
-                                                            uint32_t *ret_total) {
-  uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, sum = value, before = 0, total = 0;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) work->counts[warp] = sum;
-  us_engine_meet();
-#pragma unroll 4
-  for (uint32_t w = 0; w < US_ENGINE_COMPUTE_WARPS; w++) {
-    uint32_t count = work->counts[w];
-    if (w < warp) before += count;
-    total += count;
-  }
-  *ret_total = total;
-  return before + sum - value;
-}
-
 /* A thread an expert: its slots. */
 static __device__ __forceinline__ void us_gather_slots(struct us_engine_active *active,
                                                        struct us_route_work *work) {
   uint32_t e = threadIdx.x, pairs = __popc(work->rows[e][0]) + __popc(work->rows[e][1]), total;
   uint32_t slots = (pairs + US_ENGINE_ROWS - 1) / US_ENGINE_ROWS;
-  uint32_t before = us_gather_before(work, pairs | slots << 16, &total);
+  uint32_t before = us_route_before(work, pairs | slots << 16, &total);
   uint32_t first = before & 0xffffu;
   work->first[e] = first;
   for (uint32_t i = 0; i < slots; i++, first += US_ENGINE_ROWS, pairs -= US_ENGINE_ROWS)
@@ -144,15 +120,14 @@ static __device__ __forceinline__ void us_gather_list(const struct us_engine_blo
   us_engine_meet();
 }
 
-/* `wait` may be US_ENGINE_NONE. */
 static __device__ __noinline__ void us_engine_gather_build(struct us_engine_block *b,
-                                                           const struct us_engine_op *op, uint32_t wait) {
+                                                           const struct us_engine_op *op) {
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
   us_engine_drain(b);
   work->rows[threadIdx.x][0] = work->rows[threadIdx.x][1] = 0;
   if (b->index < op->row_tiles) us_gather_prepare(b, op, work, b->index);
-  us_engine_wait_done(b, wait);
+  us_engine_wait_done(b, op->wait);
   for (uint32_t tile = b->index; tile < op->row_tiles; tile += b->blocks) {
     if (tile != b->index) { /* fewer blocks than row tiles */
       us_engine_meet();
@@ -164,17 +139,17 @@ static __device__ __noinline__ void us_engine_gather_build(struct us_engine_bloc
   us_gather_list(b, op, work);
 }
 
-/* The list that a ROUTE operation makes. */
+/* The list that a ROUTE operation makes, which is the compute warps' (us_engine_fetched_op). */
 static __device__ __forceinline__ void us_engine_route_list(struct us_engine_block *b,
-                                                            const struct us_engine_op *op, uint32_t wait) {
+                                                            const struct us_engine_op *op) {
   if (US_ENGINE_SEVERAL && op->row_tiles > 1)
-    us_engine_gather_build(b, op, wait);
+    us_engine_gather_build(b, op);
   else
-    us_engine_route_build(b, op, wait);
+    us_engine_route_build();
 }
 
 static __device__ void us_engine_route(struct us_engine_block *b, const struct us_engine_op *op) {
-  us_engine_route_list(b, op, op->wait);
+  us_engine_route_list(b, op);
   if (threadIdx.x == 0) {
     us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->routed));
     if (b->index == 0) { /* without waiting for the sums */

@@ -44,15 +44,19 @@ static US_HD void us_philox_round(uint32_t c[4], uint32_t key0, uint32_t key1) {
   c[3] = (uint32_t)p0;
 }
 
+/* The same, and the next round's key. */
+#define US_PHILOX_ROUNDS 10
+static US_HD void us_philox_step(uint32_t c[4], uint32_t key[2]) {
+  us_philox_round(c, key[0], key[1]);
+  key[0] += 0x9E3779B9u; /* Weyl sequence: golden ratio, sqrt(3) - 1 */
+  key[1] += 0xBB67AE85u;
+}
+
 /* The block function: four words for a counter and a key; `out` may be `counter`. */
 static US_HD void us_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]};
-  uint32_t key0 = key[0], key1 = key[1];
-  for (int round = 0; round < 10; round++) {
-    us_philox_round(c, key0, key1);
-    key0 += 0x9E3779B9u; /* Weyl sequence: golden ratio, sqrt(3) - 1 */
-    key1 += 0xBB67AE85u;
-  }
+  uint32_t k[2] = {key[0], key[1]};
+  for (int round = 0; round < US_PHILOX_ROUNDS; round++) us_philox_step(c, k);
   for (int i = 0; i < 4; i++) out[i] = c[i];
 }
 
