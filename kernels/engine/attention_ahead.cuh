@@ -48,7 +48,7 @@ static __device__ __forceinline__ void us_attention_await_plan(const struct us_e
 static __device__ __forceinline__ uint32_t us_attention_first(const struct us_engine_block *b,
                                                               const struct us_engine_op *op) {
   uint32_t shift = op->shift, blocks = b->blocks;
-  uint32_t j = b->index + blocks - (shift - us_attention_quotient(shift, blocks) * blocks);
+  uint32_t j = b->index + blocks - (shift - us_engine_quotient(shift, blocks) * blocks);
   return j < blocks ? j : j - blocks;
 }
 

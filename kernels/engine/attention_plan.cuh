@@ -108,13 +108,6 @@ static __device__ __forceinline__ struct us_attention_shared *us_attention_share
 
 /* ---- rows -------------------------------------------------------------------------------------------------------- */
 
-/* Quotient of numbers below 2^21: x + 1/2 is farther from a multiple than the approximation errs. A third of a division's code. */
-static __device__ __forceinline__ uint32_t us_attention_quotient(uint32_t x, uint32_t by) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"((float)by));
-  return (uint32_t)(((float)x + 0.5f) * r);
-}
-
 /* What a row sees, of its place and of the rows of its sequence around it: `before` and `after` it in the pass. */
 static __device__ __forceinline__ void us_attention_see(const struct us_engine_attention *a,
                                                         struct us_attention_row *row, uint32_t r,
@@ -128,7 +121,7 @@ static __device__ __forceinline__ void us_attention_see(const struct us_engine_a
   row->first = row->begin / 64,
   row->leaves = row->end > row->begin ? (row->end - 1) / 64 - row->first + 1 : 0;
   row->first_page =
-      row->first - us_attention_quotient(row->first, a->page_count) * a->page_count; /* positions < 2^27 */
+      row->first - us_engine_quotient(row->first, a->page_count) * a->page_count; /* positions < 2^27 */
 }
 
 /* How many jobs each chunk of a row is. */
@@ -235,7 +228,7 @@ static __device__ __forceinline__ void us_attention_plan_rows(const struct us_en
   struct us_attention_row row;
   row.sequence = x.sequence, row.position = x.position;
   if (exists && x.sequence != US_ENGINE_NONE) x.tables = ((const uint64_t *)x.tables)[a->layer];
-  uint32_t group = us_attention_quotient(a->H, a->G), chunks = a->G * ((group + 15) / 16);
+  uint32_t group = us_engine_quotient(a->H, a->G), chunks = a->G * ((group + 15) / 16);
   us_attention_see(a, &row, x.r, x.before, x.after);
   us_attention_cut_row(&row, draft);
   row.table = (const uint64_t *)x.tables;
@@ -279,7 +272,7 @@ static __device__ __forceinline__ float *us_attention_partial(const struct us_at
 /* One thread: the job's row and chunk. */
 static __device__ __forceinline__ void us_attention_set_chunk(struct us_attention_shared *sh, uint32_t row,
                                                               uint32_t chunk) {
-  uint32_t group = sh->group, each = (group + 15) / 16, g = us_attention_quotient(chunk, each),
+  uint32_t group = sh->group, each = (group + 15) / 16, g = us_engine_quotient(chunk, each),
            first = (chunk - g * each) * 16;
   sh->job.row = row, sh->job.chunk = chunk, sh->job.g = g;
   sh->job.first_head = g * group + first, sh->job.heads = group - first < 16 ? group - first : 16;
@@ -397,7 +390,7 @@ static __device__ __noinline__ void us_attention_set_job(uint32_t j, bool ahead)
   struct us_attention_shared *sh = us_attention_shared_of();
   uint32_t r = us_attention_row_of(sh, j);
   const struct us_attention_row *row = sh->row + r;
-  uint32_t of_row = j - row->first_job, chunks = sh->chunks, k = us_attention_quotient(of_row, chunks),
+  uint32_t of_row = j - row->first_job, chunks = sh->chunks, k = us_engine_quotient(of_row, chunks),
            together = row->together;
   if (threadIdx.x % 32 == 0) {
     us_attention_set_chunk(sh, r, of_row - k * chunks);

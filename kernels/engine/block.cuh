@@ -195,6 +195,13 @@ static __device__ __forceinline__ uint4 us_load_system16(const void *p) {
   return v;
 }
 
+/* Quotient of numbers below 2^21: x + 1/2 is farther from a multiple than the approximation errs. A third of a division's code. */
+static __device__ __forceinline__ uint32_t us_engine_quotient(uint32_t x, uint32_t by) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"((float)by));
+  return (uint32_t)(((float)x + 0.5f) * r);
+}
+
 /* A warp's lanes together: one more. */
 static __device__ __forceinline__ void us_engine_count(uint32_t *counter) {
   uint32_t lanes = __activemask();

@@ -297,7 +297,7 @@ struct us_engine_op {
   uint32_t row_tiles; /* from row_tile on: 1, or of ROUTE, products and reductions up to US_ENGINE_GATHERED */
   uint32_t
       wait; /* op whose output is read, US_ENGINE_NONE: the launch's start; of the round before if not earlier */
-  uint32_t shift; /* the block that takes tile 0: spreads the remainders of consecutive operations */
+  uint32_t shift; /* < 2^21: the block that takes tile 0: spreads the remainders of consecutive operations */
   uint64_t bytes; /* weights it streams on this rank; of one active expert for expert operations */
   union {
     struct us_engine_gemm gemm;

@@ -21,8 +21,9 @@
  * and fixed shares last as long as the slowest: no sum depends on who multiplies a tile. */
 static __device__ __forceinline__ uint32_t us_engine_first_item(const struct us_engine_block *b,
                                                                 uint32_t shift) {
-  uint32_t before = shift % b->blocks; /* one division */
-  return b->index >= before ? b->index - before : b->index + b->blocks - before;
+  uint32_t blocks = b->blocks,
+           place = b->index + blocks - (shift - us_engine_quotient(shift, blocks) * blocks);
+  return place < blocks ? place : place - blocks;
 }
 
 static __device__ __forceinline__ uint32_t us_engine_gemm_items(const struct us_engine_block *b,
@@ -44,9 +45,10 @@ static __device__ __forceinline__ struct us_engine_items us_engine_items(const s
                                                                          uint32_t shift) {
   struct us_engine_items x = {0, 0, 0, us_engine_gemm_items(b, g), b->blocks, 0};
   uint32_t place = us_engine_first_item(b, shift), parts = g->parts;
-  if (parts > 1 && parts <= US_ENGINE_PARTS && b->blocks % parts == 0) { /* experts have one */
-    x.counter = place % parts, place /= parts;
-    x.base = x.counter * g->w.tiles, x.count = g->w.tiles, x.blocks /= parts;
+  uint32_t share = us_engine_quotient(x.blocks, parts), at = us_engine_quotient(place, parts);
+  if (parts > 1 && parts <= US_ENGINE_PARTS && share * parts == x.blocks) { /* experts have one */
+    x.counter = place - at * parts, place = at;
+    x.base = x.counter * g->w.tiles, x.count = g->w.tiles, x.blocks = share;
   }
   x.first = place < x.count ? x.base + place : US_ENGINE_NONE;
   x.second = place + x.blocks < x.count ? x.base + place + x.blocks : US_ENGINE_NONE;

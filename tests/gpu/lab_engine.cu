@@ -7,6 +7,8 @@
 
 #include <cstring>
 
+#define LAB_SHIFTS (1u << 20) /* engine.h: a shift is below 2^21 */
+
 /* ---- weights ------------------------------------------------------------------------------------------------------ */
 
 struct lab_weights lab_weights(enum us_format format, uint32_t rows, uint32_t cols) {
@@ -337,7 +339,7 @@ uint32_t lab_add_gemm(struct lab_run *run, uint32_t rank, const struct lab_weigh
                       const void *operand, void *out, enum us_engine_epilogue epilogue) {
   struct us_engine_op op = {};
   struct us_engine_gemm *g = &op.gemm;
-  op.kind = US_ENGINE_GEMM, op.shift = run->items, op.bytes = w->matrix.matrix_bytes;
+  op.kind = US_ENGINE_GEMM, op.shift = run->items % LAB_SHIFTS, op.bytes = w->matrix.matrix_bytes;
   g->w = w->matrix, g->w.pages += index * w->matrix.matrix_bytes;
   g->operand = operand, g->out = out, g->epilogue = epilogue, g->exchange = run->exchanges[rank];
   g->parts = w->cut.parts, g->warps = w->cut.warps, g->subs = w->cut.subs;
@@ -384,7 +386,7 @@ uint32_t lab_add_down(struct lab_run *run, uint32_t rank, const struct lab_weigh
                       const void *pairs, uint32_t route) {
   struct us_engine_op op = {};
   struct us_engine_down *d = &op.down;
-  op.kind = US_ENGINE_DOWN, op.shift = run->items, op.bytes = w->matrix.matrix_bytes;
+  op.kind = US_ENGINE_DOWN, op.shift = run->items % LAB_SHIFTS, op.bytes = w->matrix.matrix_bytes;
   d->w = w->matrix, d->w.pages += first * w->matrix.matrix_bytes;
   d->pairs = pairs, d->F = w->cols, d->exchange = run->exchanges[rank], d->route = route;
   d->step_slices = lab_down_slices(w), d->steps = w->matrix.slices / d->step_slices;
