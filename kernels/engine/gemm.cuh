@@ -240,13 +240,13 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
       for (int i = 0; i + 1 < SUBS; i++) rows[i] = rows[i + 1];
       rows[SUBS - 1] = first;
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < SUBS; j++)
-    if (j < subs)
-      us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows + j * MOST,
-                                                  acc);
+    for (int j = 0; j < SUBS; j++)
+      if (j < subs)
+        us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows + j * MOST,
+                                                    acc);
+  }
 }
 
 /* This block's items, which ascend, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many
