@@ -10,7 +10,7 @@
 #include "kernels/engine/context.cuh"
 #include "kernels/engine/down_gather.cuh"
 #include "kernels/engine/gather.cuh"
-#include "kernels/engine/reduce.cuh"
+#include "kernels/engine/reduce_usual.cuh"
 #include "kernels/engine/reduce_wide.cuh"
 #include "kernels/engine/select.cuh"
 #include "kernels/engine/wide.cuh"

@@ -206,25 +206,25 @@ static __device__ __forceinline__ float us_reduce_scale(const struct us_engine_b
                                                         const struct us_engine_op *op, uint32_t slices,
                                                         uint32_t token, uint32_t running, uint32_t lane) {
   const struct us_engine_reduce *r = &op->reduce;
-  const uint64_t *from = us_reduce_words(b, op, running, 0, slices) + token * slices;
+  const uint64_t *from = us_reduce_words(b, op, running, 0, slices) + token * slices + lane;
+  uint64_t none = (uint64_t)(running + 1) << 32; /* no slice: a sum of 0, which changes none */
   float sum = 0;
 #pragma unroll 1
-  for (uint32_t first = 0; first < slices; first += US_REDUCE_AHEAD * 32) {
+  for (uint32_t first = 0; first < slices; first += US_REDUCE_AHEAD * 32, from += US_REDUCE_AHEAD * 32) {
     uint64_t word[US_REDUCE_AHEAD];
     struct us_engine_watch watch = {0, 0};
     for (bool late = true; late;) {
       late = false;
 #pragma unroll
       for (int i = 0; i < US_REDUCE_AHEAD; i++)
-        word[i] = us_load_flagged(from + min(first + i * 32 + lane, slices - 1));
+        word[i] = first + i * 32 + lane < slices ? us_load_flagged(from + i * 32) : none;
 #pragma unroll
       for (int i = 0; i < US_REDUCE_AHEAD; i++) late |= (uint32_t)(word[i] >> 32) != running + 1;
       late = __any_sync(0xffffffffu, late); /* the lanes stay together */
       if (late) us_engine_watch_try(b, &watch, US_ENGINE_WAIT_NORM, first, word[0] >> 32, running + 1);
     }
 #pragma unroll
-    for (int i = 0; i < US_REDUCE_AHEAD; i++)
-      if (first + i * 32 + lane < slices) sum += __uint_as_float((uint32_t)word[i]);
+    for (int i = 0; i < US_REDUCE_AHEAD; i++) sum += __uint_as_float((uint32_t)word[i]);
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -284,42 +284,6 @@ static __device__ __forceinline__ void us_reduce_scales(const struct us_engine_b
 }
 
 /* ---- the operation ------------------------------------------------------------------------------------------------ */
-
-/* REDUCE as most are: a slice a block at most, a norm, nothing else wanted. It runs twice a layer, and half of its time would be fetching
- * the other's code. */
-static __device__ __forceinline__ bool us_reduce_is_usual(const struct us_engine_block *b,
-                                                          const struct us_engine_op *op) {
-  const struct us_engine_reduce *r = &op->reduce;
-  return op->kind == US_ENGINE_REDUCE && r->weight && !r->opt_tap && !r->opt_plain &&
-         us_reduce_cut_of(b, r).slices <= b->blocks;
-}
-static __device__ __noinline__ void us_engine_reduce_usual(void) {
-  const struct us_engine_block *b = us_engine_self();
-  const struct us_engine_op *op = us_engine_fetched_op(b);
-  const struct us_engine_reduce *r = &op->reduce;
-  struct us_reduce_cut cut = us_reduce_cut_of(b, r);
-  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = b->index * cut.tiles + warp;
-  float(*squares)[US_ENGINE_ROWS] = us_engine_shared_of(b)->row, *scale = us_engine_shared_of(b)->row[3];
-  struct us_reduce_place at = us_reduce_place(tile, lane);
-  bool has = b->index < cut.slices, mine = has && warp < cut.tiles;
-  float4 x = make_float4(0, 0, 0, 0);
-  float2 weights = make_float2(0, 0);
-  if (mine) x = us_reduce_read(r->residual, r->D, at), weights = us_reduce_weights(r, tile, lane);
-  if (op->wait != US_ENGINE_NONE) us_engine_wait_done(b, op->wait); /* sums are their own flags */
-  if (mine) {
-    x = us_reduce_added(b, r, cut.running, tile, lane, x);
-    us_reduce_write(r, at, x);
-    us_reduce_squares(x, lane, squares[warp]);
-  }
-  us_engine_meet();
-  if (has) { /* a block without a slice may be late: the words may be of another REDUCE by then */
-    if (threadIdx.x < US_ENGINE_ROWS)
-      us_reduce_publish(b, op, cut.slices, b->index, cut.running, squares, cut.tiles);
-    us_reduce_scales(b, op, cut, scale);
-    if (mine) us_reduce_operand(r->operand, at, us_reduce_normed(scale, at.token, x, weights));
-  }
-  us_engine_finish(b);
-}
 
 static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
                                                      const struct us_engine_op *op) {
