@@ -47,24 +47,26 @@ static __device__ __forceinline__ void us_attention_close(const struct us_attent
                    make_float4(x->o.x * factor, x->o.y * factor, x->o.z * factor, x->o.w * factor));
 }
 
-/* The units' results of four dims of a head, folded: a tree, but for those of one group a chain is the same. */
+/* The units' results of four dims of a head, folded: leaves to groups, groups to segments, segments to the whole. Ids ascend; units
+ * before and behind may have none. The leaves of one group become a group: nothing folded with x is x. */
 static __device__ __forceinline__ struct us_attention_sum us_attention_fold_units(
     const struct us_attention_shared *sh, uint32_t V, uint32_t head, uint32_t dim) {
-  struct us_attention_tree tree = us_attention_tree_begin();
-  bool whole = sh->row[sh->job.row].cut == US_ATTENTION_WHOLE;
+  struct us_attention_sum group = us_attention_nothing(), segment = group, total = group;
+  uint32_t u = 0, id, next;
+  while ((id = sh->leaf[u].id) == US_ENGINE_NONE && u + 1 < US_ATTENTION_UNITS) u++;
 #pragma unroll 1
-  for (uint32_t u = 0; u < US_ATTENTION_UNITS; u++) {
-    uint32_t id = sh->leaf[u].id;
-    if (id == US_ENGINE_NONE) continue;
+  for (;; id = next) {
     const float *sums = sh->sums[u];
     struct us_attention_sum item = {sums[16 * V + head], sums[16 * V + 16 + head],
                                     *(const float4 *)(sums + us_attention_sum_index(V, head, dim))};
-    if (whole)
-      us_attention_tree_add(&tree, id, &item);
-    else
-      us_attention_fold(&tree.group, &item);
+    us_attention_fold(&group, &item);
+    next = ++u < US_ATTENTION_UNITS ? sh->leaf[u].id : US_ENGINE_NONE;
+    if (next / US_ATTENTION_GROUP == id / US_ATTENTION_GROUP) continue;
+    us_attention_fold(&segment, &group), group = us_attention_nothing();
+    if (next / US_ATTENTION_SEGMENT == id / US_ATTENTION_SEGMENT) continue;
+    us_attention_fold(&total, &segment), segment = us_attention_nothing();
+    if (next == US_ENGINE_NONE) return total;
   }
-  return whole ? us_attention_tree_end(&tree) : tree.group;
 }
 
 static __device__ __forceinline__ uint32_t *us_attention_counter(const struct us_attention_shared *sh,
@@ -96,87 +98,97 @@ static __device__ __forceinline__ void us_attention_keep_piece(const struct us_a
 
 /* ---- folds ----------------------------------------------------------------------------------------------------------- */
 
-/* Pieces' sums of some heads, in the ring if it is ours. */
+/* Pieces' sums of some heads, so many pieces at a time, in the ring if it is ours. A piece: o (heads, V), then m and s of 16 heads. */
 struct us_attention_pile {
-  float4 *o;                   /* (pieces, heads, V) */
-  float2 *ms;                  /* (pieces, heads) */
-  uint32_t heads, first, most; /* of the chunk; pieces at a time */
+  float4 *pieces;
+  uint32_t heads, first, each, most; /* of the chunk; a piece's float4; pieces at a time */
 };
+#define US_ATTENTION_PILE      3  /* times `parts`: pieces in the units' sums */
+#define US_ATTENTION_RING_PILE 16 /* and in the ring */
+static_assert(US_ATTENTION_PILE * (16 * 128 * 4 + 16 * 128) <=
+                  sizeof(float[US_ATTENTION_UNITS][16 * (128 + 2)]),
+              "pieces, cut in 16 parts at most");
+static_assert(US_ATTENTION_RING_PILE * (16 * 128 * 4 + 16 * 128) <= US_ENGINE_STAGES * US_ENGINE_STAGE_BYTES,
+              "pieces in the ring");
+
+/* A power of two. */
+static __device__ __forceinline__ uint32_t us_attention_parts_log2(const struct us_attention_shared *sh) {
+  return 31 - __clz((int)sh->parts);
+}
 
 static __device__ __forceinline__ struct us_attention_pile us_attention_pile_of(
     struct us_attention_shared *sh, uint32_t V, uint32_t part) {
   struct us_attention_pile x;
-  uint32_t room = sh->ring ? US_ENGINE_STAGES * US_ENGINE_STAGE_BYTES : (uint32_t)sizeof sh->sums;
-  x.heads = 16 / sh->parts, x.first = part * x.heads;
-  x.most = room / (x.heads * (V + 2) * sizeof(float));
-  x.o = (float4 *)(sh->ring ? us_attention_slot(0) : (uint8_t *)sh->sums);
-  x.ms = (float2 *)(x.o + x.most * x.heads * (V / 4));
+  x.heads = 16u >> us_attention_parts_log2(sh), x.first = part * x.heads, x.each = x.heads * (V / 4) + 8;
+  x.most = (sh->ring ? US_ATTENTION_RING_PILE : US_ATTENTION_PILE) * sh->parts;
+  x.pieces = (float4 *)(sh->ring ? us_attention_slot(0) : (uint8_t *)sh->sums);
   return x;
 }
 
-/* All compute threads: pieces [k, k + n). */
+/* All compute threads: pieces from the k-th on, a warp a piece. */
 static __device__ __forceinline__ void us_attention_load_pieces(const struct us_attention_shared *sh,
-                                                                uint32_t V, struct us_attention_pile x,
-                                                                uint32_t k, uint32_t n) {
+                                                                uint32_t V, const struct us_attention_pile *x,
+                                                                uint32_t k) {
   const struct us_attention_row *row = sh->row + sh->job.row;
-  uint32_t each = x.heads * (V / 4), abreast = US_ENGINE_COMPUTE / each, at = threadIdx.x % each;
-  uint32_t step = sh->chunks * us_engine_attention_piece(V);
-  const float *from = us_attention_partial(sh, row, k);
-  if (threadIdx.x / each < abreast)
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x / each; i < n; i += abreast)
-      us_attention_copy(x.o + i * each + at, from + i * step + x.first * V + at * 4);
-  from += 16 * V + x.first;
-  for (uint32_t i = threadIdx.x; i < n * x.heads; i += US_ENGINE_COMPUTE) {
-    const float *m = from + i / x.heads * step + i % x.heads;
-    x.ms[i] = make_float2(__ldcg(m), __ldcg(m + 16));
+  uint32_t lane = threadIdx.x % 32, n = row->pieces - k < x->most ? row->pieces - k : x->most;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x / 32; i < n; i += US_ENGINE_COMPUTE_WARPS) {
+    const float *from = us_attention_partial(sh, row, k + i);
+    float4 *to = x->pieces + i * x->each;
+#pragma unroll 1
+    for (uint32_t at = lane; at < x->each - 8; at += 32)
+      us_attention_copy(to + at, from + x->first * V + at * 4);
+    if (lane < 8) us_attention_copy(to + x->each - 8 + lane, from + 16 * V + lane * 4);
   }
   us_attention_copied_all();
 }
 
-/* Fold `f`: some heads of a row and chunk that is cut in pieces: wait for them (whoever has them comes to no fold before), close. */
-template <int VS>
-static __device__ __noinline__ void us_attention_fold_row(const struct us_engine_block *b,
-                                                          struct us_attention_shared *sh, uint32_t f) {
+/* One thread: fold `f` is the job, and its row's pieces stand (they are read from L2). */
+static __device__ __forceinline__ void us_attention_await_pieces(const struct us_engine_block *b,
+                                                                 struct us_attention_shared *sh,
+                                                                 uint32_t fold) {
+  uint32_t rows = sh->folds, parts = sh->parts, have;
+  for (; fold >= sh->chunks; fold -= sh->chunks) rows &= rows - 1;
+  us_attention_set_chunk(sh, __ffs((int)rows) - 1, fold);
+  struct us_engine_watch watch = {0, 0};
+  uint32_t *counter = us_attention_counter(sh, sh->job.row), want = sh->row[sh->job.row].pieces;
+  while ((have = us_load_relaxed(counter)) < want)
+    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
+  if (atomicAdd(counter, 1) + 1 == want + parts) *counter = 0; /* all parts have seen it */
+}
+
+/* Fold `f`: some heads of a row and chunk that is cut in pieces: wait for them (whoever has them comes to no fold before), close.
+ * Segments are the tree's last level: they add up as the groups of one segment would. */
+template <int VS> static __device__ __noinline__ void us_attention_fold_row(uint32_t f) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_attention_shared *sh = us_attention_shared_of();
   uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
-  uint32_t parts = sh->parts, fold = f / parts;
-  if (threadIdx.x == 0) {
-    uint32_t rows = sh->folds;
-    for (uint32_t i = fold / sh->chunks; i; i--) rows &= rows - 1;
-    us_attention_set_chunk(sh, __ffs((int)rows) - 1, fold % sh->chunks);
-    struct us_engine_watch watch = {0, 0};
-    uint32_t *counter = us_attention_counter(sh, sh->job.row), want = sh->row[sh->job.row].pieces, have;
-    while ((have = us_load_relaxed(counter)) < want) /* pieces are read from L2 */
-      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
-    if (atomicAdd(counter, 1) + 1 == want + parts) *counter = 0; /* all parts have seen it */
-  }
+  if (threadIdx.x == 0) us_attention_await_pieces(b, sh, f >> us_attention_parts_log2(sh));
   us_engine_meet();
   const struct us_attention_row *row = sh->row + sh->job.row;
-  struct us_attention_pile pile = us_attention_pile_of(sh, V, f % parts);
-  struct us_attention_sum total = us_attention_nothing(), segment = us_attention_nothing();
-  bool groups = row->cut == US_ATTENTION_GROUPS;
+  struct us_attention_pile pile = us_attention_pile_of(sh, V, f & (sh->parts - 1));
+  struct us_attention_sum total = us_attention_nothing(), segment = total;
+  uint32_t pieces = row->pieces, left = 0;
+  const float4 *piece = pile.pieces;
 #pragma unroll 1
-  for (uint32_t k = 0; k < row->pieces; k += pile.most) {
-    uint32_t n = row->pieces - k < pile.most ? row->pieces - k : pile.most;
-    if (k) us_engine_meet();
-    us_attention_load_pieces(sh, V, pile, k, n);
-    us_engine_meet();
-    if (head >= pile.heads) continue;
-#pragma unroll 4
-    for (uint32_t i = 0; i < n; i++) {
-      float2 ms = pile.ms[i * pile.heads + head];
-      struct us_attention_sum x = {ms.x, ms.y, pile.o[i * pile.heads * (V / 4) + threadIdx.x]};
-      if (groups && k + i && us_attention_piece_leaf(sh, row, k + i) % US_ATTENTION_SEGMENT == 0)
-        us_attention_fold(&total, &segment), segment = us_attention_nothing();
-      if (groups)
-        us_attention_fold(&segment, &x);
-      else
-        us_attention_fold(&total, &x);
+  for (uint32_t k = 0;; k++, left--, piece += pile.each) {
+    if (left == 0 && k < pieces) {
+      if (k) us_engine_meet();
+      us_attention_load_pieces(sh, V, &pile, k);
+      us_engine_meet();
+      left = pile.most, piece = pile.pieces;
     }
+    bool groups = row->cut == US_ATTENTION_GROUPS;
+    if (k == pieces || (k && groups && us_attention_piece_leaf(sh, row, k) % US_ATTENTION_SEGMENT == 0)) {
+      us_attention_fold(&total, &segment), segment = us_attention_nothing();
+      if (k == pieces) break;
+    }
+    const float *ms = (const float *)(piece + pile.each - 8) + pile.first + head;
+    if (head >= pile.heads) continue;
+    struct us_attention_sum x = {ms[0], ms[16], piece[threadIdx.x]};
+    us_attention_fold(&segment, &x);
   }
-  if (head >= pile.heads) return;
-  if (groups) us_attention_fold(&total, &segment);
-  us_attention_close(sh, V, pile.first + head, dim, &total);
+  if (head < pile.heads) us_attention_close(sh, V, pile.first + head, dim, &total);
 }
 
 /* A row that does not exist: zeros. */
@@ -210,17 +222,15 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum
     struct us_attention_shared *sh, bool wait) {
   const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
   uint4 keys[2][us_attention_size<QS, 0>::groups];
-  us_attention_load_keys<QS>(sh, leaf->page, keys);
+  us_attention_load_keys<QS>(sh, us_attention_readable(sh, leaf), keys);
   if (wait) us_attention_wait(sh);
   us_attention_stage<QS, VS>(sh);
   us_engine_meet();
   struct us_attention_part<VS> part;
-  if (leaf->id != US_ENGINE_NONE) {
-    if (leaf->id == sh->job.own) us_attention_append<QS, VS>(sh, leaf->page);
-    us_attention_leaf_sums<QS, VS>(sh, keys, &part);
-  }
+  if (leaf->id != US_ENGINE_NONE && leaf->id == sh->job.own) us_attention_append<QS, VS>(sh, leaf->page);
+  us_attention_leaf_sums<QS, VS>(sh, keys, &part); /* of no leaf: nobody reads them */
   us_engine_meet();
-  if (leaf->id != US_ENGINE_NONE) us_attention_keep_part<VS>(sh, &part);
+  us_attention_keep_part<VS>(sh, &part);
   us_engine_meet();
   uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
   return head < 16 ? us_attention_fold_units(sh, V, head, dim) : us_attention_nothing();
@@ -229,8 +239,7 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum
 /* A job that is a leaf a unit. Out of line, as the other kinds of jobs are: each has the registers to itself. It finds again what it
  * needs, since what is kept over a call or a barrier of many registers lies in local memory. */
 template <int QS, int VS> static __device__ __noinline__ void us_attention_run_units(bool wait) {
-  struct us_attention_shared *sh =
-      (struct us_attention_shared *)us_engine_scratch((const struct us_engine_block *)0);
+  struct us_attention_shared *sh = us_attention_shared_of();
   struct us_attention_sum sum = us_attention_units_sum<QS, VS>(sh, wait);
   uint32_t V = us_attention_V<VS>(sh);
   if (sh->row[sh->job.row].cut == US_ATTENTION_WHOLE)
@@ -241,33 +250,42 @@ template <int QS, int VS> static __device__ __noinline__ void us_attention_run_u
 
 /* The job in shared memory. */
 template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_run(const struct us_engine_block *b,
-                                                        const struct us_engine_op *op,
-                                                        struct us_attention_shared *sh, bool wait) {
-  if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
-    if (wait) us_engine_wait_done(b, op->wait);
-    us_attention_close_absent<VS>(sh);
-    return;
-  }
+static __device__ __forceinline__ void us_attention_run_sized(const struct us_attention_shared *sh,
+                                                              bool wait) {
   if (sh->job.rows > 1)
-    us_attention_run_shared<QS, VS>(b, op, sh, wait);
+    us_attention_run_shared<QS, VS>(wait);
   else if (sh->job.leaf != US_ENGINE_NONE)
-    us_attention_run_long<QS, VS>(b, op, sh, wait);
+    us_attention_run_long<QS, VS>(wait);
   else
     us_attention_run_units<QS, VS>(wait);
-  if (sh->row[sh->job.row].cut != US_ATTENTION_WHOLE) us_attention_arrive(b, sh);
+}
+static __device__ __forceinline__ void us_attention_run(const struct us_attention_shared *sh, bool wait) {
+  if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
+    const struct us_engine_block *b = us_engine_self();
+    if (wait) us_engine_wait_done(b, us_engine_fetched_op(b)->wait);
+    us_attention_close_absent<0>(sh);
+    return;
+  }
+  if (sh->a.Q == 192 && sh->a.V == 128)
+    us_attention_run_sized<192, 128>(sh, wait);
+  else if (sh->a.Q == 128 && sh->a.V == 128)
+    us_attention_run_sized<128, 128>(sh, wait);
+  else
+    us_attention_run_sized<0, 0>(sh, wait);
+  if (sh->row[sh->job.row].cut != US_ATTENTION_WHOLE) us_attention_arrive(us_engine_self(), sh);
 }
 
 /* All compute threads of a block that has nothing to do here: the input stands, as later operations may rely on. It looks seldom: 132
  * SMs that read one word wait for each other, and those with a job wait for them. */
-static __device__ __forceinline__ void us_attention_wait_idle(const struct us_engine_block *b, uint32_t op) {
-  uint32_t have, want = op == US_ENGINE_NONE ? 0 : us_engine_target(b, op);
+static __device__ __forceinline__ void us_attention_wait_idle(const struct us_attention_shared *sh) {
+  uint32_t have, want = sh->want;
   if (threadIdx.x == 0 && want) {
+    const struct us_engine_block *b = us_engine_view((const struct us_engine_block *)0);
     struct us_engine_watch watch = {0, 0};
     uint64_t begin = us_engine_span_begin(b);
-    while ((int32_t)((have = us_load_relaxed(b->rank->done + op)) - want) < 0) {
+    while ((int32_t)((have = us_load_relaxed(sh->input)) - want) < 0) {
       __nanosleep(500);
-      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, op, have, want);
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, want);
     }
     us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
   }
@@ -275,49 +293,44 @@ static __device__ __forceinline__ void us_attention_wait_idle(const struct us_en
 }
 
 /* This block's jobs, the first of them set, and folds. early: op->wait was not awaited yet. */
-template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_jobs(const struct us_engine_block *b,
-                                                         const struct us_engine_op *op,
-                                                         struct us_attention_shared *sh, uint32_t first,
+static __device__ __forceinline__ void us_attention_jobs(struct us_attention_shared *sh, uint32_t first,
                                                          bool early) {
-  uint32_t j = first, end = sh->jobs + __popc(sh->folds) * sh->chunks * sh->parts;
+  uint32_t j = first;
+  bool ready = !sh->unset;
 #pragma unroll 1
-  for (; j < sh->jobs; j += b->blocks) {
-    if (j != first || sh->unset) {
+  for (; j < sh->jobs; j += us_engine_self()->blocks, early = ready = false) {
+    if (!ready) {
       us_engine_meet(); /* shared memory of the job before */
       if (threadIdx.x < 32) us_attention_set_job(j, false);
       us_engine_meet();
     }
-    us_attention_run<QS, VS>(b, op, sh, early && j == first);
+    us_attention_run(sh, early);
   }
-  if (early && first >= end) us_attention_wait_idle(b, op->wait);
+  uint32_t end = sh->jobs + __popc(sh->folds) * sh->chunks * sh->parts;
+  if (early && j >= end) us_attention_wait_idle(sh);
 #pragma unroll 1
-  for (; j < end; j += b->blocks) {
+  for (; j < end; j += us_engine_self()->blocks) {
     us_engine_meet();
-    us_attention_fold_row<VS>(b, sh, j - sh->jobs);
+    if (sh->a.V == 128)
+      us_attention_fold_row<128>(j - sh->jobs);
+    else
+      us_attention_fold_row<0>(j - sh->jobs);
   }
 }
 
 /* The operation: a block without a job waits all the same, so that what it does next may rely on what stood before. Whoever folds
  * learns it from those whose pieces it waits for. */
-static __device__ __noinline__ void us_engine_attention(struct us_engine_block *b,
-                                                        const struct us_engine_op *op) {
-  struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
-  uint32_t first = us_attention_first(b, op);
-  bool early = op->attention.ready != US_ENGINE_NONE;
-  us_attention_await_plan(b);
-  us_engine_drain(b);
-  if (!early) us_engine_wait_done(b, op->wait);
-  bool ring = us_engine_attention_is_long(&op->attention) && sh->ring;
-  if (ring) us_attention_take_ring(b);
-  if (sh->a.Q == 192 && sh->a.V == 128)
-    us_attention_jobs<192, 128>(b, op, sh, first, early);
-  else if (sh->a.Q == 128 && sh->a.V == 128)
-    us_attention_jobs<128, 128>(b, op, sh, first, early);
-  else
-    us_attention_jobs<0, 0>(b, op, sh, first, early);
-  if (ring) us_attention_give_ring(b);
-  us_engine_finish(b);
+static __device__ __noinline__ void us_engine_attention(struct us_engine_block *,
+                                                        const struct us_engine_op *) {
+  struct us_attention_shared *sh = us_attention_shared_of();
+  us_attention_await_plan(us_engine_self());
+  us_engine_drain((const struct us_engine_block *)0);
+  bool early = sh->a.ready != US_ENGINE_NONE, ring = us_engine_attention_is_long(&sh->a) && sh->ring;
+  if (!early) us_engine_wait_done(us_engine_self(), us_engine_fetched_op(us_engine_self())->wait);
+  if (ring) us_attention_take_ring(us_engine_self());
+  us_attention_jobs(sh, us_attention_first(us_engine_self(), us_engine_fetched_op(us_engine_self())), early);
+  if (ring) us_attention_give_ring(us_engine_self());
+  us_engine_finish((const struct us_engine_block *)0);
 }
 
 #endif

@@ -57,39 +57,4 @@ static __device__ __forceinline__ void us_attention_fold(struct us_attention_sum
   a->o.z = fmaf(b->o.z, w.b, a->o.z * w.a), a->o.w = fmaf(b->o.w, w.b, a->o.w * w.a);
 }
 
-struct us_attention_tree {
-  struct us_attention_sum group, segment, total;
-  uint32_t leaf; /* of the last item; NONE: there was none (nothing folded with nothing would be NaN) */
-};
-
-static __device__ __forceinline__ struct us_attention_tree us_attention_tree_begin(void) {
-  struct us_attention_tree tree = {us_attention_nothing(), us_attention_nothing(), us_attention_nothing(),
-                                   US_ENGINE_NONE};
-  return tree;
-}
-
-/* Close the group and, if the next item lies in another segment, the segment. */
-static __device__ __forceinline__ void us_attention_tree_close(struct us_attention_tree *tree, bool segment) {
-  us_attention_fold(&tree->segment, &tree->group);
-  tree->group = us_attention_nothing();
-  if (!segment) return;
-  us_attention_fold(&tree->total, &tree->segment);
-  tree->segment = us_attention_nothing();
-}
-
-/* `leaf`: the item's, or the first of its group or segment. */
-static __device__ __forceinline__ void us_attention_tree_add(struct us_attention_tree *tree, uint32_t leaf,
-                                                             const struct us_attention_sum *item) {
-  if (tree->leaf != US_ENGINE_NONE && leaf / US_ATTENTION_GROUP != tree->leaf / US_ATTENTION_GROUP)
-    us_attention_tree_close(tree, leaf / US_ATTENTION_SEGMENT != tree->leaf / US_ATTENTION_SEGMENT);
-  tree->leaf = leaf;
-  us_attention_fold(&tree->group, item);
-}
-
-static __device__ __forceinline__ struct us_attention_sum us_attention_tree_end(
-    struct us_attention_tree *tree) {
-  us_attention_tree_close(tree, true);
-  return tree->total;
-}
-
 #endif

@@ -87,11 +87,11 @@ struct us_head_rope {
 /* Loads without a condition, which would make them wait for each other. */
 static __device__ __forceinline__ struct us_head_rope us_head_load_rope(const struct us_head *h,
                                                                         uint32_t lane) {
-  uint32_t n = h->rotary == 64 ? 1 : h->rotary == 128 ? 2 : 0;
+  uint32_t n = h->rotary % 64 ? 0 : h->rotary / 64, two = n & 2;
   const float2 *table = (const float2 *)h->rope + (n ? lane : 0);
   struct us_head_rope r;
   r.c[0] = table[0], r.s[0] = table[16 * n];
-  r.c[1] = table[n == 2 ? 16 : 0], r.s[1] = table[n == 2 ? 48 : 0];
+  r.c[1] = table[two * 8], r.s[1] = table[two * 24];
   return r;
 }
 

@@ -1,6 +1,6 @@
 /* attention_long.cuh: a row alone over many segments: its keys go through the ring, and units of 4 warps go on by themselves.
  *
- *     us_attention_run_long<192, 128>(b, op, shared, wait);       // all compute threads, the job is set, the ring is theirs
+ *     us_attention_run_long<192, 128>(wait);       // all compute threads, the job is set, the ring is theirs
  *
  * Unit u has the u-th group of every segment of the job, leaf after leaf. Each warp copies what it alone reads: 16 of a leaf's keys,
  * a quarter of the value dims; so data needs no barrier, and the next keys are under way before the scores are weights. The unit
@@ -131,7 +131,7 @@ static __device__ __forceinline__ void us_attention_scores_long(const struct us_
 template <int VS>
 static __device__ __forceinline__ void us_attention_values_long(
     const struct us_attention_shared *sh, const struct us_attention_leaf *leaf,
-    uint32_t value[us_attention_size<0, VS>::tiles][2][4]) {
+    uint4 value[2][us_attention_size<0, VS>::tiles]) {
   const int tiles = us_attention_size<0, VS>::tiles;
   uint32_t lane = threadIdx.x % 32, first = 8 * tiles * us_attention_warp() + lane / 4;
   struct us_attention_pieces from = us_attention_pieces_of(
@@ -140,19 +140,20 @@ static __device__ __forceinline__ void us_attention_values_long(
   for (int c = 0; c < 2; c++)
 #pragma unroll
     for (int i = 0; i < tiles; i++) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (VS || first + 8 * i < us_attention_V<VS>(sh)) v = us_attention_piece_at(from, c, 64 * i);
-      value[i][c][0] = v.x, value[i][c][1] = v.y, value[i][c][2] = v.z, value[i][c][3] = v.w;
+      value[c][i] = make_uint4(0, 0, 0, 0);
+      if (VS || first + 8 * i < us_attention_V<VS>(sh)) value[c][i] = us_attention_piece_at(from, c, 64 * i);
     }
   if (leaf->begin == 0 && leaf->end == 64) return;
 #pragma unroll
   for (int c = 0; c < 2; c++) {
-    uint32_t seen = us_attention_slots(32 * c + lane % 4 * 8, leaf->begin, leaf->end);
+    uint32_t seen = us_attention_slots(32 * c + lane % 4 * 8, leaf->begin, leaf->end), keep[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      uint32_t keep = (seen >> 2 * e & 1) * 0xffffu | (seen >> (2 * e + 1) & 1) * 0xffff0000u;
+    for (int e = 0; e < 4; e++)
+      keep[e] = (seen >> 2 * e & 1) * 0xffffu | (seen >> (2 * e + 1) & 1) * 0xffff0000u;
 #pragma unroll
-      for (int i = 0; i < tiles; i++) value[i][c][e] &= keep;
+    for (int i = 0; i < tiles; i++) {
+      uint4 *v = value[c] + i;
+      v->x &= keep[0], v->y &= keep[1], v->z &= keep[2], v->w &= keep[3];
     }
   }
 }
@@ -165,7 +166,7 @@ static __device__ __forceinline__ void us_attention_leaf_long(struct us_attentio
   const struct us_attention_row *row = sh->row + sh->job.row;
   struct us_attention_leaf leaf;
   float score[2][4], factor = sh->a.scale * US_ATTENTION_LOG2E;
-  uint32_t value[us_attention_size<0, VS>::tiles][2][4];
+  uint4 value[2][us_attention_size<0, VS>::tiles];
   leaf.base = id * 64;
   leaf.begin = row->begin > leaf.base ? row->begin - leaf.base : 0;
   leaf.end = row->end - leaf.base < 64 ? row->end - leaf.base : 64;
@@ -182,7 +183,9 @@ static __device__ __forceinline__ void us_attention_leaf_long(struct us_attentio
   us_attention_weights(sh, factor, score, out->m, out->s);
   if (fresh) us_attention_patch_own_values<VS>(sh, &leaf);
   us_attention_values_long<VS>(sh, &leaf, value);
-  us_attention_attend<VS>(sh, value, out->o);
+  us_attention_clear_sums<VS>(out->o);
+#pragma unroll
+  for (uint32_t c = 0; c < 2; c++) us_attention_attend<VS>(sh, c, value[c], out->o);
   __syncwarp();
   if (next) us_attention_copy_own_values<QS, VS>(sh, next);
   us_attention_commit();
@@ -305,10 +308,9 @@ static __device__ __forceinline__ const uint8_t *us_attention_long_page(const st
 }
 
 /* The job; then its pieces stand in memory. A lane holds the page of every 32nd leaf, and of the one after that. */
-template <int QS, int VS>
-static __device__ __noinline__ void us_attention_run_long(const struct us_engine_block *b,
-                                                          const struct us_engine_op *op,
-                                                          struct us_attention_shared *sh, bool wait) {
+template <int QS, int VS> static __device__ __noinline__ void us_attention_run_long(bool wait) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
   uint32_t lane = threadIdx.x % 32, segments = sh->job.piece_end - sh->job.piece;
   const uint8_t *pages = us_attention_long_page(b, sh, lane),
                 *later = us_attention_long_page(b, sh, lane + 32);
@@ -317,7 +319,7 @@ static __device__ __noinline__ void us_attention_run_long(const struct us_engine
   us_attention_commit();
   if (page) us_attention_copy_own_values<QS, VS>(sh, page);
   us_attention_commit();
-  if (wait) us_engine_wait_done(b, op->wait);
+  if (wait) us_engine_wait_done(b, us_engine_fetched_op(b)->wait);
   us_attention_stage<QS, VS>(sh);
   us_engine_meet();
 #pragma unroll 1

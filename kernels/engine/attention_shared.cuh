@@ -1,6 +1,6 @@
 /* attention_shared.cuh: a job that rows of a sequence share: every leaf is read once, into the ring, for all of them.
  *
- *     us_attention_run_shared<192, 128>(b, op, shared, wait);     // all compute threads, the job is set, the ring is theirs
+ *     us_attention_run_shared<192, 128>(wait);     // all compute threads, the job is set, the ring is theirs
  *
  * A pair of warps has a row: of the scores each has 32 of the keys, of the values half of the dims. Operands, their order and the tree are
  * those of a row alone (attention_tile.cuh, attention_fold.cuh), so the bits are. A thread's sums of a group stay in registers, those
@@ -55,8 +55,8 @@ template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_stage_shared(struct us_attention_shared *sh) {
   const struct us_attention_row *last = sh->row + sh->job.row + sh->job.rows - 1;
   uint32_t lane = threadIdx.x % 16, rows = sh->job.rows, new_keys = sh->job.new_keys;
-  float v[US_ATTENTION_STAGE_VALUES];
-  if (new_keys) us_attention_load_new<QS, VS>(sh, last, v);
+  float4 v = us_attention_load_new<QS, VS>(sh, last);
+  us_attention_clear_new(sh);
 #pragma unroll 1
   for (uint32_t index = threadIdx.x / 16; index / 2 * 2 < rows * 16 + new_keys;
        index += US_ENGINE_COMPUTE / 16) {
@@ -73,7 +73,8 @@ static __device__ __forceinline__ void us_attention_stage_shared(struct us_atten
       for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
     if (query || exists) us_attention_keep_head<QS>(sh, us_attention_room_of()->q[r], of, x);
   }
-  if (new_keys) us_attention_keep_new<VS>(sh, last, v);
+  us_engine_meet();
+  us_attention_keep_new<VS>(sh, last, v);
 }
 
 /* All compute threads: new keys take the place of what the cache held. */
@@ -394,10 +395,9 @@ static __device__ __forceinline__ bool us_attention_leaf_shared(struct us_attent
 }
 
 /* The job; then its rows' pieces stand in memory. */
-template <int QS, int VS>
-static __device__ __noinline__ void us_attention_run_shared(const struct us_engine_block *b,
-                                                            const struct us_engine_op *op,
-                                                            struct us_attention_shared *sh, bool wait) {
+template <int QS, int VS> static __device__ __noinline__ void us_attention_run_shared(bool wait) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
   uint32_t pair = threadIdx.x / 64, count = sh->job.leaf_end - sh->job.leaf;
   bool exists = pair < sh->job.rows, begun = false, any = false; /* in the piece, in the group */
   const struct us_attention_row *row = sh->row + sh->job.row + (exists ? pair : 0);
@@ -407,7 +407,7 @@ static __device__ __noinline__ void us_attention_run_shared(const struct us_engi
   if (pages[0])
     us_attention_copy_keys<QS, US_ENGINE_COMPUTE>(sh, us_attention_room_of()->leaf, (const uint8_t *)pages[0],
                                                   threadIdx.x);
-  if (wait) us_engine_wait_done(b, op->wait);
+  if (wait) us_engine_wait_done(b, us_engine_fetched_op(b)->wait);
   us_attention_stage_shared<QS, VS>(sh);
 #pragma unroll 1
   for (uint32_t i = 0;; i++) {

@@ -4,7 +4,7 @@
  *     us_attention_append<192, 128>(shared, page);         // one unit: the row's own key and value
  *
  * Bound: one latency of L2, every load under way before the first is used, and instructions: half a warp has a query head or a new
- * key, a thread a value dim of every fourth new row.
+ * key, a warp a new value.
  */
 #ifndef US_KERNELS_ENGINE_ATTENTION_STAGE_CUH
 #define US_KERNELS_ENGINE_ATTENTION_STAGE_CUH
@@ -36,69 +36,57 @@ template <int QS>
 static __device__ __forceinline__ void us_attention_keep_head(struct us_attention_shared *sh, uint4 *q,
                                                               uint32_t index, const float2 x[US_HEAD_PAIRS]) {
   uint32_t lane = threadIdx.x % 16, Q = us_attention_Q<QS>(sh), n = index % 8;
-  if (index >= 16) {
-    uint32_t *to = (uint32_t *)sh->key + (index - 16) * (us_engine_k_stride(Q) / 2) + lane;
+  bool query = index < 16;
+  uint32_t *to = query ? (uint32_t *)(q + us_attention_operand_index(0, 0, lane % 4 / 2, n, lane / 4)) +
+                             lane % 2 * 2 + index / 8
+                       : (uint32_t *)sh->key + (index - 16) * (us_engine_k_stride(Q) / 2) + lane;
 #pragma unroll
-    for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++)
-      if (QS || 32 * i < Q) to[16 * i] = us_head_round(x[i].x, x[i].y);
-    return;
-  }
-  uint32_t *to = (uint32_t *)(q + us_attention_operand_index(0, 0, lane % 4 / 2, n, lane / 4)) +
-                 lane % 2 * 2 + index / 8;
-#pragma unroll
-  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) {
+  for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++, to += query ? 512 : 16) {
     uint32_t hi, lo;
     us_attention_split(x[i].x, x[i].y, &hi, &lo);
-    to[i * 512] = hi, to[i * 512 + 256] = lo;
+    if (query)
+      to[0] = hi, to[256] = lo;
+    else if (QS || 32 * i < Q)
+      to[0] = hi;
   }
 }
 
 /* ---- values ---------------------------------------------------------------------------------------------------------- */
 
-#define US_ATTENTION_STAGE_VALUES                                                                            \
-  (US_ATTENTION_FRESH_PIECES * 8 / 4) /* a thread: a dim, every fourth position */
+static_assert(US_ATTENTION_FRESH <= US_ENGINE_COMPUTE_WARPS, "a warp has a new value");
 
-/* Which of this thread's positions `row` sees, as new ones: index of the i-th; large before the first. */
-static __device__ __forceinline__ uint32_t us_attention_new_index(const struct us_attention_shared *sh,
-                                                                  const struct us_attention_row *row,
-                                                                  uint32_t i) {
-  return us_attention_origin(sh, row) + threadIdx.x / 128 + 4 * i - row->fresh;
-}
-static __device__ __forceinline__ bool us_attention_new_seen(const struct us_attention_row *row,
-                                                             uint32_t index) {
-  uint32_t hidden = row->begin > row->fresh ? row->begin - row->fresh : 0;
-  return index < row->count && index >= hidden;
-}
-
-/* New values of this thread; another where it has none. Nothing here may depend on what is loaded: all loads are under way together. */
+/* The warp's new value, dims 4 lane to + 3, of those that the job sees; another where it has none. The address does not depend on
+ * what is loaded: all loads are under way together. */
 template <int QS, int VS>
-static __device__ __forceinline__ void us_attention_load_new(const struct us_attention_shared *sh,
-                                                             const struct us_attention_row *row,
-                                                             float v[US_ATTENTION_STAGE_VALUES]) {
+static __device__ __forceinline__ float4 us_attention_load_new(const struct us_attention_shared *sh,
+                                                               const struct us_attention_row *row) {
   const struct us_engine_attention *a = &sh->a;
-  uint32_t dim = threadIdx.x % 128, V = us_attention_V<VS>(sh);
-  const float *from = a->qkv + row->fresh_row * (int32_t)a->qkv_rows +
-                      (a->H + a->G) * us_attention_Q<QS>(sh) + sh->job.g * V +
-                      (VS == 128 || dim < V ? dim : 0);
-#pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) {
-    uint32_t index = us_attention_new_index(sh, row, i);
-    v[i] = __ldcg(from + (us_attention_new_seen(row, index) ? index * a->qkv_rows : 0));
-  }
+  uint32_t index = threadIdx.x / 32, dim = threadIdx.x % 32 * 4, V = us_attention_V<VS>(sh);
+  int32_t of_tile = row->fresh_row + (int32_t)(index < sh->job.new_keys ? index : 0);
+  const float *from = a->qkv + of_tile * (int32_t)a->qkv_rows + (a->H + a->G) * us_attention_Q<QS>(sh) +
+                      sh->job.g * V + (VS == 128 || dim < V ? dim : 0);
+  if (QS % 4 == 0 && QS) return __ldcg((const float4 *)from);
+  return make_float4(__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), __ldcg(from + 3));
 }
 
-/* Those that the row sees, 0 for the others. */
+/* 0 where no new value is seen. */
+static __device__ __forceinline__ void us_attention_clear_new(struct us_attention_shared *sh) {
+  if (threadIdx.x < sizeof sh->value / sizeof sh->value[0]) sh->value[threadIdx.x] = make_uint4(0, 0, 0, 0);
+}
+
+/* Behind a barrier after that: those that the row sees. */
 template <int VS>
 static __device__ __forceinline__ void us_attention_keep_new(struct us_attention_shared *sh,
-                                                             const struct us_attention_row *row,
-                                                             const float v[US_ATTENTION_STAGE_VALUES]) {
-  bool exists = VS == 128 || threadIdx.x % 128 < us_attention_V<VS>(sh);
-  uint16_t *to = (uint16_t *)(sh->value + threadIdx.x % 128 * US_ATTENTION_FRESH_PIECES) + threadIdx.x / 128;
-#pragma unroll
-  for (uint32_t i = 0; i < US_ATTENTION_STAGE_VALUES; i++) {
-    bool seen = exists && us_attention_new_seen(row, us_attention_new_index(sh, row, i));
-    to[4 * i] = seen ? (uint16_t)us_head_round(v[i] * sh->a.value_scale, 0) : 0;
-  }
+                                                             const struct us_attention_row *row, float4 v) {
+  uint32_t index = threadIdx.x / 32, dim = threadIdx.x % 32 * 4, fresh = row->fresh;
+  if (index >= sh->job.new_keys || fresh + index < row->begin || dim >= us_attention_V<VS>(sh)) return;
+  uint16_t *to = (uint16_t *)(sh->value + dim * US_ATTENTION_FRESH_PIECES) + fresh -
+                 us_attention_origin(sh, row) + index;
+  const uint32_t next = US_ATTENTION_FRESH_PIECES * 8; /* dim */
+  float scale = sh->a.value_scale;
+  to[0] = (uint16_t)us_head_round(v.x * scale, 0), to[next] = (uint16_t)us_head_round(v.y * scale, 0);
+  to[2 * next] = (uint16_t)us_head_round(v.z * scale, 0),
+         to[3 * next] = (uint16_t)us_head_round(v.w * scale, 0);
 }
 
 /* ---- a job ----------------------------------------------------------------------------------------------------------- */
@@ -107,23 +95,20 @@ static __device__ __forceinline__ void us_attention_keep_new(struct us_attention
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_stage(struct us_attention_shared *sh) {
   const struct us_attention_row *row = sh->row + sh->job.row;
-  uint32_t index = threadIdx.x / 16, lane = threadIdx.x % 16, new_keys = sh->job.new_keys,
-           count = 16 + new_keys;
-  float v[US_ATTENTION_STAGE_VALUES];
+  uint32_t index = threadIdx.x / 16, lane = threadIdx.x % 16, count = 16 + sh->job.new_keys;
   bool exists = index < count && (index >= 16 || index < sh->job.heads);
   struct us_head h = us_attention_head<QS>(sh, row, exists ? index : 0);
   float2 x[US_HEAD_PAIRS];
-  us_attention_load_new<QS, VS>(sh, row, v);
+  float4 v = us_attention_load_new<QS, VS>(sh, row);
   us_head_load<QS>(&h, lane, x);
   struct us_head_rope rope = us_head_load_rope(&h, lane);
-  __syncwarp(); /* all loads are on their way */
+  us_attention_clear_new(sh);
+  us_engine_meet(); /* all loads are on their way */
   us_attention_keep_new<VS>(sh, row, v);
   if (index / 2 * 2 < count) {
     us_head_turn<QS>(&h, &rope, lane, x);
-    if (!exists)
-#pragma unroll
-      for (uint32_t i = 0; i < us_head_count<QS>::pairs; i++) x[i] = make_float2(0, 0);
-    if (index < count) us_attention_keep_head<QS>(sh, sh->q, index, x);
+    if (index < count) /* a head that does not exist: the first one's again, for nobody */
+      us_attention_keep_head<QS>(sh, sh->q, index, x);
   }
 }
 

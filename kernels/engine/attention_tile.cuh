@@ -84,7 +84,15 @@ static __device__ __forceinline__ void us_attention_split(float x, float y, uint
 
 /* ---- keys and scores ------------------------------------------------------------------------------------------------- */
 
-/* This thread's part of the 64 keys: rows 16 warp + 8 j + n; zeros for no page and for dims that do not exist. */
+/* The leaf's page, or any that can be read: what is read there is nobody's, since new keys and values take its place or the row does
+ * not see it. (A load under a condition would need zeros in its registers before.) */
+static __device__ __forceinline__ const uint8_t *us_attention_readable(const struct us_attention_shared *sh,
+                                                                       const struct us_attention_leaf *leaf) {
+  const struct us_engine_rank *rank = us_engine_rank_of((const struct us_engine_block *)0);
+  return leaf->page ? leaf->page : sh->a.draft ? rank->draft_pool : rank->kv_pool;
+}
+
+/* This thread's part of the 64 keys: rows 16 warp + 8 j + n. */
 template <int QS>
 static __device__ __forceinline__ void us_attention_load_keys(
     const struct us_attention_shared *sh, const uint8_t *page,
@@ -95,10 +103,8 @@ static __device__ __forceinline__ void us_attention_load_keys(
 #pragma unroll
   for (int j = 0; j < 2; j++)
 #pragma unroll
-    for (int i = 0; i < us_attention_size<QS, 0>::groups; i++) {
-      keys[j][i] = make_uint4(0, 0, 0, 0);
-      if (page && (QS || 32 * i < Q)) keys[j][i] = __ldcg((const uint4 *)(from + j * next + i * 64));
-    }
+    for (int i = 0; i < us_attention_size<QS, 0>::groups; i++)
+      if (QS || 32 * i < Q) keys[j][i] = __ldcg((const uint4 *)(from + j * next + i * 64));
 }
 
 /* New keys take the place of what the cache held. */
@@ -128,8 +134,7 @@ static __device__ __forceinline__ void us_attention_scores(
   for (int j = 0; j < 2; j++) score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0;
 #pragma unroll
   for (int i = 0; i < us_attention_size<QS, 0>::groups; i++) {
-    if (!QS && 32 * i >= us_attention_Q<QS>(sh))
-      continue; /* never staged: zero keys times whatever lies there is not zero */
+    if (!QS && 32 * i >= us_attention_Q<QS>(sh)) continue; /* never staged, never loaded */
 #pragma unroll
     for (int low = 1; low >= 0; low--) {
       uint32_t a[4], b[4];
@@ -149,14 +154,13 @@ static __device__ __forceinline__ void us_attention_largest(struct us_attention_
                                                             const struct us_attention_leaf *leaf,
                                                             float factor, float score[2][4], float m[2]) {
   uint32_t lane = threadIdx.x % 32, warp = us_attention_warp(), unit = us_attention_unit();
-  if (leaf->begin > 0 || leaf->end < 64)
+  uint32_t begin = leaf->begin, seen = leaf->end - begin, slot = 16 * warp + lane % 4 * 2 - begin;
+  if (seen < 64)
 #pragma unroll
     for (int j = 0; j < 2; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        uint32_t slot = 16 * warp + 8 * j + lane % 4 * 2 + e % 2;
-        if (slot < leaf->begin || slot >= leaf->end) score[j][e] = -CUDART_INF_F;
-      }
+      for (int e = 0; e < 4; e++)
+        if (slot + (8 * j + e % 2) >= seen) score[j][e] = -CUDART_INF_F; /* before `begin`: large */
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     m[h] = fmaxf(fmaxf(score[0][2 * h], score[0][2 * h + 1]), fmaxf(score[1][2 * h], score[1][2 * h + 1]));
@@ -209,24 +213,21 @@ static __device__ __forceinline__ void us_attention_weights(struct us_attention_
 
 /* ---- values ---------------------------------------------------------------------------------------------------------- */
 
-/* value[i][c][e]: dim 8 (tiles * warp + i) + n, slots 32 c + 8 t + 2 e, + 1. */
+/* value[c][i]: dim 8 (tiles * warp + i) + n, slots 32 c + 8 t to + 7. */
 template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_load_values(
     const struct us_attention_shared *sh, const uint8_t *page,
-    uint32_t value[us_attention_size<0, VS>::tiles][2][4]) {
+    uint4 value[2][us_attention_size<0, VS>::tiles]) {
   const int tiles = us_attention_size<0, VS>::tiles;
   uint32_t lane = threadIdx.x % 32, V = us_attention_V<VS>(sh),
            first = 8 * tiles * us_attention_warp() + lane / 4;
   const uint8_t *from =
       page + us_head_value_offset(sh->a.G, us_attention_Q<QS>(sh), V, sh->job.g, first) + lane % 4 * 16;
 #pragma unroll
-  for (int i = 0; i < tiles; i++)
+  for (int c = 0; c < 2; c++)
 #pragma unroll
-    for (int c = 0; c < 2; c++) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (page && (VS || first + 8 * i < V)) v = __ldcg((const uint4 *)(from + i * 1024 + c * 64));
-      value[i][c][0] = v.x, value[i][c][1] = v.y, value[i][c][2] = v.z, value[i][c][3] = v.w;
-    }
+    for (int i = 0; i < tiles; i++)
+      if (VS || first + 8 * i < V) value[c][i] = __ldcg((const uint4 *)(from + i * 1024 + c * 64));
 }
 
 /* Bits of the 8 slots from `slot` on that lie in [begin, end). */
@@ -235,55 +236,55 @@ static __device__ __forceinline__ uint32_t us_attention_slots(uint32_t slot, uin
   return from < 8 ? ((1u << (to < 8 ? to : 8)) - 1) & ~((1u << from) - 1) : 0;
 }
 
-/* Slots that the row does not see become 0 (0 times Inf would be NaN), new values take their place. */
+/* Slots that the row does not see become 0 (0 times Inf would be NaN), new values take their place. `value`: of slots 32 c on. */
 template <int VS>
 static __device__ __forceinline__ void us_attention_mend_values(
-    const struct us_attention_shared *sh, const struct us_attention_leaf *leaf,
-    uint32_t value[us_attention_size<0, VS>::tiles][2][4]) {
+    const struct us_attention_shared *sh, const struct us_attention_leaf *leaf, uint32_t c,
+    uint4 value[us_attention_size<0, VS>::tiles]) {
   const int tiles = us_attention_size<0, VS>::tiles;
   const struct us_attention_row *row = sh->row + sh->job.row;
   uint32_t lane = threadIdx.x % 32, first = 8 * tiles * us_attention_warp() + lane / 4;
-  uint32_t cached = row->fresh > leaf->base ? row->fresh - leaf->base : 0; /* slots */
-  if (cached > leaf->end) cached = leaf->end;
+  uint32_t base = leaf->base, end = leaf->end, fresh = row->fresh, slot = 32 * c + lane % 4 * 8, keep[4];
+  uint32_t cached = fresh > base ? fresh - base : 0; /* slots */
+  if (cached > end) cached = end;
+  uint32_t seen = us_attention_slots(slot, leaf->begin, cached);
+  uint32_t piece = (base + slot - us_attention_origin(sh, row)) / 8; /* large if before */
+  if (cached == end) piece = US_ATTENTION_FRESH_PIECES;
 #pragma unroll
-  for (int c = 0; c < 2; c++) {
-    uint32_t slot = 32 * c + lane % 4 * 8, seen = us_attention_slots(slot, leaf->begin, cached), keep[4];
-    uint32_t piece = (leaf->base + slot - us_attention_origin(sh, row)) / 8; /* large if before */
+  for (int e = 0; e < 4; e++)
+    keep[e] = (seen >> 2 * e & 1) * 0xffffu | (seen >> (2 * e + 1) & 1) * 0xffff0000u;
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      keep[e] = (seen >> 2 * e & 1) * 0xffffu | (seen >> (2 * e + 1) & 1) * 0xffff0000u;
-#pragma unroll
-    for (int i = 0; i < tiles; i++) {
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (piece < US_ATTENTION_FRESH_PIECES && cached < leaf->end && (VS || first + 8 * i < sh->a.V))
-        x = sh->value[(first + 8 * i) * US_ATTENTION_FRESH_PIECES + piece];
-      uint32_t *v = value[i][c];
-      v[0] = (v[0] & keep[0]) | x.x, v[1] = (v[1] & keep[1]) | x.y;
-      v[2] = (v[2] & keep[2]) | x.z, v[3] = (v[3] & keep[3]) | x.w;
-    }
+  for (int i = 0; i < tiles; i++) {
+    uint4 x = make_uint4(0, 0, 0, 0), *v = value + i;
+    if (piece < US_ATTENTION_FRESH_PIECES && (VS || first + 8 * i < sh->a.V))
+      x = sh->value[(first + 8 * i) * US_ATTENTION_FRESH_PIECES + piece];
+    v->x = (v->x & keep[0]) | x.x, v->y = (v->y & keep[1]) | x.y;
+    v->z = (v->z & keep[2]) | x.z, v->w = (v->w & keep[3]) | x.w;
   }
 }
 
-/* o = weights times values. */
 template <int VS>
-static __device__ __forceinline__ void us_attention_attend(
-    const struct us_attention_shared *sh, const uint32_t value[us_attention_size<0, VS>::tiles][2][4],
-    float o[us_attention_size<0, VS>::tiles][4]) {
+static __device__ __forceinline__ void us_attention_clear_sums(float o[us_attention_size<0, VS>::tiles][4]) {
+#pragma unroll
+  for (int i = 0; i < us_attention_size<0, VS>::tiles; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+}
+
+/* o += weights times values, of slots 32 c to + 31. */
+template <int VS>
+static __device__ __forceinline__ void us_attention_attend(const struct us_attention_shared *sh, uint32_t c,
+                                                           const uint4 value[us_attention_size<0, VS>::tiles],
+                                                           float o[us_attention_size<0, VS>::tiles][4]) {
   const int tiles = us_attention_size<0, VS>::tiles;
 #pragma unroll
-  for (int i = 0; i < tiles; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0;
+  for (int low = 1; low >= 0; low--) {
+    uint32_t a[4];
+    us_attention_operand(sh->p[us_attention_unit()], c, low, 0, a);
 #pragma unroll
-  for (int c = 0; c < 2; c++)
+    for (int i = 0; i < tiles; i++) us_mma_bf16(o[i], a, value[i].x, value[i].y, o[i]);
+    us_attention_operand(sh->p[us_attention_unit()], c, low, 1, a);
 #pragma unroll
-    for (int low = 1; low >= 0; low--)
-#pragma unroll
-      for (int step = 0; step < 2; step++) {
-        uint32_t a[4];
-        us_attention_operand(sh->p[us_attention_unit()], c, low, step, a);
-#pragma unroll
-        for (int i = 0; i < tiles; i++)
-          us_mma_bf16(o[i], a, value[i][c][2 * step], value[i][c][2 * step + 1], o[i]);
-      }
+    for (int i = 0; i < tiles; i++) us_mma_bf16(o[i], a, value[i].z, value[i].w, o[i]);
+  }
 }
 
 /* ---- a leaf ---------------------------------------------------------------------------------------------------------- */
@@ -293,17 +294,22 @@ template <int QS, int VS>
 static __device__ __forceinline__ void us_attention_leaf_sums(struct us_attention_shared *sh,
                                                               uint4 keys[2][us_attention_size<QS, 0>::groups],
                                                               struct us_attention_part<VS> *out) {
-  uint32_t value[us_attention_size<0, VS>::tiles][2][4];
+  uint4 value[2][us_attention_size<0, VS>::tiles];
   const struct us_attention_leaf *leaf = sh->leaf + us_attention_unit();
-  bool fresh = leaf->base + leaf->end > sh->row[sh->job.row].fresh;
   float score[2][4], factor = sh->a.scale * US_ATTENTION_LOG2E;
-  if (fresh) us_attention_mend_keys<QS>(sh, leaf, keys);
+  us_attention_mend_keys<QS>(sh, leaf, keys);
   us_attention_scores<QS>(sh, keys, score);
-  us_attention_load_values<QS, VS>(sh, leaf->page, value);
+  us_attention_load_values<QS, VS>(sh, us_attention_readable(sh, leaf), value);
   us_attention_largest(sh, leaf, factor, score, out->m);
   us_attention_weights(sh, factor, score, out->m, out->s);
-  if (fresh || leaf->begin || leaf->end < 64) us_attention_mend_values<VS>(sh, leaf, value);
-  us_attention_attend<VS>(sh, value, out->o);
+  us_attention_clear_sums<VS>(out->o);
+#pragma unroll 1 /* once a layer: the code costs more than moving registers */
+  for (uint32_t c = 0; c < 2; c++) {
+    us_attention_mend_values<VS>(sh, leaf, c, value[0]);
+    us_attention_attend<VS>(sh, c, value[0], out->o);
+#pragma unroll
+    for (int i = 0; i < us_attention_size<0, VS>::tiles; i++) value[0][i] = value[1][i];
+  }
 }
 
 /* A unit's result into shared memory, where other threads fold it. */

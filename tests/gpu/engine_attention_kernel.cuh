@@ -76,7 +76,7 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
         fetch_op(&launch, n + 2, true);
         __syncwarp();
       }
-      if (threadIdx.x % 32 == 0) b->round = round, b->op_index = i;
+      if (threadIdx.x % 32 == 0) b->round = round, b->op_index = i, b->fetched = n % US_ENGINE_FETCHED;
       if (streams) {
         if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_stream(b, op);
         continue;
