@@ -1,8 +1,7 @@
 /* attention_fold.cuh: sums of exponentials that add up in a fixed tree, however the keys were cut among warps and blocks.
  *
- *     struct us_attention_tree tree = us_attention_tree_begin();
- *     us_attention_tree_add(&tree, leaf, &sum);            // ascending leaves: any mix of leaves, groups and segments
- *     struct us_attention_sum all = us_attention_tree_end(&tree);
+ *     struct us_attention_sum group = us_attention_nothing();
+ *     us_attention_fold(&group, &leaf);                    // ascending leaves; then groups into segments, segments into the whole
  *
  * A sum stands for keys: m the largest score (times log2 e), s = sum of 2^(score - m), o = sum of 2^(score - m) v, of one query
  * head and four dims. Leaf: 64 keys at absolute multiples of 64. Leaves fold in ascending order into groups of 4 (256 keys, at
