@@ -160,6 +160,12 @@ static __device__ __forceinline__ void us_engine_barrier_wait(const struct us_en
   us_engine_barrier_wait_at(b, us_shared_address(barrier), parity, what);
 }
 
+/* The same out of line, one copy for all roles that do not multiply: what runs a few times a layer is fetched anew each time. */
+static __device__ __noinline__ void us_engine_barrier_await(uint32_t address, uint32_t parity,
+                                                            uint32_t what) {
+  us_engine_barrier_wait_at(us_engine_self(), address, parity, what);
+}
+
 /* ---- loads and stores between blocks and GPUs ------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ uint32_t us_load_acquire(const uint32_t *p) {
@@ -277,13 +283,22 @@ static __device__ __noinline__ void us_engine_wait_done(const struct us_engine_b
   us_engine_meet();
 }
 
+/* One thread: a counter hears that what its block or warp has to write is written. */
+static __device__ __noinline__ void us_engine_tell(uint32_t *counter) {
+  us_engine_jitter(us_engine_self());
+  us_add_release(counter, 1);
+}
+
 /* All compute threads: this block has written its part of the operation. */
 static __device__ __noinline__ void us_engine_finish(const struct us_engine_block *) {
   const struct us_engine_block *b = us_engine_self();
   us_engine_meet();
-  if (threadIdx.x) return;
-  us_engine_jitter(b);
-  us_add_release(us_engine_rank_of(b)->done + b->op_index, 1);
+  if (!threadIdx.x) us_engine_tell(us_engine_rank_of(b)->done + b->op_index);
+}
+
+/* n / d of any numbers, where a division in line would be most of the code around it. */
+static __device__ __noinline__ uint32_t us_engine_divide(uint32_t n, uint32_t d) {
+  return n / d;
 }
 
 /* All compute threads, before they use us_engine_scratch: the epilogue warps have read all partial sums. */

@@ -152,15 +152,17 @@ static __device__ __forceinline__ void us_down_stages(struct us_engine_block *b,
                                                       SUMS *sums) {
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = op->down.step_slices;
+  uint32_t tile = (warp >= slices) + (warp >= 2 * slices); /* of three */
   uint32_t base = us_engine_shared_base(b), full = base + (uint32_t)offsetof(struct us_engine_shared, full),
            empty = base + (uint32_t)offsetof(struct us_engine_shared, empty);
-  struct us_down_lane look = us_down_lane(base, lane, warp / slices);
-  struct us_down_offsets at = us_down_offsets(lane, warp % slices);
+  struct us_down_lane look = us_down_lane(base, lane, tile);
+  struct us_down_offsets at = us_down_offsets(lane, warp - tile * slices);
   uint32_t arrivals = warp ? 1 : 1 + US_ENGINE_COMPUTE_WARPS - working;
   struct us_down_lane_told told;
   struct us_down_page page;
   bool last;
-  us_engine_barrier_wait_at(b, full + c.stage * 8, c.phase, US_ENGINE_WAIT_STAGE);
+  us_engine_barrier_await(full + c.stage * 8, c.phase,
+                          US_ENGINE_WAIT_STAGE); /* the wait of the loop is in line */
   us_down_look<SEVERAL>(&told, look, c.stage);
   us_down_load(&page, at, told.pages.x, told.rows.x);
 #pragma unroll 1
@@ -201,10 +203,10 @@ struct us_down_registers {
     y[3] = __fmaf_rn(__uint_as_float(odd), acc[3], y[3]);
   }
 };
-static __device__ __noinline__ float4 us_engine_down_whole(struct us_engine_block *b,
-                                                           const struct us_engine_op *op, uint32_t working) {
+static __device__ __noinline__ float4 us_engine_down_whole(uint32_t working) {
+  struct us_engine_block *b = us_engine_self();
   struct us_down_registers sums = {};
-  us_down_stages<false>(b, op, working, &sums);
+  us_down_stages<false>(b, us_engine_fetched_op(b), working, &sums);
   return make_float4(sums.y[0], sums.y[1], sums.y[2], sums.y[3]);
 }
 
@@ -263,18 +265,20 @@ static __device__ void us_engine_down_out(struct us_engine_block *b, const struc
   us_engine_meet();
   if (warp < tiles) {
     float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
+#pragma unroll 1
     for (uint32_t w = 0; w < each; w++) {
       float4 v = sums[(warp * each + w) * 32 + lane];
       sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
       sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
     }
-    us_engine_push(b, d->exchange, b->rank->rank, (group * US_DOWN_TILES + warp) * 16, lane, sum);
+    us_engine_push(b, d->exchange, us_engine_rank_of(b)->rank, (group * US_DOWN_TILES + warp) * 16, lane,
+                   sum);
   }
 }
 
-static __device__ __noinline__ void us_engine_down_compute(struct us_engine_block *b,
-                                                           const struct us_engine_op *op) {
+static __device__ __noinline__ void us_engine_down_compute(void) {
+  struct us_engine_block *b = us_engine_self();
+  const struct us_engine_op *op = us_engine_fetched_op(b);
   const struct us_engine_down *d = &op->down;
   /* What rows have of an expert they do not use; nothing since the last barrier of a vector operation has touched it. */
   if (threadIdx.x < US_DOWN_ZEROS / 16)
@@ -291,7 +295,7 @@ static __device__ __noinline__ void us_engine_down_compute(struct us_engine_bloc
     uint32_t working = tiles * d->step_slices, warp = threadIdx.x / 32;
     if (us_engine_shared_of(b)->active.count && !(whole && warp >= working)) {
       if (whole) {
-        float4 sums = us_engine_down_whole(b, op, working);
+        float4 sums = us_engine_down_whole(working);
         y[0] = sums.x, y[1] = sums.y, y[2] = sums.z, y[3] = sums.w;
       } else if (d->w.format == US_FORMAT_MXFP4)
         us_engine_down_experts<US_FORMAT_MXFP4>(b, op, tiles, y);

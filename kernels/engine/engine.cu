@@ -30,11 +30,11 @@ static __device__ __noinline__ void stream_gemm(struct us_engine_block *b, const
 static __device__ __noinline__ void stream_down(struct us_engine_block *b, const struct us_engine_op *op) {
   us_engine_down_stream(b, op);
 }
-static __device__ __noinline__ void epilogue_gemm(struct us_engine_block *b, const struct us_engine_op *op) {
-  us_engine_gemm_epilogue(b, op);
+static __device__ __noinline__ void epilogue_gemm(void) {
+  us_engine_gemm_epilogue(us_engine_self(), us_engine_brought_op());
 }
-static __device__ __noinline__ void epilogue_down(struct us_engine_block *b, const struct us_engine_op *op) {
-  us_engine_down_pairs(b, op);
+static __device__ __noinline__ void epilogue_down(void) {
+  us_engine_down_pairs(us_engine_self(), us_engine_brought_op());
 }
 
 /* Operations of several row tiles. */
@@ -93,7 +93,7 @@ static __device__ void compute(struct us_engine_block *b, const struct us_engine
     us_engine_gemm_compute(b, op);
     break;
   case US_ENGINE_DOWN:
-    us_engine_down_compute(b, op);
+    us_engine_down_compute();
     break;
   case US_ENGINE_ATTENTION:
     us_engine_attention(b, op);
@@ -129,8 +129,8 @@ static __device__ void epilogue(struct us_engine_block *b, const struct us_engin
   if (kind == US_ENGINE_GEMM && row_tiles > 1)
     epilogue_several(b, op);
   else if (kind == US_ENGINE_GEMM)
-    epilogue_gemm(b, op);
-  if (kind == US_ENGINE_DOWN) epilogue_down(b, op);
+    epilogue_gemm();
+  if (kind == US_ENGINE_DOWN) epilogue_down();
   if (kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
 }
 
@@ -183,6 +183,14 @@ static __device__ __forceinline__ void fetch_op(const struct us_engine_block *b,
 static_assert(sizeof(struct us_engine_op) % 8 == 0 && sizeof(struct us_engine_op) <= 256,
               "a lane copies 8 bytes of an operation");
 
+/* An epilogue warp: its operation, to shared memory: one look at L2 for all that it reads of it, and no pointer that is kept. */
+static __device__ __forceinline__ void bring_op(const struct us_engine_op *op) {
+  uint32_t lane = us_engine_lane();
+  uint64_t *to = (uint64_t *)us_engine_brought_op();
+  if (lane < sizeof *op / 8) to[lane] = ((const uint64_t *)op)[lane];
+  __syncwarp();
+}
+
 /* All threads, when the kernel starts: what lies in shared memory (shared.cuh). */
 static __device__ void copy_launch(struct us_engine_shared *s, const struct us_engine_launch *launch) {
   const struct us_engine_rank *rank = &launch->rank[blockIdx.x / (gridDim.x / launch->ranks)];
@@ -208,6 +216,7 @@ template <int ROLE, bool FILTERS> static __device__ __forceinline__ void run_op(
     fetch_op(b, n, i);
     b->fetched = n % US_ENGINE_FETCHED, op = us_engine_fetched_op(b);
   }
+  if (ROLE == ROLE_EPILOGUE) bring_op(op), op = us_engine_brought_op();
   if (op->kind == US_ENGINE_ROUTE) pass_route<ROLE>(b);
   if (ROLE == ROLE_COMPUTE) compute<FILTERS>(b, op);
   if (ROLE == ROLE_STREAM) stream(b, op);
@@ -265,8 +274,7 @@ static __device__ struct us_engine_block *make_block(const struct us_engine_laun
   struct us_engine_block *b = &shared->warp[warp];
   if (threadIdx.x % 32 == 0) {
     struct us_engine_block view = {};
-    view.shared = shared, view.launch = (const struct us_engine_launch *)shared->launch,
-    view.rank = &shared->rank;
+    view.launch = (const struct us_engine_launch *)shared->launch, view.rank = &shared->rank;
     view.index = blockIdx.x % each, view.blocks = each, view.grid_block = blockIdx.x;
     view.op_index = launch->first;
     view.role = warp < US_ENGINE_COMPUTE_WARPS    ? ROLE_COMPUTE

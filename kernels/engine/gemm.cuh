@@ -40,24 +40,29 @@ struct us_engine_items {
   uint32_t first, second; /* US_ENGINE_NONE: there is none */
   uint32_t base, count, blocks, counter;
 };
-static __device__ __forceinline__ struct us_engine_items us_engine_items(const struct us_engine_block *b,
-                                                                         const struct us_engine_gemm *g,
-                                                                         uint32_t shift) {
-  struct us_engine_items x = {0, 0, 0, us_engine_gemm_items(b, g), b->blocks, 0};
-  uint32_t place = us_engine_first_item(b, shift), parts = g->parts;
+static __device__ __noinline__ struct us_engine_items us_engine_share(uint32_t tiles, uint32_t parts,
+                                                                      uint32_t all, uint32_t shift) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_engine_items x = {0, 0, 0, all, b->blocks, 0};
+  uint32_t place = us_engine_first_item(b, shift);
   uint32_t share = us_engine_quotient(x.blocks, parts), at = us_engine_quotient(place, parts);
   if (parts > 1 && parts <= US_ENGINE_PARTS && share * parts == x.blocks) { /* experts have one */
     x.counter = place - at * parts, place = at;
-    x.base = x.counter * g->w.tiles, x.count = g->w.tiles, x.blocks = share;
+    x.base = x.counter * tiles, x.count = tiles, x.blocks = share;
   }
   x.first = place < x.count ? x.base + place : US_ENGINE_NONE;
   x.second = place + x.blocks < x.count ? x.base + place + x.blocks : US_ENGINE_NONE;
   return x;
 }
+static __device__ __forceinline__ struct us_engine_items us_engine_items(const struct us_engine_block *b,
+                                                                         const struct us_engine_gemm *g,
+                                                                         uint32_t shift) {
+  return us_engine_share(g->w.tiles, g->parts, us_engine_gemm_items(b, g), shift);
+}
 
 static __device__ __forceinline__ uint32_t *us_engine_counter(const struct us_engine_block *b, uint32_t op,
                                                               uint32_t counter) {
-  return b->rank->claimed + op * US_ENGINE_COUNTERS + counter;
+  return us_engine_rank_of(b)->claimed + op * US_ENGINE_COUNTERS + counter;
 }
 
 /* Ask for an item that was not dealt out: its number, or one past the last. The answer is on its way while the thread goes on. */
@@ -127,7 +132,8 @@ static __device__ __forceinline__ void us_engine_release(struct us_engine_shared
 
 /* The active list of the last ROUTE that this role has passed. */
 static __device__ __forceinline__ void us_engine_wait_routed(const struct us_engine_block *b) {
-  us_engine_barrier_wait(b, &us_engine_shared_of(b)->routed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
+  us_engine_barrier_await(us_shared_address(&us_engine_shared_of(b)->routed), (b->routes - 1) & 1,
+                          US_ENGINE_WAIT_ROUTE);
 }
 
 /* The streamed bytes of an item: one part of a tile, or a tile of an active expert. */
@@ -324,13 +330,14 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
 
 /* ---- epilogue warps --------------------------------------------------------------------------------------------------- */
 
-/* The four sums of a lane: rows r, r + 8 of the half, tokens 2t, 2t + 1 (r = lane / 4, t = lane % 4). */
+/* The four sums of a lane, in the order of the warps: rows r, r + 8 of the half, tokens 2t, 2t + 1 (r = lane / 4, t = lane % 4). Warps that
+ * do not work have handed in zeros, which change no sum that began with +0, so all are added. */
 static __device__ __forceinline__ float4 us_engine_add_warps(const struct us_engine_block *b, uint32_t buffer,
-                                                             uint32_t half, uint32_t warps, int lane) {
+                                                             uint32_t half, int lane) {
   float4 sum = make_float4(0, 0, 0, 0);
   const float4 *from = (const float4 *)us_engine_shared_of(b)->partial[buffer][0] + half * 32 + lane;
-#pragma unroll 8
-  for (uint32_t w = 0; w < warps; w++) {
+#pragma unroll 4
+  for (uint32_t w = 0; w < US_ENGINE_COMPUTE_WARPS; w++) {
     float4 v = from[w * (US_ENGINE_PARTIAL / 4)];
     sum.x = __fadd_rn(sum.x, v.x), sum.y = __fadd_rn(sum.y, v.y);
     sum.z = __fadd_rn(sum.z, v.z), sum.w = __fadd_rn(sum.w, v.w);
@@ -346,21 +353,25 @@ static __device__ __forceinline__ uint32_t us_present(float x) { /* never the ma
 /* 16 columns x 8 tokens of a partial sum to every rank's exchange; the lanes of a warp. */
 static __device__ __forceinline__ void us_engine_push(const struct us_engine_block *b, uint32_t exchange,
                                                       uint32_t addend, uint32_t column, int lane, float4 v) {
-  const struct us_engine_rank *rank = b->rank;
-  uint32_t running = b->launch->exchanges + b->round * b->launch->exchanges_a_round + exchange;
-  size_t at =
-      ((size_t)(running % rank->slots) * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
+  const struct us_engine_rank *rank = us_engine_rank_of(b);
+  const struct us_engine_launch *launch = us_engine_launch_of(b);
+  uint32_t running = launch->exchanges + b->round * launch->exchanges_a_round + exchange;
+  uint32_t slot = running - us_engine_divide(running, rank->slots) * rank->slots;
+  uint32_t at = (slot * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
   uint4 bits = make_uint4(us_present(v.x), us_present(v.y), us_present(v.z), us_present(v.w));
-  for (uint32_t i = 0; i < rank->ranks; i++) { /* the farthest first, its own last */
-    uint32_t to = (rank->rank + 1 + i) % rank->ranks;
+  uint32_t ranks = rank->ranks, to = rank->rank;
+#pragma unroll 1
+  for (uint32_t i = 0; i < ranks; i++) { /* the farthest first, its own last */
+    to = to + 1 == ranks ? 0 : to + 1;
     asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(rank->exchange[to] + at),
                  "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
   }
 }
 
+/* A bf16 times a power of two that is not too small is its own upper half, and so is the one NaN that a multiply makes. */
 static __device__ __forceinline__ uint16_t us_engine_operand_bits(float x) {
-  return us_bf16_from_f32(us_bf16_round(x) * US_ENGINE_OPERAND_UNIT);
+  return (uint16_t)(us_f32_bits(us_bf16_round(x) * US_ENGINE_OPERAND_UNIT) >> 16);
 }
 
 static __device__ __forceinline__ float us_engine_swiglu(float gate, float up) {
@@ -381,8 +392,9 @@ struct us_engine_place {
 static __device__ __forceinline__ struct us_engine_place us_engine_place(const struct us_engine_block *b,
                                                                          const struct us_engine_gemm *g,
                                                                          uint32_t item, int lane) {
+  uint32_t outer = us_engine_quotient(item, g->w.tiles);
   struct us_engine_place at = {
-      item / g->w.tiles, item % g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
+      outer, item - outer * g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
   if (!g->experts) return at;
   uint32_t both = *(const uint32_t *)&us_engine_shared_of(b)->active.pair[at.outer][at.token];
   at.pair[0] = (int16_t)both, at.pair[1] = (int)both >> 16;
@@ -392,27 +404,30 @@ static __device__ __forceinline__ struct us_engine_place us_engine_place(const s
 /* out: g->out, of the row tile. */
 static __device__ __forceinline__ void us_engine_store(const struct us_engine_gemm *g, void *out,
                                                        struct us_engine_place at, uint32_t row, float4 v) {
-  float *to = (float *)out + ((size_t)at.outer * 8 + at.token) * g->out_stride + row,
-        *next = to + g->out_stride;
+  float *to = (float *)out + ((at.outer * 8 + at.token) * g->out_stride + row), *next = to + g->out_stride;
   if (row < g->valid) *to = v.x, *next = v.y;
   if (row + 8 < g->valid) to[8] = v.z, next[8] = v.w;
 }
 
-/* Gate and up sums to inner activations: two rows of two tokens. */
+/* Gate and up sums to inner activations: two rows of two tokens. Eight rows on is 4 bytes on, in a pair as in an operand. */
 static __device__ __forceinline__ void us_engine_gate(const struct us_engine_gemm *g, uint8_t *out,
                                                       struct us_engine_place at, float4 gate, float4 up) {
   uint32_t row = at.tile * 16 + at.row, bytes = us_engine_pair_bytes(g->F);
-#pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
-  for (int half = 0; half < 2; half++, row += 8) {
-    uint16_t inner[2] = {us_engine_operand_bits(us_engine_swiglu(gate.x, up.x)),
-                         us_engine_operand_bits(us_engine_swiglu(gate.y, up.y))};
+  int to[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      uint32_t offset = g->experts ? at.pair[i] * bytes + us_engine_pair_offset(row)
-                                   : us_engine_operand_offset(at.token + i, row);
-      if (at.pair[i] >= 0) *(uint16_t *)(out + offset) = inner[i];
-    }
-    gate.x = gate.z, gate.y = gate.w, up.x = up.z, up.y = up.w;
+  for (int i = 0; i < 2; i++) {
+    to[i] = (int)(g->experts ? at.pair[i] * bytes + us_engine_pair_offset(row)
+                             : us_engine_operand_offset(at.token + i, row));
+    if (at.pair[i] < 0) to[i] = INT32_MIN;
+  }
+#pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
+  for (int i = 0; i < 4; i++) {
+    uint16_t inner = us_engine_operand_bits(us_engine_swiglu(gate.x, up.x));
+    if (to[0] >= 0) *(uint16_t *)(out + to[0]) = inner;
+    int below = to[0] + 4;
+    to[0] = to[1], to[1] = below;
+    gate.x = gate.y, gate.y = gate.z, gate.z = gate.w;
+    up.x = up.y, up.y = up.z, up.z = up.w;
   }
 }
 
@@ -425,23 +440,20 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
                                                                struct us_engine_place at, uint32_t buffer,
                                                                int lane) {
   float undo = us_engine_undo(g->w.format);
-  if (g->epilogue == US_ENGINE_SWIGLU || g->epilogue == US_ENGINE_SWIGLU_EXPERT) {
-    float4 gate = us_engine_times(us_engine_add_warps(b, buffer, 0, g->warps, lane), undo);
-    us_engine_gate(g, (uint8_t *)g->out, at, gate,
-                   us_engine_times(us_engine_add_warps(b, buffer, 1, g->warps, lane), undo));
-    return;
-  }
-  uint32_t halves = g->w.halves;
+  uint32_t halves = g->w.halves, epilogue = g->epilogue;
+  float4 before = make_float4(0, 0, 0, 0), v = make_float4(0, 0, 0, 0);
 #pragma unroll 1
   for (uint32_t h = 0; h < halves; h++) {
-    float4 v = us_engine_times(us_engine_add_warps(b, buffer, h, g->warps, lane), undo);
+    before = v, v = us_engine_times(us_engine_add_warps(b, buffer, h, lane), undo);
     uint32_t row = (at.tile * halves + h) * 16;
-    if (g->epilogue == US_ENGINE_PUSH)
-      us_engine_push(b, g->exchange, g->gather ? at.outer : b->rank->rank * g->parts + at.outer,
+    if (epilogue == US_ENGINE_PUSH)
+      us_engine_push(b, g->exchange, g->gather ? at.outer : us_engine_rank_of(b)->rank * g->parts + at.outer,
                      g->first + row, lane, v);
-    else
+    else if (epilogue == US_ENGINE_STORE)
       us_engine_store(g, g->out, at, row + at.row, v);
   }
+  if (epilogue != US_ENGINE_PUSH && epilogue != US_ENGINE_STORE)
+    us_engine_gate(g, (uint8_t *)g->out, at, before, v);
 }
 
 /* Experts of the list that DOWN begins with before all are multiplied: the hand-off hides behind the last ones. */
@@ -452,9 +464,7 @@ static __device__ __forceinline__ uint32_t us_engine_early(const struct us_engin
 /* An epilogue warp: its tiles of these are written. */
 static __device__ __forceinline__ void us_engine_tell_early(const struct us_engine_block *b, int lane) {
   __syncwarp();
-  if (lane) return;
-  us_engine_jitter(b);
-  us_add_release(us_engine_counter(b, b->op_index, US_ENGINE_EARLY), 1);
+  if (lane == 0) us_engine_tell(us_engine_counter(b, b->op_index, US_ENGINE_EARLY));
 }
 
 /* The epilogue warps: the block's tiles of the product, which end before tile `end` of the launch, are out. */
@@ -463,21 +473,18 @@ static __device__ __forceinline__ void us_engine_epilogue_end(struct us_engine_b
   us_engine_skip(b, (end - b->tile) * g->subs);
   b->tile = end;
   us_engine_epilogues_meet();
-  if (threadIdx.x != US_ENGINE_EPILOGUE) return;
-  us_engine_jitter(b);
-  us_add_release(b->rank->done + b->op_index, 1);
+  if (threadIdx.x == US_ENGINE_EPILOGUE) us_engine_tell(us_engine_rank_of(b)->done + b->op_index);
 }
 
 static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_block *b,
                                                                const struct us_engine_op *op) {
-  const struct us_engine_gemm local = op->gemm,
-                              *g = &local; /* barriers would make the compiler load it again and again */
+  const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
   int lane = threadIdx.x % 32;
-  uint32_t mine = threadIdx.x / 32 % 2,
-           shift = op->shift; /* the buffer of this warp, and of every other tile */
+  uint32_t mine = threadIdx.x / 32 % 2; /* the buffer of this warp, and of every other tile */
+  uint32_t full = us_shared_address(&s->sums_full[mine]), empty = us_shared_address(&s->sums_empty[mine]);
   if (g->experts) us_engine_wait_routed(b);
-  struct us_engine_items items = us_engine_items(b, g, shift);
+  struct us_engine_items items = us_engine_items(b, g, op->shift);
   bool even = b->tile % 2 == mine; /* takes the first */
   uint32_t tile = b->tile + !even, i = even ? items.first : items.second,
            end = b->tile +
@@ -487,13 +494,13 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
     if (!told && i >= early) us_engine_tell_early(b, lane), told = true;
     if (i == US_ENGINE_NONE) break;
     struct us_engine_place at = us_engine_place(b, g, i, lane);
-    us_engine_barrier_wait(b, &s->sums_full[mine], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
+    us_engine_barrier_await(full, tile / 2 & 1, US_ENGINE_WAIT_SUMS);
     us_engine_gemm_tile_out(b, g, at, mine, lane);
     uint32_t after = tile == b->tile ? items.second : s->item[(tile + 1) % US_ENGINE_ITEMS];
     end = tile + (after != US_ENGINE_NONE ? 2 : 1), tile += 2;
     i = s->item[tile % US_ENGINE_ITEMS];
     __syncwarp();
-    if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
+    if (lane == 0) us_barrier_arrive(empty);
   }
   us_engine_epilogue_end(b, g, end);
 }

@@ -67,12 +67,9 @@ struct us_engine_routed {
   uint32_t pass; /* round, program and row tile; 0: none yet */
 };
 
-struct us_engine_shared;
-
 /* One warp's view, in shared memory: the same for all its lanes. (On the stack it would be 640 copies, more than the first-level
  * cache holds beside the ring.) */
 struct us_engine_block {
-  struct us_engine_shared *shared;
   const struct us_engine_launch *launch; /* without its ranks */
   const struct us_engine_rank *rank;
   uint32_t index, blocks; /* of this rank's blocks */
@@ -119,6 +116,7 @@ struct us_engine_shared {
   struct us_engine_routed rows;
   struct us_engine_rank rank;
   alignas(16) struct us_engine_op op[US_ENGINE_FETCHED];
+  struct us_engine_op brought[2]; /* an epilogue warp's operation */
   alignas(16) uint8_t launch[offsetof(struct us_engine_launch, rank)];
 };
 static_assert(sizeof(struct us_engine_shared) <= 232448, "shared memory of a block");
@@ -156,6 +154,10 @@ static __device__ __forceinline__ struct us_engine_block *us_engine_self(void) {
 static __device__ __forceinline__ const struct us_engine_op *us_engine_fetched_op(
     const struct us_engine_block *b) {
   return &us_engine_shared_of(b)->op[b->fetched];
+}
+/* An epilogue warp: its own. */
+static __device__ __forceinline__ const struct us_engine_op *us_engine_brought_op(void) {
+  return &us_engine_shared_of(NULL)->brought[us_engine_thread() / 32 % 2];
 }
 /* The launch, without its ranks, and the rank: by their places in shared memory, not by a pointer that is read first. */
 static __device__ __forceinline__ const struct us_engine_launch *us_engine_launch_of(
