@@ -266,21 +266,17 @@ static __device__ __forceinline__ void us_engine_down_stream(struct us_engine_bl
 /* Whether DOWN waits for a gate and up projection, which tells early; a test may let it wait for something else. */
 static __device__ __forceinline__ bool us_down_follows_up(const struct us_engine_block *b, uint32_t wait) {
   if (wait == US_ENGINE_NONE) return false;
-  const struct us_engine_op *up = b->rank->ops + wait;
+  const struct us_engine_op *up = us_engine_rank_of(b)->ops + wait;
   return up->kind == US_ENGINE_GEMM && up->gemm.experts && up->row_tiles <= 1; /* several row tiles do not */
 }
 
 /* A warp: the activations of the first experts of the list stand when the gate and up projection's early count does, all when it is
  * done. */
-static __device__ __forceinline__ void us_down_await(const struct us_engine_block *b, uint32_t wait,
-                                                     bool early) {
-  if (threadIdx.x % 32)
-    ;
-  else if (early)
-    us_engine_poll(b, us_engine_counter(b, wait, US_ENGINE_EARLY), wait,
-                   US_ENGINE_EPILOGUES * us_engine_target(b, wait));
-  else
-    us_engine_poll_done(b, wait);
+static __device__ __noinline__ void us_down_await(uint32_t wait, bool early) {
+  const struct us_engine_block *b = us_engine_self();
+  if (us_engine_lane() == 0)
+    us_engine_poll(b, early ? us_engine_counter(b, wait, US_ENGINE_EARLY) : us_engine_rank_of(b)->done + wait,
+                   wait, (early ? US_ENGINE_EPILOGUES : 1) * us_engine_target(b, wait));
   __syncwarp();
   asm volatile("fence.proxy.async;" ::: "memory");
 }
@@ -289,7 +285,7 @@ static __device__ __forceinline__ void us_down_await(const struct us_engine_bloc
  * stages alone: of the others it may come to hear too late, and a barrier tells one phase from the next only. */
 static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_block *b,
                                                             const struct us_engine_op *op) {
-  const struct us_engine_down local = op->down, *d = &local;
+  const struct us_engine_down *d = &op->down;
   struct us_engine_shared *s = us_engine_shared_of(b);
   struct us_engine_cursor c = {b->stage, b->phase};
   uint32_t groups = us_engine_down_groups(d), shift = op->shift,
@@ -298,14 +294,14 @@ static __device__ __forceinline__ void us_engine_down_pairs(struct us_engine_blo
   us_engine_wait_routed(b);
   struct us_down_plan p = us_down_plan(d, s->active.count);
   uint32_t early = us_down_follows_up(b, wait) ? us_engine_early(s) : 0;
-  if (early) us_down_await(b, wait, true);
+  if (early) us_down_await(wait, true);
   for (uint32_t group = us_engine_first_item(b, shift); group < groups; group += b->blocks)
     for (struct us_down_at at = us_down_begin(s); at.slot < p.active; mine = !mine) {
       struct us_down_stage stage = us_down_stage(&p, &at);
       if (at.slot + 1 >= early && early != US_ENGINE_NONE) /* a stage may have two experts */
-        us_down_await(b, wait, false), early = US_ENGINE_NONE;
+        us_down_await(wait, false), early = US_ENGINE_NONE;
       if (mine) {
-        us_engine_barrier_wait(b, &s->empty[c.stage], c.phase ^ 1, US_ENGINE_WAIT_FREE);
+        us_engine_barrier_await(us_shared_address(&s->empty[c.stage]), c.phase ^ 1, US_ENGINE_WAIT_FREE);
         us_down_tell(s, &p, &at, &stage, c.stage, several);
         /* the next operation's weights are copied over it */
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

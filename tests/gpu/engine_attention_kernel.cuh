@@ -37,7 +37,7 @@ static __device__ struct us_engine_block *make_view(const struct us_engine_launc
   }
   if (threadIdx.x % 32 == 0) {
     struct us_engine_block view = {};
-    view.shared = shared, view.launch = launch, view.rank = launch->rank;
+    view.launch = launch, view.rank = launch->rank;
     view.index = blockIdx.x, view.blocks = gridDim.x, view.grid_block = blockIdx.x;
     *b = view;
   }

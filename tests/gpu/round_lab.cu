@@ -28,8 +28,7 @@ static __global__ void __launch_bounds__(US_ENGINE_COMPUTE, 1)
   us_barrier_init_fence();
   if (threadIdx.x % 32 == 0) {
     struct us_engine_block view = {};
-    view.shared = shared, view.launch = &launch, view.blocks = gridDim.x / launch.ranks,
-    view.grid_block = blockIdx.x;
+    view.launch = &launch, view.blocks = gridDim.x / launch.ranks, view.grid_block = blockIdx.x;
     view.rank = &launch.rank[blockIdx.x / view.blocks], view.index = blockIdx.x % view.blocks;
     *b = view;
   }
