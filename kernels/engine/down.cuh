@@ -161,8 +161,7 @@ static __device__ __forceinline__ void us_down_stages(struct us_engine_block *b,
   struct us_down_lane_told told;
   struct us_down_page page;
   bool last;
-  us_engine_barrier_await(full + c.stage * 8, c.phase,
-                          US_ENGINE_WAIT_STAGE); /* the wait of the loop is in line */
+  us_engine_barrier_await(full + c.stage * 8, c.phase, US_ENGINE_WAIT_STAGE);
   us_down_look<SEVERAL>(&told, look, c.stage);
   us_down_load(&page, at, told.pages.x, told.rows.x);
 #pragma unroll 1

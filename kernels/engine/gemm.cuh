@@ -40,6 +40,7 @@ struct us_engine_items {
   uint32_t first, second; /* US_ENGINE_NONE: there is none */
   uint32_t base, count, blocks, counter;
 };
+/* One function for the three roles, which all come to it at every product. */
 static __device__ __noinline__ struct us_engine_items us_engine_share(uint32_t tiles, uint32_t parts,
                                                                       uint32_t all, uint32_t shift) {
   const struct us_engine_block *b = us_engine_self();
