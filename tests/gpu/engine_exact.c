@@ -4,7 +4,8 @@
  *   Requests | Accept lengths | Blocks and batches | Rules | Long contexts | Samples | Many rounds | Graphs | Ends | Cases
  *
  * Usage: engine_exact [CASE...], of accepts, blocks, heads, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
- * and small, a few rounds for a slow checker, only where they are named. US_EXACT_SECONDS (10): how long `rounds` goes on. Exit 0, 1,
+ * small, a few rounds for a slow checker, and gpus2 and gpus4, a rank a GPU, only where they are named. US_EXACT_SECONDS (10): how long rounds
+ * under delays go on. Exit 0, 1,
  * 5, 77.
  *
  * Independent truth: plain decoding of the same executor, one sequence at a time, whose logits engine_parity holds against the CPU's.
@@ -293,12 +294,15 @@ static double seconds_asked(void) {
 
 /* Random delays at every hand-off, batches, blocks, drafted and replayed proposals in turn, until the time is over. Rounds are counted
  * as the engine reported them; only those with delays. */
-static void check_rounds(const struct models *m, uint32_t ranks) {
+static void check_rounds(const struct models *m, uint32_t gpus, uint32_t ranks) {
   static const float rates[] = {0.75f};
-  struct us_executor *quick = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks}),
-                     *late = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks, .jitter = 2000});
-  char name[64], note[128];
-  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  struct us_executor_cuda_options options = {.gpus = gpus, .ranks = ranks};
+  struct us_executor *quick = open_cuda(m, &options);
+  options.jitter = 2000;
+  struct us_executor *late = open_cuda(m, &options);
+  char name[96], note[128];
+  snprintf(name, sizeof name, "%s, %u rank%s on %u GPU%s", m->name, ranks, ranks > 1 ? "s" : "", gpus,
+           gpus > 1 ? "s" : "");
   double begun = now(), end = begun + seconds_asked();
   uint64_t passes = 0, bad = 0, checked = 0;
   for (uint32_t i = 0; now() < end; i++) {
@@ -531,6 +535,19 @@ static void run_heads(void) {
   close_models(&pico);
 }
 
+/* A rank a GPU: every accept length, blocks and batches, and very many rounds under delays. */
+static void run_gpus(uint32_t gpus) {
+  struct models m = open_random("wide", widen);
+  struct us_executor *ex = open_cuda(&m, &(struct us_executor_cuda_options){.gpus = gpus, .ranks = gpus});
+  for (int t = 0; t < 2; t++) check_accepts(&m, ex, (float)t);
+  check_blocks(&m, ex);
+  ex->ops->free(ex);
+  close_models(&m);
+  m = open_random("short", shorten);
+  check_rounds(&m, gpus, gpus);
+  close_models(&m);
+}
+
 int main(int argc, char **argv) {
   signal(SIGALRM, hung);
   alarm(watchdog_seconds(140));
@@ -542,6 +559,13 @@ int main(int argc, char **argv) {
     check_hang();
     return any_failed ? 1 : 0;
   }
+  for (uint32_t gpus = 2; gpus <= 4; gpus *= 2) {
+    char name[16];
+    snprintf(name, sizeof name, "gpus%u", gpus);
+    if (argc == 1 || !asked(argc, argv, name)) continue;
+    run_gpus(gpus);
+    if (argc == 2) return any_failed ? 1 : 0;
+  }
   struct models wide = open_random("wide", widen), pico;
   bool bundled = open_pico(&pico);
   run_model(argc, argv, &wide);
@@ -550,7 +574,7 @@ int main(int argc, char **argv) {
   if (asked(argc, argv, "heads")) run_heads();
   if (asked(argc, argv, "rounds")) {
     struct models m = open_random("short", shorten);
-    for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) check_rounds(&m, ranks);
+    for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) check_rounds(&m, 1, ranks);
     close_models(&m);
   }
   if (asked(argc, argv, "graphs")) {
