@@ -159,7 +159,7 @@ static __device__ __forceinline__ void us_attention_await_pieces(const struct us
 
 /* Fold `f`: some heads of a row and chunk that is cut in pieces: wait for them (whoever has them comes to no fold before), close.
  * Segments are the tree's last level: they add up as the groups of one segment would. */
-template <int VS> static __device__ __noinline__ void us_attention_fold_row(uint32_t f) {
+template <int VS> static __device__ __forceinline__ void us_attention_fold_row(uint32_t f) {
   const struct us_engine_block *b = us_engine_self();
   struct us_attention_shared *sh = us_attention_shared_of();
   uint32_t V = us_attention_V<VS>(sh), head = threadIdx.x / (V / 4), dim = threadIdx.x % (V / 4) * 4;
@@ -190,6 +190,11 @@ template <int VS> static __device__ __noinline__ void us_attention_fold_row(uint
   }
   if (head < pile.heads) us_attention_close(sh, V, pile.first + head, dim, &total);
 }
+static __device__ __noinline__ void us_attention_fold_usual(uint32_t f) { us_attention_fold_row<128>(f); }
+namespace us_rare {
+static __device__ __noinline__ void attention_fold(uint32_t f) { us_attention_fold_row<0>(f); }
+} // namespace us_rare
+
 
 /* A row that does not exist: zeros. */
 template <int VS>
@@ -238,7 +243,7 @@ static __device__ __forceinline__ struct us_attention_sum us_attention_units_sum
 
 /* A job that is a leaf a unit. Out of line, as the other kinds of jobs are: each has the registers to itself. It finds again what it
  * needs, since what is kept over a call or a barrier of many registers lies in local memory. */
-template <int QS, int VS> static __device__ __noinline__ void us_attention_run_units(bool wait) {
+template <int QS, int VS> static __device__ __forceinline__ void us_attention_run_units(bool wait) {
   struct us_attention_shared *sh = us_attention_shared_of();
   struct us_attention_sum sum = us_attention_units_sum<QS, VS>(sh, wait);
   uint32_t V = us_attention_V<VS>(sh);
@@ -247,6 +252,14 @@ template <int QS, int VS> static __device__ __noinline__ void us_attention_run_u
   else
     us_attention_keep_piece<VS>(sh, sh->job.piece, sum);
 }
+static __device__ __noinline__ void us_attention_units_usual(bool wait) {
+  us_attention_run_units<192, 128>(wait);
+}
+namespace us_rare {
+template <int QS, int VS> static __device__ __noinline__ void attention_units(bool wait) {
+  us_attention_run_units<QS, VS>(wait);
+}
+} // namespace us_rare
 
 /* The job in shared memory. */
 template <int QS, int VS>
@@ -256,8 +269,10 @@ static __device__ __forceinline__ void us_attention_run_sized(const struct us_at
     us_attention_run_shared<QS, VS>(wait);
   else if (sh->job.leaf != US_ENGINE_NONE)
     us_attention_run_long<QS, VS>(wait);
+  else if (QS == 192 && VS == 128)
+    us_attention_units_usual(wait);
   else
-    us_attention_run_units<QS, VS>(wait);
+    us_rare::attention_units<QS, VS>(wait);
 }
 static __device__ __forceinline__ void us_attention_run(const struct us_attention_shared *sh, bool wait) {
   if (sh->row[sh->job.row].sequence == US_ENGINE_NONE) {
@@ -312,9 +327,9 @@ static __device__ __forceinline__ void us_attention_jobs(struct us_attention_sha
   for (; j < end; j += us_engine_self()->blocks) {
     us_engine_meet();
     if (sh->a.V == 128)
-      us_attention_fold_row<128>(j - sh->jobs);
+      us_attention_fold_usual(j - sh->jobs);
     else
-      us_attention_fold_row<0>(j - sh->jobs);
+      us_rare::attention_fold(j - sh->jobs);
   }
 }
 

@@ -308,6 +308,7 @@ static __device__ __forceinline__ const uint8_t *us_attention_long_page(const st
 }
 
 /* The job; then its pieces stand in memory. A lane holds the page of every 32nd leaf, and of the one after that. */
+namespace us_rare {
 template <int QS, int VS> static __device__ __noinline__ void us_attention_run_long(bool wait) {
   const struct us_engine_block *b = us_engine_self();
   struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
@@ -347,5 +348,7 @@ template <int QS, int VS> static __device__ __noinline__ void us_attention_run_l
     us_attention_hand_on<VS>(sh, k, any, &group);
   }
 }
+} // namespace us_rare
+using us_rare::us_attention_run_long;
 
 #endif

@@ -395,6 +395,7 @@ static __device__ __forceinline__ bool us_attention_leaf_shared(struct us_attent
 }
 
 /* The job; then its rows' pieces stand in memory. */
+namespace us_rare {
 template <int QS, int VS> static __device__ __noinline__ void us_attention_run_shared(bool wait) {
   const struct us_engine_block *b = us_engine_self();
   struct us_attention_shared *sh = (struct us_attention_shared *)us_engine_scratch(b);
@@ -425,5 +426,7 @@ template <int QS, int VS> static __device__ __noinline__ void us_attention_run_s
   }
   us_engine_meet();
 }
+} // namespace us_rare
+using us_rare::us_attention_run_shared;
 
 #endif

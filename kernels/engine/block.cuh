@@ -29,6 +29,7 @@ struct us_engine_watch {
   uint64_t since;
 };
 
+namespace us_rare {
 static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stuck(
     const struct us_engine_block *b, uint32_t what, uint32_t index, uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
@@ -41,6 +42,8 @@ static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stu
   asm volatile("trap; exit;");
   __builtin_unreachable();
 }
+} // namespace us_rare
+using us_rare::us_engine_stop_stuck;
 
 /* One more try of a wait of one thread. */
 static __device__ __forceinline__ void us_engine_watch_try(const struct us_engine_block *b,
@@ -229,6 +232,7 @@ static __device__ __forceinline__ void us_engine_epilogues_meet(void) {
 }
 
 /* Test: a random delay, so that every order of arrivals occurs. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_delay(const struct us_engine_block *b) {
   uint64_t start = us_engine_now();
   uint32_t h =
@@ -237,6 +241,8 @@ static __device__ __noinline__ void us_engine_delay(const struct us_engine_block
   uint32_t wait = h % us_engine_launch_of(b)->jitter;
   while (us_engine_now() - start < wait) __nanosleep(64);
 }
+} // namespace us_rare
+using us_rare::us_engine_delay;
 static __device__ __forceinline__ void us_engine_jitter(const struct us_engine_block *b) {
   if (us_engine_launch_of(b)->jitter) us_engine_delay(b);
 }

@@ -39,6 +39,7 @@ static __device__ __forceinline__ void us_context_append(const struct us_engine_
         us_bf16_from_f32(__ldcg(from + c->G * c->Q + g * c->V + d) * c->value_scale);
 }
 
+namespace us_rare {
 static __device__ __noinline__ void us_engine_context_append(struct us_engine_block *b,
                                                              const struct us_engine_op *op) {
   const struct us_engine_context *c = &op->context;
@@ -56,5 +57,7 @@ static __device__ __noinline__ void us_engine_context_append(struct us_engine_bl
   }
   us_engine_finish(b);
 }
+} // namespace us_rare
+using us_rare::us_engine_context_append;
 
 #endif

@@ -64,6 +64,7 @@ static __device__ __noinline__ void epilogue_several(struct us_engine_block *b,
 }
 
 /* Out of line: what runs once a round must not take registers from the loops that stream. */
+namespace us_rare {
 template <bool FILTERS>
 static __device__ __noinline__ void decide(struct us_engine_block *b, const struct us_engine_op *op) {
   if (op->kind == US_ENGINE_SELECT)
@@ -71,6 +72,8 @@ static __device__ __noinline__ void decide(struct us_engine_block *b, const stru
   else
     us_engine_accept<FILTERS>(b, op);
 }
+} // namespace us_rare
+using us_rare::decide;
 
 template <bool FILTERS>
 static __device__ void compute(struct us_engine_block *b, const struct us_engine_op *op) {

@@ -103,6 +103,7 @@ static __device__ __forceinline__ uint32_t us_engine_cut_whole(const struct us_e
 }
 
 /* The filtered rows (bits) that this block shares in, after us_engine_gather. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine_block *b,
                                                           const struct us_engine_op *op, uint32_t rows,
                                                           uint32_t flag) {
@@ -143,5 +144,7 @@ static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine
       state->drawn[at] = (int32_t)token;
   }
 }
+} // namespace us_rare
+using us_rare::us_engine_filter_rows;
 
 #endif

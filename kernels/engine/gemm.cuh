@@ -285,15 +285,26 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
   b->stage = c.stage, b->phase = c.phase;
 }
 
-template <int FORMAT, int HALVES>
+namespace us_rare {
+template <int FORMAT, int HALVES, bool WHOLE>
+static __device__ __noinline__ void gemm_tiles(uint32_t i, uint32_t next) {
+  struct us_engine_block *b = us_engine_self();
+  us_engine_gemm_tiles<FORMAT, HALVES, WHOLE>(b, us_engine_fetched_op(b), i, next);
+}
+} // namespace us_rare
+
+/* OFTEN: in every layer of a model as it is published, so in the kernel itself; what is not lies apart (shared.cuh, us_rare). */
+template <int FORMAT, int HALVES, bool OFTEN>
 static __device__ __forceinline__ void us_engine_gemm_pages(struct us_engine_block *b,
                                                             const struct us_engine_op *op, uint32_t i,
                                                             uint32_t next) {
-  if (op->gemm.w.groups == us_engine_page_groups<FORMAT, HALVES>::most &&
-      op->gemm.warps == US_ENGINE_COMPUTE_WARPS)
-    us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op, i, next);
+  if (op->gemm.w.groups != us_engine_page_groups<FORMAT, HALVES>::most ||
+      op->gemm.warps != US_ENGINE_COMPUTE_WARPS)
+    us_rare::gemm_tiles<FORMAT, HALVES, false>(i, next);
+  else if (!OFTEN)
+    us_rare::gemm_tiles<FORMAT, HALVES, true>(i, next);
   else
-    us_engine_gemm_tiles<FORMAT, HALVES, false>(b, op, i, next);
+    us_engine_gemm_tiles<FORMAT, HALVES, true>(b, op, i, next);
 }
 
 /* What is known before the wait passes it in shared memory, what is told apart is so at once: see us_engine_thread. */
@@ -306,25 +317,25 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
   uint32_t first = *(volatile uint32_t *)&b->items[0], second = *(volatile uint32_t *)&b->items[1];
   switch (op->gemm.w.format * 2 + op->gemm.w.halves - 1) {
   case US_FORMAT_MXFP4 * 2 + 1:
-    us_engine_gemm_pages<US_FORMAT_MXFP4, 2>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_MXFP4, 2, true>(b, op, first, second);
     break;
   case US_FORMAT_MXFP4 * 2:
-    us_engine_gemm_pages<US_FORMAT_MXFP4, 1>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_MXFP4, 1, false>(b, op, first, second);
     break;
   case US_FORMAT_FP8 * 2 + 1:
-    us_engine_gemm_pages<US_FORMAT_FP8, 2>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_FP8, 2, false>(b, op, first, second);
     break;
   case US_FORMAT_FP8 * 2:
-    us_engine_gemm_pages<US_FORMAT_FP8, 1>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_FP8, 1, true>(b, op, first, second);
     break;
   case US_FORMAT_BF16 * 2 + 1:
-    us_engine_gemm_pages<US_FORMAT_BF16, 2>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_BF16, 2, false>(b, op, first, second);
     break;
   case US_FORMAT_BF16 * 2:
-    us_engine_gemm_pages<US_FORMAT_BF16, 1>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_BF16, 1, false>(b, op, first, second);
     break;
   case US_FORMAT_F32 * 2:
-    us_engine_gemm_pages<US_FORMAT_F32, 1>(b, op, first, second);
+    us_engine_gemm_pages<US_FORMAT_F32, 1, true>(b, op, first, second);
     break;
   }
 }

@@ -115,6 +115,7 @@ static __device__ __forceinline__ uint64_t us_engine_law_weight(const struct us_
 /* ---- masses -------------------------------------------------------------------------------------------------------------- */
 
 /* Two warps a row: this block's part of its masses into laws->value. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_mass_row(const struct us_engine_block *b,
                                                        const struct us_engine_accept *op, uint32_t at) {
   const struct us_engine_asked a = us_engine_asked_of(b->rank->state, at);
@@ -145,6 +146,8 @@ static __device__ __noinline__ void us_engine_mass_row(const struct us_engine_bl
                 (unsigned long long)sum[i]);
   }
 }
+} // namespace us_rare
+using us_rare::us_engine_mass_row;
 
 static __device__ __forceinline__ struct us_engine_sums us_engine_mass_place(
     const struct us_engine_accept *op, uint32_t tile) {
@@ -212,6 +215,7 @@ static __device__ __forceinline__ void us_engine_emission_join(struct us_engine_
 }
 
 /* Two warps a row: what this block's piece would emit into laws->value and extra. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_emission_row(const struct us_engine_block *b,
                                                            const struct us_engine_accept *op, uint32_t at) {
   struct us_engine_laws *laws = us_engine_laws();
@@ -251,6 +255,8 @@ static __device__ __noinline__ void us_engine_emission_row(const struct us_engin
   for (int lanes = 16; lanes; lanes /= 2) us_engine_emission_join(&e, lanes);
   if (threadIdx.x % 32 == 0) laws->part[threadIdx.x / 32] = e;
 }
+} // namespace us_rare
+using us_rare::us_engine_emission_row;
 
 static __device__ __forceinline__ struct us_engine_sums us_engine_emission_place(
     const struct us_engine_accept *op, uint32_t tile) {
@@ -317,6 +323,7 @@ static __device__ void us_engine_emissions(const struct us_engine_block *b,
 /* ---- both ---------------------------------------------------------------------------------------------------------------- */
 
 /* All compute threads of all blocks of all ranks. `asked`: us_engine_has_laws. Block 0 has everything in us_engine_laws() then. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_weigh(const struct us_engine_block *b,
                                                     const struct us_engine_accept *op, uint32_t asked) {
   us_engine_drain(b);
@@ -325,5 +332,7 @@ static __device__ __noinline__ void us_engine_weigh(const struct us_engine_block
   if (threadIdx.x < US_ENGINE_SEQUENCES) us_engine_chain(b->rank->state, threadIdx.x);
   us_engine_emissions(b, op);
 }
+} // namespace us_rare
+using us_rare::us_engine_weigh;
 
 #endif

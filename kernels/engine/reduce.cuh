@@ -105,6 +105,7 @@ static __device__ __forceinline__ float4 us_reduce_read(const float *x, uint32_t
 }
 
 /* A place of the rows' embeddings. Out of line: once a pass. */
+namespace us_rare {
 static __device__ __noinline__ float4 us_reduce_embed(const struct us_engine_block *b,
                                                       const struct us_engine_op *op, uint32_t tile,
                                                       uint32_t lane) {
@@ -117,6 +118,8 @@ static __device__ __noinline__ float4 us_reduce_embed(const struct us_engine_blo
   x.w = us_engine_embedding(b, rows + at.token + 1, at.column + 8);
   return x;
 }
+} // namespace us_rare
+using us_rare::us_reduce_embed;
 
 /* A place's sum, with `before` but for a reduction that replaces the residual. */
 static __device__ __forceinline__ float4 us_reduce_added(const struct us_engine_block *b,
@@ -285,6 +288,7 @@ static __device__ __forceinline__ void us_reduce_scales(const struct us_engine_b
 
 /* ---- the operation ------------------------------------------------------------------------------------------------ */
 
+namespace us_rare {
 static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
                                                      const struct us_engine_op *op) {
   const struct us_engine_reduce *r = &op->reduce;
@@ -328,5 +332,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
   }
   us_engine_finish(b);
 }
+} // namespace us_rare
+using us_rare::us_engine_reduce;
 
 #endif

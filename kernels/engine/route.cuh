@@ -110,6 +110,7 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 #define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
 
 /* This thread's logits, the parts' sums added in order, into shared memory. */
+namespace us_rare {
 static __device__ __noinline__ void us_route_gather_any(struct us_route_work *work,
                                                         const struct us_engine_route *r,
                                                         const float *logits) {
@@ -138,6 +139,8 @@ static __device__ __noinline__ void us_route_gather_any(struct us_route_work *wo
       if (first + j * US_ROUTE_STEP < E) work->score[token][first + j * US_ROUTE_STEP] = sum[j];
   }
 }
+} // namespace us_rare
+using us_rare::us_route_gather_any;
 /* The same; of 384 experts and four parts in a quarter of the instructions, whose fetching is most of the time. */
 static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
                                                        const struct us_engine_route *r, const float *logits) {

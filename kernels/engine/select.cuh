@@ -212,6 +212,7 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
 }
 
 /* The drafter's SELECT: how sure it is of each row, and after the last row tile how many proposals pay. All blocks. */
+namespace us_rare {
 static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_block *b,
                                                       const struct us_engine_op *op) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
@@ -249,6 +250,8 @@ static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_blo
   if (op->row_tile + 1 == s->tiles && threadIdx.x < US_ENGINE_SEQUENCES)
     us_engine_cut_drafts(state, threadIdx.x);
 }
+} // namespace us_rare
+using us_rare::us_engine_be_sure;
 
 /* FILTERS: rows may need more than their best score (us_engine_is_simple). A kernel without them spares its streaming loops the
  * registers that a long chain of calls takes; us_engine_launch.unfiltered asks for it. */

@@ -31,6 +31,12 @@
  * ring beyond what the compute warps are at, and these at most two tiles beyond what the epilogue has read: 11 in all. */
 #define US_ENGINE_ITEMS 16
 
+/* Where code lies. An SM's instruction cache holds some 128 KB of code that is run through again and again; a layer has about as much, and
+ * what lies scattered evicts itself. Called functions stand in the machine code in the order of their mangled names, so those that a layer
+ * of a published model does not call (once a round, other head sizes and formats, long contexts, reports) are in this namespace,
+ * whose names come last: the others stand side by side behind the kernel's own code. */
+namespace us_rare {}
+
 /* The experts that rows chose, ascending id, in slots. Pairs are numbered expert by expert, rows ascending. Of one row tile: a slot an
  * expert. Of several (gather.cuh): a slot up to 8 pairs of an expert, whose weights and rows lie by their numbers. */
 struct us_engine_active {
