@@ -190,11 +190,14 @@ template <int VS> static __device__ __forceinline__ void us_attention_fold_row(u
   }
   if (head < pile.heads) us_attention_close(sh, V, pile.first + head, dim, &total);
 }
-static __device__ __noinline__ void us_attention_fold_usual(uint32_t f) { us_attention_fold_row<128>(f); }
+static __device__ __noinline__ void us_attention_fold_usual(uint32_t f) {
+  us_attention_fold_row<128>(f);
+}
 namespace us_rare {
-static __device__ __noinline__ void attention_fold(uint32_t f) { us_attention_fold_row<0>(f); }
+static __device__ __noinline__ void attention_fold(uint32_t f) {
+  us_attention_fold_row<0>(f);
+}
 } // namespace us_rare
-
 
 /* A row that does not exist: zeros. */
 template <int VS>
