@@ -92,6 +92,7 @@ static __device__ __forceinline__ uint32_t us_engine_cut_whole(const struct us_e
                                                                struct us_cut cut) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t quads = (f->vocab + 3) / 4, part = threadIdx.x;
+  us_engine_meet(); /* all have taken the cut from shared->last */
   if (threadIdx.x == 0) us_engine_hop_put(f, hop, 0, cut.last, 0), shared->last = UINT32_MAX;
   us_engine_meet();
   uint64_t last = us_engine_hop_words(f, hop);
