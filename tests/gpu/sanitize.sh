@@ -26,8 +26,8 @@ judge() { # judge TOOL LOG
   awk -v tool="$1" '
     function name(text) { # of the function
       sub(/^.* at /, "", text); sub(/^\[clone [^]]*\] /, "", text)
-      while (sub(/^(void|static|bool|uint2|uint4|float2|float4|int|unsigned int|unsigned long) /, "", text));
       sub(/[<(+].*/, "", text)
+      sub(/^.* /, "", text) # what a template returns
       return text
     }
     function place(text, at) { # "function (file:line)"
