@@ -251,6 +251,13 @@ static __device__ __forceinline__ void us_gather_tiles(struct us_engine_block *b
   b->stage = c.stage, b->phase = c.phase;
 }
 
+namespace us_rare {
+static __device__ __noinline__ void gather_tiles(void) {
+  struct us_engine_block *b = us_engine_self();
+  us_gather_tiles<false>(b, us_engine_fetched_op(b));
+}
+} // namespace us_rare
+
 static __device__ __forceinline__ void us_engine_gather_compute(struct us_engine_block *b,
                                                                 const struct us_engine_op *op) {
   us_engine_wait_done(b, op->wait);
@@ -258,7 +265,7 @@ static __device__ __forceinline__ void us_engine_gather_compute(struct us_engine
       op->gemm.warps == US_ENGINE_COMPUTE_WARPS)
     us_gather_tiles<true>(b, op);
   else
-    us_gather_tiles<false>(b, op);
+    us_rare::gather_tiles();
 }
 
 static __device__ __forceinline__ void us_engine_gather_epilogue(struct us_engine_block *b,
