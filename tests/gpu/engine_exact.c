@@ -4,9 +4,8 @@
  *   Requests | Accept lengths | Blocks and batches | Rules | Long contexts | Samples | Many rounds | Graphs | Ends | Cases
  *
  * Usage: engine_exact [CASE...], of accepts, blocks, heads, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
- * small, a few rounds for a slow checker, and gpus2 and gpus4, a rank a GPU, only where they are named. US_EXACT_SECONDS (10): how long rounds
- * under delays go on. Exit 0, 1,
- * 5, 77.
+ * small, a few rounds for a slow checker, and gpus2 and gpus4, a rank a GPU, only where they are named. US_EXACT_SECONDS (10): how long
+ * rounds under delays go on. Exit 0, 1, 5, 77.
  *
  * Independent truth: plain decoding of the same executor, one sequence at a time, whose logits engine_parity holds against the CPU's.
  */
