@@ -85,9 +85,9 @@ static __device__ __forceinline__ bool us_barrier_test(uint32_t barrier, uint32_
 #endif
 
 /* Operations of several row tiles would take registers from the loops of one row tile, so they are another kernel's too:
- * engine_several.cu compiles this code with US_ENGINE_SEVERAL 1. The kernel that records has them. */
+ * engine_several.cu compiles this code with US_ENGINE_SEVERAL 1, and so does engine_profile_several.cu. */
 #ifndef US_ENGINE_SEVERAL
-#define US_ENGINE_SEVERAL US_ENGINE_PROFILED
+#define US_ENGINE_SEVERAL 0
 #endif
 
 /* The thread that speaks for its role. */

@@ -352,10 +352,16 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
 
 /* ---- host --------------------------------------------------------------------------------------------------------- */
 
-#if US_ENGINE_PROFILED
+#if US_ENGINE_PROFILED && US_ENGINE_SEVERAL
 
-const void *us_engine_profiled(void) {
+const void *us_engine_profiled_several(void) {
   return (const void *)us_engine_kernel<false>; /* profiles draw without filters */
+}
+
+#elif US_ENGINE_PROFILED
+
+const void *us_engine_profiled(bool several) {
+  return several ? us_engine_profiled_several() : (const void *)us_engine_kernel<false>;
 }
 
 #elif US_ENGINE_SEVERAL
@@ -386,7 +392,7 @@ int us_engine_run(const struct us_engine_launch *launch, cudaStream_t stream) {
   int blocks = us_engine_blocks(launch->ranks);
   if (blocks < 0) return -blocks;
   if (launch->profile.spans && !launch->profile.kernel) return cudaErrorInvalidValue;
-  const void *kernel = launch->profile.spans ? launch->profile.kernel
+  const void *kernel = launch->profile.spans ? launch->profile.kernel(launch->several)
                        : launch->several     ? us_engine_several(launch->unfiltered)
                        : launch->unfiltered  ? (const void *)us_engine_kernel<false>
                                              : (const void *)us_engine_kernel<true>;

@@ -473,14 +473,16 @@ struct us_engine_profile {
   uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
   uint32_t capacity;
   uint32_t first;     /* rounds of a launch before it are not recorded: the clocks come up */
-  const void *kernel; /* us_engine_profiled(): the kernel that records; the usual one has nothing of it */
+  const void *(*kernel)(bool several); /* us_engine_profiled: the kernel that records; the usual one has nothing of it */
 };
 
 /* The kernel that knows operations of several row tiles (engine_several.cu); `unfiltered` as in us_engine_launch. */
 const void *us_engine_several(bool unfiltered);
 
-/* Only a program that profiles carries this kernel (engine_profile.cu). */
-const void *us_engine_profiled(void);
+/* Only a program that profiles carries these kernels (engine_profile.cu, engine_profile_several.cu): of lists that may have operations of
+ * several row tiles, or not. */
+const void *us_engine_profiled(bool several);
+const void *us_engine_profiled_several(void);
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 

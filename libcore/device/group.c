@@ -113,6 +113,21 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
   return status;
 }
 
+/* To the GPUs, before any of them is launched: rounds of several GPUs wait for each other, and a launch that had to make room for its
+ * graph first would wait for a GPU that waits for it. */
+static enum us_status upload(const struct us_device_group *group, const struct us_device_graph *graph,
+                             struct us_err *err) {
+  enum us_status status = US_OK;
+  for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++) {
+    cudaStream_t stream = group->devices->stream[gpu];
+    us_devices_use(group->devices, gpu);
+    int code = (int)cudaGraphUpload(graph->exec[gpu], stream);
+    if (code == 0) code = (int)cudaStreamSynchronize(stream);
+    status = us_cuda_status(code, "sending a graph to its GPU", err);
+  }
+  return status;
+}
+
 static void free_graph(const struct us_device_group *group, struct us_device_graph *graph) {
   for (uint32_t gpu = 0; gpu < group->devices->gpus; gpu++)
     if (graph->exec[gpu]) (void)cudaGraphExecDestroy(graph->exec[gpu]);
@@ -134,6 +149,7 @@ static enum us_status find_graph(struct us_device_group *group, uint32_t first, 
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++)
     status = capture(group, gpu, graph, err);
+  if (status == US_OK) status = upload(group, graph, err);
   if (status != US_OK) { /* what was captured in part must not be found again */
     free_graph(group, graph);
     return status;

@@ -38,7 +38,7 @@ static void free_spans(struct recording *r) {
 /* As many spans a role as there is room for. */
 static enum us_status alloc_spans(struct recording *r, uint32_t gpu, struct us_err *err) {
   struct us_engine_profile p = {
-      .capacity = r->options->capacity, .first = WARM_ROUNDS, .kernel = us_engine_profiled()};
+      .capacity = r->options->capacity, .first = WARM_ROUNDS, .kernel = us_engine_profiled};
   uint32_t lanes = lanes_of(r, gpu);
   us_devices_use(r->parts.devices, gpu);
   int code = (int)cudaMalloc((void **)&p.counts, lanes * sizeof *p.counts);

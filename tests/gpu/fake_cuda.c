@@ -372,6 +372,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   fake_cuda_held--;
   return cudaSuccess;
 }
+cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
+  need_stream(stream);
+  if (exec->gpu != current) REFUSE("a graph of GPU %d on GPU %d", exec->gpu, current);
+  return fails() ? cudaErrorMemoryAllocation : cudaSuccess;
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   need_stream(stream);
   if (exec->gpu != current) REFUSE("a graph of GPU %d on GPU %d", exec->gpu, current);

@@ -66,16 +66,28 @@ compile() { # compile NAME SOURCE-OR-LINK-OPTION...
 record() { printf '{"program": "%s", "status": %s, "seconds": %s}\n' "$1" "$2" "$3"; }
 
 passed=0 failed=0
-library
 # The list is the one in meson.build: ['name'] or ['name', ['other.cu'], ['-lone']].
 list=$(sed -n "s/^    \['\([a-z0-9_]*\)'\(.*\)\],.*/\1 \2/p" "$root/tests/gpu/meson.build" | tr -d "[],'")
-while read -r name options; do
+wanted() { # wanted NAME ARGUMENT...: it is named, or none is
+  name=$1
+  shift
   case " ${*:-$name} " in
   *" $name "*) ;;
-  *) continue ;;
+  *) return 1 ;;
   esac
+}
+library
+while read -r name options; do
+  rm -f "$build/$name"
   # shellcheck disable=SC2086 # a list of options
-  if ! compile "$name" $options; then
+  wanted "$name" "$@" && compile "$name" $options &
+done <<EOF
+$list
+EOF
+wait
+while read -r name options; do
+  wanted "$name" "$@" || continue
+  if [ ! -x "$build/$name" ]; then
     record "$name" 2 0
     failed=$((failed + 1))
     continue
