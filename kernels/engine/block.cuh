@@ -103,20 +103,18 @@ static __device__ __forceinline__ struct us_engine_block *us_engine_view(const s
   return &us_engine_shared_of(b)->warp[threadIdx.x / 32];
 }
 
-/* Nothing here may wait for memory, or the role would: the count is in shared memory, the interval one store that nobody reads in
+/* Nothing here may wait for memory, or the role would: its place is in shared memory, the interval one store that nobody reads in
  * this launch. In line: a call would take the registers of the loops around it. Returns the end. */
 static __device__ __forceinline__ uint64_t us_engine_span_write(const struct us_engine_block *b,
                                                                 uint32_t what, uint64_t begin) {
-  const struct us_engine_profile *p = us_engine_profile_of(b);
   struct us_engine_block *view = us_engine_view(b);
+  uint32_t at = view->span, room = view->span_end;
   uint64_t end = us_engine_now();
-  uint32_t at = view->spans, lane = view->grid_block * US_ENGINE_ROLES + view->role;
-  if (view->round < p->first) return end;
-  view->spans = at + 1;
-  if (at < p->capacity)
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p->spans + (size_t)lane * p->capacity + at),
+  if (at < room)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(us_engine_profile_of(b)->spans + at),
                  "r"((uint32_t)begin), "r"((uint32_t)(begin >> 32)), "r"((uint32_t)(end - begin)),
                  "r"(view->op_index | what << 16));
+  if (room) view->span = at + 1; /* what found no room is counted too */
   return end;
 }
 
@@ -130,16 +128,30 @@ static __device__ __forceinline__ uint64_t us_engine_span_end(const struct us_en
   return US_ENGINE_PROFILED && begin ? us_engine_span_write(b, what, begin) : 0;
 }
 
-/* A role begins and ends its launch: the count goes on from the launch before. */
-static __device__ __forceinline__ void us_engine_spans_open(const struct us_engine_block *b) {
+/* A role begins and ends its launch, and comes to a round: the count goes on from the launch before, rounds before `first` are not
+ * recorded. */
+static __device__ __forceinline__ uint32_t us_engine_spans_lane(const struct us_engine_block *b) {
+  const struct us_engine_block *view = us_engine_view(b);
+  return view->grid_block * US_ENGINE_ROLES + view->role;
+}
+static __device__ __forceinline__ void us_engine_spans_round(const struct us_engine_block *b) {
+  const struct us_engine_profile *p = us_engine_profile_of(b);
   struct us_engine_block *view = us_engine_view(b);
-  if (US_ENGINE_PROFILED && us_engine_leads(b))
-    view->spans = us_engine_profile_of(b)->counts[view->grid_block * US_ENGINE_ROLES + view->role];
+  if (US_ENGINE_PROFILED && us_engine_leads(b) && view->round == p->first)
+    view->span_end = (us_engine_spans_lane(b) + 1) * p->capacity;
+}
+static __device__ __forceinline__ void us_engine_spans_open(const struct us_engine_block *b) {
+  const struct us_engine_profile *p = us_engine_profile_of(b);
+  if (!US_ENGINE_PROFILED || !us_engine_leads(b)) return;
+  uint32_t lane = us_engine_spans_lane(b);
+  us_engine_view(b)->span = lane * p->capacity + p->counts[lane];
+  us_engine_spans_round(b);
 }
 static __device__ __forceinline__ void us_engine_spans_close(const struct us_engine_block *b) {
-  const struct us_engine_block *view = us_engine_view(b);
-  if (US_ENGINE_PROFILED && us_engine_leads(b))
-    us_engine_profile_of(b)->counts[view->grid_block * US_ENGINE_ROLES + view->role] = view->spans;
+  const struct us_engine_profile *p = us_engine_profile_of(b);
+  if (!US_ENGINE_PROFILED || !us_engine_leads(b)) return;
+  uint32_t lane = us_engine_spans_lane(b);
+  p->counts[lane] = us_engine_view(b)->span - lane * p->capacity;
 }
 
 /* ---- barriers of a block ------------------------------------------------------------------------------------------- */

@@ -254,6 +254,7 @@ template <int ROLE> static __device__ __forceinline__ bool next_round(void) {
   if (*(volatile uint32_t *)&us_engine_shared_of(b)->stop) return false;
   if (ROLE != ROLE_STREAM) __syncwarp();
   b->round = round + 1;
+  us_engine_spans_round(b);
   return true;
 }
 

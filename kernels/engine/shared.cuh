@@ -91,7 +91,7 @@ struct us_engine_block {
   uint32_t attentions;   /* ATTENTION operations passed that may take the ring (attention_ring.cuh) */
   uint32_t items[2];     /* compute: a product's tiles that are dealt out to this block */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
-  uint32_t spans;               /* engine_profile.cu: intervals of this role so far */
+  uint32_t span, span_end; /* engine_profile.cu: this role's next interval, and the end of its room; 0: not recorded */
 };
 
 #define US_ENGINE_FETCHED                                                                                    \

@@ -113,21 +113,6 @@ static enum us_status capture(const struct us_device_group *group, uint32_t gpu,
   return status;
 }
 
-/* To the GPUs, before any of them is launched: rounds of several GPUs wait for each other, and a launch that had to make room for its
- * graph first would wait for a GPU that waits for it. */
-static enum us_status upload(const struct us_device_group *group, const struct us_device_graph *graph,
-                             struct us_err *err) {
-  enum us_status status = US_OK;
-  for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++) {
-    cudaStream_t stream = group->devices->stream[gpu];
-    us_devices_use(group->devices, gpu);
-    int code = (int)cudaGraphUpload(graph->exec[gpu], stream);
-    if (code == 0) code = (int)cudaStreamSynchronize(stream);
-    status = us_cuda_status(code, "sending a graph to its GPU", err);
-  }
-  return status;
-}
-
 static void free_graph(const struct us_device_group *group, struct us_device_graph *graph) {
   for (uint32_t gpu = 0; gpu < group->devices->gpus; gpu++)
     if (graph->exec[gpu]) (void)cudaGraphExecDestroy(graph->exec[gpu]);
@@ -149,7 +134,6 @@ static enum us_status find_graph(struct us_device_group *group, uint32_t first, 
   enum us_status status = US_OK;
   for (uint32_t gpu = 0; status == US_OK && gpu < group->devices->gpus; gpu++)
     status = capture(group, gpu, graph, err);
-  if (status == US_OK) status = upload(group, graph, err);
   if (status != US_OK) { /* what was captured in part must not be found again */
     free_graph(group, graph);
     return status;
@@ -187,13 +171,25 @@ static enum us_status launch_single(const struct us_device_group *group, uint32_
   return status;
 }
 
-enum us_status us_device_group_run(struct us_device_group *group, enum us_device_mode mode, uint32_t first,
-                                   uint32_t last, struct us_err *err) {
-  if (first == last) return US_OK;
+/* Operations of several GPUs that are a graph. A launch waits where its GPU's queue is full, and a GPU in turn for its peers: what waits for
+ * a peer's sums must not fill the queue before the peer has the operations that send them, as above. */
+#define GRAPH_OPS 64
+
+static enum us_status run_piece(struct us_device_group *group, enum us_device_mode mode, uint32_t first,
+                                uint32_t last, struct us_err *err) {
   enum us_status status = mode == US_DEVICE_ENGINE  ? launch_whole(group, first, last, err)
                           : mode == US_DEVICE_GRAPH ? launch_graph(group, first, last, err)
                                                     : launch_single(group, first, last, err);
   if (status == US_OK) us_device_group_ran(group, first, last, 1);
+  return status;
+}
+
+enum us_status us_device_group_run(struct us_device_group *group, enum us_device_mode mode, uint32_t first,
+                                   uint32_t last, struct us_err *err) {
+  uint32_t most = mode == US_DEVICE_GRAPH && group->devices->gpus > 1 ? GRAPH_OPS : last - first;
+  enum us_status status = US_OK;
+  for (uint32_t i = first; status == US_OK && i < last; i += most)
+    status = run_piece(group, mode, i, last - i < most ? last : i + most, err);
   return status;
 }
 

@@ -56,6 +56,7 @@ static unsigned block_count;
 static __thread int current;
 static int filling
     [64]; /* by GPU: the default stream's copies from the host and fills, since somebody waited for it */
+static unsigned streams[64], queued[64]; /* by GPU: that there are; launches of graphs so far */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* ---- memory ------------------------------------------------------------------------------------------------------- */
@@ -214,10 +215,12 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *ret, unsigned flags) {
   }
   *ret = calloc(1, sizeof **ret);
   (*ret)->gpu = current, (*ret)->alive = 1, fake_cuda_held++;
+  streams[current]++;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   need_stream(stream);
+  if (--streams[stream->gpu] == 0) queued[stream->gpu] = 0;
   fake_cuda_held--;
   free(stream);
   return cudaSuccess;
@@ -372,15 +375,16 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   fake_cuda_held--;
   return cudaSuccess;
 }
-cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) {
-  need_stream(stream);
-  if (exec->gpu != current) REFUSE("a graph of GPU %d on GPU %d", exec->gpu, current);
-  return fails() ? cudaErrorMemoryAllocation : cudaSuccess;
-}
+/* Operations of several GPUs wait for each other, and a launch waits while its GPU's queue is full: a GPU may be ahead by a part of a queue. */
+#define QUEUE 256
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   need_stream(stream);
   if (exec->gpu != current) REFUSE("a graph of GPU %d on GPU %d", exec->gpu, current);
   if (fails()) return cudaErrorMemoryAllocation;
+  queued[current] += (unsigned)exec->count;
+  for (int gpu = 0; gpu < 64; gpu++)
+    if (streams[gpu] && queued[current] > queued[gpu] + QUEUE)
+      REFUSE("GPU %d is %u launches ahead of GPU %d", current, queued[current] - queued[gpu], gpu);
   for (size_t i = 0; i < exec->count; i++) run(&exec->launches[i], current);
   return cudaSuccess;
 }
