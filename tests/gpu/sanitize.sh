@@ -14,7 +14,7 @@ shift
 limit=${US_SANITIZE_LIMIT:-600}
 sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 PATH=$PATH:/usr/local/cuda/bin
-export US_TEST_WATCHDOG="$limit" NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS=50000000
+export US_TEST_WATCHDOG="$limit" NV_COMPUTE_SANITIZER_MAX_RACECHECK_HAZARDS=400000000
 command -v "$sanitizer" >/dev/null || {
   echo "sanitize.sh: no $sanitizer" >&2
   exit 2
