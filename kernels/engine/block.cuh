@@ -128,18 +128,19 @@ static __device__ __forceinline__ uint64_t us_engine_span_end(const struct us_en
   return US_ENGINE_PROFILED && begin ? us_engine_span_write(b, what, begin) : 0;
 }
 
-/* A role begins and ends its launch, and comes to a round: the count goes on from the launch before, rounds before `first` are not
- * recorded. */
+/* Where a role's intervals lie: lane after lane, `capacity` each. */
 static __device__ __forceinline__ uint32_t us_engine_spans_lane(const struct us_engine_block *b) {
   const struct us_engine_block *view = us_engine_view(b);
   return view->grid_block * US_ENGINE_ROLES + view->role;
 }
+/* A role comes to a round: those before `first` are not recorded. */
 static __device__ __forceinline__ void us_engine_spans_round(const struct us_engine_block *b) {
   const struct us_engine_profile *p = us_engine_profile_of(b);
   struct us_engine_block *view = us_engine_view(b);
   if (US_ENGINE_PROFILED && us_engine_leads(b) && view->round == p->first)
     view->span_end = (us_engine_spans_lane(b) + 1) * p->capacity;
 }
+/* A role begins and ends its launch: the count goes on from the launch before. */
 static __device__ __forceinline__ void us_engine_spans_open(const struct us_engine_block *b) {
   const struct us_engine_profile *p = us_engine_profile_of(b);
   if (!US_ENGINE_PROFILED || !us_engine_leads(b)) return;

@@ -473,8 +473,8 @@ struct us_engine_profile {
   uint32_t *counts;             /* (blocks, US_ENGINE_ROLES) spans seen, also those that found no room */
   uint32_t capacity;
   uint32_t first; /* rounds of a launch before it are not recorded: the clocks come up */
-  const void *(*kernel)(
-      bool several); /* us_engine_profiled: the kernel that records; the usual one has nothing of it */
+  /* us_engine_profiled: the kernel that records; the usual one has nothing of it. */
+  const void *(*kernel)(bool several);
 };
 
 /* The kernel that knows operations of several row tiles (engine_several.cu); `unfiltered` as in us_engine_launch. */

@@ -78,9 +78,10 @@ wanted() { # wanted NAME ARGUMENT...: it is named, or none is
 }
 library
 while read -r name options; do
+  wanted "$name" "$@" || continue
   rm -f "$build/$name"
   # shellcheck disable=SC2086 # a list of options
-  wanted "$name" "$@" && compile "$name" $options &
+  compile "$name" $options &
 done <<EOF
 $list
 EOF
