@@ -312,11 +312,14 @@ def plan_text(s):
         add_draft(s, "loss", "--loss", loss, "--weights", weights, loss=loss, weights=weights)
 
 
-def plan_shape(s):
+def plan_block(s):
     for block in (8, 4, 16):
         for used in (4, 8, 16):
             if used <= block:
                 add_draft(s, "block trained and used", "--block", block, use=["--block", used], block=str(block), used=str(used))
+
+
+def plan_shape(s):
     for layers in (1, 5):
         add_draft(s, "layers", "--layers", layers, layers=str(layers))
     for taps in s.a.taps:
@@ -352,13 +355,13 @@ def plan_verify(s):
 
 
 def plan_cpu(s):
-    """On a GPU's host: one prompt of each set."""
+    """On a GPU's host: four prompts of each set."""
     if not s.gpu:
         return
     some = s.a.out / "some"
     some.mkdir(exist_ok=True)
     for path in pathlib.Path(s.a.prompts).glob("*.jsonl"):
-        (some / path.name).write_text(path.read_text().split("\n", 1)[0] + "\n")
+        (some / path.name).write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
     for what, options in (("plain", lambda: []), ("match, T = 0", lambda: ["--draft", draft_of(s)])):
         s.add("speed", f"{what} on the CPU",
               lambda w=what, o=options: speed_rows(s, w, "cpu", summary(s, *answers(s, s.served(), *o(), prompts=some, cpu=True))))
@@ -366,10 +369,10 @@ def plan_cpu(s):
 
 # -- the plan --
 
-PLAN = [("speed", plan_speed), ("precision", plan_precision), ("qat", plan_rules), ("qat", plan_sweep), ("drafter", plan_optimizer),
-        ("drafter", plan_text), ("drafter", plan_shape), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[:3])), ("qat", plan_qat_rest),
-        ("drafter", plan_seeds), ("speed", plan_verify), ("speed", plan_cpu), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[3:], s.a.alone_steps)),
-        ("precision", plan_exact)]
+PLAN = [("speed", plan_speed), ("speed", plan_verify), ("speed", plan_cpu), ("precision", plan_precision), ("qat", plan_rules),
+        ("qat", plan_sweep), ("drafter", plan_optimizer), ("drafter", plan_seeds), ("drafter", plan_text), ("drafter", plan_shape),
+        ("drafter", plan_block), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[:3])), ("qat", plan_qat_rest),
+        ("qat", lambda s: plan_qat_long(s, s.a.more_steps[3:], s.a.alone_steps)), ("precision", plan_exact)]
 
 # -- the page --
 
