@@ -31,9 +31,9 @@
 static __device__ __forceinline__ void us_attention_put(const struct us_attention_shared *sh, uint32_t row,
                                                         uint32_t column, float4 x) {
   const float unit = US_ENGINE_OPERAND_UNIT; /* a power of two: before or after rounding is the same */
-  uint8_t *to = (uint8_t *)sh->a.operand + us_engine_operand_offset(row, column);
-  ((uint32_t *)to)[0] = us_head_round(x.x * unit, x.y * unit);
-  ((uint32_t *)to)[4] = us_head_round(x.z * unit, x.w * unit);
+  uint32_t *to = (uint32_t *)((uint8_t *)sh->a.operand + us_engine_operand_offset(row, column));
+  us_store_gpu4(to, us_head_round(x.x * unit, x.y * unit)); /* a NaN of bf16 is 0x7fff: no word is absent */
+  us_store_gpu4(to + 4, us_head_round(x.z * unit, x.w * unit));
 }
 
 /* The sink, the division, the operand. */

@@ -207,6 +207,23 @@ static __device__ __forceinline__ uint64_t us_load_flagged(const uint64_t *p) {
 static __device__ __forceinline__ void us_store_flagged(uint64_t *p, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+/* Words that carry their own flag within a GPU. */
+static __device__ __forceinline__ uint2 us_load_gpu8(const void *p) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
+  return v;
+}
+static __device__ __forceinline__ uint4 us_load_gpu16(const void *p) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+static __device__ __forceinline__ void us_store_gpu4(void *p, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 /* Four words, relaxed and of system scope as well: sums that are their own flags, the mailbox. */
 static __device__ __forceinline__ uint4 us_load_system16(const void *p) {
   uint4 v;

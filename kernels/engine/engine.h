@@ -22,7 +22,8 @@
  * columns 32g + {2t, 2t+1 | 2t+8, 2t+9 | 2t+16, 2t+17 | 2t+24, 2t+25}. us_engine_operand_* below. 512 bytes a group.
  *
  * Hand-offs: an operation is done when every block of its rank has added 1 to done[op]; a later one waits for that count.
- * Sums over ranks go by data that carries its own flag (exchange). Counters start at 0 in every launch.
+ * Sums over ranks go by data that carries its own flag (exchange), and so do a router's logits and attended rows in lists of one row
+ * tile: US_ENGINE_ABSENT until they are written. Counters start at 0 in every launch.
  */
 #ifndef US_KERNELS_ENGINE_ENGINE_H
 #define US_KERNELS_ENGINE_ENGINE_H
@@ -56,7 +57,7 @@ extern "C" {
 #define US_ENGINE_GROUPS        12 /* groups of 32 columns that a compute warp keeps in registers, at most */
 
 #define US_ENGINE_OPERAND_UNIT 0x1p64f
-/* A value that has not arrived (a NaN); one that equals it is sent as another NaN. */
+/* A value that has not arrived (a NaN); one that equals it is sent as another NaN. No two bf16 that are rounded make it: their NaN is 0x7fff. */
 #define US_ENGINE_ABSENT 0xffffffffu
 
 /* Byte offset of (token, column) in an operand of one row tile. */
@@ -129,6 +130,8 @@ struct us_engine_gemm {
   uint32_t F;          /* SWIGLU_EXPERT: columns of a pair */
   bool gather;         /* PUSH: ranks hold different columns, not different sums */
   bool experts;        /* w is a layer's experts, the list of ROUTE says which */
+  bool flagged;        /* STORE: no sum is US_ENGINE_ABSENT */
+  bool awaits;         /* the operand is read until no word is US_ENGINE_ABSENT; nobody waits for `wait` */
 };
 /* Groups a page has at most: what 16 of them leave in a stage. */
 #define US_ENGINE_PAGE_GROUPS(format, halves)                                                                \
@@ -178,7 +181,9 @@ struct us_engine_reduce { /* also EMBED */
   uint32_t
       exchange; /* which REDUCE or EMBED of a round, from 0 (both count); running index = launch.exchanges + round * exchanges_a_round + this,
                         slot = running index % slots */
-  uint32_t draft; /* EMBED: 1: rows of the drafter's block */
+  uint32_t draft;       /* EMBED: 1: rows of the drafter's block */
+  uint32_t absent;      /* words of opt_absent */
+  uint32_t *opt_absent; /* become US_ENGINE_ABSENT before others write them (flagged, awaits) */
 };
 
 /* Attention of one layer and row tile: of the target, or of the drafter's block. Rows of one sequence lie together in the pass, at
@@ -255,6 +260,7 @@ struct us_engine_route {
   uint64_t logits_tile; /* floats from one's logits to the next's */
   uint64_t *choices;    /* (rows, 8) routing weight | running << 32 | expert << 48: who waits for `running` */
   uint32_t exchange;    /* of the first row tile's REDUCE, which makes the running number */
+  bool flagged;         /* logits are read until none is US_ENGINE_ABSENT; nobody waits for `wait` */
 };
 
 /* Drafter context: K and V of committed rows (slot < the sequence's committed) into every layer of the drafter's cache. */

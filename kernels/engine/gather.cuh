@@ -218,37 +218,28 @@ static __device__ __forceinline__ void us_gather_load_rows(const struct us_engin
     }
 }
 
-/* The tile with which a warp's loop ends, `tiles` on: in memory, since registers are short there. */
-static __device__ __forceinline__ void us_engine_until(struct us_engine_block *b, uint32_t tiles) {
-  if (threadIdx.x % 32 == 0) b->until = b->tile + tiles;
-  __syncwarp();
-}
-
 template <bool WHOLE>
 static __device__ __forceinline__ void us_gather_tiles(struct us_engine_block *b,
                                                        const struct us_engine_op *op) {
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
-  struct us_engine_cursor c = {b->stage, b->phase};
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
-  bool working = warp < g->warps;
+  struct us_engine_pages p = us_engine_pages<US_FORMAT_MXFP4, 2>(b, g, warp, lane);
   struct us_gather_share share = us_gather_share(b, g);
   for (uint32_t i = share.begin, end; i < share.end; i = end) {
     uint32_t slot = i / g->w.tiles;
     end = (slot + 1) * g->w.tiles < share.end ? (slot + 1) * g->w.tiles : share.end;
     uint4 rows[US_ENGINE_GROUPS];
-    us_gather_load_rows(b, g, slot, working ? warp : 0, lane, rows);
-    us_engine_until(b, end - i);
+    us_gather_load_rows(b, g, slot, p.working ? warp : 0, lane, rows);
+    us_engine_until(b->tile + end - i);
+    uint32_t passed;
     do {
       float acc[8] = {};
-      us_engine_gemm_tile<US_FORMAT_MXFP4, 2, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows,
-                                                     acc);
-      us_engine_hand_sums<2>(b, s, b->tile, warp, lane, acc);
-      us_engine_count(&b->tile);
-    } while (b->tile != b->until);
+      us_engine_gemm_tile<US_FORMAT_MXFP4, 2, WHOLE>(b, s, &p, rows, acc);
+      passed = us_engine_hand_sums<2>(acc);
+    } while (passed != *(volatile uint32_t *)&us_engine_self()->until);
   }
-  b->stage = c.stage, b->phase = c.phase;
+  us_engine_keep_place(p.c);
 }
 
 namespace us_rare {
@@ -278,14 +269,10 @@ static __device__ __forceinline__ void us_engine_gather_epilogue(struct us_engin
   struct us_gather_share share = us_gather_share(b, g);
   for (uint32_t i = share.begin; i < share.end; i++, tile++) {
     if (tile % 2 != mine) continue;
-    uint32_t slot = i / g->w.tiles, brief = s->active.brief[slot], pairs = us_engine_brief_pairs(brief);
-    int first = (int)us_engine_brief_first(brief);
-    struct us_engine_place at = {
-        slot, i - slot * g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
-    at.pair[0] = at.token < pairs ? first + (int)at.token : -1;
-    at.pair[1] = at.token + 1 < pairs ? first + (int)at.token + 1 : -1;
+    uint32_t slot = i / g->w.tiles, brief = s->active.brief[slot];
+    int pair = lane < (int)us_engine_brief_pairs(brief) ? (int)us_engine_brief_first(brief) + lane : -1;
     us_engine_barrier_wait(b, &s->sums_full[mine], tile / 2 & 1, US_ENGINE_WAIT_SUMS);
-    us_engine_gemm_tile_out(b, g, at, mine, lane);
+    us_engine_gate_pairs(b, g, i - slot * g->w.tiles, mine, pair, lane);
     __syncwarp();
     if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_empty[mine]));
   }

@@ -93,8 +93,12 @@ static __device__ __forceinline__ uint32_t us_engine_claimed(const struct us_eng
 struct us_engine_cursor {
   uint32_t stage, phase;
 };
+/* In four instructions: it is part of every stage. */
 static __device__ __forceinline__ void us_engine_advance(struct us_engine_cursor *c) {
-  if (++c->stage == US_ENGINE_STAGES) c->stage = 0, c->phase ^= 1;
+  asm volatile("{ .reg .pred last; setp.eq.u32 last, %0, %2; add.u32 %0, %0, 1; @last mov.u32 %0, 0; @last "
+               "xor.b32 %1, %1, 1; }"
+               : "+r"(c->stage), "+r"(c->phase)
+               : "n"(US_ENGINE_STAGES - 1));
 }
 
 /* The epilogue's place in the ring, which it helps to fill in DOWN and in dense products of several row tiles: `stages` on. */
@@ -122,6 +126,14 @@ static __device__ __forceinline__ uint32_t us_engine_take(const struct us_engine
   us_barrier_more(full, bytes);
   us_barrier_arrive_many(full, US_ENGINE_FILLERS);
   return full;
+}
+
+/* All lanes of a warp together: one arrival. */
+static __device__ __forceinline__ void us_engine_elected_arrive(uint32_t barrier) {
+  asm volatile(
+      "{ .reg .pred one; elect.sync _|one, 0xffffffff; @one mbarrier.arrive.shared::cta.b64 _, [%0]; }" ::"r"(
+          barrier)
+      : "memory");
 }
 
 /* One warp: it has read the stage. */
@@ -180,6 +192,25 @@ static __device__ __forceinline__ void us_engine_gemm_stream(struct us_engine_bl
 
 /* ---- compute warps -------------------------------------------------------------------------------------------------- */
 
+static __device__ __forceinline__ bool us_engine_absent16(uint4 v) {
+  return v.x == US_ENGINE_ABSENT || v.y == US_ENGINE_ABSENT || v.z == US_ENGINE_ABSENT ||
+         v.w == US_ENGINE_ABSENT;
+}
+
+/* One warp: until its first 512 bytes of an operand whose words carry their own flag are there. The others come at about the same time: all
+ * of an operand, read again and again by all SMs, would be in the way of who makes it. */
+static __device__ __noinline__ void us_engine_await_rows(const uint4 *from) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_engine_watch watch = {0, 0};
+  uint64_t begin = us_engine_span_begin(b);
+  us_engine_jitter(b);
+  while (__any_sync(0xffffffffu, us_engine_absent16(us_load_gpu16(from)))) {
+    __nanosleep(100);
+    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, us_engine_fetched_op(b)->wait, 0, 1);
+  }
+  us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
+}
+
 /* Activations of this warp for `part`: slice part * warps * subs + j * warps + warp, all its groups. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_load_rows(const struct us_engine_gemm *g, uint32_t part,
@@ -187,44 +218,77 @@ static __device__ __forceinline__ void us_engine_load_rows(const struct us_engin
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
   uint32_t groups = WHOLE ? MOST : g->w.groups, subs = g->subs, step = g->warps * groups * 32;
   const uint4 *operand = (const uint4 *)g->operand + (part * subs * g->warps + warp) * groups * 32 + lane;
+  bool awaits = g->awaits, absent;
+  if (awaits) us_engine_await_rows(operand);
+  do {
+    absent = false;
 #pragma unroll
-  for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++)
+    for (int j = 0; j < us_engine_page_groups<FORMAT, HALVES>::subs; j++)
 #pragma unroll
-    for (int q = 0; q < MOST; q++) {
-      rows[j * MOST + q] =
-          make_uint4(0, 0, 0, 0); /* a conditional load alone would keep 48 registers busy everywhere */
-      if (j < subs && q < groups) rows[j * MOST + q] = __ldcg(operand + j * step + q * 32);
-    }
+      for (int q = 0; q < MOST; q++) {
+        rows[j * MOST + q] =
+            make_uint4(0, 0, 0, 0); /* a conditional load alone would keep 48 registers busy everywhere */
+        if (j < subs && q < groups) rows[j * MOST + q] = us_load_gpu16(operand + j * step + q * 32);
+      }
+#pragma unroll
+    for (int i = 0; i < us_engine_page_groups<FORMAT, HALVES>::subs * MOST; i++)
+      absent |= us_engine_absent16(rows[i]);
+  } while (awaits && __any_sync(0xffffffffu, absent)); /* soon: the first are there */
 }
 
-/* This warp's sums of the tile-th tile of the launch to the epilogue. */
-template <int HALVES>
-static __device__ __forceinline__ void us_engine_hand_sums(const struct us_engine_block *b,
-                                                           struct us_engine_shared *s, uint32_t tile,
-                                                           int warp, int lane, const float *acc) {
-  uint32_t buffer = tile % 2, use = tile / 2;
+/* This warp's sums of its next tile to the epilogue. What it needs is found anew here: in registers it would be in the way of the multiplies.
+ * Returns the number of tiles that the role has passed. */
+template <int HALVES> static __device__ __forceinline__ uint32_t us_engine_hand_sums(const float *acc) {
+  struct us_engine_block *b = us_engine_self();
+  struct us_engine_shared *s = us_engine_shared_of(b);
+  uint32_t tile = b->tile, buffer = tile % 2, use = tile / 2, lane = us_engine_lane();
   us_engine_barrier_wait(b, &s->sums_empty[buffer], (use & 1) ^ 1, US_ENGINE_WAIT_SUMS);
-  float4 *mine = (float4 *)s->partial[buffer][warp];
+  float4 *mine = (float4 *)s->partial[buffer][us_engine_thread() / 32];
 #pragma unroll
   for (int h = 0; h < HALVES; h++)
     mine[h * 32 + lane] = make_float4(acc[4 * h], acc[4 * h + 1], acc[4 * h + 2], acc[4 * h + 3]);
   __syncwarp();
-  if (lane == 0) us_barrier_arrive(us_shared_address(&s->sums_full[buffer]));
+  if (lane == 0)
+    b->tile = tile + 1; /* all have read it, and read it again behind the next stage's barrier of the lanes */
+  us_engine_elected_arrive(us_shared_address(&s->sums_full[buffer]));
+  return tile + 1;
+}
+
+/* What a warp needs in every stage: its place in the ring, and where its page of the first stage lies. */
+struct us_engine_pages {
+  struct us_engine_cursor c;
+  struct us_page_at first;
+  uint32_t subs, groups;
+  bool working;
+};
+template <int FORMAT, int HALVES>
+static __device__ __forceinline__ struct us_engine_pages us_engine_pages(const struct us_engine_block *b,
+                                                                         const struct us_engine_gemm *g,
+                                                                         int warp, int lane) {
+  uint32_t page = us_shared_address(us_engine_shared_of(b)->ring) + warp * g->w.page_bytes;
+  struct us_engine_pages p = {{b->stage, b->phase},
+                              us_page_at<FORMAT, HALVES>(page, g->w.groups, lane),
+                              g->subs,
+                              g->w.groups,
+                              warp < g->warps};
+  us_engine_keep(&p.first.words), us_engine_keep(&p.first.scales);
+  return p;
 }
 
 /* One stage of a tile. */
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_stage(const struct us_engine_block *b,
                                                             struct us_engine_shared *s,
-                                                            struct us_engine_cursor *c, uint32_t groups,
-                                                            uint32_t offset, bool working, int lane,
-                                                            uint4 *rows, float *acc) {
+                                                            struct us_engine_pages *p, const uint4 *rows,
+                                                            float *acc) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most;
-  us_engine_barrier_wait(b, &s->full[c->stage], c->phase, US_ENGINE_WAIT_STAGE);
-  if (WHOLE || working)
-    us_page_multiply<FORMAT, HALVES>(s->ring[c->stage] + offset, WHOLE ? MOST : groups, lane, rows, acc);
-  us_engine_release(s, *c, lane);
-  us_engine_advance(c);
+  uint32_t stage = p->c.stage, at = stage * US_ENGINE_STAGE_BYTES;
+  us_engine_barrier_wait(b, &s->full[stage], p->c.phase, US_ENGINE_WAIT_STAGE);
+  struct us_page_at page = {p->first.words + at, p->first.scales + at};
+  if (WHOLE || p->working) us_page_multiply<FORMAT, HALVES>(page, WHOLE ? MOST : p->groups, rows, acc);
+  __syncwarp();
+  us_engine_elected_arrive(us_shared_address(&s->empty[stage]));
+  us_engine_advance(&p->c);
 }
 
 /* One tile: all its stages. F32, whose multiplies are long code for a small matrix, has one copy of them, before which the
@@ -232,16 +296,14 @@ static __device__ __forceinline__ void us_engine_gemm_stage(const struct us_engi
 template <int FORMAT, int HALVES, bool WHOLE>
 static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engine_block *b,
                                                            struct us_engine_shared *s,
-                                                           struct us_engine_cursor *c, uint32_t subs,
-                                                           uint32_t groups, uint32_t offset, bool working,
-                                                           int lane, uint4 *rows, float *acc) {
+                                                           struct us_engine_pages *p, uint4 *rows,
+                                                           float *acc) {
   constexpr int MOST = us_engine_page_groups<FORMAT, HALVES>::most,
                 SUBS = us_engine_page_groups<FORMAT, HALVES>::subs;
   if (FORMAT == US_FORMAT_F32) {
 #pragma unroll 1
     for (int j = 0; j < SUBS; j++) {
-      if (j < subs)
-        us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows, acc);
+      if (j < p->subs) us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, p, rows, acc);
       uint4 first = rows[0];
 #pragma unroll
       for (int i = 0; i + 1 < SUBS; i++) rows[i] = rows[i + 1];
@@ -250,10 +312,24 @@ static __device__ __forceinline__ void us_engine_gemm_tile(const struct us_engin
   } else {
 #pragma unroll
     for (int j = 0; j < SUBS; j++)
-      if (j < subs)
-        us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, c, groups, offset, working, lane, rows + j * MOST,
-                                                    acc);
+      if (j < p->subs) us_engine_gemm_stage<FORMAT, HALVES, WHOLE>(b, s, p, rows + j * MOST, acc);
   }
+}
+
+/* Behind a role's last tile of an operation: its place in the ring, for the next one. */
+static __device__ __forceinline__ void us_engine_keep_place(struct us_engine_cursor c) {
+  struct us_engine_block *b = us_engine_self();
+  __syncwarp(); /* the lanes share `b` */
+  if (us_engine_lane() == 0) b->stage = c.stage, b->phase = c.phase;
+  __syncwarp();
+}
+
+/* Where a warp's loop ends: in memory, since registers are short there. */
+static __device__ __forceinline__ void us_engine_until(uint32_t end) {
+  struct us_engine_block *b = us_engine_self();
+  __syncwarp();
+  if (us_engine_lane() == 0) b->until = end;
+  __syncwarp();
 }
 
 /* This block's items, which ascend, part by part, so that a part's activations are loaded once. WHOLE: all warps work, and pages have as many
@@ -265,24 +341,21 @@ static __device__ __forceinline__ void us_engine_gemm_tiles(struct us_engine_blo
                                                             uint32_t next) {
   const struct us_engine_gemm *g = &op->gemm;
   struct us_engine_shared *s = us_engine_shared_of(b);
-  struct us_engine_cursor c = {b->stage, b->phase};
   int warp = us_engine_thread() / 32, lane = us_engine_lane();
-  uint32_t subs = g->subs, groups = g->w.groups, offset = warp * g->w.page_bytes;
-  bool working = warp < g->warps;
+  struct us_engine_pages p = us_engine_pages<FORMAT, HALVES>(b, g, warp, lane);
   while (i != US_ENGINE_NONE) {
-    uint32_t part = g->experts ? 0 : i / g->w.tiles,
-             end = g->experts ? US_ENGINE_NONE : (part + 1) * g->w.tiles;
+    uint32_t part = g->experts ? 0 : i / g->w.tiles;
     uint4 rows[US_ENGINE_GROUPS];
-    us_engine_load_rows<FORMAT, HALVES, WHOLE>(g, part, working ? warp : 0, lane, rows);
+    us_engine_until(g->experts ? US_ENGINE_NONE : (part + 1) * g->w.tiles);
+    us_engine_load_rows<FORMAT, HALVES, WHOLE>(g, part, p.working ? warp : 0, lane, rows);
     do {
       float acc[4 * HALVES] = {};
-      us_engine_gemm_tile<FORMAT, HALVES, WHOLE>(b, s, &c, subs, groups, offset, working, lane, rows, acc);
-      us_engine_hand_sums<HALVES>(b, s, b->tile, warp, lane, acc);
-      us_engine_count(&b->tile);
-      i = next, next = s->item[(b->tile + 1) % US_ENGINE_ITEMS];
-    } while (i < end);
+      us_engine_gemm_tile<FORMAT, HALVES, WHOLE>(b, s, &p, rows, acc);
+      uint32_t passed = us_engine_hand_sums<HALVES>(acc);
+      i = next, next = s->item[(passed + 1) % US_ENGINE_ITEMS];
+    } while (i < *(volatile uint32_t *)&us_engine_self()->until);
   }
-  b->stage = c.stage, b->phase = c.phase;
+  us_engine_keep_place(p.c);
 }
 
 namespace us_rare {
@@ -312,7 +385,10 @@ static __device__ __forceinline__ void us_engine_gemm_compute(struct us_engine_b
                                                               const struct us_engine_op *op) {
   struct us_engine_items items = us_engine_items(b, &op->gemm, op->shift);
   b->items[0] = items.first, b->items[1] = items.second;
-  us_engine_wait_done(b, op->wait);
+  if (op->gemm.awaits)
+    us_engine_meet();
+  else
+    us_engine_wait_done(b, op->wait);
   op = us_engine_fetched_op(b);
   uint32_t first = *(volatile uint32_t *)&b->items[0], second = *(volatile uint32_t *)&b->items[1];
   switch (op->gemm.w.format * 2 + op->gemm.w.halves - 1) {
@@ -399,47 +475,67 @@ static __device__ __forceinline__ uint32_t us_engine_pair_offset(uint32_t column
 /* A tile's place in its operation, and where this lane writes: rows `row` and `row` + 8 of a half, tokens `token` and + 1. */
 struct us_engine_place {
   uint32_t outer, tile, row, token;
-  int pair[2]; /* experts: of the two tokens, or -1 */
 };
-static __device__ __forceinline__ struct us_engine_place us_engine_place(const struct us_engine_block *b,
-                                                                         const struct us_engine_gemm *g,
+static __device__ __forceinline__ struct us_engine_place us_engine_place(const struct us_engine_gemm *g,
                                                                          uint32_t item, int lane) {
   uint32_t outer = us_engine_quotient(item, g->w.tiles);
-  struct us_engine_place at = {
-      outer, item - outer * g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
-  if (!g->experts) return at;
-  uint32_t both = *(const uint32_t *)&us_engine_shared_of(b)->active.pair[at.outer][at.token];
-  at.pair[0] = (int16_t)both, at.pair[1] = (int)both >> 16;
-  return at;
+  return {outer, item - outer * g->w.tiles, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2};
 }
 
 /* out: g->out, of the row tile. */
 static __device__ __forceinline__ void us_engine_store(const struct us_engine_gemm *g, void *out,
                                                        struct us_engine_place at, uint32_t row, float4 v) {
   float *to = (float *)out + ((at.outer * 8 + at.token) * g->out_stride + row), *next = to + g->out_stride;
-  if (row < g->valid) *to = v.x, *next = v.y;
-  if (row + 8 < g->valid) to[8] = v.z, next[8] = v.w;
+  uint32_t bits[4] = {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+  if (g->flagged)
+    bits[0] = us_present(v.x), bits[1] = us_present(v.y), bits[2] = us_present(v.z),
+    bits[3] = us_present(v.w);
+  if (row < g->valid) us_store_gpu4(to, bits[0]), us_store_gpu4(next, bits[1]);
+  if (row + 8 < g->valid) us_store_gpu4(to + 8, bits[2]), us_store_gpu4(next + 8, bits[3]);
 }
 
-/* Gate and up sums to inner activations: two rows of two tokens. Eight rows on is 4 bytes on, in a pair as in an operand. */
-static __device__ __forceinline__ void us_engine_gate(const struct us_engine_gemm *g, uint8_t *out,
-                                                      struct us_engine_place at, float4 gate, float4 up) {
-  uint32_t row = at.tile * 16 + at.row, bytes = us_engine_pair_bytes(g->F);
-  int to[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    to[i] = (int)(g->experts ? at.pair[i] * bytes + us_engine_pair_offset(row)
-                             : us_engine_operand_offset(at.token + i, row));
-    if (at.pair[i] < 0) to[i] = INT32_MIN;
-  }
+/* Gate and up sums to inner activations of an operand: two rows of two tokens. Eight rows on is 4 bytes on. */
+static __device__ __forceinline__ void us_engine_gate(uint8_t *out, struct us_engine_place at, float4 gate,
+                                                      float4 up) {
+  uint32_t row = at.tile * 16 + at.row, to = us_engine_operand_offset(at.token, row),
+           other = us_engine_operand_offset(at.token + 1, row);
 #pragma unroll 1 /* small code: it runs beside the multiplies and shares their instruction cache */
   for (int i = 0; i < 4; i++) {
-    uint16_t inner = us_engine_operand_bits(us_engine_swiglu(gate.x, up.x));
-    if (to[0] >= 0) *(uint16_t *)(out + to[0]) = inner;
-    int below = to[0] + 4;
-    to[0] = to[1], to[1] = below;
+    *(uint16_t *)(out + to) = us_engine_operand_bits(us_engine_swiglu(gate.x, up.x));
+    uint32_t below = to + 4;
+    to = other, other = below;
     gate.x = gate.y, gate.y = gate.z, gate.z = gate.w;
     up.x = up.y, up.y = up.z, up.z = up.w;
+  }
+}
+
+/* Where (row, token) of a half lies among a warp's partial sums, as us_engine_hand_sums stores them: in floats. */
+static __device__ __forceinline__ uint32_t us_engine_partial_at(uint32_t row, uint32_t token) {
+  return (row % 8 * 4 + token / 2) * 4 + row / 8 * 2 + token % 2;
+}
+
+/* The same of an expert's tile for its pairs alone, which are one of eight tokens or little more: gate of a row in the first sixteen lanes,
+ * up in the others, a pair after the other. Sums as us_engine_add_warps makes them. `pair`: that of token `lane` of the first eight, or -1. */
+static __device__ __forceinline__ void us_engine_gate_pairs(const struct us_engine_block *b,
+                                                            const struct us_engine_gemm *g, uint32_t tile,
+                                                            uint32_t buffer, int pair, int lane) {
+  const float *from = us_engine_shared_of(b)->partial[buffer][0] + lane / 16 * 128;
+  uint32_t row = lane % 16;
+  uint8_t *out = (uint8_t *)g->out + us_engine_pair_offset(tile * 16 + row);
+  float undo = us_engine_undo(g->w.format);
+  uint32_t bytes = us_engine_pair_bytes(g->F), tokens = __ballot_sync(0xffffffffu, lane < 8 && pair >= 0);
+#pragma unroll 1
+  for (; tokens; tokens &= tokens - 1) {
+    uint32_t token = __ffs(tokens) - 1;
+    const float *mine = from + us_engine_partial_at(row, token);
+    float sum = 0;
+#pragma unroll
+    for (uint32_t w = 0; w < US_ENGINE_COMPUTE_WARPS; w++) sum = __fadd_rn(sum, mine[w * US_ENGINE_PARTIAL]);
+    sum *= undo;
+    float up = __shfl_down_sync(0xffffffffu, sum, 16);
+    uint16_t inner = us_engine_operand_bits(us_engine_swiglu(sum, up));
+    uint8_t *to = out + (uint32_t)__shfl_sync(0xffffffffu, pair, token) * bytes;
+    if (lane < 16) *(uint16_t *)to = inner;
   }
 }
 
@@ -447,6 +543,7 @@ static __device__ __forceinline__ float4 us_engine_times(float4 v, float s) {
   return make_float4(v.x * s, v.y * s, v.z * s, v.w * s);
 }
 
+/* A tile of a product that is not an expert's. */
 static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_engine_block *b,
                                                                const struct us_engine_gemm *g,
                                                                struct us_engine_place at, uint32_t buffer,
@@ -464,8 +561,7 @@ static __device__ __forceinline__ void us_engine_gemm_tile_out(const struct us_e
     else if (epilogue == US_ENGINE_STORE)
       us_engine_store(g, g->out, at, row + at.row, v);
   }
-  if (epilogue != US_ENGINE_PUSH && epilogue != US_ENGINE_STORE)
-    us_engine_gate(g, (uint8_t *)g->out, at, before, v);
+  if (epilogue == US_ENGINE_SWIGLU) us_engine_gate((uint8_t *)g->out, at, before, v);
 }
 
 /* Experts of the list that DOWN begins with before all are multiplied: the hand-off hides behind the last ones. */
@@ -505,9 +601,13 @@ static __device__ __forceinline__ void us_engine_gemm_epilogue(struct us_engine_
   for (bool told = !g->experts;;) {
     if (!told && i >= early) us_engine_tell_early(b, lane), told = true;
     if (i == US_ENGINE_NONE) break;
-    struct us_engine_place at = us_engine_place(b, g, i, lane);
+    struct us_engine_place at = us_engine_place(g, i, lane);
+    int pair = g->experts ? s->active.pair[at.outer][lane % 8] : -1;
     us_engine_barrier_await(full, tile / 2 & 1, US_ENGINE_WAIT_SUMS);
-    us_engine_gemm_tile_out(b, g, at, mine, lane);
+    if (g->experts)
+      us_engine_gate_pairs(b, g, at.tile, mine, pair, lane);
+    else
+      us_engine_gemm_tile_out(b, g, at, mine, lane);
     uint32_t after = tile == b->tile ? items.second : s->item[(tile + 1) % US_ENGINE_ITEMS];
     end = tile + (after != US_ENGINE_NONE ? 2 : 1), tile += 2;
     i = s->item[tile % US_ENGINE_ITEMS];

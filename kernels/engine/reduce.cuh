@@ -286,6 +286,17 @@ static __device__ __forceinline__ void us_reduce_scales(const struct us_engine_b
   us_engine_meet();
 }
 
+/* A block with a slice: its share of the words that become absent. Who has read them last has ended the reduction before this one. */
+static __device__ __forceinline__ void us_reduce_mark(const struct us_engine_block *b,
+                                                      const struct us_engine_reduce *r, uint32_t slices) {
+  uint32_t blocks = min(b->blocks, slices);
+  if (!r->opt_absent || b->index >= blocks) return;
+#pragma unroll 1
+  for (uint32_t i = b->index * US_ENGINE_COMPUTE + threadIdx.x; i < r->absent;
+       i += blocks * US_ENGINE_COMPUTE)
+    us_store_gpu4(r->opt_absent + i, US_ENGINE_ABSENT);
+}
+
 /* ---- the operation ------------------------------------------------------------------------------------------------ */
 
 namespace us_rare {
@@ -306,6 +317,7 @@ static __device__ __noinline__ void us_engine_reduce(struct us_engine_block *b,
     x = us_reduce_read(r->residual, r->D, us_reduce_place(tile, lane)),
     weights = us_reduce_weights(r, tile, lane);
   us_engine_wait_done(b, op->wait);
+  us_reduce_mark(b, r, slices);
   for (uint32_t slice = b->index; slice < slices; slice += b->blocks) {
     if (warp < tiles) {
       tile = slice * tiles + warp;

@@ -81,6 +81,7 @@ static __device__ __noinline__ void us_engine_reduce_usual(void) {
   float *residual = r->residual + (token * r->D + column), x = 0, weight = 0;
   if (mine) x = *residual, weight = r->weight[column];
   if (op->wait != US_ENGINE_NONE) us_engine_wait_done(b, op->wait); /* sums are their own flags */
+  us_reduce_mark(b, r, cut.slices);
   if (mine) {
     float sum = us_reduce_value_sum(b, r->addends, cut.running, token, column);
     x = r->replace ? sum : __fadd_rn(x, sum);

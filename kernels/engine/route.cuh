@@ -3,7 +3,8 @@
  * Bound: latency between the router's logits and the first expert page: every block does all of it. Rule as kernels/router: sigmoid
  * scores, bias for choosing only, ties to the lowest id, ids ascending, weights normalised over the chosen ones. Two warps score
  * a row, one chooses, and a thread an expert makes the list. A chain of loads costs a microsecond a link, so all of a thread's logits
- * come at once, and what does not depend on them is done before they are there.
+ * come at once, and what does not depend on them is done before they are there. Logits of one row tile carry their own flag, so a block does
+ * not hear of them, and then load them, but loads them until they are there.
  *
  * Contents: keys and logits; choice; the list; the operation.
  */
@@ -109,11 +110,25 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 #define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together, in each of */
 #define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
 
+/* One thread: a logit, when it is there. */
+static __device__ __forceinline__ float us_route_logit(const struct us_engine_block *b, const float *from,
+                                                       bool flagged) {
+  uint32_t bits = us_load_relaxed((const uint32_t *)from);
+  struct us_engine_watch watch = {0, 0};
+  while (flagged && bits == US_ENGINE_ABSENT) {
+    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, us_engine_fetched_op(b)->wait, 0, 1);
+    bits = us_load_relaxed((const uint32_t *)from);
+  }
+  return __uint_as_float(bits);
+}
+
 /* This thread's logits, the parts' sums added in order, into shared memory. */
 namespace us_rare {
 static __device__ __noinline__ void us_route_gather_any(struct us_route_work *work,
                                                         const struct us_engine_route *r,
                                                         const float *logits) {
+  const struct us_engine_block *b = us_engine_self();
+  bool flagged = r->flagged;
   uint32_t E = r->E, parts = r->parts, part = US_ENGINE_ROWS * r->stride, token = us_route_token();
 #pragma unroll 1
   for (uint32_t first = us_route_first(); first < E; first += US_ROUTE_AHEAD * US_ROUTE_STEP) {
@@ -127,7 +142,7 @@ static __device__ __noinline__ void us_route_gather_any(struct us_route_work *wo
 #pragma unroll
         for (int j = 0; j < US_ROUTE_AHEAD; j++)
           v[q][j] = p + q < parts && first + j * US_ROUTE_STEP < E
-                        ? __ldcg(from + q * part + j * US_ROUTE_STEP)
+                        ? us_route_logit(b, from + q * part + j * US_ROUTE_STEP, flagged)
                         : 0.0f;
 #pragma unroll
       for (int q = 0; q < US_ROUTE_PARTS; q++)
@@ -141,30 +156,50 @@ static __device__ __noinline__ void us_route_gather_any(struct us_route_work *wo
 }
 } // namespace us_rare
 using us_rare::us_route_gather_any;
+/* A warp's logits of 384 experts and four parts, all loads under way together; until none is absent if they carry their own flag. */
+#define US_ROUTE_PAIRS (US_ROUTE_AHEAD / 2)
+static __device__ __forceinline__ void us_route_load(uint2 (*v)[US_ROUTE_PAIRS], const float *from,
+                                                     bool flagged) {
+  const struct us_engine_block *b = us_engine_self();
+  struct us_engine_watch watch = {0, 0};
+  uint64_t begin = us_engine_span_begin(b);
+  for (bool absent = true; absent;) {
+    absent = false;
+#pragma unroll
+    for (int q = 0; q < US_ROUTE_PARTS; q++)
+#pragma unroll
+      for (int j = 0; j < US_ROUTE_PAIRS; j++)
+        v[q][j] = us_load_gpu8(from + (q * US_ENGINE_ROWS * US_ROUTE_AHEAD + j * 2) * US_ROUTE_STEP);
+#pragma unroll
+    for (int q = 0; q < US_ROUTE_PARTS; q++)
+#pragma unroll
+      for (int j = 0; j < US_ROUTE_PAIRS; j++)
+        absent |= v[q][j].x == US_ENGINE_ABSENT || v[q][j].y == US_ENGINE_ABSENT;
+    absent = __any_sync(0xffffffffu, absent && flagged);
+    if (absent) us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, us_engine_fetched_op(b)->wait, 0, 1);
+  }
+  us_engine_span_end(b, US_ENGINE_WAIT_DONE, begin);
+}
+
 /* The same; of 384 experts and four parts in a quarter of the instructions, whose fetching is most of the time. */
 static __device__ __forceinline__ void us_route_gather(struct us_route_work *work,
                                                        const struct us_engine_route *r, const float *logits) {
-  constexpr uint32_t E = US_ROUTE_AHEAD * US_ROUTE_STEP, PAIRS = US_ROUTE_AHEAD / 2;
+  constexpr uint32_t E = US_ROUTE_AHEAD * US_ROUTE_STEP, PAIRS = US_ROUTE_PAIRS;
   if (r->E != E || r->stride != E || r->parts != US_ROUTE_PARTS) {
     us_route_gather_any(work, r, logits);
     return;
   }
   uint32_t token = us_route_token(), first = us_route_first() * 2;
   const float *from = logits + token * E + first;
-  float2 v[US_ROUTE_PARTS][PAIRS];
-#pragma unroll
-  for (int q = 0; q < US_ROUTE_PARTS; q++)
-#pragma unroll
-    for (int j = 0; j < PAIRS; j++)
-      v[q][j] = __ldcg((const float2 *)(from + q * US_ENGINE_ROWS * E + j * 2 * US_ROUTE_STEP));
-  /* A branch, which no sum passes: else the compiler saves registers, and of the loads each third waits for one before it. */
-  if (us_engine_launch_of(NULL)->jitter) __nanosleep(64);
+  uint2 v[US_ROUTE_PARTS][PAIRS];
+  us_route_load(v, from, r->flagged);
 #pragma unroll
   for (int j = 0; j < PAIRS; j++) {
-    float2 sum = v[0][j];
+    float2 sum = make_float2(__uint_as_float(v[0][j].x), __uint_as_float(v[0][j].y));
 #pragma unroll
     for (int q = 1; q < US_ROUTE_PARTS; q++)
-      sum = make_float2(__fadd_rn(sum.x, v[q][j].x), __fadd_rn(sum.y, v[q][j].y));
+      sum = make_float2(__fadd_rn(sum.x, __uint_as_float(v[q][j].x)),
+                        __fadd_rn(sum.y, __uint_as_float(v[q][j].y)));
     *(float2 *)&work->score[token][first + j * 2 * US_ROUTE_STEP] = sum;
   }
 }
@@ -342,7 +377,7 @@ static __device__ __forceinline__ void us_route_prepare(const struct us_engine_b
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->listed, (b->routes - 1) & 1, US_ENGINE_WAIT_ROUTE);
 }
 
-/* The active list from the rows' logits; the router's operation is done, and all threads have met since us_route_prepare. */
+/* The active list from the rows' logits; the router's operation is done, or they carry their own flag. */
 static __device__ __forceinline__ void us_route_build(const struct us_engine_block *b,
                                                       const struct us_engine_route *r,
                                                       struct us_route_work *work) {
@@ -364,7 +399,7 @@ static __device__ __noinline__ void us_engine_route_build(void) {
   const struct us_engine_op *op = us_engine_fetched_op(b);
   struct us_route_work *work = (struct us_route_work *)us_engine_scratch(b);
   us_route_prepare(b, op, work);
-  us_engine_wait_done(b, op->wait);
+  if (!op->route.flagged) us_engine_wait_done(b, op->wait);
   us_route_build(b, &op->route, work);
 }
 

@@ -91,7 +91,8 @@ struct us_engine_block {
   uint32_t attentions;   /* ATTENTION operations passed that may take the ring (attention_ring.cuh) */
   uint32_t items[2];     /* compute: a product's tiles that are dealt out to this block */
   uint32_t seen[2], seen_round; /* warp 0: operations of a round that it last found done, plus 1 */
-  uint32_t span, span_end; /* engine_profile.cu: this role's next interval, and the end of its room; 0: not recorded */
+  uint32_t span,
+      span_end; /* engine_profile.cu: this role's next interval, and the end of its room; 0: not recorded */
 };
 
 #define US_ENGINE_FETCHED                                                                                    \
@@ -186,10 +187,15 @@ static __device__ __forceinline__ void us_engine_keep_launch(const struct us_eng
   us_engine_copy_words(&us_engine_shared_of(NULL)->rank, rank, sizeof *rank);
 }
 
+/* Keeps the compiler from making a value anew wherever it is needed: it stays in a register. */
+static __device__ __forceinline__ void us_engine_keep(uint32_t *value) {
+  asm volatile("" : "+r"(*value));
+}
+
 /* The same as an address, in a register, for us_shared_load*: their order among asm statements stands as written. */
 static __device__ __forceinline__ uint32_t us_engine_shared_base(const struct us_engine_block *b) {
   uint32_t address = us_shared_address(us_engine_shared_of(b));
-  asm volatile("" : "+r"(address));
+  us_engine_keep(&address);
   return address;
 }
 static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
@@ -202,6 +208,11 @@ static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
 /* One thread arrives for `n`. */
 static __device__ __forceinline__ void us_barrier_arrive_many(uint32_t barrier, uint32_t n) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+static __device__ __forceinline__ float us_shared_load_float(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
 }
 static __device__ __forceinline__ uint2 us_shared_load8(uint32_t address) {
   uint2 v;

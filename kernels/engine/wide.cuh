@@ -175,13 +175,13 @@ static __device__ __forceinline__ void us_wide_out(const struct us_engine_block 
                                                    uint32_t tile, uint32_t rows, int lane, const float *sum) {
   float undo = us_engine_undo(g->w.format);
   uint8_t *out = (uint8_t *)g->out + rows * g->out_tile;
-  struct us_engine_place at = {panel.part, tile, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2, {0, 0}};
+  struct us_engine_place at = {panel.part, tile, (uint32_t)lane / 4, (uint32_t)lane % 4 * 2};
   float4 v[HALVES];
 #pragma unroll
   for (int h = 0; h < HALVES; h++)
     v[h] = us_engine_times(make_float4(sum[4 * h], sum[4 * h + 1], sum[4 * h + 2], sum[4 * h + 3]), undo);
   if (g->epilogue == US_ENGINE_SWIGLU) {
-    us_engine_gate(g, out, at, v[0], v[HALVES - 1]);
+    us_engine_gate(out, at, v[0], v[HALVES - 1]);
     return;
   }
 #pragma unroll

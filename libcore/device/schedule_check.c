@@ -174,7 +174,8 @@ static enum us_status check_event(const struct pass *p, uint32_t op, uint32_t fr
                ? US_OK
                : us_schedule_wrong(s, op, p->err, "it multiplies other rows than were routed");
   }
-  if (!us_schedule_after(p->order, op, before))
+  bool as_they_come = us_schedule_reads_flags(x) && x->wait == before;
+  if (!as_they_come && !us_schedule_after(p->order, op, before))
     return us_schedule_wrong(s, op, p->err, "it does not wait for operation %u as its tasks do", before);
   if (us_schedule_source(p->order, op, t) != before)
     return us_schedule_wrong(s, op, p->err, "it does not read what operation %u wrote", before);

@@ -190,6 +190,10 @@ static enum us_status check_gemm(const struct fields *f) {
   WANT(g->operand_tile == (op->row_tiles > 1 ? operand_tile(f) : 0) &&
            g->out_tile == (op->row_tiles > 1 ? out_tile(f, g) : 0),
        "its row tiles lie elsewhere");
+  WANT(g->flagged == (op->task_op == US_TASK_ROUTER && us_schedule_flags(f->s)),
+       "its sums' flags are not what their reader looks for");
+  WANT(g->awaits == (op->task_op == US_TASK_O_PROJ && us_schedule_flags(f->s)),
+       "its operand's flags are not what their writer leaves");
   if (g->experts) status = check_route(f, g->route);
   return status == US_OK && g->epilogue == US_ENGINE_PUSH ? check_push(f, g) : status;
 }
@@ -249,6 +253,7 @@ static enum us_status check_routing(const struct fields *f) {
   WANT(r->uniform == f->s->options.uniform && r->uniform_seed == f->s->options.uniform_seed,
        "it draws otherwise than asked");
   WANT(r->opt_routed == routed, "its choice is kept elsewhere");
+  WANT(r->flagged == us_schedule_flags(f->s), "its logits' flags are not what their writer leaves");
   return check_choices(f, r);
 }
 
@@ -283,6 +288,16 @@ static enum us_status check_tap(const struct fields *f, bool mlp) {
   return US_OK;
 }
 
+/* What it makes absent: all that the router or the attention behind it writes. */
+static enum us_status check_absent(const struct fields *f, bool mlp) {
+  const struct us_engine_op *op = op_of(f);
+  uint32_t *words, count;
+  enum us_status status = us_schedule_absent(f->s, op, mlp, &words, &count, f->err);
+  if (status != US_OK) return status;
+  WANT(op->reduce.opt_absent == words && op->reduce.absent == count, "it makes other words absent");
+  return check_tap(f, mlp);
+}
+
 static enum us_status check_reduce(struct fields *f) {
   const struct us_engine_op *op = op_of(f);
   const struct us_engine_reduce *r = &op->reduce;
@@ -311,7 +326,7 @@ static enum us_status check_reduce(struct fields *f) {
            r->tap_tile ==
                (op->row_tiles > 1 && r->opt_tap ? us_schedule_owner(f->s)->buffers.features_tile : 0),
        "its row tiles lie elsewhere");
-  return check_tap(f, mlp);
+  return check_absent(f, mlp);
 }
 
 /* ---- attention and rows ------------------------------------------------------------------------------------------ */

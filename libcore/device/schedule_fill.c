@@ -62,6 +62,7 @@ static void route_sums(const struct fill *f, struct us_engine_gemm *g) {
     break;
   case US_TASK_ROUTER:
     store(f, g, b->router, b->router_tile, g->valid);
+    g->flagged = us_schedule_flags(f->s);
     break;
   case US_TASK_HEAD:
     store(f, g, draft ? b->draft_logits : b->logits, b->logits_tile, f->s->logits_stride);
@@ -82,6 +83,7 @@ static void route_sums(const struct fill *f, struct us_engine_gemm *g) {
     break;
   case US_TASK_O_PROJ:
     g->operand = operand(f, g, b->attended, b->attended_tile);
+    g->awaits = us_schedule_flags(f->s);
     break;
   default: /* DENSE_DOWN */
     g->operand = operand(f, g, b->inner, b->inner_tile);
@@ -121,6 +123,7 @@ static enum us_status fill_route(const struct fill *f) {
                                        .top_k = shape->top_k,
                                        .scaling = (float)shape->routed_scaling,
                                        .normalise = shape->norm_topk_prob,
+                                       .flagged = us_schedule_flags(f->s),
                                        .uniform = f->s->options.uniform,
                                        .uniform_seed = f->s->options.uniform_seed};
   if (op->row_tiles > 1) {
@@ -163,8 +166,34 @@ const float *us_schedule_norm(const struct us_device_schedule *s, uint32_t progr
   return target ? w->final_norm : w->draft_final_norm;
 }
 
+static enum us_status absent_logits(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                    uint32_t **ret_words, uint32_t *ret_count, struct us_err *err) {
+  if (!us_schedule_layer(s, op->program, op->layer)->router.rows) return US_OK;
+  struct us_schedule_cut cut;
+  enum us_status status = us_schedule_cut_of(s, op->program, US_TASK_ROUTER, op->layer, &cut, err);
+  *ret_words = (uint32_t *)us_schedule_owner(s)->buffers.router;
+  *ret_count = status == US_OK ? cut.parts * US_ENGINE_ROWS * s->weights->shape.experts : 0;
+  return status;
+}
+
+enum us_status us_schedule_absent(const struct us_device_schedule *s, const struct us_engine_op *op,
+                                  uint32_t slot, uint32_t **ret_words, uint32_t *ret_count,
+                                  struct us_err *err) {
+  const struct us_device_weights *w = s->weights;
+  bool embed = op->task_op == US_TASK_EMBED_NORM, target = op->program == US_ENGINE_PASS_TARGET;
+  *ret_words = NULL, *ret_count = 0;
+  if (!us_schedule_flags(s) || (!embed && op->task_op != US_TASK_RESIDUAL_NORM)) return US_OK;
+  if (!embed && !slot) return absent_logits(s, op, ret_words, ret_count, err);
+  uint32_t layer = embed ? 0 : op->layer + 1, layers = target ? w->shape.layers : w->draft_shape.layers;
+  if (layer >= layers) return US_OK;
+  *ret_words = (uint32_t *)us_schedule_owner(s)->buffers.attended;
+  *ret_count = (uint32_t)(us_schedule_operand_bytes(us_schedule_layer(s, op->program, layer)->o_proj.cols) /
+                          sizeof(uint32_t));
+  return US_OK;
+}
+
 /* EMBED and REDUCE; slot 1: after an MLP. */
-static void fill_reduce(const struct fill *f, uint32_t slot) {
+static enum us_status fill_reduce(const struct fill *f, uint32_t slot) {
   struct us_engine_op *op = f->op;
   enum us_task_op task = (enum us_task_op)op->task_op;
   bool target = op->program == US_ENGINE_PASS_TARGET;
@@ -183,6 +212,7 @@ static void fill_reduce(const struct fill *f, uint32_t slot) {
   if (tap != US_ENGINE_NONE && op->row_tiles > 1) op->reduce.tap_tile = f->b->features_tile;
   if (tap != US_ENGINE_NONE)
     op->reduce.opt_tap = (uint8_t *)tile_at(f, f->b->features, f->b->features_tile) + tap * f->b->normed_tile;
+  return us_schedule_absent(f->s, op, slot, &op->reduce.opt_absent, &op->reduce.absent, f->err);
 }
 
 /* ---- attention --------------------------------------------------------------------------------------------------- */
@@ -279,8 +309,7 @@ enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_en
     break;
   case US_ENGINE_EMBED:
   case US_ENGINE_REDUCE:
-    fill_reduce(&f, slot);
-    break;
+    return fill_reduce(&f, slot);
   case US_ENGINE_ATTENTION:
     fill_attention(&f);
     break;

@@ -220,6 +220,22 @@ struct us_schedule_range {
   uintptr_t begin, end;
 };
 
+/* Whether words that blocks hand to each other within a rank carry their own flag: in lists of one row tile, a router's logits and attended
+ * rows. */
+static inline bool us_schedule_flags(const struct us_device_schedule *s) {
+  return s->row_tiles == 1;
+}
+/* Whether `op` reads such words, and so waits for no count. */
+static inline bool us_schedule_reads_flags(const struct us_engine_op *op) {
+  if (op->kind == US_ENGINE_GEMM) return op->gemm.awaits;
+  return op->kind == US_ENGINE_ROUTE && op->route.flagged;
+}
+/* Words that a reduction makes absent: the logits of the router that reads its operand, or the attended rows of the layer that does. NULL:
+ * none. slot as in struct us_schedule_unit. */
+US_CHECKED enum us_status us_schedule_absent(const struct us_device_schedule *s,
+                                             const struct us_engine_op *op, uint32_t slot,
+                                             uint32_t **ret_words, uint32_t *ret_count, struct us_err *err);
+
 /* What an operation reads first of all: a product its operand, attention its projection, a choice its logits. Empty for others. One
  * piece each of its row tiles, from 0; pairs are one piece. */
 struct us_schedule_range us_schedule_input(const struct us_device_schedule *s, const struct us_engine_op *op,

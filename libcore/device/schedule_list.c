@@ -123,7 +123,10 @@ static void wait_for_rows(struct list *list, struct us_engine_op *op, const stru
   uint32_t t = op->row_tile + op->row_tiles - 1; /* row tiles are in order */
   if (op->kind == US_ENGINE_ATTENTION && op->attention.draft) t = us_schedule_span(list->s, t).last;
   if (unit->op == US_TASK_O_PROJ && us_schedule_is_wide(op)) t = list->tiles - 1;
-  wait_for_events(list, op, unit, t);
+  if (us_schedule_reads_flags(op))
+    op->wait = list->last[unit->waits[0]][t]; /* read as they come: nothing else is known by that */
+  else
+    wait_for_events(list, op, unit, t);
 }
 
 /* The first rows of a pass: ACCEPT of the round before wrote them, the drafter's SELECT of this row tile the target's tokens. A
@@ -171,7 +174,10 @@ static void add_experts(struct list *list, const struct us_schedule_unit *down) 
     last = t + n - 1;
     struct us_engine_op *op = add_tiles(list, US_ENGINE_ROUTE, route, t, n);
     if (!op) return;
-    wait_for_events(list, op, route, last);
+    if (us_schedule_reads_flags(op))
+      op->wait = list->last[route->waits[0]][last]; /* as above */
+    else
+      wait_for_events(list, op, route, last);
     if (!(op = add_tiles(list, US_ENGINE_GEMM, up, t, n))) return;
     op->gemm.route = routed;
     wait_for_events(list, op, router,

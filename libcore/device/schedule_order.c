@@ -23,6 +23,8 @@
  *   SELECT and so knows the last product done; products before it are, too, and a block is not done with one that it still asks for.
  * - A block with a share of the experts' down projection ends it after all of gate and up is done, but begins with the experts whose
  *   epilogues have said so. Others wait at its beginning. What it writes, it writes at its end.
+ * - Words that carry their own flag (route.flagged, gemm.awaits: logits, attended rows) are made absent by a reduction and written once
+ *   after it; a block reads them until none is absent. That makes them seen, and nothing else: no count is waited for.
  * - Slices of columns belong to the same block in every reduction: residual and taps are that block's own.
  */
 #include "device/schedule_order.h"
@@ -98,7 +100,7 @@ static enum us_status pass_operation(struct us_schedule_order *o, int64_t x) {
   enum us_status status = check_wait(o, x, op->wait);
   if (status != US_OK) return status;
   if (x % o->n == 0) o->loads = o->all;
-  if (op->wait != US_ENGINE_NONE) {
+  if (op->wait != US_ENGINE_NONE && !us_schedule_reads_flags(op)) {
     learn_done(o, &o->all, meant(o, x, op->wait));
     learn_done(o, &o->own, meant(o, x, op->wait));
     if (us_schedule_is_wide(op)) learn_done(o, &o->loads, meant(o, x, op->wait));
@@ -149,9 +151,13 @@ static enum us_status touch_input(struct us_schedule_order *o, int64_t x) {
   uint32_t inputs = us_schedule_inputs(op), *source = o->source + x % o->n * US_ENGINE_GATHERED;
   bool wide = us_schedule_is_wide(op);
   enum us_status status = wide ? check_ring(o, x) : US_OK;
+  struct view view = wide ? o->loads : o->start[x];
+  if (us_schedule_reads_flags(op) && op->wait != US_ENGINE_NONE) { /* this input alone */
+    us_schedule_raise(&view.seen.gemm, meant(o, x, op->wait));
+    us_schedule_raise(&view.seen.vector, meant(o, x, op->wait));
+  }
   for (uint32_t t = 0; status == US_OK && t < op->row_tiles; t++) {
-    struct access a = {
-        .x = x, .view = wide ? &o->loads : &o->start[x], .range = us_schedule_input(o->s, op, t)};
+    struct access a = {.x = x, .view = &view, .range = us_schedule_input(o->s, op, t)};
     int64_t writer = -1;
     source[t] = source[0];
     if (t >= inputs) continue;
@@ -161,12 +167,24 @@ static enum us_status touch_input(struct us_schedule_order *o, int64_t x) {
   return status;
 }
 
+/* What is read by its own flag was made absent since it was read last. */
+static enum us_status check_marked(const struct us_schedule_order *o, int64_t x,
+                                   struct us_schedule_range range) {
+  int64_t writer = us_schedule_writer(o, range);
+  const struct us_engine_op *op = writer < 0 ? NULL : us_schedule_op(o, writer);
+  if (op && us_schedule_reduces(op) && (uintptr_t)op->reduce.opt_absent == range.begin) return US_OK;
+  return us_schedule_order_wrong(o, x, "writes words with a flag of their own where none was absent");
+}
+
 static enum us_status touch_output(struct us_schedule_order *o, int64_t x, const struct view *view) {
   const struct us_engine_op *op = us_schedule_op(o, x);
   enum us_status status = US_OK;
   for (uint32_t t = 0; status == US_OK && t < us_schedule_outputs(op); t++) {
     struct access a = {.x = x, .view = view, .range = us_schedule_output(o->s, op, t)};
-    if (a.range.end > a.range.begin) status = us_schedule_write(o, &a);
+    bool marks = op->kind == US_ENGINE_GEMM ? op->gemm.flagged
+                                            : op->kind == US_ENGINE_ATTENTION && us_schedule_flags(o->s);
+    if (marks) status = check_marked(o, x, a.range);
+    if (status == US_OK && a.range.end > a.range.begin) status = us_schedule_write(o, &a);
   }
   return status;
 }
@@ -204,7 +222,11 @@ static enum us_status touch_residual(struct us_schedule_order *o, int64_t x, uin
 }
 
 static enum us_status touch_reduce(struct us_schedule_order *o, int64_t x) {
-  enum us_status status = US_OK;
+  const struct us_engine_reduce *r = &us_schedule_op(o, x)->reduce;
+  struct access marks = {.x = x,
+                         .view = &o->start[x],
+                         .range = us_schedule_range(r->opt_absent, (uint64_t)r->absent * sizeof(uint32_t))};
+  enum us_status status = r->opt_absent ? us_schedule_write(o, &marks) : US_OK;
   for (uint32_t t = 0; status == US_OK && t < us_schedule_op(o, x)->row_tiles; t++)
     status = touch_residual(o, x, t);
   return status == US_OK ? touch_output(o, x, &o->end[x]) : status; /* after the norm's exchange */

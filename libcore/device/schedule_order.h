@@ -74,6 +74,9 @@ US_CHECKED enum us_status us_schedule_read(struct us_schedule_order *o, const st
                                            int64_t *opt_writer);
 US_CHECKED enum us_status us_schedule_write(struct us_schedule_order *o, const struct access *a);
 
+/* Who wrote exactly this range last; -1: nobody, or another range. */
+int64_t us_schedule_writer(const struct us_schedule_order *o, struct us_schedule_range range);
+
 /* The range has content before the first round. */
 US_CHECKED enum us_status us_schedule_stands(struct us_schedule_order *o, struct us_schedule_range range);
 

@@ -82,6 +82,12 @@ enum us_status us_schedule_read(struct us_schedule_order *o, const struct access
   return US_OK;
 }
 
+int64_t us_schedule_writer(const struct us_schedule_order *o, struct us_schedule_range range) {
+  size_t i = find(o, range.begin);
+  bool whole = i < o->count && o->piece[i].begin == range.begin && o->piece[i].end == range.end;
+  return whole ? o->piece[i].writer : -1;
+}
+
 static enum us_status check_overwrite(const struct us_schedule_order *o, const struct access *a,
                                       const struct piece *p) {
   const struct view *v = a->view;

@@ -13,10 +13,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <unistd.h>
 #include <vector>
 
 #define LAB_REPEATS 15
 #define LAB_WARM_MS 100
+#define LAB_RESTS   5   /* runs behind a rest each, */
+#define LAB_REST_MS 300 /* so long, */
+#define LAB_WAKE_MS 4   /* and as much work that is not timed: the clock comes up */
 
 struct lab_result {
   const char *op, *shape, *format;
@@ -28,8 +32,9 @@ struct lab_result {
   double ratio[8] = {};
   unsigned mutations = 0;
   double us = 0, bytes = 0, flops = 0; /* of one operation, steady */
-  double chained_us = 0;               /* the same, each waiting for the one before; 0: not measured */
-  double resident_us = 0;              /* the same on pages that already lie in shared memory */
+  double rested_us = 0;   /* the same where the chip is not at its power limit; 0: not measured */
+  double chained_us = 0;  /* the same, each waiting for the one before; 0: not measured */
+  double resident_us = 0; /* the same on pages that already lie in shared memory */
 };
 
 inline double lab_ceiling; /* bytes/s of the streaming kernel in this run */
@@ -52,6 +57,17 @@ static inline void lab_mutation(struct lab_result *r, const char *name, std::vec
   r->ratio[r->mutations++] = ratios.empty() ? 0 : ratios[ratios.size() / 2];
 }
 
+/* One run, milliseconds. */
+template <class Run> static float lab_once_ms(Run run, cudaEvent_t start, cudaEvent_t stop) {
+  float ms;
+  US_CUDA(cudaEventRecord(start));
+  US_CUDA(run());
+  US_CUDA(cudaEventRecord(stop));
+  US_CUDA(cudaEventSynchronize(stop));
+  US_CUDA(cudaEventElapsedTime(&ms, start, stop));
+  return ms;
+}
+
 /* Median of LAB_REPEATS runs, microseconds, after LAB_WARM_MS of the same work: an idle GPU drops to a fifth of its clock
  * within milliseconds and takes as long to come back. */
 template <class Run> static double lab_median_us(Run run) {
@@ -66,14 +82,27 @@ template <class Run> static double lab_median_us(Run run) {
   US_CUDA(cudaEventCreate(&start));
   US_CUDA(cudaEventCreate(&stop));
   while (times.size() < LAB_REPEATS) {
-    float ms;
-    US_CUDA(cudaEventRecord(start));
-    US_CUDA(run());
-    US_CUDA(cudaEventRecord(stop));
-    US_CUDA(cudaEventSynchronize(stop));
-    US_CUDA(cudaEventElapsedTime(&ms, start, stop));
+    float ms = lab_once_ms(run, start, stop);
     if (warm >= LAB_WARM_MS) times.push_back(ms);
     warm += ms;
+  }
+  std::sort(times.begin(), times.end());
+  US_CUDA(cudaEventDestroy(start));
+  US_CUDA(cudaEventDestroy(stop));
+  return times[times.size() / 2] * 1e3;
+}
+
+/* The same behind rests: work that goes on for a tenth of a second brings an H200 to its power limit, and its clock down by up to a fifth. */
+template <class Run> static double lab_rested_us(Run run) {
+  cudaEvent_t start, stop;
+  std::vector<float> times;
+  if (us_gpu_patience()) return lab_median_us(run);
+  US_CUDA(cudaEventCreate(&start));
+  US_CUDA(cudaEventCreate(&stop));
+  while (times.size() < LAB_RESTS) {
+    usleep(LAB_REST_MS * 1000);
+    for (float awake = 0; awake < LAB_WAKE_MS;) awake += lab_once_ms(run, start, stop);
+    times.push_back(lab_once_ms(run, start, stop));
   }
   std::sort(times.begin(), times.end());
   US_CUDA(cudaEventDestroy(start));
@@ -99,6 +128,9 @@ static inline void lab_report(const struct lab_result *r) {
            r->us, rate, lab_ceiling * 1e-9, rate / (lab_ceiling * 1e-9), r->flops / r->us * 1e-3);
   if (r->chained_us > 0)
     printf(", \"chained_us\": %.2f, \"chained_gbs\": %.0f", r->chained_us, r->bytes / r->chained_us * 1e-3);
+  if (r->rested_us > 0)
+    printf(", \"rested_gbs\": %.0f, \"rested_fraction\": %.4f", r->bytes / r->rested_us * 1e-3,
+           r->bytes / r->rested_us * 1e9 / (lab_ceiling * 1e3));
   if (r->resident_us > 0) printf(", \"resident_gbs\": %.0f", r->bytes / r->resident_us * 1e-3);
   printf("}\n");
   fflush(stdout);

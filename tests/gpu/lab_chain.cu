@@ -72,7 +72,7 @@ static void add_layer(struct lab_run *run, uint32_t i, const struct model *m, co
   lab_add_gemm(run, i, &m->down, layer, r->inner, NULL, US_ENGINE_PUSH);
   add_reduce(run, i, r, 2);
   lab_add_gemm(run, i, &m->router, layer, r->normed, r->scores, US_ENGINE_STORE);
-  struct us_engine_route route = {r->scores, r->bias, 2, E, E, TOP_K, 1.5f, true, false, 0, NULL, 0, NULL, 0};
+  struct us_engine_route route = {r->scores, r->bias, 2, E, E, TOP_K, 1.5f, true, false, 0, NULL, 0, NULL, 0, false};
   uint32_t op = lab_add_route(run, i, route, layer);
   lab_add_up(run, i, &m->expert_up, layer * E, r->normed, r->pairs, op);
   lab_add_down(run, i, &m->expert_down, layer * E, r->pairs, op);

@@ -52,7 +52,7 @@ static uint32_t matrix_of(const struct problem *p, uint32_t pass, uint32_t exper
 static uint32_t add_route(struct lab_run *run, const struct problem *p, uint32_t layer, uint32_t *routed) {
   const struct expert_case *c = p->of;
   struct us_engine_route route = {p->device_logits, NULL,   1, c->E, c->E, c->top_k, 1.0f, true, true,
-                                  p->seed,          routed, 0, NULL, 0};
+                                  p->seed,          routed, 0, NULL, 0,    false};
   return lab_add_route(run, 0, route, layer);
 }
 
@@ -235,6 +235,7 @@ static void time_part(struct lab_result *r, const struct problem *p, bool down) 
       lab_add_up(&run, 0, &p->up, matrix_of(p, i, 0), p->operand, pairs, route);
   lab_upload_ops(&run, false);
   r->us = lab_round_us(&run, 4) / SERIES, r->resident_us = lab_resident_us(&run, 4) / SERIES;
+  r->rested_us = lab_rested_us([&]() { return lab_fire(&run, 4); }) / 4 / SERIES;
   double active = active_experts(&run);
   const struct lab_weights *w = down ? &p->down : &p->up;
   r->bytes = active * (double)w->matrix.matrix_bytes, r->flops = 16.0 * active * w->rows * w->cols;

@@ -142,7 +142,7 @@ static void lab_one(const struct route_case *c, uint64_t seed) {
                                     c->scaling,    c->normalise,
                                     c->uniform,    seed,
                                     NULL,          0,
-                                    NULL,          0};
+                                    NULL,          0, false};
     uint32_t op = lab_add_route(&run, 0, route, l);
     lab_add_down(&run, 0, &w, 0, device_pairs, op);
     struct us_engine_reduce reduce = {};

@@ -61,7 +61,9 @@ static const struct field of_gemm[] = {FIELD(gemm.w.pages, 16),
                                        USED(gemm.route, 1, is_expert),
                                        FIELD(gemm.F, 1),
                                        USED(gemm.gather, 1, pushes),
-                                       FIELD(gemm.experts, 1)};
+                                       FIELD(gemm.experts, 1),
+                                       FIELD(gemm.flagged, 1),
+                                       FIELD(gemm.awaits, 1)};
 static const struct field of_down[] = {
     FIELD(down.w.pages, 16), FIELD(down.w.tiles, 1),     FIELD(down.w.slices, 1), FIELD(down.pairs, 64),
     FIELD(down.F, 32),       FIELD(down.step_slices, 1), FIELD(down.steps, 1),    FIELD(down.stage_steps, 2),
@@ -71,7 +73,7 @@ static const struct field of_reduce[] = {
     FIELD(reduce.opt_plain, 256), FIELD(reduce.opt_tap, 512), FIELD(reduce.eps, 1),
     FIELD(reduce.D, 32),          FIELD(reduce.addends, 1),   FIELD(reduce.replace, 1),
     FIELD(reduce.exchange, 1),    FIELD(reduce.draft, 1),     FIELD(reduce.operand_tile, 512),
-    FIELD(reduce.tap_tile, 512)};
+    FIELD(reduce.tap_tile, 512),  FIELD(reduce.absent, 1),    FIELD(reduce.opt_absent, 4)};
 static const struct field of_attention[] = {
     FIELD(attention.qkv, 64),        FIELD(attention.operand, 512),  FIELD(attention.partial, 256),
     FIELD(attention.arrivals, 4),    FIELD(attention.sink, 256),     FIELD(attention.q_norm, 256),
@@ -85,7 +87,7 @@ static const struct field of_route[] = {
     FIELD(route.stride, 1),       FIELD(route.E, 1),          FIELD(route.top_k, 1),
     FIELD(route.scaling, 1),      FIELD(route.normalise, 1),  FIELD(route.uniform, 1),
     FIELD(route.uniform_seed, 1), FIELD(route.opt_routed, 4), FIELD(route.logits_tile, 8),
-    FIELD(route.choices, 64),     FIELD(route.exchange, 1)};
+    FIELD(route.choices, 64),     FIELD(route.exchange, 1),   FIELD(route.flagged, 1)};
 static const struct field of_context[] = {
     FIELD(context.kv, 64),        FIELD(context.k_norm, 256),   FIELD(context.rope, 256),
     FIELD(context.layers, 1),     FIELD(context.G, 1),          FIELD(context.Q, 2),
