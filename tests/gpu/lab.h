@@ -92,7 +92,7 @@ template <class Run> static double lab_median_us(Run run) {
   return times[times.size() / 2] * 1e3;
 }
 
-/* The same behind rests: work that goes on for a tenth of a second brings an H200 to its power limit, and its clock down by up to a fifth. */
+/* The same behind rests: work that goes on brings an H200 to its power limit, and its clock down by up to a fifth. */
 template <class Run> static double lab_rested_us(Run run) {
   cudaEvent_t start, stop;
   std::vector<float> times;
