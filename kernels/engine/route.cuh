@@ -109,18 +109,7 @@ static __device__ __forceinline__ void us_route_rows(const struct us_engine_bloc
 
 #define US_ROUTE_AHEAD 6 /* logits of a thread whose loads are under way together, in each of */
 #define US_ROUTE_PARTS 4 /* so many parts: 384 experts over 64 threads */
-
-/* One thread: a logit, when it is there. */
-static __device__ __forceinline__ float us_route_logit(const struct us_engine_block *b, const float *from,
-                                                       bool flagged) {
-  uint32_t bits = us_load_relaxed((const uint32_t *)from);
-  struct us_engine_watch watch = {0, 0};
-  while (flagged && bits == US_ENGINE_ABSENT) {
-    us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, us_engine_fetched_op(b)->wait, 0, 1);
-    bits = us_load_relaxed((const uint32_t *)from);
-  }
-  return __uint_as_float(bits);
-}
+#define US_ROUTE_SOME  2 /* parts at a time of any other shape */
 
 /* This thread's logits, the parts' sums added in order, into shared memory. */
 namespace us_rare {
@@ -135,19 +124,32 @@ static __device__ __noinline__ void us_route_gather_any(struct us_route_work *wo
     const float *from = logits + token * r->stride + first;
     float sum[US_ROUTE_AHEAD] = {};
 #pragma unroll 1
-    for (uint32_t p = 0; p < parts; p += US_ROUTE_PARTS, from += US_ROUTE_PARTS * part) {
-      float v[US_ROUTE_PARTS][US_ROUTE_AHEAD];
+    for (uint32_t p = 0; p < parts; p += US_ROUTE_SOME, from += US_ROUTE_SOME * part) {
+      uint32_t v
+          [US_ROUTE_SOME]
+          [US_ROUTE_AHEAD]; /* all under way together; more would be kept on the stack while they are looked at */
+      struct us_engine_watch watch = {0, 0};
+      for (bool absent = true; absent;) {
+        absent = false;
 #pragma unroll
-      for (int q = 0; q < US_ROUTE_PARTS; q++)
+        for (int q = 0; q < US_ROUTE_SOME; q++)
 #pragma unroll
-        for (int j = 0; j < US_ROUTE_AHEAD; j++)
-          v[q][j] = p + q < parts && first + j * US_ROUTE_STEP < E
-                        ? us_route_logit(b, from + q * part + j * US_ROUTE_STEP, flagged)
-                        : 0.0f;
+          for (int j = 0; j < US_ROUTE_AHEAD; j++) {
+            v[q][j] = 0;
+            if (p + q < parts && first + j * US_ROUTE_STEP < E)
+              v[q][j] = us_load_relaxed((const uint32_t *)from + q * part + j * US_ROUTE_STEP);
+          }
 #pragma unroll
-      for (int q = 0; q < US_ROUTE_PARTS; q++)
+        for (int q = 0; q < US_ROUTE_SOME; q++)
 #pragma unroll
-        for (int j = 0; j < US_ROUTE_AHEAD; j++) sum[j] = __fadd_rn(sum[j], v[q][j]);
+          for (int j = 0; j < US_ROUTE_AHEAD; j++) absent |= v[q][j] == US_ENGINE_ABSENT;
+        absent = absent && flagged;
+        if (absent) us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, us_engine_fetched_op(b)->wait, 0, 1);
+      }
+#pragma unroll
+      for (int q = 0; q < US_ROUTE_SOME; q++)
+#pragma unroll
+        for (int j = 0; j < US_ROUTE_AHEAD; j++) sum[j] = __fadd_rn(sum[j], __uint_as_float(v[q][j]));
     }
 #pragma unroll
     for (int j = 0; j < US_ROUTE_AHEAD; j++)

@@ -209,11 +209,6 @@ static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
 static __device__ __forceinline__ void us_barrier_arrive_many(uint32_t barrier, uint32_t n) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
 }
-static __device__ __forceinline__ float us_shared_load_float(uint32_t address) {
-  float v;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
-  return v;
-}
 static __device__ __forceinline__ uint2 us_shared_load8(uint32_t address) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));

@@ -181,9 +181,9 @@ static enum us_status touch_output(struct us_schedule_order *o, int64_t x, const
   enum us_status status = US_OK;
   for (uint32_t t = 0; status == US_OK && t < us_schedule_outputs(op); t++) {
     struct access a = {.x = x, .view = view, .range = us_schedule_output(o->s, op, t)};
-    bool marks = op->kind == US_ENGINE_GEMM ? op->gemm.flagged
-                                            : op->kind == US_ENGINE_ATTENTION && us_schedule_flags(o->s);
-    if (marks) status = check_marked(o, x, a.range);
+    bool flagged = op->kind == US_ENGINE_GEMM ? op->gemm.flagged
+                                              : op->kind == US_ENGINE_ATTENTION && us_schedule_flags(o->s);
+    if (flagged) status = check_marked(o, x, a.range);
     if (status == US_OK && a.range.end > a.range.begin) status = us_schedule_write(o, &a);
   }
   return status;

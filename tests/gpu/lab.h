@@ -57,57 +57,57 @@ static inline void lab_mutation(struct lab_result *r, const char *name, std::vec
   r->ratio[r->mutations++] = ratios.empty() ? 0 : ratios[ratios.size() / 2];
 }
 
-/* One run, milliseconds. */
-template <class Run> static float lab_once_ms(Run run, cudaEvent_t start, cudaEvent_t stop) {
-  float ms;
-  US_CUDA(cudaEventRecord(start));
-  US_CUDA(run());
-  US_CUDA(cudaEventRecord(stop));
-  US_CUDA(cudaEventSynchronize(stop));
-  US_CUDA(cudaEventElapsedTime(&ms, start, stop));
-  return ms;
-}
+/* Times runs one by one; their median, microseconds. */
+struct lab_clock {
+  cudaEvent_t start, stop;
+  std::vector<float> times;
+  lab_clock() {
+    US_CUDA(cudaEventCreate(&start));
+    US_CUDA(cudaEventCreate(&stop));
+  }
+  ~lab_clock() { (void)cudaEventDestroy(start), (void)cudaEventDestroy(stop); }
+  template <class Run> float once_ms(Run run) {
+    float ms;
+    US_CUDA(cudaEventRecord(start));
+    US_CUDA(run());
+    US_CUDA(cudaEventRecord(stop));
+    US_CUDA(cudaEventSynchronize(stop));
+    US_CUDA(cudaEventElapsedTime(&ms, start, stop));
+    return ms;
+  }
+  double median_us() {
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2] * 1e3;
+  }
+};
 
 /* Median of LAB_REPEATS runs, microseconds, after LAB_WARM_MS of the same work: an idle GPU drops to a fifth of its clock
  * within milliseconds and takes as long to come back. */
 template <class Run> static double lab_median_us(Run run) {
-  cudaEvent_t start, stop;
-  std::vector<float> times;
-  float warm = 0;
   if (us_gpu_patience()) { /* nobody times under a checker */
     US_CUDA(run());
     US_CUDA(cudaDeviceSynchronize());
     return 1;
   }
-  US_CUDA(cudaEventCreate(&start));
-  US_CUDA(cudaEventCreate(&stop));
-  while (times.size() < LAB_REPEATS) {
-    float ms = lab_once_ms(run, start, stop);
-    if (warm >= LAB_WARM_MS) times.push_back(ms);
+  struct lab_clock clock;
+  for (float warm = 0; clock.times.size() < LAB_REPEATS;) {
+    float ms = clock.once_ms(run);
+    if (warm >= LAB_WARM_MS) clock.times.push_back(ms);
     warm += ms;
   }
-  std::sort(times.begin(), times.end());
-  US_CUDA(cudaEventDestroy(start));
-  US_CUDA(cudaEventDestroy(stop));
-  return times[times.size() / 2] * 1e3;
+  return clock.median_us();
 }
 
 /* The same behind rests: work that goes on brings an H200 to its power limit, and its clock down by up to a fifth. */
 template <class Run> static double lab_rested_us(Run run) {
-  cudaEvent_t start, stop;
-  std::vector<float> times;
   if (us_gpu_patience()) return lab_median_us(run);
-  US_CUDA(cudaEventCreate(&start));
-  US_CUDA(cudaEventCreate(&stop));
-  while (times.size() < LAB_RESTS) {
+  struct lab_clock clock;
+  while (clock.times.size() < LAB_RESTS) {
     usleep(LAB_REST_MS * 1000);
-    for (float awake = 0; awake < LAB_WAKE_MS;) awake += lab_once_ms(run, start, stop);
-    times.push_back(lab_once_ms(run, start, stop));
+    for (float awake = 0; awake < LAB_WAKE_MS;) awake += clock.once_ms(run);
+    clock.times.push_back(clock.once_ms(run));
   }
-  std::sort(times.begin(), times.end());
-  US_CUDA(cudaEventDestroy(start));
-  US_CUDA(cudaEventDestroy(stop));
-  return times[times.size() / 2] * 1e3;
+  return clock.median_us();
 }
 
 static inline void lab_report(const struct lab_result *r) {

@@ -2,6 +2,7 @@
  *
  * Contents: fields; waits; counts; order.
  */
+#include "device/schedule_impl.h"
 #include "schedule_fixture.h"
 
 #include <stddef.h>
@@ -310,6 +311,36 @@ START_TEST(with_one_row_tile_no_two_neighbours_can_change_places) {
 }
 END_TEST
 
+/* The proof of hand-offs by itself, without that of fields. */
+static void expect_disordered(const struct fixture *f, uint32_t op, const char *what) {
+  struct us_schedule_order *order = NULL;
+  struct us_err err = {0};
+  enum us_status status = us_schedule_check_order(f->schedule, &order, &err);
+  us_schedule_order_free(order);
+  ck_assert_msg(status == US_ERR_CHECK, "operation %u, %s: not seen (status %d, %s)", op, what, status,
+                err.message);
+}
+
+/* Words that carry their own flag: logits and attended rows. */
+START_TEST(words_that_are_not_made_absent_before_they_are_written_are_refused) {
+  struct fixture f = to_break(0);
+  uint32_t marks = 0;
+  for (uint32_t i = 0; i < f.schedule->op_count; i++) {
+    struct us_engine_op *op = &f.schedule->ops[i], whole = *op;
+    if ((op->kind != US_ENGINE_EMBED && op->kind != US_ENGINE_REDUCE) || !op->reduce.opt_absent) continue;
+    op->reduce.opt_absent = NULL;
+    expect_disordered(&f, i, "nothing made absent");
+    *op = whole, op->reduce.absent--;
+    expect_disordered(&f, i, "a word less made absent");
+    *op = whole, op->reduce.opt_absent++;
+    expect_disordered(&f, i, "other words made absent");
+    *op = whole, marks++;
+  }
+  ck_assert_uint_gt(marks, 4);
+  release(&f);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("schedule_check");
   tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, 5);
@@ -319,6 +350,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, 5);
   tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, 5);
   tcase_add_test(c, with_one_row_tile_no_two_neighbours_can_change_places);
+  tcase_add_test(c, words_that_are_not_made_absent_before_they_are_written_are_refused);
   return us_suite("schedule_check", c);
 }
 
