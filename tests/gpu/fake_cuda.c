@@ -59,6 +59,11 @@ static int filling
 static unsigned streams[64], queued[64]; /* by GPU: that there are; launches of graphs so far */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+/* Ranks are loaded by threads of their own. */
+static void hold(int n) {
+  __atomic_add_fetch(&fake_cuda_held, (unsigned)n, __ATOMIC_RELAXED);
+}
+
 /* ---- memory ------------------------------------------------------------------------------------------------------- */
 
 static bool fails(void) {
@@ -74,7 +79,7 @@ static cudaError_t allocate(void **ret, size_t bytes, int gpu) {
   blocks[i] =
       (struct block){.at = *ret = aligned_alloc(256, (bytes + 256) / 256 * 256), .bytes = bytes, .gpu = gpu};
   if (i == block_count) block_count++;
-  fake_cuda_held++;
+  hold(1);
   pthread_mutex_unlock(&lock);
   return *ret ? cudaSuccess : cudaErrorMemoryAllocation;
 }
@@ -85,7 +90,7 @@ static cudaError_t give_back(void *at, bool host) {
   for (unsigned i = 0; i < block_count; i++)
     if (blocks[i].at == at && (blocks[i].gpu < 0) == host) {
       free(at);
-      blocks[i].at = NULL, fake_cuda_held--;
+      blocks[i].at = NULL, hold(-1);
       pthread_mutex_unlock(&lock);
       return cudaSuccess;
     }
@@ -214,14 +219,14 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *ret, unsigned flags) {
     return cudaErrorMemoryAllocation;
   }
   *ret = calloc(1, sizeof **ret);
-  (*ret)->gpu = current, (*ret)->alive = 1, fake_cuda_held++;
+  (*ret)->gpu = current, (*ret)->alive = 1, hold(1);
   streams[current]++;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   need_stream(stream);
   if (--streams[stream->gpu] == 0) queued[stream->gpu] = 0;
-  fake_cuda_held--;
+  hold(-1);
   free(stream);
   return cudaSuccess;
 }
@@ -240,14 +245,14 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *ret, unsigned flags) {
   *ret = calloc(1, sizeof **ret);
-  (*ret)->gpu = current, fake_cuda_held++;
+  (*ret)->gpu = current, hold(1);
   return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *ret) {
   return cudaEventCreateWithFlags(ret, 0);
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  if (event) fake_cuda_held--;
+  if (event) hold(-1);
   free(event);
   return cudaSuccess;
 }
@@ -344,7 +349,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
   need_stream(stream);
   if (stream->capture) REFUSE("captured already");
   stream->capture = calloc(1, sizeof *stream->capture);
-  stream->capture->gpu = current, fake_cuda_held++;
+  stream->capture->gpu = current, hold(1);
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *ret) {
@@ -355,7 +360,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *ret) {
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   free(graph->launches), free(graph);
-  fake_cuda_held--;
+  hold(-1);
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *ret, cudaGraph_t graph, unsigned long long flags) {
@@ -367,12 +372,12 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *ret, cudaGraph_t graph, unsign
   **ret = (struct CUgraphExec_st){graph->gpu, 1, graph->count,
                                   malloc(graph->count * sizeof *graph->launches + 1)};
   memcpy((*ret)->launches, graph->launches, graph->count * sizeof *graph->launches);
-  fake_cuda_held++;
+  hold(1);
   return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   free(exec->launches), free(exec);
-  fake_cuda_held--;
+  hold(-1);
   return cudaSuccess;
 }
 /* Operations of several GPUs wait for each other, and a launch waits while its GPU's queue is full: a GPU may be ahead by a part of a queue. */
