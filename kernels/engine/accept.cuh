@@ -147,7 +147,7 @@ static __device__ void us_engine_decide(const struct us_engine_block *b, uint32_
   state->live = (uint32_t)__popc(active & ~ended);
   state->events += (uint32_t)__popc(active);
   state->round++;
-  us_engine_shared_of(b)->stop = state->stop = ended || !active || state->park;
+  us_engine_shared_of(b)->stop[b->round & 1] = state->stop = ended || !active || state->park;
 }
 
 /* One thread of another block: block 0 is the first to finish, the others follow. */
@@ -156,7 +156,7 @@ static __device__ void us_engine_follow(const struct us_engine_block *b) {
   uint32_t before = b->round * b->blocks, have;
   while ((have = us_load_acquire(b->rank->done + b->op_index)) == before)
     us_engine_watch_try(b, &watch, US_ENGINE_WAIT_DONE, b->op_index, have, before + 1);
-  us_engine_shared_of(b)->stop = __ldcg(&b->rank->state->stop);
+  us_engine_shared_of(b)->stop[b->round & 1] = __ldcg(&b->rank->state->stop);
 }
 
 /* LAWS: as FILTERS of SELECT. */

@@ -15,6 +15,7 @@
 #ifndef US_KERNELS_ENGINE_ATTENTION_LONG_CUH
 #define US_KERNELS_ENGINE_ATTENTION_LONG_CUH
 
+#include "kernels/engine/attention_ahead.cuh"
 #include "kernels/engine/attention_stage.cuh"
 
 struct
@@ -241,13 +242,12 @@ static __device__ __forceinline__ void us_attention_keep_long(const struct us_at
 }
 
 static __device__ __forceinline__ void us_attention_await_hand(const uint32_t *turn, uint32_t want) {
-  uint32_t have = want;
-  if (threadIdx.x % 32 == 0) do
-      asm volatile("ld.acquire.cta.shared.u32 %0, [%1];"
-                   : "=r"(have)
-                   : "r"(us_shared_address(turn))
-                   : "memory");
-    while (have != want);
+  const struct us_engine_block *b = us_engine_self();
+  struct us_engine_watch watch = {0, 0};
+  uint32_t have;
+  if (threadIdx.x % 32 == 0)
+    while ((have = us_attention_look(turn)) != want)
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_SUMS, b->op_index, have, want);
   __syncwarp();
 }
 

@@ -36,9 +36,23 @@ static __device__ __forceinline__ uint32_t us_attention_stage_of(const struct us
   return at < US_ENGINE_STAGES ? at : at - US_ENGINE_STAGES;
 }
 
+/* One lane of the planning warp: the roles that wait for answers have heard all but the last 31. */
+static __device__ __forceinline__ void us_attention_await_heard(const struct us_engine_block *b) {
+  const struct us_engine_shared *s = us_engine_shared_of(b);
+  struct us_engine_watch watch = {0, 0};
+#pragma unroll 1
+  for (uint32_t warp = US_ENGINE_COMPUTE_WARPS; warp <= US_ENGINE_COMPUTE_WARPS + US_ENGINE_EPILOGUES;
+       warp++) {
+    const volatile uint32_t *heard = &s->warp[warp].attentions;
+    while (b->attentions - *heard >= 32)
+      us_engine_watch_try(b, &watch, US_ENGINE_WAIT_FREE, warp, *heard, b->attentions);
+  }
+}
+
 /* One lane of the planning warp: whether the operation takes the ring. Nobody else writes the two words. */
 static __device__ __forceinline__ void us_attention_decide(struct us_engine_block *b, bool takes) {
   struct us_engine_shared *s = us_engine_shared_of(b);
+  us_attention_await_heard(b);
   uint32_t bit = 1u << b->attentions % 32;
   *(volatile uint32_t *)&s->takes = takes ? s->takes | bit : s->takes & ~bit;
   __threadfence_block();

@@ -34,10 +34,12 @@ static __device__ __noinline__ __attribute__((noreturn)) void us_engine_stop_stu
     const struct us_engine_block *b, uint32_t what, uint32_t index, uint64_t have, uint64_t want) {
   volatile struct us_engine_stuck *s = &b->rank->stuck[b->grid_block * US_ENGINE_ROLES + b->role];
   uint64_t now = us_engine_now();
-  s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
-  __threadfence_system();
-  s->what = what;
-  __threadfence_system();
+  if (!s->what) { /* the first warp of a role to report speaks for it */
+    s->op = b->op_index, s->round = b->round, s->index = index, s->have = have, s->want = want;
+    __threadfence_system();
+    s->what = what;
+    __threadfence_system();
+  }
   while (us_engine_now() - now < 500000000ull) __nanosleep(1000);
   asm volatile("trap; exit;");
   __builtin_unreachable();
@@ -330,11 +332,6 @@ static __device__ __noinline__ void us_engine_finish(const struct us_engine_bloc
   const struct us_engine_block *b = us_engine_self();
   us_engine_meet();
   if (!threadIdx.x) us_engine_tell(us_engine_rank_of(b)->done + b->op_index);
-}
-
-/* n / d of any numbers, where a division in line would be most of the code around it. */
-static __device__ __noinline__ uint32_t us_engine_divide(uint32_t n, uint32_t d) {
-  return n / d;
 }
 
 /* All compute threads, before they use us_engine_scratch: the epilogue warps have read all partial sums. */

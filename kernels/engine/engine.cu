@@ -238,8 +238,15 @@ template <int ROLE> static __device__ __forceinline__ bool next_of_round(void) {
   return !over;
 }
 
+/* A role other than the compute warps knows how a round ended. */
+template <int ROLE> static __device__ __forceinline__ void hear_end(const struct us_engine_block *b) {
+  if (ROLE == ROLE_COMPUTE) return;
+  if (ROLE != ROLE_STREAM) __syncwarp();
+  if (threadIdx.x % 32 == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->heard));
+}
+
 /* A round is over. A role that is not computing learns from `ended` whether another follows: no copy may be under way when the block
- * leaves. */
+ * leaves. A barrier tells one phase from the next only, so the next round does not end before all have heard. */
 template <int ROLE> static __device__ __forceinline__ bool next_round(void) {
   struct us_engine_block *b = us_engine_self();
   uint32_t round = b->round;
@@ -247,11 +254,19 @@ template <int ROLE> static __device__ __forceinline__ bool next_round(void) {
   if (round + 1 == us_engine_launch_of(b)->rounds) return false;
   if (ROLE == ROLE_COMPUTE) {
     us_engine_meet();
-    if (threadIdx.x == 0) us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->ended));
+    if (threadIdx.x == 0) {
+      if (round)
+        us_engine_barrier_wait(b, &us_engine_shared_of(b)->heard, (round & 1) ^ 1, US_ENGINE_WAIT_ROUND);
+      us_barrier_arrive(us_shared_address(&us_engine_shared_of(b)->ended));
+    }
     us_engine_meet();
+  } else {
+    us_engine_jitter(b);
   }
   us_engine_barrier_wait(b, &us_engine_shared_of(b)->ended, round & 1, US_ENGINE_WAIT_ROUND);
-  if (*(volatile uint32_t *)&us_engine_shared_of(b)->stop) return false;
+  bool stop = *(volatile uint32_t *)&us_engine_shared_of(b)->stop[round & 1];
+  hear_end<ROLE>(b);
+  if (stop) return false;
   if (ROLE != ROLE_STREAM) __syncwarp();
   b->round = round + 1;
   us_engine_spans_round(b);
@@ -303,7 +318,8 @@ static __device__ void init_barriers(struct us_engine_shared *s) {
   us_barrier_init(us_shared_address(&s->routed), 1);
   us_barrier_init(us_shared_address(&s->listed), 1 + US_ENGINE_EPILOGUES);
   us_barrier_init(us_shared_address(&s->ended), 1);
-  s->stop = 0, s->decided = 0, s->rows.pass = 0, s->entered = US_ENGINE_NONE, s->planned = 0;
+  us_barrier_init(us_shared_address(&s->heard), 2 + US_ENGINE_EPILOGUES); /* streaming, planning */
+  s->stop[0] = s->stop[1] = 0, s->decided = 0, s->rows.pass = 0, s->entered = US_ENGINE_NONE, s->planned = 0;
 }
 
 /* A launch that begins behind its ROUTE operation: the compute warps make the active list again, the others count it. */

@@ -137,10 +137,9 @@ static __device__ __forceinline__ void us_engine_elected_arrive(uint32_t barrier
 }
 
 /* One warp: it has read the stage. */
-static __device__ __forceinline__ void us_engine_release(struct us_engine_shared *s,
-                                                         struct us_engine_cursor c, int lane) {
+static __device__ __forceinline__ void us_engine_release(struct us_engine_shared *s, uint32_t stage) {
   __syncwarp();
-  if (lane == 0) us_barrier_arrive(us_shared_address(&s->empty[c.stage]));
+  us_engine_elected_arrive(us_shared_address(&s->empty[stage]));
 }
 
 /* The active list of the last ROUTE that this role has passed. */
@@ -286,8 +285,7 @@ static __device__ __forceinline__ void us_engine_gemm_stage(const struct us_engi
   us_engine_barrier_wait(b, &s->full[stage], p->c.phase, US_ENGINE_WAIT_STAGE);
   struct us_page_at page = {p->first.words + at, p->first.scales + at};
   if (WHOLE || p->working) us_page_multiply<FORMAT, HALVES>(page, WHOLE ? MOST : p->groups, rows, acc);
-  __syncwarp();
-  us_engine_elected_arrive(us_shared_address(&s->empty[stage]));
+  us_engine_release(s, stage);
   us_engine_advance(&p->c);
 }
 
@@ -444,7 +442,7 @@ static __device__ __forceinline__ void us_engine_push(const struct us_engine_blo
   const struct us_engine_rank *rank = us_engine_rank_of(b);
   const struct us_engine_launch *launch = us_engine_launch_of(b);
   uint32_t running = launch->exchanges + b->round * launch->exchanges_a_round + exchange;
-  uint32_t slot = running - us_engine_divide(running, rank->slots) * rank->slots;
+  uint32_t slot = running & (rank->slots - 1);
   uint32_t at = (slot * rank->addends + addend) * (8 * rank->D) + column * 8 + lane * 4;
   uint4 bits = make_uint4(us_present(v.x), us_present(v.y), us_present(v.z), us_present(v.w));
   uint32_t ranks = rank->ranks, to = rank->rank;

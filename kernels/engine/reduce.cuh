@@ -40,7 +40,7 @@ static __device__ __forceinline__ float4 us_reduce_sum(const struct us_engine_bl
                                                        uint32_t tile, uint32_t lane) {
   const struct us_engine_rank *rank = us_engine_rank_of(b);
   uint32_t one = 8 * rank->D, addends = r->addends;
-  float *from = rank->exchange[rank->rank] + (size_t)(running % rank->slots * rank->addends) * one +
+  float *from = rank->exchange[rank->rank] + (size_t)((running & (rank->slots - 1)) * rank->addends) * one +
                 tile * 128 + lane * 4;
   float4 sum = make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
   uint64_t begin = us_engine_span_begin(b);

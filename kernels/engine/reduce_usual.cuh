@@ -32,7 +32,7 @@ static __device__ __forceinline__ float us_reduce_value_sum(const struct us_engi
   const struct us_engine_rank *rank = us_engine_rank_of(b);
   uint32_t one = 8 * rank->D;
   uint32_t *from = (uint32_t *)rank->exchange[rank->rank] +
-                   (size_t)(running % rank->slots * rank->addends) * one +
+                   (size_t)((running & (rank->slots - 1)) * rank->addends) * one +
                    us_engine_fragment_index(token, column);
   float sum = -0.0f;
   uint64_t begin = us_engine_span_begin(b);

@@ -100,7 +100,8 @@ struct us_engine_block {
 
 /* Dynamic shared memory. An acquire empties the first-level cache, so what an operation reads again and again about itself, its
  * rank and its launch lies here: from memory, each first look would cost a microsecond. Compute warps may use `partial` and
- * `scratch` (contiguous, us_engine_scratch) inside an operation other than GEMM and DOWN, after us_engine_drain. */
+ * `scratch` (contiguous, us_engine_scratch) inside an operation other than GEMM and DOWN, after us_engine_drain; DOWN has `scratch`
+ * (struct us_down_room). */
 struct us_engine_shared {
   uint8_t ring[US_ENGINE_STAGES][US_ENGINE_STAGE_BYTES];
   float partial[2][US_ENGINE_COMPUTE_WARPS][US_ENGINE_PARTIAL];
@@ -111,8 +112,9 @@ struct us_engine_shared {
   uint64_t routed;                                          /* one phase a ROUTE operation */
   uint64_t listed; /* the other roles have left the list before a ROUTE operation */
   uint64_t ended;  /* one phase a round */
+  uint64_t heard;  /* the other roles know that a round has ended, one phase a round: none falls two behind */
   struct us_engine_block warp[US_ENGINE_THREADS / 32];
-  uint32_t stop;    /* no further round */
+  uint32_t stop[2]; /* by the parity of a round: none follows it */
   uint32_t entered; /* the operation of the launch that thread 0 has come to; before the first: -1 */
   uint32_t planned; /* attention up to operation planned - 1 of the launch is planned */
   uint32_t decided,
@@ -208,6 +210,11 @@ static __device__ __forceinline__ uint4 us_shared_load16(uint32_t address) {
 /* One thread arrives for `n`. */
 static __device__ __forceinline__ void us_barrier_arrive_many(uint32_t barrier, uint32_t n) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(n) : "memory");
+}
+static __device__ __forceinline__ uint32_t us_shared_load4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
 }
 static __device__ __forceinline__ uint2 us_shared_load8(uint32_t address) {
   uint2 v;

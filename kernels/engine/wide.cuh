@@ -217,7 +217,7 @@ static __device__ __forceinline__ void us_wide_panel_sums(struct us_engine_block
       const uint8_t *stage = s->ring[c->stage];
       if (working)
         us_wide_page<FORMAT, HALVES>(stage + page, groups, lane, stage + rows, stride, lot.count, acc);
-      us_engine_release(s, *c, lane);
+      us_engine_release(s, c->stage);
       us_engine_advance(c);
     }
     us_wide_add<HALVES>(mine, w == 0, acc);

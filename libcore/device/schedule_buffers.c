@@ -160,8 +160,9 @@ static void place_rank(struct us_device_schedule *s, const struct sizes *z, stru
                                .embed_rows = w->embed_rows,
                                .mask_embedding = w->mask_embedding};
   /* While a rank pushes the sums of one norm, another may still be at the reductions of the one before; between the two there
-   * may be an EMBED, which takes numbers but no sums. schedule_order.c proves that this is enough. */
-  r->slots = 3 * s->row_tiles;
+   * may be an EMBED, which takes numbers but no sums. schedule_order.c proves that this is enough. The next power of two: a block finds
+   * an exchange's slot without a division. */
+  for (r->slots = 1; r->slots < 3 * s->row_tiles; r->slots *= 2) {}
   r->embed[me] = w->embed;
   r->state = place(a, sizeof *r->state);
   r->exchange[me] = place(a, exchange_bytes(r));

@@ -206,6 +206,9 @@ static enum us_status check_down(const struct fields *f) {
   enum us_status status = check_matrix(f, &d->w);
   if (status == US_OK) status = check_route(f, d->route);
   if (status != US_OK) return status;
+  for (uint32_t i = d->route + 1; i < f->op; i++)
+    WANT(f->s->ops[i].kind == US_ENGINE_GEMM, "operation %u may use the scratch where its stages are told of",
+         i);
   WANT(d->w.halves == 1 && d->w.format != US_FORMAT_F32 && d->w.tiles * 16 == f->s->rank.D,
        "its pages are not a down matrix's");
   WANT(d->F == us_schedule_layer(f->s, op->program, op->layer)->down.cols,
@@ -307,6 +310,8 @@ static enum us_status check_reduce(struct fields *f) {
   WANT(r->exchange == f->exchanges, "exchange %u is out of order", r->exchange);
   f->exchanges += op->row_tiles;
   uint32_t addends = addends_of(f->s, r->exchange); /* EMBED: none */
+  uint32_t slots = f->s->rank.slots;
+  WANT(slots && (slots & (slots - 1)) == 0, "%u exchange slots are no power of two", slots);
   WANT(r->addends == addends && addends <= f->s->rank.addends, "adds %u sums where %u come", r->addends,
        addends);
   WANT(r->D == f->s->rank.D && r->D % us_engine_slice(r->D) == 0, "%u columns do not divide into slices",

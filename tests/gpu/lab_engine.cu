@@ -289,6 +289,7 @@ static void make_rank(struct lab_run *run, uint32_t i, struct us_engine_stuck *s
 
 void lab_run_begin(struct lab_run *run, struct lab_ranks shape) {
   run->launch = {}, run->shape = shape, run->items = 0;
+  for (run->shape.slots = 1; run->shape.slots < shape.slots; run->shape.slots *= 2) {} /* a power of two */
   run->launch.ranks = shape.count, run->launch.timeout_ns = us_gpu_timeout(2000000000u);
   run->launch.unfiltered = true; /* what decodes usually: the other instance's loops spill */
   int blocks = us_engine_blocks(shape.count);
@@ -296,7 +297,7 @@ void lab_run_begin(struct lab_run *run, struct lab_ranks shape) {
   struct us_engine_stuck *stuck;
   US_CUDA(cudaHostAlloc(&stuck, blocks * US_ENGINE_ROLES * sizeof *stuck, cudaHostAllocMapped));
   memset(stuck, 0, blocks * US_ENGINE_ROLES * sizeof *stuck);
-  size_t bytes = sizeof(float) * shape.slots * shape.addends * 8 * shape.D;
+  size_t bytes = sizeof(float) * run->shape.slots * shape.addends * 8 * shape.D;
   for (uint32_t i = 0; i < shape.count; i++) {
     run->exchanges[i] = 0;
     make_rank(run, i, stuck);

@@ -322,9 +322,38 @@ static void lab_many_rounds(uint32_t ranks, uint64_t seed) {
   for (struct lab_weights &weights : w) lab_weights_free(&weights);
 }
 
+/* A list that gives the other roles nothing to do, so that rounds end without them: what the rows become. */
+static std::vector<float> run_idle(uint32_t jitter) {
+  struct lab_run run;
+  lab_run_begin(&run, lab_ranks{1, false, RANK_D});
+  run.launch.jitter = jitter;
+  std::vector<uint16_t> table(8 * (size_t)RANK_D);
+  for (size_t i = 0; i < table.size(); i++) table[i] = (uint16_t)(0x3f80 + i % 61);
+  struct us_engine_rank *rank = &run.launch.rank[0];
+  rank->embed[0] = lab_keep(&run, lab_upload(table)), rank->embed_rows = 8;
+  struct us_engine_reduce r = {};
+  r.residual = (float *)lab_buffer(&run, sizeof(float) * 8 * RANK_D, 0);
+  r.weight = lab_keep(&run, lab_upload(std::vector<float>(RANK_D, 1.0f)));
+  r.operand = lab_buffer(&run, RANK_D * 16, 0), r.eps = 1e-5f;
+  lab_add_reduce(&run, 0, r);
+  lab_upload_ops(&run);
+  lab_launch(&run, many());
+  std::vector<float> rows = lab_operand_rows(r.operand, RANK_D);
+  lab_run_end(&run);
+  return rows;
+}
+
+/* A role that is late by more rounds than a barrier tells apart would wait for ever. */
+static void lab_idle_roles(void) {
+  std::vector<float> plain = run_idle(0), delayed = run_idle(20000);
+  lab_same_bits("reduce: rounds without work for the other roles: random delays change no bit", plain.data(),
+                delayed.data(), plain.size());
+}
+
 void lab_reduce(uint64_t seed) {
   if (!us_gpu_patience()) lab_one_rank(6144, seed);
   lab_one_rank(128, seed);
   for (uint32_t ranks = 1; ranks <= 4; ranks *= 2) lab_ranks_together(ranks, seed);
   for (uint32_t ranks = 1; ranks <= 4; ranks *= 2) lab_many_rounds(ranks, seed);
+  lab_idle_roles();
 }

@@ -276,7 +276,9 @@ START_TEST(a_schedule_with_other_counts_is_refused) {
   expect_refused(&f, 0, "addends");
   *s = whole;
   s->rank.slots =
-      s->row_tiles == 1 ? 1 : 3 * s->row_tiles - 1; /* one tile: EMBEDs happen to lie so that 2 are enough */
+      s->row_tiles == 1 ? 1 : s->rank.slots / 2; /* one tile: EMBEDs happen to lie so that 2 are enough */
+  expect_refused(&f, 0, "slots");
+  s->rank.slots = whole.rank.slots - 1; /* enough, but no power of two */
   expect_refused(&f, 0, "slots");
   *s = whole;
   release(&f);
