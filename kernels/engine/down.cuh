@@ -113,8 +113,6 @@ static __device__ void us_engine_down_out(struct us_engine_block *b, const struc
       sums[(t * US_ENGINE_COMPUTE_WARPS + warp) * 32 + lane] =
           make_float4(y[4 * t], y[4 * t + 1], y[4 * t + 2], y[4 * t + 3]);
   us_engine_meet();
-  const struct us_engine_block *worked = &us_engine_shared_of(b)->warp[0];
-  b->stage = worked->stage, b->phase = worked->phase; /* warps that slept */
   if (warp < tiles) {
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 1
@@ -157,6 +155,10 @@ static __device__ __noinline__ void us_engine_down_compute(void) {
         us_engine_down_experts<US_FORMAT_BF16>(b, op, tiles, y);
     }
     us_engine_down_out(b, d, group, tiles, whole, group == first, y);
+  }
+  if (first < groups) { /* warps that slept: warp 0 changes its place again behind the next barrier only */
+    const struct us_engine_block *worked = &us_engine_shared_of(b)->warp[0];
+    b->stage = worked->stage, b->phase = worked->phase;
   }
   us_engine_finish(b);
 }
