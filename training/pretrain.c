@@ -3,18 +3,11 @@
  * Contents: evaluation; a step; the run.
  */
 #include "training/pretrain.h"
-#include "training/rows.h"
+#include "training/lanes.h"
 
 #include <stdlib.h>
 
 #define MOST_ROWS 16384
-
-/* What a lane fills its passes from. */
-struct lane {
-  struct us_window window;
-  struct us_rows rows;
-  uint64_t ahead; /* step whose first rows are filled already; UINT64_MAX: none */
-};
 
 /* Everything a run holds beside its parameters. */
 struct session {
@@ -23,8 +16,7 @@ struct session {
   struct us_learner *learner;
   struct us_learner_set *set;
   struct us_learner_model *model;
-  struct lane *lanes;
-  size_t micro;    /* sequences of a forward pass */
+  struct us_lanes lanes;
   size_t windows;  /* of the evaluation */
   double labels;   /* of the step */
   double loss_sum; /* since the last line */
@@ -36,7 +28,7 @@ struct session {
 
 static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bool gradient,
                                struct us_err *err) {
-  const struct us_rows *rows = &s->lanes[lane].rows;
+  const struct us_rows *rows = &s->lanes.lane[lane].rows;
   struct us_learner_pass pass = {.batch = us_rows_batch(rows),
                                  .label = rows->label,
                                  .weight = rows->weight,
@@ -45,22 +37,13 @@ static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bo
   return us_learner_pass(s->model, lane, &pass, err);
 }
 
+static enum us_status evaluate_pass(void *arg, uint32_t lane, struct us_err *err) {
+  return run_pass(arg, lane, 1.0f, false, err);
+}
+
 static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  struct lane *own = &s->lanes[lane];
-  size_t i, end;
-  enum us_status status = US_OK;
-  own->ahead = UINT64_MAX;
-  us_learner_share(s->learner, lane, s->windows, &i, &end);
-  while (i < end && status == US_OK) {
-    own->rows.R = 0;
-    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
-      us_shards_heldout(s->run->shards, i, &own->window);
-      us_rows_add(&own->rows, &own->window, false);
-    }
-    if (own->rows.R) status = run_pass(s, lane, 1.0f, false, err);
-  }
-  return status;
+  return us_lanes_heldout(&s->lanes, lane, s->windows, s->windows, evaluate_pass, s, err);
 }
 
 /* Nats a token over the first `windows` held-out windows (0: all); the weights in use are those of the last refresh. */
@@ -85,45 +68,15 @@ static enum us_status evaluate(struct session *s, size_t windows, struct us_pret
 
 /* --- a step --- */
 
-/* Weight of all labels of the step, so that each forward pass knows its share of the mean. */
-static double count_labels(struct session *s, uint64_t step) {
-  struct us_pretrain *run = s->run;
-  if (!run->marked_only) return (double)run->batch * (double)run->length;
-  struct us_window *window = &s->lanes[0].window;
-  double labels = 0.0;
-  for (size_t i = 0; i < run->batch; i++) {
-    us_shards_sample(run->shards, run->seed, step, i, window);
-    for (size_t k = 1; k < window->n; k++) labels += window->loss[k];
-  }
-  return labels;
+/* Each forward pass knows its share of the mean over the step. */
+static enum us_status step_pass(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  return run_pass(s, lane, s->labels > 0.0 ? (float)(1.0 / s->labels) : 0.0f, true, err);
 }
 
-/* Sequences [first, first + micro) of a step, up to end. */
-static void fill(const struct session *s, struct lane *lane, uint64_t step, size_t first, size_t end) {
-  const struct us_pretrain *run = s->run;
-  lane->rows.R = 0;
-  for (size_t i = first; i < end && i < first + s->micro; i++) {
-    us_shards_sample_across(run->shards, run->seed, step, i, run->across, &lane->window);
-    us_rows_add(&lane->rows, &lane->window, run->marked_only);
-  }
-}
-
-/* The lane's sequences of the step, forward and backward; what comes next is filled while a GPU is at the last. */
 static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  struct lane *own = &s->lanes[lane];
-  uint64_t step = s->run->trainer.step;
-  float scale = s->labels > 0.0 ? (float)(1.0 / s->labels) : 0.0f;
-  size_t first, end;
-  enum us_status status = US_OK;
-  us_learner_share(s->learner, lane, s->run->batch, &first, &end);
-  for (size_t i = first; i < end && status == US_OK; i += s->micro) {
-    if (i > first || own->ahead != step) fill(s, own, step, i, end);
-    status = run_pass(s, lane, scale, true, err);
-  }
-  fill(s, own, step + 1, first, end);
-  own->ahead = step + 1;
-  return status;
+  return us_lanes_step(&s->lanes, lane, s->run->trainer.step, s->run->batch, step_pass, s, err);
 }
 
 /* The bias moves fast while the experts find their roles and settles with the learning rate. */
@@ -142,7 +95,7 @@ static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_pretrain *run = s->run;
   double loss = 0.0, counted = 0.0;
-  s->labels = count_labels(s, run->trainer.step);
+  s->labels = us_lanes_labels(&s->lanes, run->trainer.step, run->batch);
   enum us_status status = us_trainer_open_step(&run->trainer, err);
   if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
   if (status == US_OK) status = us_learner_total(s->model, &loss, &counted, err);
@@ -196,32 +149,22 @@ static enum us_status train(struct session *s, struct us_err *err) {
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
-  size_t rows = s->micro * run->length;
-  s->lanes = calloc(s->learner->lanes, sizeof *s->lanes);
-  enum us_status status = s->lanes ? US_OK : us_err_memory(err, "lanes", sizeof *s->lanes);
-  for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
-    status = us_window_init(&s->lanes[i].window, run->length + 1, err);
-    if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, rows, err);
-    s->lanes[i].ahead = UINT64_MAX;
-  }
+  enum us_status status = us_lanes_open(&s->lanes, err);
   if (status == US_OK)
     status = run->init
                  ? us_params_init_model(&run->params, run->init, false, err)
                  : us_params_init_fresh_on(&run->params, run->shape, s->pool, run->seed, run->deviation, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK)
-    status = us_learner_model_create(s->set, run->shape, rows, run->memory, &s->model, err);
+    status = us_learner_model_create(s->set, run->shape, s->lanes.micro * run->length, run->memory, &s->model,
+                                     err);
   return status;
 }
 
 static void close_session(struct session *s) {
   us_learner_model_free(s->model);
   us_learner_remove(s->set);
-  for (uint32_t i = 0; s->lanes && i < s->learner->lanes; i++) {
-    us_window_release(&s->lanes[i].window);
-    us_rows_release(&s->lanes[i].rows);
-  }
-  free(s->lanes);
+  us_lanes_close(&s->lanes);
 }
 
 static enum us_status check_run(const struct us_pretrain *run, struct us_err *err) {
@@ -237,7 +180,15 @@ static enum us_status check_run(const struct us_pretrain *run, struct us_err *er
 
 static enum us_status run_session(struct session *s, struct us_err *err) {
   struct us_pretrain *run = s->run;
-  s->micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch);
+  s->lanes = (struct us_lanes){
+      .learner = s->learner,
+      .shards = run->shards,
+      .micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch),
+      .length = run->length,
+      .seed = run->seed,
+      .across = run->across,
+      .marked_only = run->marked_only,
+  };
   enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;

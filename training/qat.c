@@ -5,17 +5,11 @@
 #include "training/qat.h"
 
 #include "training/gptq.h"
+#include "training/lanes.h"
 
 #include <stdlib.h>
 
 #define MOST_ROWS 8192
-
-/* What a lane fills its passes from. */
-struct lane {
-  struct us_window window;
-  struct us_rows rows;
-  uint64_t ahead; /* step whose first rows are filled already; UINT64_MAX: none */
-};
 
 /* Everything a run holds beside its masters. */
 struct session {
@@ -25,8 +19,7 @@ struct session {
   struct us_params frozen; /* the teacher's */
   struct us_learner_set *set, *frozen_set;
   struct us_learner_model *student, *teacher;
-  struct lane *lanes;
-  size_t micro;      /* sequences of a forward pass */
+  struct us_lanes lanes;
   size_t held, eval; /* held-out windows, and those of an evaluation */
   double labels;     /* of the step */
   double loss_sum;   /* since the last line */
@@ -108,7 +101,7 @@ enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_
 /* Forward passes of both models over the lane's rows, and the loss: the mean over `labels` (the step's) with its gradient, or
  * for 0 the sum. */
 static enum us_status run_rows(struct session *s, uint32_t lane, double labels, struct us_err *err) {
-  const struct us_rows *rows = &s->lanes[lane].rows;
+  const struct us_rows *rows = &s->lanes.lane[lane].rows;
   struct us_learner_pass pass = {.batch = us_rows_batch(rows),
                                  .label = rows->label,
                                  .weight = rows->weight,
@@ -119,22 +112,13 @@ static enum us_status run_rows(struct session *s, uint32_t lane, double labels, 
   return us_learner_pass(s->student, lane, &pass, err);
 }
 
+static enum us_status evaluate_pass(void *arg, uint32_t lane, struct us_err *err) {
+  return run_rows(arg, lane, 0.0, err);
+}
+
 static enum us_status evaluate_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  struct lane *own = &s->lanes[lane];
-  size_t i, end;
-  enum us_status status = US_OK;
-  own->ahead = UINT64_MAX;
-  us_learner_share(s->learner, lane, s->eval, &i, &end);
-  while (i < end && status == US_OK) {
-    own->rows.R = 0;
-    for (size_t j = 0; j < s->micro && i < end; j++, i++) {
-      us_shards_heldout(s->run->shards, i * s->held / s->eval, &own->window);
-      us_rows_add(&own->rows, &own->window, false);
-    }
-    if (own->rows.R) status = run_rows(s, lane, 0.0, err);
-  }
-  return status;
+  return us_lanes_heldout(&s->lanes, lane, s->eval, s->held, evaluate_pass, s, err);
 }
 
 /* Mean loss over held-out windows, spread evenly; NAN if there is none. */
@@ -155,52 +139,23 @@ static enum us_status evaluate(struct session *s, double *ret_loss, struct us_er
 
 /* --- a step --- */
 
-static void sample(const struct us_qat *run, struct lane *lane, uint64_t step, size_t first,
-                   size_t sequences) {
-  lane->rows.R = 0;
-  for (size_t i = first; i < first + sequences; i++) {
-    us_shards_sample_across(run->shards, run->seed, step, i, run->across, &lane->window);
-    us_rows_add(&lane->rows, &lane->window, run->marked_only);
-  }
+/* Each forward pass knows its share of the mean over the step. */
+static enum us_status step_pass(void *arg, uint32_t lane, struct us_err *err) {
+  struct session *s = arg;
+  return run_rows(s, lane, s->labels, err);
 }
 
-/* Weight of all labels of the step, so that each forward pass knows its share of the mean. */
-static double count_labels(struct session *s) {
-  struct us_qat *run = s->run;
-  struct us_rows *rows = &s->lanes[0].rows;
-  double labels = 0.0;
-  if (!run->marked_only) return (double)run->batch * (double)run->length;
-  s->lanes[0].ahead = UINT64_MAX;
-  for (size_t i = 0; i < run->batch; i++) {
-    sample(run, &s->lanes[0], run->trainer.step, i, 1);
-    for (size_t r = 0; r < rows->R; r++) labels += (double)rows->weight[r];
-  }
-  return labels > 0.0 ? labels : 1.0;
-}
-
-/* What comes next is filled while a GPU is at the last. */
 static enum us_status step_lane(void *arg, uint32_t lane, struct us_err *err) {
   struct session *s = arg;
-  struct lane *own = &s->lanes[lane];
-  uint64_t step = s->run->trainer.step;
-  size_t first, end;
-  enum us_status status = US_OK;
-  us_learner_share(s->learner, lane, s->run->batch, &first, &end);
-  for (size_t i = first; i < end && status == US_OK; i += s->micro) {
-    if (i > first || own->ahead != step)
-      sample(s->run, own, step, i, end - i < s->micro ? end - i : s->micro);
-    status = run_rows(s, lane, s->labels, err);
-  }
-  sample(s->run, own, step + 1, first, end - first < s->micro ? end - first : s->micro);
-  own->ahead = step + 1;
-  return status;
+  return us_lanes_step(&s->lanes, lane, s->run->trainer.step, s->run->batch, step_pass, s, err);
 }
 
 static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_qat *run = s->run;
   double loss = 0.0, counted = 0.0;
-  s->labels = count_labels(s);
+  s->labels = us_lanes_labels(&s->lanes, run->trainer.step, run->batch);
+  if (!(s->labels > 0.0)) s->labels = 1.0;
   enum us_status status = us_trainer_open_step(&run->trainer, err);
   if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
   if (status == US_OK) status = us_learner_total(s->student, &loss, &counted, err);
@@ -252,7 +207,7 @@ static enum us_status train(struct session *s, struct us_err *err) {
 static enum us_status open_models(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
   const struct us_shape *shape = &run->original->shape;
-  size_t rows = s->micro * run->length;
+  size_t rows = s->lanes.micro * run->length;
   enum us_status status = us_qat_start(run, s->pool, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
@@ -265,14 +220,7 @@ static enum us_status open_models(struct session *s, struct us_err *err) {
 }
 
 static enum us_status open_session(struct session *s, struct us_err *err) {
-  struct us_qat *run = s->run;
-  s->lanes = calloc(s->learner->lanes, sizeof *s->lanes);
-  enum us_status status = s->lanes ? US_OK : us_err_memory(err, "lanes", sizeof *s->lanes);
-  for (uint32_t i = 0; i < s->learner->lanes && status == US_OK; i++) {
-    status = us_window_init(&s->lanes[i].window, run->length + 1, err);
-    if (status == US_OK) status = us_rows_init(&s->lanes[i].rows, s->micro * run->length, err);
-    s->lanes[i].ahead = UINT64_MAX;
-  }
+  enum us_status status = us_lanes_open(&s->lanes, err);
   return status == US_OK ? open_models(s, err) : status;
 }
 
@@ -282,16 +230,20 @@ static void close_session(struct session *s) {
   us_learner_remove(s->set);
   us_learner_remove(s->frozen_set);
   us_params_release(&s->frozen);
-  for (uint32_t i = 0; s->lanes && i < s->learner->lanes; i++) {
-    us_window_release(&s->lanes[i].window);
-    us_rows_release(&s->lanes[i].rows);
-  }
-  free(s->lanes);
+  us_lanes_close(&s->lanes);
 }
 
 static enum us_status run_session(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
-  s->micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch);
+  s->lanes = (struct us_lanes){
+      .learner = s->learner,
+      .shards = run->shards,
+      .micro = us_learner_micro(s->learner, run->micro, MOST_ROWS, run->length, run->batch),
+      .length = run->length,
+      .seed = run->seed,
+      .across = run->across,
+      .marked_only = run->marked_only,
+  };
   enum us_status status = us_learner_check_batch(s->learner, run->batch, err);
   if (status == US_OK) status = open_session(s, err);
   run->trainer.set = s->set;

@@ -24,10 +24,15 @@ static void shards_text(int i, char text[96]) {
            i % 3 ? "more or less" : "no more");
 }
 
-static struct us_document shards_document(struct us_segment *segment, const char *text) {
-  *segment = (struct us_segment){.end = strlen(text), .loss = true};
+/* Bytes at a document's beginning that are not marked. */
+static size_t shards_unmarked;
+
+static struct us_document shards_document(struct us_segment segment[2], const char *text) {
+  size_t bytes = strlen(text), cut = shards_unmarked;
+  segment[0] = (struct us_segment){.end = cut ? cut : bytes, .loss = !cut};
+  segment[1] = (struct us_segment){.begin = cut, .end = bytes, .loss = true};
   return (struct us_document){
-      .source = "test", .text = text, .bytes = strlen(text), .segments = segment, .n_segments = 1};
+      .source = "test", .text = text, .bytes = bytes, .segments = segment, .n_segments = cut ? 2 : 1};
 }
 
 /* A file of 300 documents, a third held out. */
@@ -37,7 +42,7 @@ static void make_shards(const char *path) {
   struct us_buffer json = {0};
   struct us_tokenizer *tokenizer;
   struct us_shards_writer *writer;
-  struct us_segment segment;
+  struct us_segment segment[2];
   char text[96];
   US_OK_OR_FAIL(us_bpe_trainer_create(&trainer, &err));
   for (int i = 0; i < 300; i++) {
@@ -50,7 +55,7 @@ static void make_shards(const char *path) {
   US_OK_OR_FAIL(us_shards_writer_create(tokenizer, json.data, 0.3, &writer, &err));
   for (int i = 0; i < 300; i++) {
     shards_text(i, text);
-    struct us_document document = shards_document(&segment, text);
+    struct us_document document = shards_document(segment, text);
     US_OK_OR_FAIL(us_shards_writer_take(&document, writer, &err));
   }
   US_OK_OR_FAIL(us_shards_writer_finish(writer, path, "{}", &err));
