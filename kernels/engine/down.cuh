@@ -130,6 +130,7 @@ static __device__ __noinline__ void us_engine_down_compute(void) {
   struct us_engine_block *b = us_engine_self();
   const struct us_engine_op *op = us_engine_fetched_op(b);
   const struct us_engine_down *d = &op->down;
+  us_engine_jitter(b); /* the epilogue warps may have been here for long */
   /* nothing since the last barrier of a vector operation has touched scratch but the epilogue warps, which tell of stages there */
   if (threadIdx.x < US_DOWN_ZEROS / 16)
     ((uint4 *)us_down_room()->zeros)[threadIdx.x] = make_uint4(0, 0, 0, 0);

@@ -512,7 +512,7 @@ struct us_engine_rank {
   float *exchange
       [US_ENGINE_MAX_RANKS]; /* every rank's: (slots, addends, 8 * D by us_engine_fragment_index), ABSENT before use */
   uint32_t slots, addends,
-      D; /* slots: 3 a row tile, and a power of two. A rank may push an exchange while another still empties those of the norm
+      D; /* slots: a power of two, at least 3 a row tile. A rank may push an exchange while another still empties those of the norm
                                * before, and an EMBED between the two takes numbers without sums; fewer are refused by the
                                * proof in device/schedule_order.c, which follows who knows what from whose sums */
   uint64_t *norm;      /* (2, norm_tiles, 8, D / slice) {float bits, running index} */
