@@ -313,6 +313,24 @@ START_TEST(with_one_row_tile_no_two_neighbours_can_change_places) {
 }
 END_TEST
 
+/* DOWN tells of its stages in scratch, ahead of the compute warps: what uses that must not stand behind the choice of experts. */
+START_TEST(nothing_but_products_stands_between_a_choice_and_its_down) {
+  struct fixture f = to_break(0);
+  uint32_t downs = 0;
+  for (uint32_t i = 0; i + 1 < f.schedule->op_count; i++) {
+    struct us_err err = {0};
+    if (f.schedule->ops[i].kind != US_ENGINE_DOWN) continue;
+    swap(f.schedule, i); /* the reduction behind it comes before it */
+    ck_assert_int_eq(us_device_schedule_check(f.schedule, &err), US_ERR_CHECK);
+    ck_assert_msg(strstr(err.message, "scratch") != NULL, "%s", err.message);
+    swap(f.schedule, i);
+    downs++;
+  }
+  ck_assert_uint_gt(downs, 0);
+  release(&f);
+}
+END_TEST
+
 /* The proof of hand-offs by itself, without that of fields. */
 static void expect_disordered(const struct fixture *f, uint32_t op, const char *what) {
   struct us_schedule_order *order = NULL;
@@ -352,6 +370,7 @@ static Suite *make_suite(void) {
   tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, 5);
   tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, 5);
   tcase_add_test(c, with_one_row_tile_no_two_neighbours_can_change_places);
+  tcase_add_test(c, nothing_but_products_stands_between_a_choice_and_its_down);
   tcase_add_test(c, words_that_are_not_made_absent_before_they_are_written_are_refused);
   return us_suite("schedule_check", c);
 }
