@@ -62,7 +62,6 @@ static void take_all(struct us_arena *t, struct us_draft_train *train, struct us
   US_ARENA_TAKE(t, s->previous, rows);
   US_ARENA_TAKE(t, s->before, rows * D);
   US_ARENA_TAKE(t, s->inner, rows * shape->markov);
-  US_ARENA_TAKE(t, s->corrected, rows * D);
   US_ARENA_TAKE(t, s->dinner, rows * shape->markov);
 }
 
@@ -227,24 +226,35 @@ static void run_layer(struct us_draft_train *train, uint32_t l) {
   us_seq_add(train->seq, rows * D, saved->middle, s->branch, s->residual[l + 1]);
 }
 
-/* The stream before the final norm: with a Markov head, what each row gets of the token before it is added. */
-static const float *correct_rows(struct us_draft_train *train) {
+/* The Markov head: what each normed row gets of the token before it. An anchor's row, which predicts nothing, gets no token and
+ * so nothing, forward or backward: decoding leaves it alone. */
+static void add_previous(struct us_draft_train *train) {
   struct us_draft_train_state *s = train->state;
   const struct us_draft_blocks *blocks = train->blocks;
   size_t rows = us_draft_block_rows(train), D = train->shape.hidden, rank = train->shape.markov;
-  if (!rank) return s->residual[train->shape.layers];
-  for (size_t r = 0; r < rows; r++)
-    s->previous[r] = us_draft_blocks_previous(blocks, r / blocks->B, (uint32_t)(r % blocks->B));
+  for (size_t r = 0; r < rows; r++) {
+    uint32_t j = (uint32_t)(r % blocks->B);
+    s->previous[r] = j ? us_draft_blocks_previous(blocks, r / blocks->B, j) : -1;
+  }
   us_embed_seq(train->seq, s->previous, rows, D, train->embed, s->before);
   us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = rank, .K = D}, s->before,
                 s->roles.markov_in->compute, s->inner);
   us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = D, .K = rank}, s->inner,
                 s->roles.markov_out->compute, s->branch);
-  us_seq_add(train->seq, rows * D, s->residual[train->shape.layers], s->branch, s->corrected);
-  for (size_t r = 0; r < rows;
-       r += blocks->B) /* the anchor's row predicts nothing, and decoding leaves it alone */
-    memcpy(s->corrected + r * D, s->residual[train->shape.layers] + r * D, D * sizeof(float));
-  return s->corrected;
+  us_seq_add(train->seq, rows * D, train->hidden, s->branch, train->hidden);
+}
+
+/* The rows that the head multiplies, rounded once: after the addition where there is one. */
+static void finish_rows(struct us_draft_train *train) {
+  struct us_draft_train_state *s = train->state;
+  size_t rows = us_draft_block_rows(train), D = train->shape.hidden;
+  bool adds = train->shape.markov != 0;
+  struct us_rmsnorm_rows norm = {.R = rows, .D = D, .eps = (float)train->shape.norm_eps, .keep_f32 = adds};
+  us_rmsnorm_seq(train->seq, &norm, s->residual[train->shape.layers], s->roles.final_norm->compute,
+                 train->hidden, s->final_inverse);
+  if (!adds) return;
+  add_previous(train);
+  if (train->seq->rounding == US_SEQ_ROUND_BF16) us_bf16_round_all(train->hidden, rows * D, train->hidden);
 }
 
 /* --- forward --- */
@@ -278,9 +288,7 @@ enum us_status us_draft_train_forward(struct us_draft_train *train, const float 
     if (blocks->token[r] < 0) memcpy(s->residual[0] + r * D, s->roles.mask->compute, D * sizeof(float));
   fuse_taps(train, taps);
   for (uint32_t l = 0; l < train->shape.layers; l++) run_layer(train, l);
-  us_rmsnorm_seq(train->seq,
-                 &(struct us_rmsnorm_rows){.R = rows, .D = D, .eps = (float)train->shape.norm_eps},
-                 correct_rows(train), s->roles.final_norm->compute, train->hidden, s->final_inverse);
+  finish_rows(train);
   return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
 }
 

@@ -7,8 +7,9 @@
  *     us_draft_train_backward(train, &err);                                // adds to the gradients in draft_params
  *
  * Operations and rounding points are those of us_draft_forward_context and us_draft_forward_block, so the logits of a
- * block are what decoding drafts at its anchor, up to the order of sums. Gradients reach the drafter's tensors alone, its
- * mask vector included: none goes to the target's embedding, head or features.
+ * block are what decoding drafts at its anchor, up to the order of sums; a row with a Markov head's part is rounded once, after
+ * the addition, where decoding adds logits. Gradients reach the drafter's tensors alone, its mask vector included: none goes to
+ * the target's embedding, head or features.
  *
  * Memory: (2 QKV + 4 D + H V + 3 F) floats a block row and layer, 2 QKV a context row and layer, QKV = H Q + G Q + G V.
  */
@@ -27,7 +28,7 @@ struct us_draft_train {
   size_t blocks_capacity;
   const struct us_draft_blocks *blocks; /* of the last forward pass */
   size_t R;
-  float *hidden;  /* (blocks * B, D) after the final norm */
+  float *hidden;  /* (blocks * B, D) after the final norm and what a Markov head adds to it */
   float *dhidden; /* (blocks * B, D) its gradient, consumed by backward */
   struct us_draft_train_state *state;
 };

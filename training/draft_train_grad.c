@@ -77,11 +77,11 @@ static void attention_grad(struct us_draft_train *train, uint32_t l) {
               s->dqkv + q_width, roles->k, l + 1 == train->shape.layers ? 0.0f : 1.0f, s->dcontext);
 }
 
-/* Gradients of the Markov head, from dx, which goes on as it is. */
+/* Gradients of the Markov head, from that of the rows it is added to, which goes on as it is. */
 static void markov_grad(struct us_draft_train *train) {
   struct us_draft_train_state *s = train->state;
   size_t rows = us_draft_block_rows(train), D = train->shape.hidden, rank = train->shape.markov;
-  linear_grad(train->seq, &(struct us_linear){.R = rows, .N = D, .K = rank}, s->inner, s->dx,
+  linear_grad(train->seq, &(struct us_linear){.R = rows, .N = D, .K = rank}, s->inner, train->dhidden,
               s->roles.markov_out, 0.0f, s->dinner);
   if (us_param_grad(s->roles.markov_in))
     us_linear_grad_w(train->seq, &(struct us_linear){.R = rows, .N = rank, .K = D}, s->dinner, s->before,
@@ -93,10 +93,9 @@ enum us_status us_draft_train_backward(struct us_draft_train *train, struct us_e
   const struct us_draft_shape *shape = &train->shape;
   size_t R = train->R, rows = us_draft_block_rows(train), D = shape->hidden;
   struct us_rmsnorm_rows norm = {.R = rows, .D = D, .eps = (float)shape->norm_eps};
-  us_rmsnorm_grad(train->seq, &norm, shape->markov ? s->corrected : s->residual[shape->layers],
-                  s->roles.final_norm->compute, s->final_inverse, train->dhidden, 0.0f, s->dx,
-                  us_param_grad(s->roles.final_norm));
   if (shape->markov) markov_grad(train);
+  us_rmsnorm_grad(train->seq, &norm, s->residual[shape->layers], s->roles.final_norm->compute,
+                  s->final_inverse, train->dhidden, 0.0f, s->dx, us_param_grad(s->roles.final_norm));
   for (uint32_t l = shape->layers; l-- > 0;) {
     struct us_draft_saved *saved = &s->saved[l];
     const struct us_draft_layer_roles *roles = &s->roles.layer[l];

@@ -28,8 +28,8 @@ struct us_draft_train_state {
   float *fused, *fused_inverse, *context;   /* (R, D), (R), (R, D): c = rmsnorm(fc f) */
   float *residual[US_MAX_DRAFT_LAYERS + 1]; /* (block rows, D) */
   float *final_inverse;
-  int32_t *previous; /* (block rows) tokens before; of a Markov head, as what follows */
-  float *before, *inner, *corrected, *dinner; /* (block rows, D), (.., rank), (.., D), (.., rank) */
+  int32_t *previous;              /* (block rows) tokens before; of a Markov head, as what follows */
+  float *before, *inner, *dinner; /* (block rows, D), (.., rank), (.., rank) */
   float *branch, *dx, *dqkv, *dattention, *da, *dcontext, *masked;
   void *arena;
 };

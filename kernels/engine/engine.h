@@ -274,17 +274,30 @@ struct us_engine_context {
   float value_scale, eps;
 };
 
-/* Logits of 8 rows to tokens. The target's SELECTs also carry what the host wants (mailbox) from rank 0 to all ranks. */
+/* Logits of 8 rows to tokens: a row tile's, or with a Markov head the same slot of all sequences, slot after slot. The target's SELECTs
+ * also carry what the host wants (mailbox) from rank 0 to all ranks. */
 struct us_engine_select {
-  const float *logits;           /* (8, stride): this rank's share of the vocabulary */
-  uint32_t stride, count, first; /* ids [first, first + count) */
+  float *logits;   /* (8, stride): this rank's share of the vocabulary; a Markov head's part is added in place */
+  uint32_t stride; /* floats from one of the eight rows to the next */
+  uint32_t count, first; /* ids [first, first + count) */
   uint32_t vocab;
-  uint32_t
-      tiles; /* row tiles of the pass: the last one's SELECT of the drafter decides how many proposals are verified */
+  uint32_t row, step, rows; /* rows of the pass: row, row + step, ..., eight at most, below `rows` */
+  uint32_t number;          /* among the SELECTs of a round, < US_ENGINE_SELECTS: its place in rank.select */
+  const uint16_t *before, *after; /* Markov head (model/markov.h): bf16 (vocab, markov) and this rank's (count, markov) */
+  uint32_t markov; /* rank of it, a multiple of 32, at most US_ENGINE_MARKOV; 0: none */
   bool
       draft; /* proposals: argmax, or draws for rules REJECT and BLOCK; else the target's draw of each row with its sequence's
                * sampling */
+  bool last; /* of the pass: the drafter's decides how many proposals are verified */
 };
+#define US_ENGINE_SELECTS 32
+#define US_ENGINE_MARKOV  256
+
+/* The row of the pass that is row r of the eight; US_ENGINE_NONE: none. */
+static US_HD uint32_t us_engine_select_row(const struct us_engine_select *s, uint32_t r) {
+  uint32_t row = s->row + r * s->step;
+  return row < s->rows ? row : US_ENGINE_NONE;
+}
 
 /* Waits for the target's last SELECT. What REJECT, BLOCK and log-probabilities need to know of the rows' laws is found here. */
 struct us_engine_accept {
@@ -518,6 +531,7 @@ struct us_engine_rank {
   uint64_t *norm;      /* (2, norm_tiles, 8, D / slice) {float bits, running index} */
   uint32_t norm_tiles; /* row tiles of a pass: exchanges from one of a row tile to its next; 0 is 1 */
   void *select[US_ENGINE_MAX_RANKS];   /* every rank's: us_engine_select_bytes, zero before round 0 */
+  uint32_t selects;                    /* SELECT operations of a round */
   const uint8_t *kv_pool, *draft_pool; /* pages of this rank */
   const uint16_t *embed
       [US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
@@ -532,7 +546,8 @@ struct us_engine_rank {
 
 /* A rank's buffer for SELECT and ACCEPT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups,
  * slots, parts, words); then for every SELECT of a round the candidates of all blocks of all ranks (128 bytes each, and 128 for what
- * the host wants); then for every row tile the sums of all blocks of all ranks. `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
+ * the host wants); then as many places for sums of all blocks of all ranks: a row tile's laws, or how sure the drafter is of a SELECT's
+ * rows. `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
 #define US_ENGINE_HOP_WORDS 256 /* counts of a radix pass */
 #define US_ENGINE_HOP_SLOTS 3
 #define US_ENGINE_HOP_PARTS 16 /* blocks that filter a row together, at most */
@@ -550,9 +565,10 @@ static US_HD uint64_t us_engine_sums_bytes(uint32_t ranks, uint32_t blocks) { /*
   return (uint64_t)ranks * blocks * US_ENGINE_ROWS *
          (US_ENGINE_MASSES + US_ENGINE_EMISSION + US_ENGINE_SURE) * 16;
 }
-static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t row_tiles) {
+/* selects: SELECT operations of a round, no fewer than row tiles. */
+static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
   return US_ENGINE_HOP_BYTES +
-         row_tiles * (2 * us_engine_candidate_bytes(ranks, blocks) + us_engine_sums_bytes(ranks, blocks));
+         selects * (us_engine_candidate_bytes(ranks, blocks) + us_engine_sums_bytes(ranks, blocks));
 }
 
 struct us_engine_launch {

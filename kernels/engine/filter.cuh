@@ -62,7 +62,7 @@ static __device__ __forceinline__ struct us_noise us_engine_noise_of(const struc
   return us_noise_round(s->seed, row->position - row->slot, row->slot - 1, s->sample, US_STREAM_DRAFT);
 }
 
-/* shared->filter: row r of the tile. One thread. */
+/* shared->filter: row r of the eight. One thread. */
 static __device__ __forceinline__ void us_engine_filter_begin(const struct us_engine_block *b,
                                                               const struct us_engine_op *op,
                                                               const struct us_sampling *sampling,
@@ -73,7 +73,7 @@ static __device__ __forceinline__ void us_engine_filter_begin(const struct us_en
   const uint32_t parts = us_engine_filter_parts(b->blocks), part = b->index % parts,
                  quads = (s->vocab + 3) / 4;
   const float *all =
-      b->rank->logits_all[b->rank->rank] + (size_t)(op->row_tile * US_ENGINE_ROWS + r) * s->vocab;
+      b->rank->logits_all[b->rank->rank] + (size_t)us_engine_select_row(s, r) * s->vocab;
   f->b = b, f->vocab = s->vocab, f->part = part, f->parts = parts;
   f->piece.logits = b->rank->ranks > 1 ? all : s->logits + (size_t)r * s->stride;
   f->piece.first = 0, f->piece.past = s->vocab;
@@ -116,7 +116,7 @@ static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine
   for (uint32_t r = b->index / us_engine_filter_parts(b->blocks); r < US_ENGINE_ROWS; r += groups) {
     if (!(rows >> r & 1) || !us_engine_finite(shared->gathered[0][r].max)) continue;
     struct us_engine_state *state = b->rank->state;
-    const uint32_t at = op->row_tile * US_ENGINE_ROWS + r;
+    const uint32_t at = us_engine_select_row(&op->select, r);
     const struct us_engine_row *row = &(op->select.draft ? state->draft : state->target)[at];
     const struct us_engine_sequence *s = &state->sequence[row->sequence];
     const struct us_sampling sampling = s->sampling;

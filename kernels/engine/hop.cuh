@@ -46,6 +46,7 @@ struct us_engine_select_shared {
   uint32_t key, last;                /* a cut */
   uint32_t counts[US_ENGINE_COMPUTE_WARPS];
   uint64_t sums[US_ENGINE_ROWS]; /* of this block: the drafter's masses */
+  uint32_t before[US_ENGINE_ROWS][US_ENGINE_MARKOV / 2]; /* a Markov head's rows of the tokens before, bf16 */
 };
 static_assert(sizeof(struct us_engine_select_shared) <= US_ENGINE_VECTOR_BYTES, "scratch of SELECT");
 

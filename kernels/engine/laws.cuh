@@ -150,8 +150,8 @@ static __device__ __noinline__ void us_engine_mass_row(const struct us_engine_bl
 using us_rare::us_engine_mass_row;
 
 static __device__ __forceinline__ struct us_engine_sums us_engine_mass_place(
-    const struct us_engine_accept *op, uint32_t tile) {
-  return {op->tiles, tile, 0, US_ENGINE_MASSES};
+    uint32_t tile) {
+  return {tile, 0, US_ENGINE_MASSES};
 }
 
 /* All blocks send; those that go on, and block 0, add up. */
@@ -160,7 +160,7 @@ static __device__ void us_engine_masses(const struct us_engine_block *b, const s
   struct us_engine_laws *laws = us_engine_laws();
   const uint32_t items = US_ENGINE_ROWS * US_ENGINE_MASSES;
   for (uint32_t t = 0; t < op->tiles; t++) {
-    const struct us_engine_sums place = us_engine_mass_place(op, t);
+    const struct us_engine_sums place = us_engine_mass_place(t);
     us_engine_meet();
     if (threadIdx.x < items) laws->value[threadIdx.x] = 0;
     us_engine_meet();
@@ -170,7 +170,7 @@ static __device__ void us_engine_masses(const struct us_engine_block *b, const s
   }
   if (b->index && !everywhere) return;
   for (uint32_t t = 0; t < op->tiles; t++) {
-    const struct us_engine_sums place = us_engine_mass_place(op, t);
+    const struct us_engine_sums place = us_engine_mass_place(t);
     for (uint32_t item = threadIdx.x / 32; item < items; item += US_ENGINE_COMPUTE_WARPS) {
       uint64_t sum = us_engine_sums_total(b, &place, item);
       if (threadIdx.x % 32 == 0)
@@ -259,8 +259,8 @@ static __device__ __noinline__ void us_engine_emission_row(const struct us_engin
 using us_rare::us_engine_emission_row;
 
 static __device__ __forceinline__ struct us_engine_sums us_engine_emission_place(
-    const struct us_engine_accept *op, uint32_t tile) {
-  return {op->tiles, tile, US_ENGINE_MASSES, US_ENGINE_EMISSION};
+    uint32_t tile) {
+  return {tile, US_ENGINE_MASSES, US_ENGINE_EMISSION};
 }
 
 /* Thread r < 8: the two warps' parts of row r, as words. */
@@ -302,7 +302,7 @@ static __device__ void us_engine_emissions(const struct us_engine_block *b,
                                            const struct us_engine_accept *op) {
   struct us_engine_laws *laws = us_engine_laws();
   for (uint32_t t = 0; t < op->tiles; t++) {
-    const struct us_engine_sums place = us_engine_emission_place(op, t);
+    const struct us_engine_sums place = us_engine_emission_place(t);
     us_engine_meet();
     us_engine_emission_row(b, op, t * US_ENGINE_ROWS + threadIdx.x / 64);
     us_engine_meet();
@@ -312,7 +312,7 @@ static __device__ void us_engine_emissions(const struct us_engine_block *b,
   }
   if (b->index) return;
   for (uint32_t t = 0; t < op->tiles; t++) {
-    const struct us_engine_sums place = us_engine_emission_place(op, t);
+    const struct us_engine_sums place = us_engine_emission_place(t);
     if (threadIdx.x / 32 < US_ENGINE_ROWS)
       us_engine_emission_gather(b, &place, threadIdx.x / 32,
                                 &laws->emission[t * US_ENGINE_ROWS + threadIdx.x / 32]);

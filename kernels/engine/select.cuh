@@ -14,7 +14,7 @@
 #include "kernels/engine/filter.cuh"
 #include "kernels/engine/sums.cuh"
 
-/* What one row of the tile wants. */
+/* What one of the eight rows wants. */
 struct us_engine_draw {
   bool wanted, noisy, filtered; /* noisy: the score is logit / temperature + Gumbel noise; else the logit */
   bool simple;                  /* us_engine_is_simple */
@@ -26,9 +26,10 @@ struct us_engine_draw {
 static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine_block *b,
                                                           const struct us_engine_op *op, uint32_t r) {
   const struct us_engine_state *state = b->rank->state;
+  const uint32_t at = us_engine_select_row(&op->select, r);
   const struct us_engine_row row =
-      (op->select.draft ? state->draft : state->target)[op->row_tile * US_ENGINE_ROWS + r];
-  const bool there = row.sequence != US_ENGINE_NONE;
+      (op->select.draft ? state->draft : state->target)[at == US_ENGINE_NONE ? 0 : at];
+  const bool there = at != US_ENGINE_NONE && row.sequence != US_ENGINE_NONE;
   const struct us_engine_sequence *s = &state->sequence[there ? row.sequence : 0];
   const struct us_sampling sampling = s->sampling;
   const bool replayed = s->replay != NULL, sampled = s->rule != US_VERIFY_MATCH && !replayed && row.slot;
@@ -59,6 +60,69 @@ static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engi
   piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
   return piece;
 }
+
+/* ---- a Markov head ----------------------------------------------------------------------------------------------------- */
+
+/* shared->before: what stands before each of the eight rows, as the head's row of that token; zeros where there is no row. */
+static __device__ void us_engine_fetch_before(const struct us_engine_block *b, const struct us_engine_select *s) {
+  const struct us_engine_state *state = b->rank->state;
+  const uint32_t words = s->markov / 2;
+  for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * words; i += US_ENGINE_COMPUTE) {
+    const uint32_t at = us_engine_select_row(s, i / words);
+    const bool there = at != US_ENGINE_NONE && state->draft[at].sequence != US_ENGINE_NONE;
+    const int32_t token = there ? (state->draft[at].slot == 1 ? state->draft : state->target)[at - 1].token : 0;
+    us_engine_select_shared()->before[i / words][i % words] =
+        there ? __ldg((const uint32_t *)s->before + (size_t)token * words + i % words) : 0;
+  }
+}
+
+/* us_linear's dot product (kernels/linear/linear.h) of an id's row of `after` with a row of `before`: 16 lanes, 32 columns a group. */
+static __device__ float us_engine_markov_dot(const uint4 *after, const uint32_t *before, uint32_t groups) {
+  float lane[16] = {0.0f};
+  for (uint32_t g = 0; g < groups; g++)
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+      const uint4 v = __ldg(after + 4 * g + i);
+      const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (uint32_t j = 0; j < 4; j++) {
+        const uint32_t u = before[16 * g + 4 * i + j];
+        float *sum = &lane[4 * i + j];
+        *sum = fmaf(us_float_from_bits(w[j] << 16), us_float_from_bits(u << 16), *sum);
+        *sum = fmaf(us_float_from_bits(w[j] & 0xffff0000u), us_float_from_bits(u & 0xffff0000u), *sum);
+      }
+    }
+#pragma unroll
+  for (uint32_t half = 8; half; half /= 2)
+#pragma unroll
+    for (uint32_t i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+/* This block's piece of the logits gets what the tokens before give: a thread an id. */
+namespace us_rare {
+static __device__ __noinline__ void us_engine_add_markov(const struct us_engine_block *b,
+                                                         const struct us_engine_op *op) {
+  const struct us_engine_select *s = &op->select;
+  const uint32_t wanted =
+      __ballot_sync(0xffffffffu, us_engine_draw_of(b, op, threadIdx.x % US_ENGINE_ROWS).wanted) & 255;
+  const struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits);
+  const uint32_t past = min(4 * piece.end, piece.past);
+  us_engine_fetch_before(b, s);
+  us_engine_meet();
+  for (uint32_t id = max(4 * piece.begin, piece.first) + threadIdx.x; id < past; id += US_ENGINE_COMPUTE) {
+    const uint4 *after = (const uint4 *)(s->after + (size_t)(id - s->first) * s->markov);
+    for (uint32_t r = 0; r < US_ENGINE_ROWS; r++) {
+      if (!(wanted >> r & 1)) continue;
+      float *logit = s->logits + (size_t)r * s->stride + (id - s->first);
+      const float more = us_engine_markov_dot(after, us_engine_select_shared()->before[r], s->markov / 32);
+      __stcg(logit, __ldcg(logit) + more);
+    }
+  }
+  us_engine_meet();
+}
+} // namespace us_rare
+using us_rare::us_engine_add_markov;
 
 /* ---- candidates ---------------------------------------------------------------------------------------------------------- */
 
@@ -97,7 +161,7 @@ static __device__ void us_engine_spread(const struct us_engine_block *b, const s
     for (uint32_t id = max(4 * piece.begin, piece.first) + threadIdx.x; id < last; id += US_ENGINE_COMPUTE) {
       float x = __ldcg(piece.logits + id - piece.first);
       for (uint32_t to = 0; to < b->rank->ranks; to++)
-        b->rank->logits_all[to][(size_t)(op->row_tile * US_ENGINE_ROWS + r) * s->vocab + id] = x;
+        b->rank->logits_all[to][(size_t)us_engine_select_row(s, r) * s->vocab + id] = x;
     }
   }
 }
@@ -107,13 +171,13 @@ static __device__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
                                                 const struct us_engine_op *op, uint32_t rank) {
   uint64_t bytes = us_engine_candidate_bytes(b->rank->ranks, b->blocks);
   return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES +
-         (2 * op->row_tile + op->select.draft) * bytes;
+         op->select.number * bytes;
 }
 
 /* What this SELECT's data carry: differs from what its places held before. */
 static __device__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
                                                  const struct us_engine_op *op) {
-  return (b->rank->state->round * US_ENGINE_MAX_TILES + op->row_tile) * 2 + op->select.draft + 1;
+  return b->rank->state->round * US_ENGINE_SELECTS + op->select.number + 1;
 }
 
 /* Warp 0: the block's candidates to every rank, 128 bytes each. `fenced`: what other threads stored comes first. */
@@ -192,7 +256,7 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
                                       const struct us_engine_best *best, uint32_t r) {
   struct us_engine_state *state = b->rank->state;
   struct us_engine_draw draw = us_engine_draw_of(b, op, r);
-  uint32_t at = op->row_tile * US_ENGINE_ROWS + r;
+  uint32_t at = us_engine_select_row(&op->select, r);
   if (!draw.wanted) return;
   if (!draw.simple) {
     struct us_engine_law *law = &(op->select.draft ? state->draft_law : state->law)[at];
@@ -211,20 +275,19 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
   }
 }
 
-/* The drafter's SELECT: how sure it is of each row, and after the last row tile how many proposals pay. All blocks. */
+/* The drafter's SELECT: how sure it is of each row, and after the last how many proposals pay. All blocks. */
 namespace us_rare {
 static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_block *b,
                                                       const struct us_engine_op *op) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
   struct us_engine_state *state = b->rank->state;
   const struct us_engine_select *s = &op->select;
-  const struct us_engine_sums place = {s->tiles, op->row_tile, US_ENGINE_MASSES + US_ENGINE_EMISSION,
-                                       US_ENGINE_SURE};
-  const uint32_t r = threadIdx.x / 64, at = op->row_tile * US_ENGINE_ROWS + r;
+  const struct us_engine_sums place = {s->number, US_ENGINE_MASSES + US_ENGINE_EMISSION, US_ENGINE_SURE};
+  const uint32_t r = threadIdx.x / 64, at = us_engine_select_row(s, r);
   struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
   const struct us_engine_draw draw = us_engine_draw_of(b, op, r);
-  const uint32_t sequence = state->draft[at].sequence;
-  const float temperature = draw.wanted ? state->sequence[sequence].sampling.temperature : 0.0f;
+  const float temperature =
+      draw.wanted ? state->sequence[state->draft[at].sequence].sampling.temperature : 0.0f;
   const double inv = temperature > 0.0f ? 1.0 / (double)temperature : 1.0;
   uint64_t mass = 0;
   if (threadIdx.x < US_ENGINE_ROWS) shared->sums[threadIdx.x] = 0;
@@ -242,12 +305,12 @@ static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_blo
   us_engine_sums_put(b, &place, shared->sums, NULL);
   if (b->index) return;
   if (threadIdx.x / 32 < US_ENGINE_ROWS) {
+    const uint32_t row = us_engine_select_row(s, threadIdx.x / 32);
     mass = us_engine_sums_total(b, &place, threadIdx.x / 32);
-    if (threadIdx.x % 32 == 0)
-      state->confidence[op->row_tile * US_ENGINE_ROWS + threadIdx.x / 32] = us_sample_confidence(mass);
+    if (threadIdx.x % 32 == 0 && row != US_ENGINE_NONE) state->confidence[row] = us_sample_confidence(mass);
   }
   us_engine_meet();
-  if (op->row_tile + 1 == s->tiles && threadIdx.x < US_ENGINE_SEQUENCES)
+  if (s->last && threadIdx.x < US_ENGINE_SEQUENCES)
     us_engine_cut_drafts(state, threadIdx.x);
 }
 } // namespace us_rare
@@ -266,6 +329,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
   const bool sure = FILTERS && s->draft && b->rank->state->adaptive;
   if (!FILTERS && filtered) __trap(); /* the host asked for the wrong kernel */
+  if (s->markov) us_engine_add_markov(b, op);
   const bool spread = FILTERS && filtered && b->rank->ranks > 1;
   if (spread) us_engine_spread(b, op, filtered);
   struct us_engine_draw draw = us_engine_draw_of(b, op, r);

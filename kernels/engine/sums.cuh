@@ -1,4 +1,4 @@
-/* sums.cuh: what every block of every rank knows of a row tile, told to all: a word of 64 bits a row and column, 16 bytes that carry
+/* sums.cuh: what every block of every rank knows of eight rows, told to all: a word of 64 bits a row and column, 16 bytes that carry
  * their flag.
  *
  *     us_engine_sums_put(b, &place, value, extra);                 // threads < 8 * columns, this block's words, to every rank
@@ -13,8 +13,8 @@
 #include "kernels/engine/candidate.cuh"
 
 struct us_engine_sums {
-  uint32_t tiles, tile; /* of the pass */
-  uint32_t before; /* words a row of the tile's places before this one: MASSES, then EMISSION, then SURE */
+  uint32_t number; /* MASSES and EMISSION: a row tile; SURE: of the drafter's SELECTs, from 0 */
+  uint32_t before; /* words a row of its places before this one: MASSES, then EMISSION, then SURE */
   uint32_t columns;
 };
 
@@ -22,8 +22,8 @@ static __device__ __forceinline__ uint8_t *us_engine_sums_at(const struct us_eng
                                                              const struct us_engine_sums *p, uint32_t rank) {
   const uint32_t n = b->rank->ranks * b->blocks;
   return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES +
-         2 * p->tiles * us_engine_candidate_bytes(b->rank->ranks, b->blocks) +
-         p->tile * us_engine_sums_bytes(b->rank->ranks, b->blocks) +
+         b->rank->selects * us_engine_candidate_bytes(b->rank->ranks, b->blocks) +
+         p->number * us_engine_sums_bytes(b->rank->ranks, b->blocks) +
          (size_t)n * US_ENGINE_ROWS * p->before * 16;
 }
 

@@ -72,6 +72,11 @@ static __global__ void __launch_bounds__(THREADS) norm_rows(const __grid_constan
     if (n.opt_tap) us_store_four(n.opt_tap + (size_t)i * n.tap_stride + k, x[c]);
 #pragma unroll
     for (int j = 0; j < 4; j++) x[c].v[j] = x[c].v[j] * inverse * gain.v[j];
+    if (n.opt_add) {
+      struct us_four added = us_load_four(n.opt_add + at + k);
+#pragma unroll
+      for (int j = 0; j < 4; j++) x[c].v[j] += added.v[j];
+    }
     us_store_four(n.y + at + k, x[c]);
   }
 }

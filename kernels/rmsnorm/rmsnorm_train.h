@@ -33,12 +33,13 @@ struct us_rmsnorm_train {
   const float *gain;      /* (D) */
   uint16_t *y;            /* bf16; may be x_bf16 */
   float *inverse;         /* (R * heads) 1 / rms, written; NULL if no gradient will be taken */
+  const float *opt_add;   /* FP32 rows laid out as y, added to it before it is rounded */
   uint16_t *opt_tap;      /* also bf16(x): row r at opt_tap + r * tap_stride (heads must be 1) */
   size_t tap_stride;
 };
 int us_rmsnorm_train(const struct us_rmsnorm_train *norm, cudaStream_t stream);
 
-/* norm.y and norm.opt_tap are not used; norm.inverse is read. */
+/* norm.y, norm.opt_add and norm.opt_tap are not used; norm.inverse is read. */
 struct us_rmsnorm_train_grad {
   struct us_rmsnorm_train norm;
   const float *dy;         /* FP32, or ... */

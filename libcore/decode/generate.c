@@ -353,11 +353,13 @@ static enum us_status propose(struct decoder *d, uint32_t slot) {
   float *logits = NULL;
   if (d->drafting && round->drafts) {
     logits = d->draft_logits + (size_t)slot * (d->block - 1) * d->N;
+    struct us_draft_draw draw = {&s->request->sampling, s->request->seed, s->sample};
     struct us_draft_pass pass = {.kv = s->draft_kv,
                                  .anchor = s->anchor,
                                  .position = s->position,
                                  .block = round->drafts + 1,
-                                 .logits = logits};
+                                 .logits = logits,
+                                 .opt_draw = us_round_draws(&d->rules, s->request) ? &draw : NULL};
     enum us_status status = us_kv_reserve(s->draft_kv, s->position, round->drafts + 1, d->err);
     if (status == US_OK) status = d->ex->ops->draft(d->ex, &pass, d->err);
     if (status != US_OK) return status;

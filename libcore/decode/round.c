@@ -5,6 +5,10 @@ enum us_verify_rule us_round_rule(const struct us_round_rules *rules, const stru
   return request->sampling.temperature > 0.0f ? rules->rule : US_VERIFY_MATCH;
 }
 
+bool us_round_draws(const struct us_round_rules *rules, const struct us_request *request) {
+  return !request->replay && us_round_rule(rules, request) != US_VERIFY_MATCH;
+}
+
 static float accept_rate(const struct us_round_rules *rules, uint32_t slot) {
   if (!rules->accept_count) return 1.0f;
   return rules->accept[slot < rules->accept_count ? slot : rules->accept_count - 1];
@@ -39,7 +43,7 @@ void us_round_propose(const struct us_round_rules *rules, const struct us_sequen
     round->drafts = us_adaptive_length(rules->adaptive, confidence, round->drafts);
   }
   round->draft_logits = draft_logits;
-  round->sampled = !request->replay && us_round_rule(rules, request) != US_VERIFY_MATCH;
+  round->sampled = us_round_draws(rules, request);
   for (uint32_t i = 0; i < round->drafts; i++) {
     const float *row = draft_logits ? draft_logits + i * rules->N : NULL;
     if (request->replay)

@@ -36,6 +36,9 @@ struct us_round_scratch {
 /* The rule that a request's rounds follow: every rule is match when greedy. */
 enum us_verify_rule us_round_rule(const struct us_round_rules *rules, const struct us_request *request);
 
+/* Whether its proposals are drawn from the drafter's law; else they are its likeliest, or a replay's. */
+bool us_round_draws(const struct us_round_rules *rules, const struct us_request *request);
+
 /* Choose round->drafts proposals: the replay's if the request has one, else argmax (match) or draws (reject, block) of
  * draft_logits (drafts, N), which may be NULL with a replay. */
 void us_round_propose(const struct us_round_rules *rules, const struct us_sequence *sequence,

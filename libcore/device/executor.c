@@ -22,6 +22,7 @@ struct load {
   const struct us_draft_shape *draft_shape;
   bool synthetic;
   uint64_t seed;
+  struct us_markov *markov; /* NULL: the drafter has no such head */
   struct us_err err[US_ENGINE_MAX_RANKS];
   enum us_status status[US_ENGINE_MAX_RANKS];
   pthread_mutex_t lock; /* of the progress */
@@ -54,6 +55,7 @@ static void load_ranks(void *arg, size_t begin, size_t end, int worker) {
     struct us_device_weights_options options = {.device = cuda->devices->ordinal[gpu],
                                                 .rank = (uint32_t)r,
                                                 .ranks = cuda->devices->ranks,
+                                                .opt_markov = load->markov,
                                                 .progress = cuda->options.progress ? report : NULL,
                                                 .arg = &at};
     us_devices_use(cuda->devices, gpu);
@@ -81,6 +83,20 @@ static enum us_status load_weights(struct load *load, struct us_err *err) {
       return ranks > 1 ? us_err_prefix(err, "rank %u", r) : err->status;
     }
   return US_OK;
+}
+
+/* The tables of a Markov head, made by all cores, to every rank. */
+static enum us_status make_markov(struct load *load, struct us_err *err) {
+  const struct us_cuda *cuda = load->cuda;
+  struct us_pool *pool;
+  if (!load->draft_shape || !load->draft_shape->markov) return US_OK;
+  enum us_status status = us_pool_create(0, &pool, err);
+  if (status != US_OK) return status;
+  status = load->synthetic
+               ? us_markov_random(load->shape, load->draft_shape, load->seed, pool, &load->markov, err)
+               : us_markov_create(cuda->base.model, cuda->base.draft, US_ROUND_BF16, pool, &load->markov, err);
+  us_pool_free(pool);
+  return status;
 }
 
 /* ---- caches ------------------------------------------------------------------------------------------------------- */
@@ -156,17 +172,15 @@ static enum us_status open_engine(struct load *load, struct us_err *err) {
   struct us_cuda *cuda = load->cuda;
   const struct us_executor_cuda_options *o = &cuda->options;
   uint32_t gpus = o->gpus ? o->gpus : 1;
-  if (load->draft_shape && load->draft_shape->markov)
-    return us_err_set(err, US_ERR_USAGE,
-                      "the drafter has a Markov head, whose slots are drafted one after the other; that runs "
-                      "on the CPU alone");
   enum us_status status = us_devices_open(o->device, gpus, o->ranks ? o->ranks : gpus, &cuda->devices, err);
   if (status != US_OK) return status;
   cuda->devices->say = o->say, cuda->devices->arg = o->arg;
   struct us_shape shape = *load->shape; /* a model's shape knows nothing of the drafter's file */
   if (cuda->base.draft) shape.precision.draft = us_draft_format(cuda->base.draft);
   status = plan_memory(cuda, &shape, load->draft_shape, err);
+  if (status == US_OK) status = make_markov(load, err);
   if (status == US_OK) status = load_weights(load, err);
+  us_markov_free(load->markov);
   if (status == US_OK) status = make_caches(cuda, err);
   if (status == US_OK) status = make_prefill(cuda, err);
   struct us_device_group *group;

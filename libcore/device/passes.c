@@ -70,7 +70,8 @@ uint32_t us_cuda_range_end(const struct us_device_schedule *schedule, enum us_en
                            bool head) {
   uint32_t begin = schedule->begin[program],
            end = program == US_ENGINE_PASS_TARGET ? schedule->head_end : schedule->end[program];
-  while (end > begin && schedule->ops[end - 1].kind == US_ENGINE_SELECT) end--;
+  bool slots = program == US_ENGINE_PASS_DRAFT && head && schedule->weights->draft_shape.markov;
+  while (!slots && end > begin && schedule->ops[end - 1].kind == US_ENGINE_SELECT) end--;
   while (!head && end > begin && schedule->ops[end - 1].task_op == US_TASK_HEAD) end--;
   return end;
 }

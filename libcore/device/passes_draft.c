@@ -114,6 +114,18 @@ static enum us_status check_block(const struct us_cuda *cuda, const struct us_dr
   return US_OK;
 }
 
+/* With a Markov head the pass chooses the slots' tokens: the likeliest, or as its draw says, which may take the kernel that filters:
+ * that is chosen by what active sequences want. */
+static void begin_sequence(struct us_engine_sequence *s, const struct us_draft_pass *pass) {
+  const struct us_draft_draw *draw = pass->opt_draw;
+  s->active = draw != NULL;
+  s->drafts = pass->block - 1, s->position = pass->position;
+  s->replay = NULL;
+  s->rule = draw ? US_VERIFY_REJECT : US_VERIFY_MATCH;
+  s->sampling = draw ? *draw->sampling : (struct us_sampling){0};
+  s->seed = draw ? draw->seed : 0, s->sample = draw ? draw->sample : 0;
+}
+
 enum us_status us_cuda_draft(struct us_executor *executor, const struct us_draft_pass *pass,
                              struct us_err *err) {
   struct us_cuda *cuda = (struct us_cuda *)executor;
@@ -127,9 +139,9 @@ enum us_status us_cuda_draft(struct us_executor *executor, const struct us_draft
   for (uint32_t j = 0; j < pass->block; j++)
     group->state.draft[j] = (struct us_engine_row){
         .token = j ? US_ENGINE_MASK : pass->anchor, .position = pass->position + j, .slot = j};
-  group->state.sequence[0].drafts = pass->block - 1;
-  group->state.sequence[0].position = pass->position;
+  begin_sequence(&group->state.sequence[0], pass);
   status = us_cuda_run(cuda, group, US_ENGINE_PASS_DRAFT, pass->logits != NULL, err);
+  group->state.sequence[0].active = 0;
   size_t N = cuda->base.model->shape.vocab;
   if (status == US_OK) status = us_cuda_staging(cuda, pass->block * N * sizeof(float), err);
   if (status == US_OK && pass->logits && pass->block > 1)

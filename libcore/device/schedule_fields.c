@@ -393,11 +393,29 @@ static enum us_status check_select(const struct fields *f) {
   const struct us_engine_op *op = op_of(f);
   const struct us_engine_select *c = &op->select;
   const struct us_device_weights *w = f->s->weights;
-  WANT(c->stride == f->s->logits_stride && c->count == w->head.rows && c->first == w->rank * w->embed_rows &&
-           c->vocab == w->shape.vocab && c->first + c->count <= c->vocab,
+  WANT(c->count == w->head.rows && c->first == w->rank * w->embed_rows && c->vocab == w->shape.vocab &&
+           c->first + c->count <= c->vocab,
        "ids [%u, + %u) of %u are not this rank's", c->first, c->count, c->vocab);
   WANT(c->draft == (op->program == US_ENGINE_PASS_DRAFT), "it chooses for another pass");
-  WANT(c->tiles == f->s->row_tiles, "it takes another row tile for the last");
+  uint32_t rows = f->s->row_tiles * US_ENGINE_ROWS, slots = c->draft ? us_schedule_markov(f->s) : 0,
+           first = f->s->begin[op->program], selects = f->s->selects[op->program],
+           index = f->op - (f->s->end[op->program] - (c->draft ? 0 : 1) - selects);
+  WANT(f->op >= first && index < selects, "it does not stand at the end of its pass");
+  WANT(slots ? c->row == index + 1 && c->step == f->s->options.block && c->rows == rows
+             : c->row == op->row_tile * US_ENGINE_ROWS && c->step == 1 && c->rows == c->row + US_ENGINE_ROWS,
+       "rows %u, %u, ... below %u are not its own", c->row, c->row + c->step, c->rows);
+  WANT(c->stride == c->step * f->s->logits_stride &&
+           c->logits == (c->draft ? us_schedule_owner(f->s)->buffers.draft_logits
+                                  : us_schedule_owner(f->s)->buffers.logits) +
+                            (size_t)c->row * f->s->logits_stride,
+       "its logits are not those of its rows");
+  WANT(c->markov == slots && c->before == (slots ? w->markov_before : NULL) &&
+           c->after == (slots ? w->markov_after : NULL) && slots <= US_ENGINE_MARKOV,
+       "its Markov head is not the drafter's");
+  WANT(c->number == index + (c->draft ? 0 : us_schedule_draft_selects(f->s)) &&
+           c->number < f->s->rank.selects && f->s->rank.selects <= US_ENGINE_SELECTS,
+       "its candidates' place is not its own");
+  WANT(c->last == (index + 1 == selects), "it takes another SELECT for the last");
   return US_OK;
 }
 

@@ -272,16 +272,27 @@ static void fill_context(const struct fill *f) {
 
 /* ---- ends of a pass ---------------------------------------------------------------------------------------------- */
 
-static void fill_select(const struct fill *f) {
-  bool draft = f->op->program == US_ENGINE_PASS_DRAFT;
+/* `slot`: with a Markov head, which one of all sequences; the anchors' is 0. */
+static void fill_select(const struct fill *f, uint32_t slot) {
+  const struct us_device_schedule *s = f->s;
+  bool draft = f->op->program == US_ENGINE_PASS_DRAFT, chained = draft && us_schedule_markov(s);
+  uint32_t row = chained ? slot : f->op->row_tile * US_ENGINE_ROWS, step = chained ? s->options.block : 1,
+           rows = s->row_tiles * US_ENGINE_ROWS, drafts = us_schedule_draft_selects(s);
   f->op->select = (struct us_engine_select){
-      .logits = tile_at(f, draft ? f->b->draft_logits : f->b->logits, f->b->logits_tile),
-      .stride = f->s->logits_stride,
-      .count = f->s->logits_count,
-      .first = f->s->logits_first,
+      .logits = (draft ? f->b->draft_logits : f->b->logits) + (size_t)row * s->logits_stride,
+      .stride = step * s->logits_stride,
+      .count = s->logits_count,
+      .first = s->logits_first,
       .vocab = f->w->shape.vocab,
-      .tiles = f->s->row_tiles,
-      .draft = draft};
+      .row = row,
+      .step = step,
+      .rows = chained ? rows : row + US_ENGINE_ROWS,
+      .number = !draft ? drafts + f->op->row_tile : chained ? slot - 1 : f->op->row_tile,
+      .before = chained ? f->w->markov_before : NULL,
+      .after = chained ? f->w->markov_after : NULL,
+      .markov = chained ? us_schedule_markov(s) : 0,
+      .draft = draft,
+      .last = draft ? (chained ? slot : f->op->row_tile + 1) == drafts : f->op->row_tile + 1 == s->row_tiles};
 }
 
 static void fill_accept(const struct fill *f) {
@@ -317,7 +328,7 @@ enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_en
     fill_context(&f);
     break;
   case US_ENGINE_SELECT:
-    fill_select(&f);
+    fill_select(&f, slot);
     break;
   default: /* ACCEPT */
     fill_accept(&f);

@@ -90,6 +90,18 @@ static inline bool us_schedule_drafts(const struct us_device_schedule *s) {
   return s->options.drafter;
 }
 
+/* Rank of the drafter's Markov head, whose slots are chosen one after the other; 0: none, or no slots, and all rows of a tile are chosen
+ * at once. */
+static inline uint32_t us_schedule_markov(const struct us_device_schedule *s) {
+  return s->options.drafter && s->options.block > 1 ? s->weights->draft_shape.markov : 0;
+}
+
+/* SELECT operations of the drafter's pass: one a slot, or one a row tile. The target's, one a row tile, are numbered after them. */
+static inline uint32_t us_schedule_draft_selects(const struct us_device_schedule *s) {
+  if (!s->options.drafter) return 0;
+  return us_schedule_markov(s) ? s->options.block - 1 : s->row_tiles;
+}
+
 /* Geometry of a kind, or NULL where the model has no such layer. */
 const struct us_attention_shape *us_schedule_attention(const struct us_device_schedule *s,
                                                        enum us_schedule_attention kind);

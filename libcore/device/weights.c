@@ -250,10 +250,30 @@ static enum us_status load_vectors(struct loader *l) {
   return status;
 }
 
+/* Row i of `after` is that of id rank * embed_rows + i, as the head's. */
+static enum us_status load_markov(struct loader *l) {
+  struct us_weights_plan *p = l->plan;
+  const struct us_markov *markov = l->options->opt_markov;
+  uint64_t row = p->weights->draft_shape.markov * sizeof(uint16_t);
+  if (!row) return US_OK;
+  if (!markov || markov->after.cols * sizeof(uint16_t) != row || markov->after.rows != p->weights->shape.vocab ||
+      markov->after.format != US_FORMAT_BF16)
+    return us_err_set(l->err, US_ERR_USAGE, "a drafter with a Markov head needs its tables in bf16");
+  p->weights->markov_before = (uint16_t *)(void *)(l->arena + p->markov_before);
+  p->weights->markov_after = (uint16_t *)(void *)(l->arena + p->markov_after);
+  enum us_status status =
+      copy_rows(l, l->arena + p->markov_before, markov->before.data, markov->before.rows * row);
+  if (status == US_OK)
+    status = copy_rows(l, l->arena + p->markov_after,
+                       (const uint8_t *)markov->after.data + p->embed_first * row, p->embed_rows * row);
+  return status;
+}
+
 static enum us_status load_all(struct loader *l) {
   enum us_status status = acquire(l);
   if (status == US_OK) status = load_vectors(l);
   if (status == US_OK) status = load_embedding(l);
+  if (status == US_OK) status = load_markov(l);
   for (uint32_t i = 0; status == US_OK && i < l->plan->item_count; i++) {
     const struct us_weights_item *item = &l->plan->items[i];
     item->to->pages.pages = l->arena + item->offset;

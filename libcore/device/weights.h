@@ -19,7 +19,7 @@
 #define US_DEVICE_WEIGHTS_H
 
 #include "kernels/engine/engine.h"
-#include "model/model.h"
+#include "model/markov.h"
 
 /* A packed matrix with what the schedule asks about it. */
 struct us_device_matrix {
@@ -63,6 +63,7 @@ struct us_device_weights {
   struct us_device_matrix draft_kv;   /* all drafter layers' [K heads | V heads] of this rank: one product */
   struct us_device_matrix draft_head; /* rows and ids as head's; no rows: drafts go through the target's */
   float *draft_k_norms;               /* (layers, Q) */
+  uint16_t *markov_before, *markov_after; /* of a Markov head: bf16 (N, rank) whole, (head.rows, rank) of this rank's ids */
   float *draft_hidden_norm, *draft_final_norm, *mask_embedding; /* (D) */
   struct us_shape shape;
   struct us_draft_shape draft_shape; /* layers 0: no drafter */
@@ -72,6 +73,7 @@ struct us_device_weights {
 struct us_device_weights_options {
   int device;                                                 /* CUDA device */
   uint32_t rank, ranks;                                       /* 1, 2, 4, 8 */
+  const struct us_markov *opt_markov; /* the tables, in bf16, of a drafter that has such a head */
   void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes; may be NULL */
   void *arg;
 };
@@ -87,7 +89,7 @@ US_CHECKED enum us_status us_device_weights_bytes(const struct us_shape *shape,
                                                   const struct us_device_weights_options *options,
                                                   struct us_device_bytes *ret_bytes, struct us_err *err);
 
-/* Copy and pack. US_ERR_DEVICE: CUDA; US_ERR_MEMORY: too little GPU memory (says how much is needed and free); US_ERR_INPUT: a
+/* Copy and pack. US_ERR_USAGE: a Markov head without tables. US_ERR_DEVICE: CUDA; US_ERR_MEMORY: too little GPU memory (says how much is needed and free); US_ERR_INPUT: a
  * scale that pages cannot hold. */
 US_CHECKED enum us_status us_device_weights_load(const struct us_model *model,
                                                  const struct us_draft *opt_draft,

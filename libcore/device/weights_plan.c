@@ -315,6 +315,15 @@ static void add_draft_layer(struct builder *b, const struct us_draft_layer *from
   if (from->sink) add_vector(b, &to->sink, from->sink + q.begin, q.end - q.begin);
 }
 
+static void add_markov(struct builder *b, uint32_t markov) {
+  struct us_device_weights *to = b->plan->weights;
+  uint64_t row = markov * sizeof(uint16_t);
+  if (markov > US_ENGINE_MARKOV)
+    fail(b, "the drafter's Markov head has rank %u; on the GPU %d at most", markov, US_ENGINE_MARKOV);
+  b->plan->markov_before = place(b, &to->bytes.draft, to->shape.vocab * row);
+  b->plan->markov_after = place(b, &to->bytes.draft, b->plan->embed_rows * row);
+}
+
 static void add_draft(struct builder *b, const struct us_draft *draft) {
   const struct us_draft_shape *s = &draft->shape;
   struct us_device_weights *to = b->plan->weights;
@@ -336,6 +345,7 @@ static void add_draft(struct builder *b, const struct us_draft *draft) {
   if (draft->head.rows)
     add_rows(b, &to->draft_head, &to->bytes.draft_head, &draft->head,
              share_vocabulary(b, (uint32_t)draft->head.rows), "drafter head");
+  if (s->markov) add_markov(b, s->markov);
   add_vector(b, &to->draft_hidden_norm, draft->hidden_norm, s->hidden);
   add_vector(b, &to->draft_final_norm, draft->final_norm, s->hidden);
   add_vector(b, &to->mask_embedding, draft->mask_embedding, s->hidden);

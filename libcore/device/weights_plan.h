@@ -45,6 +45,7 @@ struct us_weights_plan {
   const struct us_matrix *embed; /* rows [embed_first, embed_first + embed_rows) go to embed_offset */
   uint32_t embed_first, embed_rows;
   uint64_t embed_offset, arena_bytes;
+  uint64_t markov_before, markov_after; /* places of a Markov head's tables */
   uint64_t piece_bytes; /* device memory for the rows that are being packed, tables included */
 };
 

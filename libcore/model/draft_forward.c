@@ -115,46 +115,6 @@ enum us_status us_draft_forward_context(struct us_forward *f, const struct us_dr
   return US_OK;
 }
 
-/* ---- Row after row ---- */
-
-static int32_t likeliest(const float *logits, size_t N) {
-  size_t best = 0;
-  for (size_t i = 1; i < N; i++)
-    if (logits[i] > logits[best]) best = i;
-  return (int32_t)best;
-}
-
-/* h += out(in(embedding of the token)). */
-static void add_previous(struct us_forward *f, const struct us_model *model, const struct us_draft *draft,
-                         int32_t token, float *h, float *x, float *packed) {
-  size_t D = draft->shape.hidden, rank = draft->shape.markov;
-  us_embed(&model->embed, (uint32_t)token, x);
-  us_forward_pack(f, x, 1, D, packed);
-  us_forward_linear(f, &draft->markov_in, packed, 1, x, rank);
-  us_forward_pack(f, x, 1, rank, packed);
-  us_forward_linear(f, &draft->markov_out, packed, 1, x, D);
-  us_residual_add(h, x, D);
-}
-
-enum us_status us_draft_forward_markov(struct us_forward *f, const struct us_model *model,
-                                       const struct us_draft *draft, int32_t anchor, size_t B, float *h,
-                                       float *norm, float *logits, struct us_err *err) {
-  size_t D = draft->shape.hidden, N = model->shape.vocab, wide = us_linear_packed_width(D);
-  enum us_status status = US_OK;
-  float *packed = us_forward_need(f, US_WORK_MARKOV, wide + D, &status, err);
-  if (status != US_OK) return status;
-  int32_t token = anchor;
-  us_forward_norm(f, h, draft->final_norm, 1, D, draft->shape.norm_eps, norm, packed);
-  for (size_t j = 1; j < B; j++) {
-    float *row = logits + (j - 1) * N;
-    add_previous(f, model, draft, token, h + j * D, packed + wide, packed);
-    us_forward_norm(f, h + j * D, draft->final_norm, 1, D, draft->shape.norm_eps, norm + j * D, packed);
-    us_forward_linear(f, us_draft_head(draft, model), packed, 1, row, N);
-    token = likeliest(row, N);
-  }
-  return US_OK;
-}
-
 /* ---- Block ---- */
 
 struct block_pass {
@@ -274,13 +234,9 @@ enum us_status us_draft_forward_block(struct us_forward *f, const struct us_mode
     status = run_block_layer(&b, l);
     if (status != US_OK) return status;
   }
-  if (s->markov && pass->logits)
-    status = us_draft_forward_markov(f, model, draft, pass->anchor, b.B, b.h, b.norm, pass->logits, err);
-  else
-    us_forward_norm(f, b.h, draft->final_norm, b.B, D, s->norm_eps, b.norm, b.packed);
-  if (status != US_OK) return status;
+  us_forward_norm(f, b.h, draft->final_norm, b.B, D, s->norm_eps, b.norm, b.packed);
   if (pass->hidden) memcpy(pass->hidden, b.norm, b.B * D * sizeof *b.norm);
-  if (pass->logits && b.B > 1 && !s->markov)
+  if (pass->logits && b.B > 1)
     us_forward_linear(f, us_draft_head(draft, model), b.packed + us_linear_packed_width(D), b.B - 1,
                       pass->logits, N);
   return US_OK;

@@ -58,6 +58,13 @@ struct us_draft_context {
   const float *taps; /* (R, taps * D) */
 };
 
+/* How proposals are drawn: with the drafter's noise of the round (base/sample.h). */
+struct us_draft_draw {
+  const struct us_sampling *sampling;
+  uint64_t seed;
+  uint32_t sample;
+};
+
 /* A draft pass: block rows [anchor, mask x (B-1)] at positions p .. p+B-1; context strictly before p. The block's own
  * K/V are temporary. */
 struct us_draft_pass {
@@ -66,6 +73,8 @@ struct us_draft_pass {
   uint32_t position; /* p, the anchor's */
   uint32_t block;    /* B, at most the drafter's block */
   float *logits;     /* (B-1, N): row j-1 predicts the token at p+j */
+  const struct us_draft_draw
+      *opt_draw; /* with a Markov head, whose slots depend on the token of the slot before; NULL: the likeliest */
   float *hidden;     /* (B, D) final normed hidden rows; NULL if not wanted */
 };
 

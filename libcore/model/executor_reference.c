@@ -3,6 +3,7 @@
  * Contents: buffers of a pass; attention of a layer; MLP of a layer; taps and logits; the pass; the executor.
  */
 #include "model/forward.h"
+#include "model/markov.h"
 
 #include "formats/bf16.h"
 #include "kernels/embed/embed.h"
@@ -19,6 +20,7 @@ struct reference {
   struct us_executor base;
   struct us_forward forward;
   struct us_kv_spec spec;
+  struct us_markov *markov; /* NULL: the drafter has no such head */
 };
 
 /* ---- Buffers of a pass ---- */
@@ -363,12 +365,16 @@ static enum us_status reference_context(struct us_executor *ex, const struct us_
 static enum us_status reference_draft(struct us_executor *ex, const struct us_draft_pass *pass,
                                       struct us_err *err) {
   if (!ex->draft) return us_err_set(err, US_ERR_USAGE, "this executor has no drafter");
-  return us_draft_forward_block(&((struct reference *)ex)->forward, ex->model, ex->draft, pass, err);
+  struct reference *ref = (struct reference *)ex;
+  enum us_status status = us_draft_forward_block(&ref->forward, ex->model, ex->draft, pass, err);
+  if (status != US_OK || !ref->markov || !pass->logits) return status;
+  return us_markov_add(ref->markov, &ref->forward, pass, err);
 }
 
 static void reference_free(struct us_executor *ex) {
   if (!ex) return;
   us_forward_release(&((struct reference *)ex)->forward);
+  us_markov_free(((struct reference *)ex)->markov);
   free(ex);
 }
 
@@ -395,6 +401,12 @@ enum us_status us_executor_create_reference(const struct us_model *model, const 
   ref->forward = (struct us_forward){
       .pool = pool, .isa = us_isa_resolve(US_ISA_BEST), .round_bf16 = rounding == US_ROUND_BF16};
   ref->spec = us_kv_spec_of(&model->shape);
-  *ret_executor = &ref->base;
-  return US_OK;
+  enum us_status status = US_OK;
+  if (opt_draft && opt_draft->shape.markov)
+    status = us_markov_create(model, opt_draft, rounding, pool, &ref->markov, err);
+  if (status == US_OK)
+    *ret_executor = &ref->base;
+  else
+    reference_free(&ref->base);
+  return status;
 }

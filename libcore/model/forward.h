@@ -32,7 +32,7 @@ enum us_work {
   US_WORK_ROPE,      /* (2, R, rotary_dim) */
   US_WORK_SCRATCH,   /* (threads, scratch) */
   US_WORK_BLOCK,     /* one page for a drafter's block */
-  US_WORK_MARKOV,    /* a packed row and a row (D) */
+  US_WORK_MARKOV,    /* a row of a Markov head, packed, and what it adds (N) */
   US_WORK_COUNT
 };
 
@@ -87,19 +87,12 @@ enum us_status us_forward_attention(struct us_forward *f, const struct us_forwar
 /* Widths a drafter and a target pass share: floats of one packed row for the widest projection input. */
 size_t us_forward_packed_width(size_t a, size_t b, size_t c);
 
-/* The drafter's two passes; `f` belongs to the executor. */
+/* The drafter's two passes; `f` belongs to the executor. A block's logits are without what a Markov head adds (model/markov.h). */
 enum us_status us_draft_forward_context(struct us_forward *f, const struct us_draft *draft,
                                         const struct us_draft_context *context, struct us_err *err);
 enum us_status us_draft_forward_block(struct us_forward *f, const struct us_model *model,
                                       const struct us_draft *draft, const struct us_draft_pass *pass,
                                       struct us_err *err);
-
-/* The head of a drafter with shape.markov, row by row from the second: before the final norm h_j gets out(in(embedding of the token chosen
- * for row j - 1)), that token being the likeliest by row j - 1's logits (the anchor for row 1), so a slot knows what stands before it.
- *   h (B, D) the residual stream after the last layer, changed;  norm (B, D) and logits (B - 1, N) written */
-enum us_status us_draft_forward_markov(struct us_forward *f, const struct us_model *model,
-                                       const struct us_draft *draft, int32_t anchor, size_t B, float *h,
-                                       float *norm, float *logits, struct us_err *err);
 
 /* Whether a cache has the layers and heads of this spec. US_ERR_USAGE says what differs. */
 enum us_status us_forward_check_kv(const struct us_kv *kv, const struct us_kv_spec *spec, struct us_err *err);

@@ -47,8 +47,8 @@ void us_random_row(uint64_t seed, const struct us_tensor_ref *ref, size_t row, f
   stream_row(&s, row, ret_values);
 }
 
-static enum us_status fill(const struct us_tensor_ref *ref, enum us_format format, size_t chunk,
-                           uint64_t seed, void *owner, struct us_pool *pool, struct us_err *err) {
+enum us_status us_random_tensor(const struct us_tensor_ref *ref, enum us_format format, size_t chunk,
+                                uint64_t seed, void *owner, struct us_pool *pool, struct us_err *err) {
   struct stream s = stream_of(seed, ref);
   if (!ref->matrix) {
     for (size_t row = 0; row < ref->rows; row++) stream_row(&s, row, *ref->vector + row);
@@ -71,8 +71,8 @@ enum us_status us_model_random(const struct us_shape *shape, uint64_t seed, stru
   enum us_status status = us_model_create(shape, &model, err);
   if (status == US_OK) status = us_model_tensors(model, &refs, &count, err);
   for (size_t i = 0; status == US_OK && i < count; i++) {
-    status = fill(&refs[i], us_tensor_format(&shape->precision, &refs[i]),
-                  us_tensor_scale_chunk_rows(shape, &refs[i]), seed, model->owner, pool, err);
+    status = us_random_tensor(&refs[i], us_tensor_format(&shape->precision, &refs[i]),
+                              us_tensor_scale_chunk_rows(shape, &refs[i]), seed, model->owner, pool, err);
   }
   free(refs);
   if (status != US_OK) {
@@ -95,7 +95,7 @@ enum us_status us_draft_random(const struct us_draft_shape *shape, enum us_forma
   if (status == US_OK) status = us_draft_tensors(draft, &refs, &count, err);
   for (size_t i = 0; status == US_OK && i < count; i++) {
     bool head = refs[i].matrix == &draft->head;
-    status = fill(&refs[i], head ? shape->head : format, 0, seed, draft->owner, pool, err);
+    status = us_random_tensor(&refs[i], head ? shape->head : format, 0, seed, draft->owner, pool, err);
   }
   free(refs);
   if (status != US_OK) {

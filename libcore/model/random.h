@@ -22,6 +22,12 @@ US_CHECKED enum us_status us_draft_random(const struct us_draft_shape *shape, en
                                           uint64_t seed, struct us_pool *pool, struct us_draft **ret_draft,
                                           struct us_err *err);
 
+/* One tensor of a model or drafter without data: a matrix is stored in `format`, in the owner's memory (model->owner, draft->owner),
+ * FP8 with its scale grid anew every `chunk` rows (0: never); a vector is filled in its place. */
+US_CHECKED enum us_status us_random_tensor(const struct us_tensor_ref *ref, enum us_format format,
+                                           size_t chunk, uint64_t seed, void *owner, struct us_pool *pool,
+                                           struct us_err *err);
+
 /* What makes a tensor's values, wherever they are made: quad q of row r is us_init_quad(&init, r, q). */
 struct us_init us_random_init(uint64_t seed, const struct us_tensor_ref *ref);
 

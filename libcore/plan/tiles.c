@@ -6,7 +6,7 @@
 
 #include "formats/bf16.h"
 #include "kernels/rope/rope.h"
-#include "model/forward.h"
+#include "model/markov.h"
 #include "plan/check.h"
 #include "plan/lower.h"
 #include "plan/runner.h"
@@ -38,7 +38,8 @@ struct tiles {
   struct us_row *context_rows;
   size_t context_capacity;
   struct us_kv_spec spec, draft_spec;
-  struct us_forward markov; /* for heads that go row by row */
+  struct us_markov *markov; /* NULL: the drafter has no such head */
+  struct us_forward forward; /* of what it adds */
 };
 
 /* ---- layers as tasks see them ------------------------------------------------------------------------------------ */
@@ -326,20 +327,17 @@ static enum us_status draft(struct us_executor *executor, const struct us_draft_
     return us_err_set(err, US_ERR_USAGE, "anchor token %d is outside the vocabulary of %u", pass->anchor,
                       executor->model->shape.vocab);
   status = us_forward_check_kv(pass->kv, &tiles->draft_spec, err);
-  bool chained = executor->draft->shape.markov && pass->logits;
   if (status == US_OK)
-    status = prepare(tiles, US_PROGRAM_DRAFT, pass->block, chained || !pass->logits, &program, err);
+    status = prepare(tiles, US_PROGRAM_DRAFT, pass->block, !pass->logits, &program, err);
   if (status != US_OK) return status;
   for (uint32_t j = 0; j < pass->block; j++)
     tiles->draft_rows[j] =
         (struct us_row){.token = pass->anchor, .position = pass->position + j, .kv = pass->kv};
   struct us_tile_pass run = new_pass(tiles, program, tiles->draft_rows);
-  run.logits = chained ? NULL : pass->logits;
+  run.logits = pass->logits;
   status = run_pass(tiles, &run, NULL, err);
-  if (status == US_OK && chained)
-    status =
-        us_draft_forward_markov(&tiles->markov, executor->model, executor->draft, pass->anchor, pass->block,
-                                tiles->buffers.residual, tiles->buffers.normed, pass->logits, err);
+  if (status == US_OK && tiles->markov && pass->logits)
+    status = us_markov_add(tiles->markov, &tiles->forward, pass, err);
   size_t D = program->dims.hidden;
   if (status == US_OK && pass->hidden)
     memcpy(pass->hidden, tiles->buffers.normed, pass->block * D * sizeof(float));
@@ -351,7 +349,8 @@ static void tiles_free(struct us_executor *executor) {
   for (size_t i = 0; i < PROGRAMS_KEPT; i++) us_program_free(tiles->kept[i].program);
   us_runner_release(&tiles->runner);
   us_tile_buffers_release(&tiles->buffers);
-  us_forward_release(&tiles->markov);
+  us_forward_release(&tiles->forward);
+  us_markov_free(tiles->markov);
   free(tiles->target_layers);
   free(tiles->draft_layers);
   free(tiles->context_rows);
@@ -373,7 +372,7 @@ enum us_status us_executor_create_tiles(const struct us_model *model, const stru
   tiles->base = (struct us_executor){
       .ops = &ops, .name = "tiles", .model = model, .draft = opt_draft, .rounding = rounding};
   tiles->pool = pool;
-  tiles->markov = (struct us_forward){
+  tiles->forward = (struct us_forward){
       .pool = pool, .isa = us_isa_resolve(US_ISA_BEST), .round_bf16 = rounding == US_ROUND_BF16};
   tiles->spec = us_kv_spec_of(&model->shape);
   if (opt_draft) tiles->draft_spec = us_kv_spec_of_draft(&opt_draft->shape);
@@ -385,6 +384,12 @@ enum us_status us_executor_create_tiles(const struct us_model *model, const stru
   }
   for (uint32_t l = 0; l < L; l++) tiles->target_layers[l] = target_layer(model, l);
   for (uint32_t l = 0; l < draft_layers; l++) tiles->draft_layers[l] = draft_layer(opt_draft, l);
-  *ret_executor = &tiles->base;
-  return US_OK;
+  enum us_status status = US_OK;
+  if (opt_draft && opt_draft->shape.markov)
+    status = us_markov_create(model, opt_draft, rounding, pool, &tiles->markov, err);
+  if (status == US_OK)
+    *ret_executor = &tiles->base;
+  else
+    tiles_free(&tiles->base);
+  return status;
 }

@@ -3,7 +3,7 @@
  *
  *   Requests | Accept lengths | Blocks and batches | Rules | Long contexts | Samples | Many rounds | Graphs | Ends | Cases
  *
- * Usage: engine_exact [CASE...], of accepts, blocks, heads, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
+ * Usage: engine_exact [CASE...], of accepts, blocks, heads, markov, rules, long, samples, rounds, graphs, ends; hang, which loses the GPU's context,
  * small, a few rounds for a slow checker, and gpus2 and gpus4, a rank a GPU, only where they are named. US_EXACT_SECONDS (10): how long
  * rounds under delays go on. Exit 0, 1, 5, 77.
  *
@@ -487,8 +487,7 @@ static bool asked(int argc, char **argv, const char *name) {
 
 /* Four layers, one rank: two prompts, and some rounds of 8 rows with a drafter, greedy, then by law with filters, log-probabilities and
  * adaptive lengths, twice. */
-static void run_small(void) {
-  struct models m = open_random("tiny-pro", NULL);
+static void run_small(struct models m) {
   struct us_executor *ex = open_cuda(&m, NULL);
   struct us_result plain[REQUESTS], other[REQUESTS];
   struct plan p = {.block = 1, .batch = 2, .tokens = 3, .first = 3, .step = 6, .seed = 2, .requests = 2};
@@ -534,6 +533,20 @@ static void run_heads(void) {
   close_models(&pico);
 }
 
+/* A drafter whose slots are chosen one after the other. */
+static void run_markov(void) {
+  struct models m = open_markov("wide, Markov head", widen);
+  struct us_executor *ex = open_cuda(&m, &(struct us_executor_cuda_options){.ranks = 2});
+  check_blocks(&m, ex);
+  check_samples(&m, ex);
+  ex->ops->free(ex);
+  for (uint32_t ranks = 4; ranks; ranks /= 2) check_rules(&m, ranks);
+  close_models(&m);
+  m = open_markov("short, Markov head", shorten);
+  check_rounds(&m, 1, 2);
+  close_models(&m);
+}
+
 /* A rank a GPU: every accept length, blocks and batches, and very many rounds under delays. */
 static void run_gpus(uint32_t gpus) {
   struct models m = open_random("wide", widen);
@@ -551,7 +564,8 @@ int main(int argc, char **argv) {
   signal(SIGALRM, hung);
   alarm(watchdog_seconds(140));
   if (argc > 1 && asked(argc, argv, "small")) {
-    run_small();
+    run_small(open_random("tiny-pro", NULL));
+    run_small(open_markov("tiny-pro, Markov head", NULL));
     return any_failed ? 1 : 0;
   }
   if (argc > 1 && asked(argc, argv, "hang")) {
@@ -571,6 +585,7 @@ int main(int argc, char **argv) {
   if (bundled) run_model(argc, argv, &pico), close_models(&pico);
   close_models(&wide);
   if (asked(argc, argv, "heads")) run_heads();
+  if (asked(argc, argv, "markov")) run_markov();
   if (asked(argc, argv, "rounds")) {
     struct models m = open_random("short", shorten);
     for (uint32_t ranks = 1; ranks <= 4; ranks *= 4) check_rounds(&m, 1, ranks);

@@ -63,7 +63,7 @@ static void *zeros(size_t bytes) {
 }
 
 /* SELECT of every row tile, of one pass. */
-static void push_selects(struct us_device_schedule *s, enum us_engine_program program, const float *logits) {
+static void push_selects(struct us_device_schedule *s, enum us_engine_program program, float *logits) {
   uint32_t last = s->row_tiles * ((program == US_ENGINE_PASS_TARGET) + s->options.drafter);
   s->begin[program] = s->op_count;
   for (uint32_t t = 0; t < s->row_tiles; t++) {
@@ -76,7 +76,9 @@ static void push_selects(struct us_device_schedule *s, enum us_engine_program pr
     op->select.stride = s->logits_stride, op->select.first = s->logits_first,
     op->select.count = s->logits_count;
     op->select.vocab = N, op->select.draft = program == US_ENGINE_PASS_DRAFT;
-    op->select.tiles = s->row_tiles;
+    op->select.row = 8 * t, op->select.step = 1, op->select.rows = 8 * t + 8;
+    op->select.number = program == US_ENGINE_PASS_DRAFT ? t : s->row_tiles + t;
+    op->select.last = t + 1 == s->row_tiles;
     s->op_count++;
   }
   s->end[program] = s->op_count;
@@ -114,9 +116,10 @@ enum us_status us_device_schedule_create(const struct us_device_weights *weights
   struct us_engine_op *ops = zeros(MAX_OPS * sizeof *ops);
   (void)cudaMemcpy(ops, s->ops, s->op_count * sizeof *ops, cudaMemcpyHostToDevice);
   s->rank = (struct us_engine_rank){.rank = weights->rank, .ranks = weights->ranks, .slots = 1, .ops = ops};
+  s->rank.selects = 2 * s->row_tiles;
   s->rank.done = zeros(MAX_OPS * sizeof(uint32_t));
   s->rank.state = zeros(sizeof(struct us_engine_state));
-  s->rank.select[weights->rank] = zeros(us_engine_select_bytes(weights->ranks, 132, s->row_tiles));
+  s->rank.select[weights->rank] = zeros(us_engine_select_bytes(weights->ranks, 132, 2 * s->row_tiles));
   s->rank.logits_all[weights->rank] = zeros((size_t)s->row_tiles * 8 * N * sizeof(float));
   *ret_schedule = s;
   return US_OK;

@@ -74,17 +74,33 @@ static inline void spread_router(struct us_model *m) {
     }
 }
 
-static inline struct models open_shape(const char *name, const struct us_shape *shape, uint32_t heads) {
+static inline struct models open_drafted(const char *name, const struct us_shape *shape,
+                                         const struct us_draft_shape *draft) {
   struct models m = {.name = name};
-  struct us_draft_shape draft = draft_shape(shape, heads, 16);
   struct us_err err = {0};
   need(us_pool_create(0, &m.pool, &err), &err, name);
   need(us_shape_check(shape, &err), &err, name);
   need(us_model_random(shape, 5, m.pool, &m.model, &err), &err, name);
-  need(us_draft_random(&draft, US_FORMAT_BF16, 6, m.pool, &m.draft, &err), &err, name);
+  need(us_draft_random(draft, US_FORMAT_BF16, 6, m.pool, &m.draft, &err), &err, name);
   spread_router(m.model);
   need(us_executor_create_tiles(m.model, m.draft, m.pool, US_ROUND_BF16, &m.cpu, &err), &err, name);
   return m;
+}
+
+static inline struct models open_shape(const char *name, const struct us_shape *shape, uint32_t heads) {
+  struct us_draft_shape draft = draft_shape(shape, heads, 16);
+  return open_drafted(name, shape, &draft);
+}
+
+/* A drafter whose slots are chosen one after the other. */
+static inline struct models open_markov(const char *name, void (*change)(struct us_shape *shape)) {
+  struct us_shape shape;
+  struct us_err err = {0};
+  need(us_shape_load("tiny-pro", &shape, &err), &err, name);
+  if (change) change(&shape);
+  struct us_draft_shape draft = draft_shape(&shape, change ? 8 : 2, 16);
+  draft.markov = 64;
+  return open_drafted(name, &shape, &draft);
 }
 
 /* A built-in shape, or tiny-pro changed by `change`, which may be NULL. */

@@ -73,11 +73,12 @@ void lab_open(struct round_lab *lab, uint32_t ranks, uint32_t blocks, uint32_t N
   void *select[US_ENGINE_MAX_RANKS];
   for (uint32_t r = 0; r < ranks; r++) {
     all[r] = (float *)take(lab, (size_t)tiles * 8 * N * sizeof(float));
-    select[r] = take(lab, us_engine_select_bytes(ranks, blocks, tiles));
+    select[r] = take(lab, us_engine_select_bytes(ranks, blocks, 2 * tiles));
   }
   for (uint32_t r = 0; r < ranks; r++) {
     struct us_engine_rank *rank = &lab->launch.rank[r];
     rank->rank = r, rank->ranks = ranks, rank->blocks = blocks, rank->stuck = stuck;
+    rank->selects = 2 * tiles;
     rank->ops = lab->ops[r] = (struct us_engine_op *)take(lab, LAB_MAX_OPS * sizeof(struct us_engine_op));
     rank->done = (uint32_t *)take(lab, LAB_MAX_OPS * sizeof(uint32_t));
     rank->state = (struct us_engine_state *)take(lab, sizeof *rank->state);
@@ -121,7 +122,8 @@ uint32_t lab_selects(const struct round_lab *lab, bool draft, uint32_t wait, str
     ops[t].kind = US_ENGINE_SELECT, ops[t].row_tile = t, ops[t].wait = wait;
     ops[t].program = draft ? US_ENGINE_PASS_DRAFT : US_ENGINE_PASS_TARGET;
     ops[t].select.stride = lab->share, ops[t].select.vocab = lab->N, ops[t].select.draft = draft;
-    ops[t].select.tiles = lab->tiles;
+    ops[t].select.row = 8 * t, ops[t].select.step = 1, ops[t].select.rows = 8 * t + 8;
+    ops[t].select.number = draft ? t : lab->tiles + t, ops[t].select.last = t + 1 == lab->tiles;
   }
   return lab->tiles;
 }

@@ -144,6 +144,25 @@ static void check_norm(const struct norm_case &c, bool add) {
   train_same("rmsnorm dgain: the same bits again", dgain, d_dgain.host());
 }
 
+/* What is added to y: the bits of y + addition in FP32, rounded once. */
+static void check_norm_addition(size_t R, size_t D) {
+  std::vector<float> x = train_normal(R * D, 21), gain = train_normal(D, 22), added = train_normal(R * D, 23);
+  train_device<float> d_x(x), d_gain(gain), d_added(added), d_inverse(R);
+  train_device<uint16_t> d_y(R * D);
+  struct us_rmsnorm_train norm = {};
+  norm.R = R, norm.D = D, norm.eps = 1e-5f, norm.x = d_x.at, norm.gain = d_gain.at;
+  norm.opt_add = d_added.at, norm.y = d_y.at, norm.inverse = d_inverse.at;
+  US_CUDA((cudaError_t)us_rmsnorm_train(&norm, 0));
+  std::vector<float> inverse = d_inverse.host(), once(R * D), twice(R * D);
+  for (size_t i = 0; i < R * D; i++) {
+    float y = x[i] * inverse[i / D] * gain[i % D];
+    once[i] = y + added[i];
+    twice[i] = us_bf16_to_f32(us_bf16_from_f32(y)) + added[i];
+  }
+  train_same("rmsnorm: bf16(y + addition)", train_halves(once), d_y.host());
+  train_differs("rmsnorm: rounded once", train_halves(twice), d_y.host());
+}
+
 /* --- rotation --- */
 
 static void check_rope(uint32_t rotary, uint32_t dim, uint32_t v_dim, uint32_t skew) {
@@ -286,6 +305,7 @@ void train_rows_norm(void) {
     for (bool add : {false, true}) check_norm({"stream", 333, D, 1, D, false}, add);
   check_norm({"heads", 211, 128, 5, 5 * 128 + 64, true}, false);
   check_norm({"heads", 97, 48, 3, 3 * 48, true}, false);
+  for (size_t D : {(size_t)48, (size_t)1024, (size_t)1536}) check_norm_addition(77, D);
   check_rope(64, 128, 128, 0);
   check_rope(64, 192, 128, 8);
   check_rope(16, 48, 32, 0);

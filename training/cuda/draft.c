@@ -91,7 +91,6 @@ static void take_all(struct us_arena *t, struct us_cuda_draft *draft, struct us_
     US_ARENA_TAKE(t, s->before, rows * D);
     US_ARENA_TAKE(t, s->inner, rows * shape->markov);
     US_ARENA_TAKE(t, s->dinner, rows * shape->markov);
-    US_ARENA_TAKE(t, s->corrected, rows * D);
   }
   s->scratch = us_arena_take(t, scratch_bytes(draft), 1);
 }

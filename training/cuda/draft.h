@@ -25,7 +25,7 @@ struct us_cuda_draft {
   size_t blocks_capacity;
   size_t R, blocks; /* of the last forward pass */
   uint16_t *taps;   /* device (capacity, taps * D): features of the target's rows, filled by the caller */
-  uint16_t *hidden; /* device (blocks * B, D) after the final norm */
+  uint16_t *hidden; /* device (blocks * B, D) after the final norm and what a Markov head adds to it */
   float *dhidden;   /* device (blocks * B, D) its gradient, consumed by backward */
   struct us_cuda_draft_state *state;
 };

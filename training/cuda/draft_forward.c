@@ -183,21 +183,20 @@ static void run_layer(struct us_cuda_draft *draft, uint32_t l) {
                      us_cuda_param_compute(draft->params, roles->down), saved->middle, s->residual[l + 1]);
 }
 
-/* The stream before the final norm: with a Markov head, what each row gets of the token before it is added. The anchors' rows, which predict
+/* The Markov head: what each normed row gets of the token before it, in `out`; NULL without one. The anchors' rows, which predict
  * nothing, get it too: nobody reads them. */
-static const float *correct_rows(struct us_cuda_draft *draft) {
+static const float *previous_part(struct us_cuda_draft *draft, float *out) {
   struct us_cuda_draft_state *s = draft->state;
   struct us_cuda *cuda = draft->cuda;
   size_t rows = us_cuda_draft_rows(draft), D = draft->shape.hidden, rank = draft->shape.markov;
-  if (!rank) return s->residual[draft->shape.layers];
+  if (!rank) return NULL;
   us_cuda_did(cuda, us_rows_gather_train(rows, D, s->previous, draft->embed, s->before, cuda->stream),
               "tokens before");
   us_cuda_linear(cuda, &(struct us_cuda_linear){.R = rows, .N = rank, .K = D}, s->before,
                  us_cuda_param_compute(draft->params, s->roles.markov_in), s->inner);
-  us_cuda_linear_add(cuda, &(struct us_cuda_linear){.R = rows, .N = D, .K = rank}, s->inner,
-                     us_cuda_param_compute(draft->params, s->roles.markov_out),
-                     s->residual[draft->shape.layers], s->corrected);
-  return s->corrected;
+  us_cuda_linear_f32(cuda, &(struct us_cuda_linear){.R = rows, .N = D, .K = rank}, s->inner,
+                     us_cuda_param_compute(draft->params, s->roles.markov_out), out);
+  return out;
 }
 
 /* --- forward --- */
@@ -221,8 +220,9 @@ enum us_status us_cuda_draft_forward(struct us_cuda_draft *draft, size_t R, cons
   us_cuda_did(cuda, us_embed_train(&embed, cuda->stream), "embedding");
   fuse_taps(draft);
   for (uint32_t l = 0; l < L; l++) run_layer(draft, l);
-  struct us_rmsnorm_train norm = us_cuda_draft_norm(draft, embed.R, correct_rows(draft), s->roles.final_norm,
+  struct us_rmsnorm_train norm = us_cuda_draft_norm(draft, embed.R, s->residual[L], s->roles.final_norm,
                                                     draft->hidden, s->final_inverse);
+  norm.opt_add = previous_part(draft, s->dnorm); /* which backward alone uses otherwise */
   us_cuda_did(cuda, us_rmsnorm_train(&norm, cuda->stream), "final norm");
   return us_cuda_failed(cuda, err);
 }

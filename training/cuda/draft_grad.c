@@ -3,6 +3,7 @@
  * dx holds the gradient of the blocks' residual stream at the point reached (dx_rounded the same in bf16), dcontext that of c,
  * to which every layer adds through its keys and values. The features and the target's embedding take no gradient.
  */
+#include "kernels/quant/quant_train.h"
 #include "kernels/swiglu/swiglu_train.h"
 #include "training/cuda/draft_state.h"
 #include "training/cuda/gemm.h"
@@ -129,12 +130,15 @@ static void input_grad(struct us_cuda_draft *draft) {
                         s->dfused, draft->taps, grad_of(draft, s->roles.fc));
 }
 
-/* Gradients of the Markov head, from dx, which goes on as it is. */
+/* Gradients of the Markov head, from that of the rows it is added to, which goes on as it is: its bf16 copy lies in dx_rounded, which
+ * the final norm's gradient fills only after this. */
 static void markov_grad(struct us_cuda_draft *draft) {
   struct us_cuda_draft_state *s = draft->state;
   struct us_cuda *cuda = draft->cuda;
   size_t rows = us_cuda_draft_rows(draft), D = draft->shape.hidden, rank = draft->shape.markov;
   struct us_cuda_linear out = {.R = rows, .N = D, .K = rank}, in = {.R = rows, .N = rank, .K = D};
+  us_cuda_did(cuda, us_bf16_train(rows * D, draft->dhidden, s->dx_rounded, cuda->stream),
+              "rounding the gradient of hidden rows");
   us_cuda_linear_grad_w(cuda, &out, s->dx_rounded, s->inner, grad_of(draft, s->roles.markov_out));
   us_cuda_linear_grad_x(cuda, &out, s->dx_rounded, us_cuda_param_compute(draft->params, s->roles.markov_out),
                         s->dinner);
@@ -145,9 +149,9 @@ enum us_status us_cuda_draft_backward(struct us_cuda_draft *draft, struct us_err
   struct us_cuda_draft_state *s = draft->state;
   if (!draft->blocks) return US_OK;
   us_cuda_use(draft->cuda);
-  const float *last = draft->shape.markov ? s->corrected : s->residual[draft->shape.layers];
-  norm_grad(draft, last, s->roles.final_norm, s->final_inverse, draft->dhidden, false);
   if (draft->shape.markov) markov_grad(draft);
+  norm_grad(draft, s->residual[draft->shape.layers], s->roles.final_norm, s->final_inverse, draft->dhidden,
+            false);
   for (uint32_t l = draft->shape.layers; l-- > 0;) {
     struct us_cuda_draft_saved *saved = &s->saved[l];
     const struct us_draft_layer_roles *roles = &s->roles.layer[l];

@@ -42,7 +42,6 @@ struct us_cuda_draft_state {
   float *final_inverse;
   uint32_t *previous;                /* (block rows) token before; of a Markov head, as what follows */
   uint16_t *before, *inner, *dinner; /* (block rows, D), (.., rank), (.., rank) */
-  float *corrected;                  /* (block rows, D): the stream before the final norm */
   float *dx, *dnorm, *dcontext;
   uint16_t *dx_rounded, *dqkv, *dattention, *a, *da;
   void *scratch;

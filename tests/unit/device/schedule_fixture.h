@@ -68,6 +68,7 @@ static inline void fake_pointers(struct us_device_weights *w, uint64_t *next) {
   w->head.pages.pages = fake(next, 1), w->draft_fc.pages.pages = fake(next, 1),
   w->draft_kv.pages.pages = fake(next, 1);
   if (w->draft_head.rows) w->draft_head.pages.pages = fake(next, 1);
+  if (w->draft_shape.markov) w->markov_before = fake(next, 1), w->markov_after = fake(next, 1);
 }
 
 static inline enum us_status lay_out(struct fixture *f, uint32_t rank, uint32_t ranks, struct us_err *err) {

@@ -16,7 +16,7 @@
 
 static const struct {
   uint32_t batch, block;
-} passes[] = {{1, 1}, {1, 8}, {2, 8}, {8, 8}, {1, 16}, {4, 16}, {3, 5}, {8, 16}};
+} passes[] = {{1, 1}, {1, 8}, {2, 8}, {8, 8}, {1, 16}, {4, 16}, {3, 5}, {8, 9}, {8, 16}};
 
 static void prove_shape(struct fixture *f, uint32_t ranks) {
   struct us_err err = {0};
@@ -43,9 +43,10 @@ START_TEST(lists_of_every_shape_rank_and_number_of_rows_are_proved) {
                                       "mini", "mimo-v2-flash", "mimo-v2.5", "mimo-v2.5-pro"};
   struct fixture f = {.shape = load_shape(names[_i])};
   for (uint32_t ranks = 1; ranks <= 8; ranks *= 2)
-    for (int drafts = 0; drafts < 2; drafts++) {
+    for (int drafts = 0; drafts < 3; drafts++) {
       f.drafts = drafts;
       f.draft = draft_of(&f.shape);
+      f.draft.markov = drafts == 2 ? 64 : 0;
       prove_shape(&f, ranks);
     }
 }

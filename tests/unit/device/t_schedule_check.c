@@ -96,7 +96,9 @@ static const struct field of_context[] = {
     FIELD(context.page_count, 1), FIELD(context.value_scale, 1)};
 static const struct field of_select[] = {
     FIELD(select.logits, 64), FIELD(select.stride, 1), FIELD(select.count, 1), FIELD(select.first, 1),
-    FIELD(select.vocab, 1),   FIELD(select.draft, 1),  FIELD(select.tiles, 1)};
+    FIELD(select.vocab, 1),   FIELD(select.row, 1),    FIELD(select.step, 1),   FIELD(select.rows, 1),
+    FIELD(select.number, 1),  FIELD(select.before, 2), FIELD(select.after, 2),  FIELD(select.markov, 32),
+    FIELD(select.draft, 1),   FIELD(select.last, 1)};
 static const struct field of_accept[] = {FIELD(accept.vocab, 1),   FIELD(accept.tiles, 1),
                                          FIELD(accept.logits, 64), FIELD(accept.opt_draft_logits, 64),
                                          FIELD(accept.stride, 1),  FIELD(accept.count, 1),
@@ -149,13 +151,15 @@ static void break_fields(struct fixture *f, uint32_t index, const struct field *
 static const struct {
   uint32_t batch, block;
   bool adaptive;
-  uint32_t inner; /* of experts, on two ranks: from 256 on pages have four groups */
-} broken[] = {
-    {1, 8, false, 256}, {2, 8, false, 128}, {1, 16, false, 256}, {1, 16, true, 128}, {2, 8, false, 256}};
+  uint32_t inner;  /* of experts, on two ranks: from 256 on pages have four groups */
+  uint32_t markov; /* rank of the drafter's Markov head: its slots are chosen one after the other */
+} broken[] = {{1, 8, false, 256, 0},  {2, 8, false, 128, 0}, {1, 16, false, 256, 0},  {1, 16, true, 128, 0},
+              {2, 8, false, 256, 0},  {2, 8, false, 128, 32}, {1, 16, true, 128, 32}};
 
 static struct fixture to_break(int i) {
   struct fixture f = tiny();
   f.shape.expert_inner = broken[i].inner;
+  f.draft.markov = broken[i].markov;
   f.shape.layers = 3, f.draft.layers = 1, f.draft.target_layers = 3, f.draft.tap_layer[1] = 2;
   make(&f, 1, 2,
        (struct us_device_schedule_options){.batch = broken[i].batch,
@@ -363,12 +367,12 @@ END_TEST
 
 static Suite *make_suite(void) {
   TCase *c = tcase_create("schedule_check");
-  tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, 5);
-  tcase_add_loop_test(c, a_list_without_any_one_of_its_waits_is_refused, 0, 5);
+  tcase_add_loop_test(c, an_operation_with_any_field_changed_is_refused, 0, COUNT(broken));
+  tcase_add_loop_test(c, a_list_without_any_one_of_its_waits_is_refused, 0, COUNT(broken));
   tcase_add_test(c, adaptive_rows_that_are_embedded_before_the_last_proposals_are_refused);
   tcase_add_test(c, activations_that_come_while_attention_has_the_ring_are_refused);
-  tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, 5);
-  tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, 5);
+  tcase_add_loop_test(c, keys_fetched_after_no_operation_are_refused, 0, COUNT(broken));
+  tcase_add_loop_test(c, a_schedule_with_other_counts_is_refused, 0, COUNT(broken));
   tcase_add_test(c, with_one_row_tile_no_two_neighbours_can_change_places);
   tcase_add_test(c, nothing_but_products_stands_between_a_choice_and_its_down);
   tcase_add_test(c, words_that_are_not_made_absent_before_they_are_written_are_refused);

@@ -152,16 +152,16 @@ static void block_layer(const struct truth *t, int l, size_t b, double (*c)[D], 
   }
 }
 
-/* What slot j gets of the token before it: the anchor or the label before; the anchor where there is none. */
-static void add_before(const struct truth *t, size_t b, int j, double *h) {
+/* What slot j's normed row gets of the token before it: the anchor or the label before; the anchor where there is none. */
+static void add_before(const struct truth *t, size_t b, int j, double *row) {
   const struct us_draft_blocks *blocks = t->blocks;
   size_t first = b * B;
   int32_t before = j > 1 ? blocks->label[first + (size_t)j - 1] : -1;
-  double inner[RANK], y[D];
+  double inner[RANK], part[D];
   product(t->embed + (before < 0 ? blocks->token[first] : before) * D, tensor(t, -1, "markov_in.weight"),
           RANK, D, inner);
-  product(inner, tensor(t, -1, "markov_out.weight"), D, RANK, y);
-  for (int i = 0; i < D; i++) h[i] += y[i];
+  product(inner, tensor(t, -1, "markov_out.weight"), D, RANK, part);
+  for (int i = 0; i < D; i++) row[i] += part[i];
 }
 
 static void run_truth(struct truth *t) {
@@ -176,9 +176,11 @@ static void run_truth(struct truth *t) {
     for (int j = 0; j < B; j++)
       memcpy(h[j], j ? tensor(t, -1, "mask_embedding") : t->embed + t->blocks->token[b * B] * D, sizeof h[j]);
     for (int l = 0; l < L; l++) block_layer(t, l, b, c, h);
-    for (int j = 1; markov && j < B; j++) add_before(t, b, j, h[j]);
-    for (int j = 0; j < B; j++)
-      norm(h[j], tensor(t, -1, "norm.weight"), D, t->hidden + (b * B + (size_t)j) * D);
+    for (int j = 0; j < B; j++) {
+      double *y = t->hidden + (b * B + (size_t)j) * D;
+      norm(h[j], tensor(t, -1, "norm.weight"), D, y);
+      if (markov && j) add_before(t, b, j, y);
+    }
   }
 }
 
