@@ -107,6 +107,20 @@ static __device__ __forceinline__ void us_engine_quad(const struct us_engine_pie
                                                                 : us_float_from_bits(0x7fc00000u);
 }
 
+/* Candidates of this SELECT in a rank's buffer: (ranks, blocks, 8), then 8 of the mailbox, or of a Markov head's slot the tokens that
+ * filtered rows drew. */
+static __device__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
+                                                const struct us_engine_select *s, uint32_t rank) {
+  uint64_t bytes = us_engine_candidate_bytes(b->rank->ranks, b->blocks);
+  return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES + s->number * bytes;
+}
+
+/* What this SELECT's data carry: differs from what its places held before. */
+static __device__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
+                                                 const struct us_engine_select *s) {
+  return b->rank->state->round * US_ENGINE_SELECTS + s->number + 1;
+}
+
 static __device__ __forceinline__ bool us_engine_finite(float max) {
   return max > -INFINITY && max < INFINITY;
 }

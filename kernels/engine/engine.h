@@ -274,21 +274,25 @@ struct us_engine_context {
   float value_scale, eps;
 };
 
-/* Logits of 8 rows to tokens: a row tile's, or with a Markov head the same slot of all sequences, slot after slot. The target's SELECTs
- * also carry what the host wants (mailbox) from rank 0 to all ranks. */
+/* Logits of 8 rows to tokens: a row tile's, or with a Markov head a slot's of all sequences, slot after slot in one operation. The target's
+ * SELECTs also carry what the host wants (mailbox) from rank 0 to all ranks. */
 struct us_engine_select {
-  float *logits;   /* (8, stride): this rank's share of the vocabulary; a Markov head's part is added in place */
-  uint32_t stride; /* floats from one of the eight rows to the next */
+  float
+      *logits; /* (8, stride): this rank's share of the vocabulary; a Markov head's part is added in place */
+  uint32_t stride;       /* floats from one of the eight rows to the next */
   uint32_t count, first; /* ids [first, first + count) */
   uint32_t vocab;
   uint32_t row, step, rows; /* rows of the pass: row, row + step, ..., eight at most, below `rows` */
-  uint32_t number;          /* among the SELECTs of a round, < US_ENGINE_SELECTS: its place in rank.select */
-  const uint16_t *before, *after; /* Markov head (model/markov.h): bf16 (vocab, markov) and this rank's (count, markov) */
+  uint32_t number;          /* of its place in rank.select, < US_ENGINE_SELECTS */
+  uint32_t
+      slots; /* with a Markov head: from `row` on, each with its own place, `number` and those after it; 0: none */
+  const uint16_t *before,
+      *after;      /* Markov head (model/markov.h): bf16 (vocab, markov) and this rank's (count, markov) */
   uint32_t markov; /* rank of it, a multiple of 32, at most US_ENGINE_MARKOV; 0: none */
   bool
       draft; /* proposals: argmax, or draws for rules REJECT and BLOCK; else the target's draw of each row with its sequence's
                * sampling */
-  bool last; /* of the pass: the drafter's decides how many proposals are verified */
+  bool last; /* rows of the pass: after the drafter's it is decided how many proposals are verified */
 };
 #define US_ENGINE_SELECTS 32
 #define US_ENGINE_MARKOV  256
@@ -530,8 +534,8 @@ struct us_engine_rank {
                                * proof in device/schedule_order.c, which follows who knows what from whose sums */
   uint64_t *norm;      /* (2, norm_tiles, 8, D / slice) {float bits, running index} */
   uint32_t norm_tiles; /* row tiles of a pass: exchanges from one of a row tile to its next; 0 is 1 */
-  void *select[US_ENGINE_MAX_RANKS];   /* every rank's: us_engine_select_bytes, zero before round 0 */
-  uint32_t selects;                    /* SELECT operations of a round */
+  void *select[US_ENGINE_MAX_RANKS]; /* every rank's: us_engine_select_bytes, zero before round 0 */
+  uint32_t selects;                  /* places in it: one a SELECT of a round, of a Markov head one a slot */
   const uint8_t *kv_pool, *draft_pool; /* pages of this rank */
   const uint16_t *embed
       [US_ENGINE_MAX_RANKS]; /* every rank's rows of the bf16 embedding: token / embed_rows is the rank */
@@ -545,9 +549,9 @@ struct us_engine_rank {
 };
 
 /* A rank's buffer for SELECT and ACCEPT: counts that blocks of the rank exchange while they filter (parts of 16 bytes: 8 groups,
- * slots, parts, words); then for every SELECT of a round the candidates of all blocks of all ranks (128 bytes each, and 128 for what
- * the host wants); then as many places for sums of all blocks of all ranks: a row tile's laws, or how sure the drafter is of a SELECT's
- * rows. `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
+ * slots, parts, words); then for every place of a SELECT the candidates of all blocks of all ranks (128 bytes each, and 128 for what
+ * the host wants, or for what filtered rows drew); then as many places for sums of all blocks of all ranks: a row tile's laws, or how sure
+ * the drafter is of a SELECT's rows. `blocks`: of one rank. Each is used again one round later, when every rank has passed the ACCEPT between. */
 #define US_ENGINE_HOP_WORDS 256 /* counts of a radix pass */
 #define US_ENGINE_HOP_SLOTS 3
 #define US_ENGINE_HOP_PARTS 16 /* blocks that filter a row together, at most */
@@ -565,7 +569,7 @@ static US_HD uint64_t us_engine_sums_bytes(uint32_t ranks, uint32_t blocks) { /*
   return (uint64_t)ranks * blocks * US_ENGINE_ROWS *
          (US_ENGINE_MASSES + US_ENGINE_EMISSION + US_ENGINE_SURE) * 16;
 }
-/* selects: SELECT operations of a round, no fewer than row tiles. */
+/* selects: places, no fewer than row tiles. */
 static US_HD uint64_t us_engine_select_bytes(uint32_t ranks, uint32_t blocks, uint32_t selects) {
   return US_ENGINE_HOP_BYTES +
          selects * (us_engine_candidate_bytes(ranks, blocks) + us_engine_sums_bytes(ranks, blocks));

@@ -62,21 +62,34 @@ static __device__ __forceinline__ struct us_noise us_engine_noise_of(const struc
   return us_noise_round(s->seed, row->position - row->slot, row->slot - 1, s->sample, US_STREAM_DRAFT);
 }
 
+/* Where the token that row r drew is told to the rank's other blocks, when a Markov head's next slot waits for it. */
+static __device__ __forceinline__ uint8_t *us_engine_drawn_place(const struct us_engine_block *b,
+                                                                 const struct us_engine_select *select,
+                                                                 uint32_t r) {
+  return us_engine_candidates(b, select, b->rank->rank) + b->rank->ranks * b->blocks * 128 + r * 16;
+}
+static __device__ int32_t us_engine_drawn_token(const struct us_engine_block *b,
+                                                const struct us_engine_select *select, uint32_t r) {
+  struct us_engine_pair pair[US_ENGINE_BATCH];
+  us_engine_await_pairs(b, us_engine_drawn_place(b, select, r), 0, 1,
+                        (uint64_t)us_engine_select_flag(b, select) << 32, 0xffffffffull << 32, pair);
+  return (int32_t)(uint32_t)pair[0].low;
+}
+
 /* shared->filter: row r of the eight. One thread. */
 static __device__ __forceinline__ void us_engine_filter_begin(const struct us_engine_block *b,
-                                                              const struct us_engine_op *op,
+                                                              const struct us_engine_select *select,
                                                               const struct us_sampling *sampling,
                                                               uint32_t flag, uint32_t r) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
-  const struct us_engine_select *s = &op->select;
   struct us_engine_filter *f = &shared->filter;
   const uint32_t parts = us_engine_filter_parts(b->blocks), part = b->index % parts,
-                 quads = (s->vocab + 3) / 4;
+                 quads = (select->vocab + 3) / 4;
   const float *all =
-      b->rank->logits_all[b->rank->rank] + (size_t)us_engine_select_row(s, r) * s->vocab;
-  f->b = b, f->vocab = s->vocab, f->part = part, f->parts = parts;
-  f->piece.logits = b->rank->ranks > 1 ? all : s->logits + (size_t)r * s->stride;
-  f->piece.first = 0, f->piece.past = s->vocab;
+      b->rank->logits_all[b->rank->rank] + (size_t)us_engine_select_row(select, r) * select->vocab;
+  f->b = b, f->vocab = select->vocab, f->part = part, f->parts = parts;
+  f->piece.logits = b->rank->ranks > 1 ? all : select->logits + (size_t)r * select->stride;
+  f->piece.first = 0, f->piece.past = select->vocab;
   f->piece.begin = (uint32_t)((uint64_t)quads * part / parts),
   f->piece.end = (uint32_t)((uint64_t)quads * (part + 1) / parts);
   f->area =
@@ -106,26 +119,27 @@ static __device__ __forceinline__ uint32_t us_engine_cut_whole(const struct us_e
 /* The filtered rows (bits) that this block shares in, after us_engine_gather. */
 namespace us_rare {
 static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine_block *b,
-                                                          const struct us_engine_op *op, uint32_t rows,
-                                                          uint32_t flag) {
+                                                          const struct us_engine_select *select,
+                                                          uint32_t rows, uint32_t flag) {
   const struct us_engine_select_shared *shared = us_engine_select_shared();
   const struct us_engine_filter *f = &shared->filter;
   const uint32_t groups = us_engine_filter_groups(b->blocks);
-  if (b->rank->ranks > 1) __threadfence_system(); /* the logits behind the candidates' flags */
+  if (b->rank->ranks > 1 || select->slots)
+    __threadfence_system(); /* the logits behind the candidates' flags */
   us_engine_meet();
   for (uint32_t r = b->index / us_engine_filter_parts(b->blocks); r < US_ENGINE_ROWS; r += groups) {
     if (!(rows >> r & 1) || !us_engine_finite(shared->gathered[0][r].max)) continue;
     struct us_engine_state *state = b->rank->state;
-    const uint32_t at = us_engine_select_row(&op->select, r);
-    const struct us_engine_row *row = &(op->select.draft ? state->draft : state->target)[at];
+    const uint32_t at = us_engine_select_row(select, r);
+    const struct us_engine_row *row = &(select->draft ? state->draft : state->target)[at];
     const struct us_engine_sequence *s = &state->sequence[row->sequence];
     const struct us_sampling sampling = s->sampling;
-    const struct us_noise noise = us_engine_noise_of(s, row, op->select.draft);
+    const struct us_noise noise = us_engine_noise_of(s, row, select->draft);
     const bool published = s->rule != US_VERIFY_MATCH;
     struct us_cut cut = us_cut_everything();
     uint32_t hop = 0;
     us_engine_meet();
-    if (threadIdx.x == 0) us_engine_filter_begin(b, op, &sampling, flag, r);
+    if (threadIdx.x == 0) us_engine_filter_begin(b, select, &sampling, flag, r);
     us_engine_meet();
     for (uint32_t mass = 0; mass < 2; mass++) {
       bool on =
@@ -137,12 +151,13 @@ static __device__ __noinline__ void us_engine_filter_rows(const struct us_engine
     uint32_t last = published ? us_engine_cut_whole(f, hop++, cut) : 0;
     uint32_t token = us_engine_filter_draw(f, cut, noise, shared->gathered[0][r].id);
     if (f->part || threadIdx.x) continue;
-    struct us_engine_law *law = &(op->select.draft ? state->draft_law : state->law)[at];
+    struct us_engine_law *law = &(select->draft ? state->draft_law : state->law)[at];
     law->key = cut.key, law->last = last;
-    if (op->select.draft)
+    if (select->draft)
       state->proposal[at] = state->target[at].token = (int32_t)token;
     else
       state->drawn[at] = (int32_t)token;
+    if (select->slots) us_store_pair(us_engine_drawn_place(b, select, r), {token, (uint64_t)flag << 32});
   }
 }
 } // namespace us_rare

@@ -149,8 +149,7 @@ static __device__ __noinline__ void us_engine_mass_row(const struct us_engine_bl
 } // namespace us_rare
 using us_rare::us_engine_mass_row;
 
-static __device__ __forceinline__ struct us_engine_sums us_engine_mass_place(
-    uint32_t tile) {
+static __device__ __forceinline__ struct us_engine_sums us_engine_mass_place(uint32_t tile) {
   return {tile, 0, US_ENGINE_MASSES};
 }
 
@@ -258,8 +257,7 @@ static __device__ __noinline__ void us_engine_emission_row(const struct us_engin
 } // namespace us_rare
 using us_rare::us_engine_emission_row;
 
-static __device__ __forceinline__ struct us_engine_sums us_engine_emission_place(
-    uint32_t tile) {
+static __device__ __forceinline__ struct us_engine_sums us_engine_emission_place(uint32_t tile) {
   return {tile, US_ENGINE_MASSES, US_ENGINE_EMISSION};
 }
 

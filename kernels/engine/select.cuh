@@ -12,6 +12,7 @@
 #define US_KERNELS_ENGINE_SELECT_CUH
 
 #include "kernels/engine/filter.cuh"
+#include "kernels/engine/markov.cuh"
 #include "kernels/engine/sums.cuh"
 
 /* What one of the eight rows wants. */
@@ -24,30 +25,23 @@ struct us_engine_draw {
 
 /* Everything is loaded at once, wanted or not: two loads one after the other, not five. */
 static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine_block *b,
-                                                          const struct us_engine_op *op, uint32_t r) {
+                                                          const struct us_engine_select *s, uint32_t r) {
   const struct us_engine_state *state = b->rank->state;
-  const uint32_t at = us_engine_select_row(&op->select, r);
-  const struct us_engine_row row =
-      (op->select.draft ? state->draft : state->target)[at == US_ENGINE_NONE ? 0 : at];
+  const uint32_t at = us_engine_select_row(s, r);
+  const struct us_engine_row row = (s->draft ? state->draft : state->target)[at == US_ENGINE_NONE ? 0 : at];
   const bool there = at != US_ENGINE_NONE && row.sequence != US_ENGINE_NONE;
-  const struct us_engine_sequence *s = &state->sequence[there ? row.sequence : 0];
-  const struct us_sampling sampling = s->sampling;
-  const bool replayed = s->replay != NULL, sampled = s->rule != US_VERIFY_MATCH && !replayed && row.slot;
-  const bool warm = there && (!op->select.draft || sampled) && sampling.temperature > 0.0f;
+  const struct us_engine_sequence *q = &state->sequence[there ? row.sequence : 0];
+  const struct us_sampling sampling = q->sampling;
+  const bool replayed = q->replay != NULL, sampled = q->rule != US_VERIFY_MATCH && !replayed && row.slot;
+  const bool warm = there && (!s->draft || sampled) && sampling.temperature > 0.0f;
   struct us_engine_draw draw;
-  draw.simple = us_engine_is_simple(s, op->select.vocab);
-  draw.wanted = there && (!op->select.draft || (row.slot && !replayed));
-  draw.filtered = warm && us_engine_filters(&sampling, op->select.vocab);
+  draw.simple = us_engine_is_simple(q, s->vocab);
+  draw.wanted = there && (!s->draft || (row.slot && !replayed));
+  draw.filtered = warm && us_engine_filters(&sampling, s->vocab);
   draw.noisy = warm && !draw.filtered;
   draw.inv_temperature = 1.0f / sampling.temperature;
-  draw.noise = us_engine_noise_of(s, &row, op->select.draft);
+  draw.noise = us_engine_noise_of(q, &row, s->draft);
   return draw;
-}
-
-/* Rows that filters apply to, as bits: the same in every warp of every rank. */
-static __device__ uint32_t us_engine_filtered_rows(const struct us_engine_block *b,
-                                                   const struct us_engine_op *op) {
-  return __ballot_sync(0xffffffffu, us_engine_draw_of(b, op, threadIdx.x % US_ENGINE_ROWS).filtered) & 255;
 }
 
 /* This block's piece of the share, in quads of 4 ids. */
@@ -60,69 +54,6 @@ static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engi
   piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
   return piece;
 }
-
-/* ---- a Markov head ----------------------------------------------------------------------------------------------------- */
-
-/* shared->before: what stands before each of the eight rows, as the head's row of that token; zeros where there is no row. */
-static __device__ void us_engine_fetch_before(const struct us_engine_block *b, const struct us_engine_select *s) {
-  const struct us_engine_state *state = b->rank->state;
-  const uint32_t words = s->markov / 2;
-  for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * words; i += US_ENGINE_COMPUTE) {
-    const uint32_t at = us_engine_select_row(s, i / words);
-    const bool there = at != US_ENGINE_NONE && state->draft[at].sequence != US_ENGINE_NONE;
-    const int32_t token = there ? (state->draft[at].slot == 1 ? state->draft : state->target)[at - 1].token : 0;
-    us_engine_select_shared()->before[i / words][i % words] =
-        there ? __ldg((const uint32_t *)s->before + (size_t)token * words + i % words) : 0;
-  }
-}
-
-/* us_linear's dot product (kernels/linear/linear.h) of an id's row of `after` with a row of `before`: 16 lanes, 32 columns a group. */
-static __device__ float us_engine_markov_dot(const uint4 *after, const uint32_t *before, uint32_t groups) {
-  float lane[16] = {0.0f};
-  for (uint32_t g = 0; g < groups; g++)
-#pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-      const uint4 v = __ldg(after + 4 * g + i);
-      const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (uint32_t j = 0; j < 4; j++) {
-        const uint32_t u = before[16 * g + 4 * i + j];
-        float *sum = &lane[4 * i + j];
-        *sum = fmaf(us_float_from_bits(w[j] << 16), us_float_from_bits(u << 16), *sum);
-        *sum = fmaf(us_float_from_bits(w[j] & 0xffff0000u), us_float_from_bits(u & 0xffff0000u), *sum);
-      }
-    }
-#pragma unroll
-  for (uint32_t half = 8; half; half /= 2)
-#pragma unroll
-    for (uint32_t i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
-}
-
-/* This block's piece of the logits gets what the tokens before give: a thread an id. */
-namespace us_rare {
-static __device__ __noinline__ void us_engine_add_markov(const struct us_engine_block *b,
-                                                         const struct us_engine_op *op) {
-  const struct us_engine_select *s = &op->select;
-  const uint32_t wanted =
-      __ballot_sync(0xffffffffu, us_engine_draw_of(b, op, threadIdx.x % US_ENGINE_ROWS).wanted) & 255;
-  const struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits);
-  const uint32_t past = min(4 * piece.end, piece.past);
-  us_engine_fetch_before(b, s);
-  us_engine_meet();
-  for (uint32_t id = max(4 * piece.begin, piece.first) + threadIdx.x; id < past; id += US_ENGINE_COMPUTE) {
-    const uint4 *after = (const uint4 *)(s->after + (size_t)(id - s->first) * s->markov);
-    for (uint32_t r = 0; r < US_ENGINE_ROWS; r++) {
-      if (!(wanted >> r & 1)) continue;
-      float *logit = s->logits + (size_t)r * s->stride + (id - s->first);
-      const float more = us_engine_markov_dot(after, us_engine_select_shared()->before[r], s->markov / 32);
-      __stcg(logit, __ldcg(logit) + more);
-    }
-  }
-  us_engine_meet();
-}
-} // namespace us_rare
-using us_rare::us_engine_add_markov;
 
 /* ---- candidates ---------------------------------------------------------------------------------------------------------- */
 
@@ -151,9 +82,8 @@ static __device__ struct us_engine_best us_engine_scan(const struct us_engine_pi
 }
 
 /* Filtered rows: the piece's logits to every rank. */
-static __device__ void us_engine_spread(const struct us_engine_block *b, const struct us_engine_op *op,
+static __device__ void us_engine_spread(const struct us_engine_block *b, const struct us_engine_select *s,
                                         uint32_t rows) {
-  const struct us_engine_select *s = &op->select;
   for (uint32_t r = 0; r < US_ENGINE_ROWS; r++) {
     if (!(rows >> r & 1)) continue;
     struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
@@ -166,43 +96,29 @@ static __device__ void us_engine_spread(const struct us_engine_block *b, const s
   }
 }
 
-/* Candidates of this SELECT in a rank's buffer: (ranks, blocks, 8), then 8 of the mailbox. */
-static __device__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
-                                                const struct us_engine_op *op, uint32_t rank) {
-  uint64_t bytes = us_engine_candidate_bytes(b->rank->ranks, b->blocks);
-  return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES +
-         op->select.number * bytes;
-}
-
-/* What this SELECT's data carry: differs from what its places held before. */
-static __device__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
-                                                 const struct us_engine_op *op) {
-  return b->rank->state->round * US_ENGINE_SELECTS + op->select.number + 1;
-}
-
 /* Warp 0: the block's candidates to every rank, 128 bytes each. `fenced`: what other threads stored comes first. */
-static __device__ void us_engine_send(const struct us_engine_block *b, const struct us_engine_op *op,
+static __device__ void us_engine_send(const struct us_engine_block *b, const struct us_engine_select *s,
                                       const struct us_engine_best *best, bool fenced) {
   const uint32_t r = threadIdx.x % US_ENGINE_ROWS, ranks = b->rank->ranks;
   struct us_engine_best o = best[2 * r];
   us_engine_best_add(&o, best[2 * r + 1]);
   struct us_engine_pair pair = {us_float_bits(o.score) | (uint64_t)o.id << 32,
-                                us_float_bits(o.max) | (uint64_t)us_engine_select_flag(b, op) << 32};
+                                us_float_bits(o.max) | (uint64_t)us_engine_select_flag(b, s) << 32};
   if (fenced) __threadfence_system();
   for (uint32_t to = threadIdx.x / US_ENGINE_ROWS; to < ranks; to += 32 / US_ENGINE_ROWS)
-    us_store_pair(us_engine_candidates(b, op, to) +
+    us_store_pair(us_engine_candidates(b, s, to) +
                       ((b->rank->rank * b->blocks + b->index) * US_ENGINE_ROWS + r) * 16,
                   pair);
 }
 
-/* All candidates have arrived; the best of each row, in all threads' view. A thread looks at one row: 64 threads a row. */
-static __device__ void us_engine_gather(const struct us_engine_block *b, const struct us_engine_op *op,
-                                        struct us_engine_select_shared *shared) {
+/* All candidates of the `wanted` rows (bits) have arrived; the best of each row, in threads' view that look for it: 64 a row. */
+static __device__ void us_engine_gather(const struct us_engine_block *b, const struct us_engine_select *s,
+                                        uint32_t wanted, struct us_engine_select_shared *shared) {
   const uint32_t r = threadIdx.x % US_ENGINE_ROWS, n = b->rank->ranks * b->blocks,
-                 flag = us_engine_select_flag(b, op);
-  const uint8_t *from = us_engine_candidates(b, op, b->rank->rank) + r * 16;
+                 flag = us_engine_select_flag(b, s);
+  const uint8_t *from = us_engine_candidates(b, s, b->rank->rank) + r * 16;
   struct us_engine_best best = us_engine_best_none();
-  for (uint32_t e = threadIdx.x / US_ENGINE_ROWS; e < n; e += 64 * US_ENGINE_BATCH) {
+  for (uint32_t e = threadIdx.x / US_ENGINE_ROWS; e < n && wanted >> r & 1; e += 64 * US_ENGINE_BATCH) {
     struct us_engine_pair pair[US_ENGINE_BATCH];
     us_engine_await_pairs(b, from + e * 128, 64 * 128, (n - e + 63) / 64, (uint64_t)flag << 32,
                           0xffffffffull << 32, pair);
@@ -231,39 +147,40 @@ static __device__ bool us_engine_is_mailman(const struct us_engine_block *b,
 }
 
 /* To every rank, whether to park and whom to cancel. A ring without room for this round and the next parks too. */
-static __device__ void us_engine_send_wishes(const struct us_engine_block *b, const struct us_engine_op *op,
-                                             uint4 mail) {
+static __device__ void us_engine_send_wishes(const struct us_engine_block *b,
+                                             const struct us_engine_select *s, uint4 mail) {
   uint32_t room = US_ENGINE_EVENTS - (b->rank->state->events - mail.z);
   uint32_t park = mail.x || room < 2 * US_ENGINE_SEQUENCES;
-  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, op) << 32};
+  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, s) << 32};
   for (uint32_t to = 0; to < b->rank->ranks; to++)
-    us_store_pair(us_engine_candidates(b, op, to) + b->rank->ranks * b->blocks * 128, pair);
+    us_store_pair(us_engine_candidates(b, s, to) + b->rank->ranks * b->blocks * 128, pair);
 }
 
-static __device__ void us_engine_take_wishes(const struct us_engine_block *b, const struct us_engine_op *op) {
+static __device__ void us_engine_take_wishes(const struct us_engine_block *b,
+                                             const struct us_engine_select *s) {
   struct us_engine_pair pair[US_ENGINE_BATCH];
-  const uint8_t *from = us_engine_candidates(b, op, b->rank->rank) + b->rank->ranks * b->blocks * 128;
-  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, op) << 32, 0xffffffffull << 32,
+  const uint8_t *from = us_engine_candidates(b, s, b->rank->rank) + b->rank->ranks * b->blocks * 128;
+  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, s) << 32, 0xffffffffull << 32,
                         pair);
   b->rank->state->park = (uint32_t)pair[0].low;
   b->rank->state->cancel = (uint32_t)(pair[0].low >> 32);
 }
 
-/* ---- the operation ------------------------------------------------------------------------------------------------------- */
+/* ---- what a row gets --------------------------------------------------------------------------------------------------------- */
 
 /* Block 0, thread r: the row's token, unless it is filtered. */
-static __device__ void us_engine_take(const struct us_engine_block *b, const struct us_engine_op *op,
+static __device__ void us_engine_take(const struct us_engine_block *b, const struct us_engine_select *s,
                                       const struct us_engine_best *best, uint32_t r) {
   struct us_engine_state *state = b->rank->state;
-  struct us_engine_draw draw = us_engine_draw_of(b, op, r);
-  uint32_t at = us_engine_select_row(&op->select, r);
+  struct us_engine_draw draw = us_engine_draw_of(b, s, r);
+  uint32_t at = us_engine_select_row(s, r);
   if (!draw.wanted) return;
   if (!draw.simple) {
-    struct us_engine_law *law = &(op->select.draft ? state->draft_law : state->law)[at];
+    struct us_engine_law *law = &(s->draft ? state->draft_law : state->law)[at];
     law->max = best->max;
     if (!draw.filtered) law->key = 0, law->last = UINT32_MAX;
   }
-  if (op->select.draft) {
+  if (s->draft) {
     if (draw.filtered && us_engine_finite(best->max)) return;
     int32_t token = best->max > -INFINITY ? (int32_t)best->id : 0;
     state->proposal[at] = token;
@@ -278,14 +195,13 @@ static __device__ void us_engine_take(const struct us_engine_block *b, const str
 /* The drafter's SELECT: how sure it is of each row, and after the last how many proposals pay. All blocks. */
 namespace us_rare {
 static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_block *b,
-                                                      const struct us_engine_op *op) {
+                                                      const struct us_engine_select *s) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
   struct us_engine_state *state = b->rank->state;
-  const struct us_engine_select *s = &op->select;
   const struct us_engine_sums place = {s->number, US_ENGINE_MASSES + US_ENGINE_EMISSION, US_ENGINE_SURE};
   const uint32_t r = threadIdx.x / 64, at = us_engine_select_row(s, r);
   struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
-  const struct us_engine_draw draw = us_engine_draw_of(b, op, r);
+  const struct us_engine_draw draw = us_engine_draw_of(b, s, r);
   const float temperature =
       draw.wanted ? state->sequence[state->draft[at].sequence].sampling.temperature : 0.0f;
   const double inv = temperature > 0.0f ? 1.0 / (double)temperature : 1.0;
@@ -310,44 +226,102 @@ static __device__ __noinline__ void us_engine_be_sure(const struct us_engine_blo
     if (threadIdx.x % 32 == 0 && row != US_ENGINE_NONE) state->confidence[row] = us_sample_confidence(mass);
   }
   us_engine_meet();
-  if (s->last && threadIdx.x < US_ENGINE_SEQUENCES)
-    us_engine_cut_drafts(state, threadIdx.x);
+  if (s->last && threadIdx.x < US_ENGINE_SEQUENCES) us_engine_cut_drafts(state, threadIdx.x);
 }
 } // namespace us_rare
 using us_rare::us_engine_be_sure;
 
-/* FILTERS: rows may need more than their best score (us_engine_is_simple). A kernel without them spares its streaming loops the
- * registers that a long chain of calls takes; us_engine_launch.unfiltered asks for it. */
+/* ---- rows, and slots ------------------------------------------------------------------------------------------------------ */
+
+/* One of the eight rows each: those that filters apply to; those that want a token. As bits, the same in every warp of every rank. */
+static __device__ uint32_t us_engine_filtered_rows(const struct us_engine_block *b,
+                                                   const struct us_engine_select *s) {
+  return __ballot_sync(0xffffffffu, us_engine_draw_of(b, s, threadIdx.x % US_ENGINE_ROWS).filtered) & 255;
+}
+static __device__ uint32_t us_engine_wanted_rows(const struct us_engine_block *b,
+                                                 const struct us_engine_select *s) {
+  return __ballot_sync(0xffffffffu, us_engine_draw_of(b, s, threadIdx.x % US_ENGINE_ROWS).wanted) & 255;
+}
+
+/* A token for each of the eight rows, in block 0's state. `everywhere`: the best of every row in all blocks' shared memory, too. FILTERS:
+ * rows may need more than their best score (us_engine_is_simple); a kernel without them spares its streaming loops the registers that a
+ * long chain of calls takes. us_engine_launch.unfiltered asks for it. */
 template <bool FILTERS>
-static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
-  const struct us_engine_select *s = &op->select;
-  const bool mailman = us_engine_is_mailman(b, s);
-  uint4 mail = mailman ? us_load_system16(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
-  us_engine_wait_done(b, op->wait);
-  us_engine_drain(b);
+static __device__ __forceinline__ void us_engine_choose(const struct us_engine_block *b,
+                                                        const struct us_engine_select *s, bool everywhere,
+                                                        uint32_t wanted, uint4 mail) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
-  const uint32_t filtered = us_engine_filtered_rows(b, op), r = threadIdx.x / 64;
+  const uint32_t filtered = us_engine_filtered_rows(b, s), r = threadIdx.x / 64;
   const bool sure = FILTERS && s->draft && b->rank->state->adaptive;
   if (!FILTERS && filtered) __trap(); /* the host asked for the wrong kernel */
-  if (s->markov) us_engine_add_markov(b, op);
   const bool spread = FILTERS && filtered && b->rank->ranks > 1;
-  if (spread) us_engine_spread(b, op, filtered);
-  struct us_engine_draw draw = us_engine_draw_of(b, op, r);
+  const bool fenced =
+      spread || (FILTERS && filtered && s->slots); /* a head's part of the logits is of this operation */
+  if (spread) us_engine_spread(b, s, filtered);
+  struct us_engine_draw draw = us_engine_draw_of(b, s, r);
   struct us_engine_piece piece = us_engine_piece_of(b, s, s->logits + (size_t)r * s->stride);
   struct us_engine_best best = draw.wanted ? us_engine_scan(&piece, &draw) : us_engine_best_none();
   if (threadIdx.x % 32 == 0) shared->best[threadIdx.x / 32] = best;
   us_engine_meet();
-  if (threadIdx.x < 32) us_engine_send(b, op, shared->best, spread);
-  if (mailman) us_engine_send_wishes(b, op, mail);
-  if (b->index == 0 || us_engine_filters_here(b, filtered) || sure) {
-    us_engine_gather(b, op, shared);
-    if (b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1) us_engine_take_wishes(b, op);
+  if (threadIdx.x < 32) us_engine_send(b, s, shared->best, fenced);
+  if (us_engine_is_mailman(b, s)) us_engine_send_wishes(b, s, mail);
+  if (b->index == 0 || everywhere || us_engine_filters_here(b, filtered) || sure) {
+    us_engine_gather(b, s, wanted, shared);
+    if (b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1) us_engine_take_wishes(b, s);
     if (b->index == 0 && threadIdx.x < US_ENGINE_ROWS)
-      us_engine_take(b, op, &shared->gathered[0][threadIdx.x], threadIdx.x);
+      us_engine_take(b, s, &shared->gathered[0][threadIdx.x], threadIdx.x);
   }
   if (FILTERS && us_engine_filters_here(b, filtered))
-    us_engine_filter_rows(b, op, filtered, us_engine_select_flag(b, op));
-  if (sure) us_engine_be_sure(b, op);
+    us_engine_filter_rows(b, s, filtered, us_engine_select_flag(b, s));
+  if (sure) us_engine_be_sure(b, s);
+}
+
+/* Thread r: the token that us_engine_choose has found for row r, in every block: a filtered row's comes from the block that drew it. */
+static __device__ int32_t us_engine_learn(const struct us_engine_block *b, const struct us_engine_select *s,
+                                          uint32_t r) {
+  const struct us_engine_best *best = &us_engine_select_shared()->gathered[0][r];
+  const struct us_engine_draw draw = us_engine_draw_of(b, s, r);
+  if (!draw.wanted) return 0;
+  if (draw.filtered && us_engine_finite(best->max)) return us_engine_drawn_token(b, s, r);
+  return best->max > -INFINITY ? (int32_t)best->id : 0;
+}
+
+/* A Markov head's slots, one after the other: every block learns each slot's tokens before it goes on to the next. */
+namespace us_rare {
+template <bool FILTERS>
+static __device__ __noinline__ void us_engine_choose_slots(const struct us_engine_block *b,
+                                                           const struct us_engine_select *op) {
+  struct us_engine_select_shared *shared = us_engine_select_shared();
+  struct us_engine_select *s = &shared->slot;
+  const uint32_t r = threadIdx.x;
+  if (r == 0) *s = *op;
+  if (r < US_ENGINE_ROWS) shared->token[r] = us_engine_anchor(b, op, r);
+  for (uint32_t slot = 1; slot <= op->slots; slot++) {
+    us_engine_meet();
+    const uint32_t wanted = us_engine_wanted_rows(b, s);
+    us_engine_add_markov(b, s, us_engine_piece_of(b, s, s->logits), wanted);
+    us_engine_jitter(b);
+    us_engine_choose<FILTERS>(b, s, true, wanted, make_uint4(0, 0, 0, 0));
+    if (r < US_ENGINE_ROWS) shared->token[r] = us_engine_learn(b, s, r);
+    us_engine_meet(); /* all are done with this slot */
+    if (r == 0) s->row++, s->number++, s->logits += op->stride / op->step, s->last = slot + 1 == op->slots;
+  }
+}
+} // namespace us_rare
+using us_rare::us_engine_choose_slots;
+
+/* ---- the operation ------------------------------------------------------------------------------------------------------- */
+
+template <bool FILTERS>
+static __device__ void us_engine_select(const struct us_engine_block *b, const struct us_engine_op *op) {
+  const struct us_engine_select *s = &op->select;
+  uint4 mail = us_engine_is_mailman(b, s) ? us_load_system16(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
+  us_engine_wait_done(b, op->wait);
+  us_engine_drain(b);
+  if (s->slots)
+    us_engine_choose_slots<FILTERS>(b, s);
+  else
+    us_engine_choose<FILTERS>(b, s, false, 255, mail);
   us_engine_finish(b);
 }
 

@@ -92,9 +92,10 @@ static enum us_status make_markov(struct load *load, struct us_err *err) {
   if (!load->draft_shape || !load->draft_shape->markov) return US_OK;
   enum us_status status = us_pool_create(0, &pool, err);
   if (status != US_OK) return status;
-  status = load->synthetic
-               ? us_markov_random(load->shape, load->draft_shape, load->seed, pool, &load->markov, err)
-               : us_markov_create(cuda->base.model, cuda->base.draft, US_ROUND_BF16, pool, &load->markov, err);
+  status =
+      load->synthetic
+          ? us_markov_random(load->shape, load->draft_shape, load->seed, pool, &load->markov, err)
+          : us_markov_create(cuda->base.model, cuda->base.draft, US_ROUND_BF16, pool, &load->markov, err);
   us_pool_free(pool);
   return status;
 }

@@ -168,7 +168,7 @@ static void place_rank(struct us_device_schedule *s, const struct sizes *z, stru
   r->exchange[me] = place(a, exchange_bytes(r));
   r->norm_tiles = s->row_tiles;
   r->norm = place(a, 2ull * s->row_tiles * US_ENGINE_ROWS * (D / us_engine_slice(D)) * sizeof(uint64_t));
-  r->selects = us_schedule_draft_selects(s) + s->row_tiles;
+  r->selects = us_schedule_draft_places(s) + s->row_tiles;
   r->select[me] = place(a, us_engine_select_bytes(w->ranks, US_DEVICE_SCHEDULE_BLOCKS, r->selects));
   if (w->ranks > 1)
     r->logits_all[me] = place(a, (uint64_t)s->row_tiles * US_ENGINE_ROWS * w->shape.vocab * sizeof(float));

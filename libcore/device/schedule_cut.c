@@ -101,9 +101,9 @@ uint32_t us_schedule_together(const struct us_device_schedule *s, uint32_t progr
   uint32_t left = s->row_tiles - tile;
   if (experts && !gathers(s, program, layer)) return 1;
   if (!experts && !reduces && (!m || m->pages.format == US_FORMAT_MXFP4)) return 1;
-  /* A Markov head's first SELECT waits for one product and reads all row tiles: none may be left alone, which would be a product of
-   * another kind, whose end says nothing of the others'. */
-  bool alone = us_schedule_markov(s) && program == US_ENGINE_PASS_DRAFT && op == US_TASK_HEAD &&
+  /* A Markov head's SELECT waits for one product and reads all row tiles: none may be left alone, which would be a product of another
+   * kind, whose end says nothing of the others'. */
+  bool alone = us_schedule_slots(s) && program == US_ENGINE_PASS_DRAFT && op == US_TASK_HEAD &&
                left == US_ENGINE_GATHERED + 1;
   return alone ? left - 2 : left < US_ENGINE_GATHERED ? left : US_ENGINE_GATHERED;
 }

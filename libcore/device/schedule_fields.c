@@ -397,25 +397,26 @@ static enum us_status check_select(const struct fields *f) {
            c->first + c->count <= c->vocab,
        "ids [%u, + %u) of %u are not this rank's", c->first, c->count, c->vocab);
   WANT(c->draft == (op->program == US_ENGINE_PASS_DRAFT), "it chooses for another pass");
-  uint32_t rows = f->s->row_tiles * US_ENGINE_ROWS, slots = c->draft ? us_schedule_markov(f->s) : 0,
-           first = f->s->begin[op->program], selects = f->s->selects[op->program],
-           index = f->op - (f->s->end[op->program] - (c->draft ? 0 : 1) - selects);
-  WANT(f->op >= first && index < selects, "it does not stand at the end of its pass");
-  WANT(slots ? c->row == index + 1 && c->step == f->s->options.block && c->rows == rows
-             : c->row == op->row_tile * US_ENGINE_ROWS && c->step == 1 && c->rows == c->row + US_ENGINE_ROWS,
+  uint32_t slots = c->draft ? us_schedule_slots(f->s) : 0, places = us_schedule_draft_places(f->s),
+           row = op->row_tile * US_ENGINE_ROWS;
+  WANT(slots ? op->row_tile == 0 && c->row == 1 && c->step == f->s->options.block &&
+                   c->rows == f->s->row_tiles * US_ENGINE_ROWS
+             : c->row == row && c->step == 1 && c->rows == row + US_ENGINE_ROWS,
        "rows %u, %u, ... below %u are not its own", c->row, c->row + c->step, c->rows);
   WANT(c->stride == c->step * f->s->logits_stride &&
            c->logits == (c->draft ? us_schedule_owner(f->s)->buffers.draft_logits
                                   : us_schedule_owner(f->s)->buffers.logits) +
                             (size_t)c->row * f->s->logits_stride,
        "its logits are not those of its rows");
-  WANT(c->markov == slots && c->before == (slots ? w->markov_before : NULL) &&
-           c->after == (slots ? w->markov_after : NULL) && slots <= US_ENGINE_MARKOV,
+  WANT(c->slots == slots && c->markov == (slots ? w->draft_shape.markov : 0) &&
+           c->before == (slots ? w->markov_before : NULL) && c->after == (slots ? w->markov_after : NULL) &&
+           c->markov <= US_ENGINE_MARKOV,
        "its Markov head is not the drafter's");
-  WANT(c->number == index + (c->draft ? 0 : us_schedule_draft_selects(f->s)) &&
-           c->number < f->s->rank.selects && f->s->rank.selects <= US_ENGINE_SELECTS,
-       "its candidates' place is not its own");
-  WANT(c->last == (index + 1 == selects), "it takes another SELECT for the last");
+  WANT(c->number == op->row_tile + (c->draft ? 0 : places), "its candidates' place is not its own");
+  WANT(f->s->rank.selects == places + f->s->row_tiles && f->s->rank.selects <= US_ENGINE_SELECTS,
+       "there are %u places for candidates", f->s->rank.selects);
+  WANT(c->last == (slots ? slots == 1 : op->row_tile + 1 == f->s->row_tiles),
+       "it takes another SELECT for the last");
   return US_OK;
 }
 

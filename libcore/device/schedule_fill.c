@@ -272,12 +272,11 @@ static void fill_context(const struct fill *f) {
 
 /* ---- ends of a pass ---------------------------------------------------------------------------------------------- */
 
-/* `slot`: with a Markov head, which one of all sequences; the anchors' is 0. */
-static void fill_select(const struct fill *f, uint32_t slot) {
+static void fill_select(const struct fill *f) {
   const struct us_device_schedule *s = f->s;
-  bool draft = f->op->program == US_ENGINE_PASS_DRAFT, chained = draft && us_schedule_markov(s);
-  uint32_t row = chained ? slot : f->op->row_tile * US_ENGINE_ROWS, step = chained ? s->options.block : 1,
-           rows = s->row_tiles * US_ENGINE_ROWS, drafts = us_schedule_draft_selects(s);
+  bool draft = f->op->program == US_ENGINE_PASS_DRAFT;
+  uint32_t slots = draft ? us_schedule_slots(s) : 0, row = slots ? 1 : f->op->row_tile * US_ENGINE_ROWS,
+           step = slots ? s->options.block : 1;
   f->op->select = (struct us_engine_select){
       .logits = (draft ? f->b->draft_logits : f->b->logits) + (size_t)row * s->logits_stride,
       .stride = step * s->logits_stride,
@@ -286,13 +285,14 @@ static void fill_select(const struct fill *f, uint32_t slot) {
       .vocab = f->w->shape.vocab,
       .row = row,
       .step = step,
-      .rows = chained ? rows : row + US_ENGINE_ROWS,
-      .number = !draft ? drafts + f->op->row_tile : chained ? slot - 1 : f->op->row_tile,
-      .before = chained ? f->w->markov_before : NULL,
-      .after = chained ? f->w->markov_after : NULL,
-      .markov = chained ? us_schedule_markov(s) : 0,
+      .rows = slots ? s->row_tiles * US_ENGINE_ROWS : row + US_ENGINE_ROWS,
+      .number = f->op->row_tile + (draft ? 0 : us_schedule_draft_places(s)),
+      .slots = slots,
+      .before = slots ? f->w->markov_before : NULL,
+      .after = slots ? f->w->markov_after : NULL,
+      .markov = slots ? f->w->draft_shape.markov : 0,
       .draft = draft,
-      .last = draft ? (chained ? slot : f->op->row_tile + 1) == drafts : f->op->row_tile + 1 == s->row_tiles};
+      .last = slots ? slots == 1 : f->op->row_tile + 1 == s->row_tiles};
 }
 
 static void fill_accept(const struct fill *f) {
@@ -328,7 +328,7 @@ enum us_status us_schedule_fill(const struct us_device_schedule *s, struct us_en
     fill_context(&f);
     break;
   case US_ENGINE_SELECT:
-    fill_select(&f, slot);
+    fill_select(&f);
     break;
   default: /* ACCEPT */
     fill_accept(&f);

@@ -90,16 +90,14 @@ static inline bool us_schedule_drafts(const struct us_device_schedule *s) {
   return s->options.drafter;
 }
 
-/* Rank of the drafter's Markov head, whose slots are chosen one after the other; 0: none, or no slots, and all rows of a tile are chosen
- * at once. */
-static inline uint32_t us_schedule_markov(const struct us_device_schedule *s) {
-  return s->options.drafter && s->options.block > 1 ? s->weights->draft_shape.markov : 0;
+/* Slots that the drafter's one SELECT chooses one after the other, if it has a Markov head; 0: all rows of a tile are chosen at once. */
+static inline uint32_t us_schedule_slots(const struct us_device_schedule *s) {
+  return s->options.drafter && s->weights->draft_shape.markov ? s->options.block - 1 : 0;
 }
 
-/* SELECT operations of the drafter's pass: one a slot, or one a row tile. The target's, one a row tile, are numbered after them. */
-static inline uint32_t us_schedule_draft_selects(const struct us_device_schedule *s) {
-  if (!s->options.drafter) return 0;
-  return us_schedule_markov(s) ? s->options.block - 1 : s->row_tiles;
+/* Places that the drafter's SELECTs take in their buffer; the target's, one a row tile, come after them. */
+static inline uint32_t us_schedule_draft_places(const struct us_device_schedule *s) {
+  return !s->options.drafter ? 0 : us_schedule_slots(s) ? us_schedule_slots(s) : s->row_tiles;
 }
 
 /* Geometry of a kind, or NULL where the model has no such layer. */

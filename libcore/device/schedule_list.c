@@ -31,7 +31,6 @@ struct list {
   uint32_t capacity, tiles;
   struct known known, *at; /* now; (ops) when an operation begins */
   uint32_t exchanges, shift;
-  uint32_t slot; /* of a Markov head's next SELECT */
   enum us_status status;
   struct us_err *err;
 };
@@ -68,7 +67,7 @@ static struct us_engine_op *add_tiles(struct list *list, enum us_engine_kind kin
                               .row_tiles = tiles,
                               .wait = US_ENGINE_NONE,
                               .shift = list->shift};
-  list->status = us_schedule_fill(list->s, op, unit ? unit->slot : list->slot, list->err);
+  list->status = us_schedule_fill(list->s, op, unit ? unit->slot : 0, list->err);
   if (list->status != US_OK && op->layer != US_LAYER_NONE) us_err_prefix(list->err, "layer %u", op->layer);
   if (list->status != US_OK) return NULL;
   list->s->op_count++;
@@ -136,7 +135,8 @@ static void wait_for_tokens(struct list *list, struct us_engine_op *op) {
   const struct us_device_schedule *s = list->s;
   uint32_t selects = s->selects[US_ENGINE_PASS_DRAFT];
   bool drafted = list->pass == US_ENGINE_PASS_TARGET && selects;
-  bool last = s->options.adaptive || us_schedule_markov(s); /* it decides which rows there are, or has every sequence's last slot */
+  bool last = s->options.adaptive ||
+              us_schedule_slots(s); /* it decides which rows there are, or chooses for all of them */
   uint32_t tile = last ? selects - 1 : op->row_tile + op->row_tiles - 1;
   wait_for(list, op, drafted ? (int64_t)s->end[US_ENGINE_PASS_DRAFT] - selects + tile : AFTER_ROUND);
 }
@@ -236,15 +236,11 @@ static void add_ends(struct list *list, enum us_engine_kind kind) {
   }
 }
 
-/* With a Markov head the slots of all sequences are chosen one after the other; the first waits for the logits of all rows. */
+/* With a Markov head one operation chooses for all row tiles. */
 static void add_slots(struct list *list) {
-  uint32_t before = list->last[list->units->count - 1][list->tiles - 1];
-  for (list->slot = 1; list->slot < list->s->options.block; list->slot++) {
-    struct us_engine_op *op = add(list, US_ENGINE_SELECT, NULL, list->slot / US_ENGINE_ROWS);
-    if (!op) return;
-    wait_for(list, op, before);
-    before = list->s->op_count - 1;
-  }
+  uint32_t product = list->last[list->units->count - 1][list->tiles - 1];
+  struct us_engine_op *op = add(list, US_ENGINE_SELECT, NULL, 0);
+  if (op) wait_for(list, op, product);
 }
 
 static void add_accept(struct list *list) {
@@ -271,15 +267,14 @@ static void add_units(struct list *list) {
   uint32_t exchanges = list->exchanges;
   for (uint32_t i = 0; i < list->units->count; i++) add_unit(list, &list->units->unit[i]);
   if (list->pass == US_ENGINE_PASS_TARGET) s->head_end = s->op_count;
-  if (list->pass == US_ENGINE_PASS_DRAFT && us_schedule_markov(s))
+  bool slots = list->pass == US_ENGINE_PASS_DRAFT && us_schedule_slots(s);
+  if (slots)
     add_slots(list);
   else
     add_ends(list, list->pass == US_ENGINE_PASS_CONTEXT ? US_ENGINE_CONTEXT : US_ENGINE_SELECT);
   if (list->pass == US_ENGINE_PASS_TARGET) add_accept(list);
   s->exchanges[list->pass] = list->exchanges - exchanges;
-  s->selects[list->pass] = list->pass == US_ENGINE_PASS_CONTEXT ? 0
-                           : list->pass == US_ENGINE_PASS_DRAFT ? us_schedule_draft_selects(s)
-                                                                : list->tiles;
+  s->selects[list->pass] = list->pass == US_ENGINE_PASS_CONTEXT ? 0 : slots ? 1 : list->tiles;
 }
 
 static void add_pass(struct list *list, const struct us_program *program) {

@@ -331,32 +331,22 @@ static enum us_status touch_rows(struct us_schedule_order *o, int64_t x) {
   return write_state(o, x, op->select.draft ? TOKENS + US_ENGINE_PASS_TARGET : DRAWN, row, US_ENGINE_ROWS);
 }
 
-/* A row of a Markov head's SELECT: the token of the slot before stands, and its logits, to which it adds, are as the head made them. */
-static enum us_status touch_slot_row(struct us_schedule_order *o, int64_t x, uint32_t r, int64_t *ret_writer) {
-  const struct us_engine_select *s = &us_schedule_op(o, x)->select;
-  uint32_t row = us_engine_select_row(s, r);
-  enum state before = row % s->step == 1 ? TOKENS + US_ENGINE_PASS_DRAFT : TOKENS + US_ENGINE_PASS_TARGET;
-  struct access a = {.x = x,
-                     .view = &o->start[x],
-                     .range = us_schedule_range(s->logits + (size_t)r * s->stride,
-                                                (uint64_t)o->s->logits_stride * sizeof(float))};
-  enum us_status status = read_state(o, x, &o->start[x], PLACES + US_ENGINE_PASS_DRAFT, row, 1);
-  if (status == US_OK) status = read_state(o, x, &o->start[x], before, row - 1, 1);
-  if (status == US_OK) status = us_schedule_read(o, &a, true, ret_writer);
-  if (status == US_OK && (*ret_writer < 0 || us_schedule_op(o, *ret_writer)->kind != US_ENGINE_GEMM))
-    return us_schedule_order_wrong(o, x, "adds to logits that are not the head's");
-  if (status == US_OK) status = us_schedule_write(o, &a);
-  return status == US_OK ? write_state(o, x, TOKENS + US_ENGINE_PASS_TARGET, row, 1) : status;
-}
-
-static enum us_status touch_slot(struct us_schedule_order *o, int64_t x) {
-  const struct us_engine_select *s = &us_schedule_op(o, x)->select;
-  uint32_t *source = o->source + x % o->n * US_ENGINE_GATHERED;
-  enum us_status status = US_OK;
-  for (uint32_t r = 0; status == US_OK && r < US_ENGINE_ROWS && us_engine_select_row(s, r) != US_ENGINE_NONE; r++) {
+/* A Markov head's SELECT: to the logits of all rows, as the head's product made them, it adds what the tokens before give. */
+static enum us_status touch_slots(struct us_schedule_order *o, int64_t x) {
+  uint32_t rows = o->s->row_tiles * US_ENGINE_ROWS, *source = o->source + x % o->n * US_ENGINE_GATHERED;
+  enum us_status status = read_state(o, x, &o->start[x], TOKENS + US_ENGINE_PASS_DRAFT, 0, rows);
+  if (status == US_OK) status = read_state(o, x, &o->start[x], PLACES + US_ENGINE_PASS_DRAFT, 0, rows);
+  for (uint32_t t = 0; status == US_OK && t < o->s->row_tiles; t++) {
+    struct access a = {
+        .x = x, .view = &o->start[x], .range = us_schedule_input(o->s, us_schedule_op(o, x), t)};
     int64_t writer = -1;
-    status = touch_slot_row(o, x, r, &writer);
-    if (r == 0) *source = writer < 0 ? US_ENGINE_NONE : (uint32_t)(writer % o->n);
+    status = us_schedule_read(o, &a, false, &writer);
+    if (status == US_OK && (writer < 0 || us_schedule_op(o, writer)->task_op != US_TASK_HEAD))
+      return us_schedule_order_wrong(o, x, "adds to logits that are not the head's");
+    if (t == 0) *source = (uint32_t)(writer % o->n);
+    if (status == US_OK) status = us_schedule_write(o, &a);
+    if (status == US_OK)
+      status = write_state(o, x, TOKENS + US_ENGINE_PASS_TARGET, t * US_ENGINE_ROWS, US_ENGINE_ROWS);
   }
   return status;
 }
@@ -367,21 +357,21 @@ static enum us_status touch_select(struct us_schedule_order *o, int64_t x) {
   if (x >= o->n && o->start[x].peers < x - (int64_t)o->n)
     return us_schedule_order_wrong(
         o, x, "sends candidates where a rank may still look for those of the round before");
-  enum us_status status = op->select.markov ? touch_slot(o, x) : touch_rows(o, x);
-  bool cuts = op->select.draft && o->s->options.adaptive && op->select.last;
+  enum us_status status = op->select.slots ? touch_slots(o, x) : touch_rows(o, x);
+  bool cuts = op->select.draft && o->s->options.adaptive && (op->select.last || op->select.slots);
   for (; cuts && status == US_OK && row < o->s->row_tiles * US_ENGINE_ROWS; row += US_ENGINE_ROWS)
     status = write_state(o, x, PLACES + US_ENGINE_PASS_TARGET, row, US_ENGINE_ROWS);
   return status;
 }
 
-/* Logits of all rows of a pass; of a drafter with a Markov head, as its slots left them. */
+/* Logits of all rows of a pass. */
 static enum us_status read_logits(struct us_schedule_order *o, int64_t x, const float *logits) {
   uint64_t tile = us_schedule_row_bytes(o->s->logits_stride);
   enum us_status status = US_OK;
   for (uint32_t t = 0; logits && status == US_OK && t < o->s->row_tiles; t++) {
     struct access a = {
         .x = x, .view = &o->start[x], .range = us_schedule_range((const uint8_t *)logits + t * tile, tile)};
-    status = us_schedule_read(o, &a, us_schedule_markov(o->s) != 0, NULL);
+    status = us_schedule_read(o, &a, false, NULL);
   }
   return status;
 }

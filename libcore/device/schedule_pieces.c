@@ -147,10 +147,9 @@ struct us_schedule_range us_schedule_input(const struct us_device_schedule *s, c
     return us_schedule_range(op->context.kv,
                              us_schedule_row_bytes((uint64_t)op->context.layers * op->context.G *
                                                    (op->context.Q + op->context.V)));
-  case US_ENGINE_SELECT: /* with a Markov head: of the first of its rows, which lie apart */
-    return us_schedule_range(op->select.logits,
-                             op->select.markov ? (uint64_t)s->logits_stride * sizeof(float)
-                                               : us_schedule_row_bytes(op->select.stride));
+  case US_ENGINE_SELECT: /* with a Markov head: of the pass */
+    return piece_of(op->select.slots ? s->draft_logits : op->select.logits,
+                    us_schedule_row_bytes(s->logits_stride), piece, us_schedule_row_bytes(s->logits_stride));
   default:
     return us_schedule_range(NULL, 0);
   }

@@ -256,8 +256,8 @@ static enum us_status load_markov(struct loader *l) {
   const struct us_markov *markov = l->options->opt_markov;
   uint64_t row = p->weights->draft_shape.markov * sizeof(uint16_t);
   if (!row) return US_OK;
-  if (!markov || markov->after.cols * sizeof(uint16_t) != row || markov->after.rows != p->weights->shape.vocab ||
-      markov->after.format != US_FORMAT_BF16)
+  if (!markov || markov->after.cols * sizeof(uint16_t) != row ||
+      markov->after.rows != p->weights->shape.vocab || markov->after.format != US_FORMAT_BF16)
     return us_err_set(l->err, US_ERR_USAGE, "a drafter with a Markov head needs its tables in bf16");
   p->weights->markov_before = (uint16_t *)(void *)(l->arena + p->markov_before);
   p->weights->markov_after = (uint16_t *)(void *)(l->arena + p->markov_after);

@@ -63,7 +63,8 @@ struct us_device_weights {
   struct us_device_matrix draft_kv;   /* all drafter layers' [K heads | V heads] of this rank: one product */
   struct us_device_matrix draft_head; /* rows and ids as head's; no rows: drafts go through the target's */
   float *draft_k_norms;               /* (layers, Q) */
-  uint16_t *markov_before, *markov_after; /* of a Markov head: bf16 (N, rank) whole, (head.rows, rank) of this rank's ids */
+  uint16_t *markov_before,
+      *markov_after; /* of a Markov head: bf16 (N, rank) whole, (head.rows, rank) of this rank's ids */
   float *draft_hidden_norm, *draft_final_norm, *mask_embedding; /* (D) */
   struct us_shape shape;
   struct us_draft_shape draft_shape; /* layers 0: no drafter */
@@ -71,8 +72,8 @@ struct us_device_weights {
 };
 
 struct us_device_weights_options {
-  int device;                                                 /* CUDA device */
-  uint32_t rank, ranks;                                       /* 1, 2, 4, 8 */
+  int device;                         /* CUDA device */
+  uint32_t rank, ranks;               /* 1, 2, 4, 8 */
   const struct us_markov *opt_markov; /* the tables, in bf16, of a drafter that has such a head */
   void (*progress)(void *arg, uint64_t done, uint64_t total); /* bytes; may be NULL */
   void *arg;

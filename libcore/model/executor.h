@@ -73,9 +73,9 @@ struct us_draft_pass {
   uint32_t position; /* p, the anchor's */
   uint32_t block;    /* B, at most the drafter's block */
   float *logits;     /* (B-1, N): row j-1 predicts the token at p+j */
-  const struct us_draft_draw
-      *opt_draw; /* with a Markov head, whose slots depend on the token of the slot before; NULL: the likeliest */
-  float *hidden;     /* (B, D) final normed hidden rows; NULL if not wanted */
+  const struct us_draft_draw *
+      opt_draw; /* with a Markov head, whose slots depend on the token of the slot before; NULL: the likeliest */
+  float *hidden; /* (B, D) final normed hidden rows; NULL if not wanted */
 };
 
 /* A sequence in resident rounds. */

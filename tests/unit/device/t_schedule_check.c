@@ -95,10 +95,10 @@ static const struct field of_context[] = {
     FIELD(context.V, 2),          FIELD(context.rotary, 2),     FIELD(context.eps, 1),
     FIELD(context.page_count, 1), FIELD(context.value_scale, 1)};
 static const struct field of_select[] = {
-    FIELD(select.logits, 64), FIELD(select.stride, 1), FIELD(select.count, 1), FIELD(select.first, 1),
+    FIELD(select.logits, 64), FIELD(select.stride, 1), FIELD(select.count, 1),  FIELD(select.first, 1),
     FIELD(select.vocab, 1),   FIELD(select.row, 1),    FIELD(select.step, 1),   FIELD(select.rows, 1),
-    FIELD(select.number, 1),  FIELD(select.before, 2), FIELD(select.after, 2),  FIELD(select.markov, 32),
-    FIELD(select.draft, 1),   FIELD(select.last, 1)};
+    FIELD(select.number, 1),  FIELD(select.slots, 1),  FIELD(select.before, 2), FIELD(select.after, 2),
+    FIELD(select.markov, 32), FIELD(select.draft, 1),  FIELD(select.last, 1)};
 static const struct field of_accept[] = {FIELD(accept.vocab, 1),   FIELD(accept.tiles, 1),
                                          FIELD(accept.logits, 64), FIELD(accept.opt_draft_logits, 64),
                                          FIELD(accept.stride, 1),  FIELD(accept.count, 1),
@@ -153,8 +153,8 @@ static const struct {
   bool adaptive;
   uint32_t inner;  /* of experts, on two ranks: from 256 on pages have four groups */
   uint32_t markov; /* rank of the drafter's Markov head: its slots are chosen one after the other */
-} broken[] = {{1, 8, false, 256, 0},  {2, 8, false, 128, 0}, {1, 16, false, 256, 0},  {1, 16, true, 128, 0},
-              {2, 8, false, 256, 0},  {2, 8, false, 128, 32}, {1, 16, true, 128, 32}};
+} broken[] = {{1, 8, false, 256, 0}, {2, 8, false, 128, 0},  {1, 16, false, 256, 0}, {1, 16, true, 128, 0},
+              {2, 8, false, 256, 0}, {2, 8, false, 128, 32}, {1, 16, true, 128, 32}};
 
 static struct fixture to_break(int i) {
   struct fixture f = tiny();
