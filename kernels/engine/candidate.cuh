@@ -92,6 +92,17 @@ struct us_engine_piece {
   uint32_t first, past, begin, end;
 };
 
+/* This block's piece of the share, in quads of 4 ids. */
+static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engine_block *b,
+                                                            const struct us_engine_select *s,
+                                                            const float *logits) {
+  struct us_engine_piece piece = {logits, s->first, s->first + s->count, 0, 0};
+  uint32_t from = s->first / 4, quads = (s->first + s->count + 3) / 4 - from;
+  piece.begin = from + (uint32_t)((uint64_t)quads * b->index / b->blocks);
+  piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
+  return piece;
+}
+
 /* The four logits of quad q; NaN, which never wins, for ids that are not there. */
 static __device__ __forceinline__ void us_engine_quad(const struct us_engine_piece *piece, uint32_t q,
                                                       float x[4]) {
@@ -107,18 +118,16 @@ static __device__ __forceinline__ void us_engine_quad(const struct us_engine_pie
                                                                 : us_float_from_bits(0x7fc00000u);
 }
 
-/* Candidates of this SELECT in a rank's buffer: (ranks, blocks, 8), then 8 of the mailbox, or of a Markov head's slot the tokens that
- * filtered rows drew. */
-static __device__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
-                                                const struct us_engine_select *s, uint32_t rank) {
-  uint64_t bytes = us_engine_candidate_bytes(b->rank->ranks, b->blocks);
-  return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES + s->number * bytes;
+/* Candidates in a rank's buffer: (ranks, blocks, 8) of place `number`, then 8 of the mailbox, or of a Markov head's slot the tokens that
+ * filtered rows drew. What they carry differs from what the place held before. */
+static __device__ __forceinline__ uint8_t *us_engine_candidates(const struct us_engine_block *b,
+                                                                uint32_t number, uint32_t rank) {
+  return (uint8_t *)b->rank->select[rank] + US_ENGINE_HOP_BYTES +
+         number * us_engine_candidate_bytes(b->rank->ranks, b->blocks);
 }
-
-/* What this SELECT's data carry: differs from what its places held before. */
-static __device__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
-                                                 const struct us_engine_select *s) {
-  return b->rank->state->round * US_ENGINE_SELECTS + s->number + 1;
+static __device__ __forceinline__ uint32_t us_engine_select_flag(const struct us_engine_block *b,
+                                                                 uint32_t number) {
+  return b->rank->state->round * US_ENGINE_SELECTS + number + 1;
 }
 
 static __device__ __forceinline__ bool us_engine_finite(float max) {

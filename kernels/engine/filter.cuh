@@ -66,13 +66,13 @@ static __device__ __forceinline__ struct us_noise us_engine_noise_of(const struc
 static __device__ __forceinline__ uint8_t *us_engine_drawn_place(const struct us_engine_block *b,
                                                                  const struct us_engine_select *select,
                                                                  uint32_t r) {
-  return us_engine_candidates(b, select, b->rank->rank) + b->rank->ranks * b->blocks * 128 + r * 16;
+  return us_engine_candidates(b, select->number, b->rank->rank) + b->rank->ranks * b->blocks * 128 + r * 16;
 }
 static __device__ int32_t us_engine_drawn_token(const struct us_engine_block *b,
                                                 const struct us_engine_select *select, uint32_t r) {
   struct us_engine_pair pair[US_ENGINE_BATCH];
   us_engine_await_pairs(b, us_engine_drawn_place(b, select, r), 0, 1,
-                        (uint64_t)us_engine_select_flag(b, select) << 32, 0xffffffffull << 32, pair);
+                        (uint64_t)us_engine_select_flag(b, select->number) << 32, 0xffffffffull << 32, pair);
   return (int32_t)(uint32_t)pair[0].low;
 }
 

@@ -45,9 +45,11 @@ struct us_engine_select_shared {
   uint32_t digit, inside;            /* US_ENGINE_NONE: nothing reaches the target; tokens with that digit */
   uint32_t key, last;                /* a cut */
   uint32_t counts[US_ENGINE_COMPUTE_WARPS];
-  uint64_t sums[US_ENGINE_ROWS];                         /* of this block: the drafter's masses */
-  struct us_engine_select slot;                          /* a Markov head's slot */
-  int32_t token[US_ENGINE_ROWS];                         /* before it */
+  uint64_t sums[US_ENGINE_ROWS]; /* of this block: the drafter's masses */
+  uint64_t best_key[US_ENGINE_COMPUTE_WARPS][US_ENGINE_ROWS],
+      half[US_ENGINE_COMPUTE_WARPS]; /* of a Markov head's slot (slots.cuh) */
+  struct us_engine_select slot;      /* the slot itself, where rows need more than their best score */
+  int32_t token[US_ENGINE_ROWS];     /* before it */
   uint32_t before[US_ENGINE_ROWS][US_ENGINE_MARKOV / 2]; /* and the head's rows of those, bf16 */
 };
 static_assert(sizeof(struct us_engine_select_shared) <= US_ENGINE_VECTOR_BYTES, "scratch of SELECT");

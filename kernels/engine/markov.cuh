@@ -22,6 +22,7 @@ static __device__ int32_t us_engine_anchor(const struct us_engine_block *b, cons
 static __device__ void us_engine_fetch_before(const struct us_engine_select *s, uint32_t wanted) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
   const uint32_t words = s->markov / 2;
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < US_ENGINE_ROWS * words; i += US_ENGINE_COMPUTE)
     if (wanted >> i / words & 1)
       shared->before[i / words][i % words] =
@@ -31,6 +32,7 @@ static __device__ void us_engine_fetch_before(const struct us_engine_select *s, 
 /* us_linear's dot product (kernels/linear/linear.h) of an id's row of `after` with a row of `before`: 16 lanes, 32 columns a group. */
 static __device__ float us_engine_markov_dot(const uint4 *after, const uint32_t *before, uint32_t groups) {
   float lane[16] = {0.0f};
+#pragma unroll 1
   for (uint32_t g = 0; g < groups; g++)
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
@@ -59,6 +61,7 @@ static __device__ void us_engine_add_markov(const struct us_engine_block *b, con
   us_engine_meet();
   for (uint32_t id = max(4 * piece.begin, piece.first) + threadIdx.x; id < past; id += US_ENGINE_COMPUTE) {
     const uint4 *after = (const uint4 *)(s->after + (size_t)(id - s->first) * s->markov);
+#pragma unroll 1
     for (uint32_t r = 0; r < US_ENGINE_ROWS; r++) {
       if (!(wanted >> r & 1)) continue;
       float *logit = s->logits + (size_t)r * s->stride + (id - s->first);

@@ -12,7 +12,7 @@
 #define US_KERNELS_ENGINE_SELECT_CUH
 
 #include "kernels/engine/filter.cuh"
-#include "kernels/engine/markov.cuh"
+#include "kernels/engine/slots.cuh"
 #include "kernels/engine/sums.cuh"
 
 /* What one of the eight rows wants. */
@@ -42,17 +42,6 @@ static __device__ struct us_engine_draw us_engine_draw_of(const struct us_engine
   draw.inv_temperature = 1.0f / sampling.temperature;
   draw.noise = us_engine_noise_of(q, &row, s->draft);
   return draw;
-}
-
-/* This block's piece of the share, in quads of 4 ids. */
-static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engine_block *b,
-                                                            const struct us_engine_select *s,
-                                                            const float *logits) {
-  struct us_engine_piece piece = {logits, s->first, s->first + s->count, 0, 0};
-  uint32_t from = s->first / 4, quads = (s->first + s->count + 3) / 4 - from;
-  piece.begin = from + (uint32_t)((uint64_t)quads * b->index / b->blocks);
-  piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
-  return piece;
 }
 
 /* ---- candidates ---------------------------------------------------------------------------------------------------------- */
@@ -103,10 +92,10 @@ static __device__ void us_engine_send(const struct us_engine_block *b, const str
   struct us_engine_best o = best[2 * r];
   us_engine_best_add(&o, best[2 * r + 1]);
   struct us_engine_pair pair = {us_float_bits(o.score) | (uint64_t)o.id << 32,
-                                us_float_bits(o.max) | (uint64_t)us_engine_select_flag(b, s) << 32};
+                                us_float_bits(o.max) | (uint64_t)us_engine_select_flag(b, s->number) << 32};
   if (fenced) __threadfence_system();
   for (uint32_t to = threadIdx.x / US_ENGINE_ROWS; to < ranks; to += 32 / US_ENGINE_ROWS)
-    us_store_pair(us_engine_candidates(b, s, to) +
+    us_store_pair(us_engine_candidates(b, s->number, to) +
                       ((b->rank->rank * b->blocks + b->index) * US_ENGINE_ROWS + r) * 16,
                   pair);
 }
@@ -115,8 +104,8 @@ static __device__ void us_engine_send(const struct us_engine_block *b, const str
 static __device__ void us_engine_gather(const struct us_engine_block *b, const struct us_engine_select *s,
                                         uint32_t wanted, struct us_engine_select_shared *shared) {
   const uint32_t r = threadIdx.x % US_ENGINE_ROWS, n = b->rank->ranks * b->blocks,
-                 flag = us_engine_select_flag(b, s);
-  const uint8_t *from = us_engine_candidates(b, s, b->rank->rank) + r * 16;
+                 flag = us_engine_select_flag(b, s->number);
+  const uint8_t *from = us_engine_candidates(b, s->number, b->rank->rank) + r * 16;
   struct us_engine_best best = us_engine_best_none();
   for (uint32_t e = threadIdx.x / US_ENGINE_ROWS; e < n && wanted >> r & 1; e += 64 * US_ENGINE_BATCH) {
     struct us_engine_pair pair[US_ENGINE_BATCH];
@@ -151,17 +140,18 @@ static __device__ void us_engine_send_wishes(const struct us_engine_block *b,
                                              const struct us_engine_select *s, uint4 mail) {
   uint32_t room = US_ENGINE_EVENTS - (b->rank->state->events - mail.z);
   uint32_t park = mail.x || room < 2 * US_ENGINE_SEQUENCES;
-  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, s) << 32};
+  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, s->number)
+                                                                   << 32};
   for (uint32_t to = 0; to < b->rank->ranks; to++)
-    us_store_pair(us_engine_candidates(b, s, to) + b->rank->ranks * b->blocks * 128, pair);
+    us_store_pair(us_engine_candidates(b, s->number, to) + b->rank->ranks * b->blocks * 128, pair);
 }
 
 static __device__ void us_engine_take_wishes(const struct us_engine_block *b,
                                              const struct us_engine_select *s) {
   struct us_engine_pair pair[US_ENGINE_BATCH];
-  const uint8_t *from = us_engine_candidates(b, s, b->rank->rank) + b->rank->ranks * b->blocks * 128;
-  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, s) << 32, 0xffffffffull << 32,
-                        pair);
+  const uint8_t *from = us_engine_candidates(b, s->number, b->rank->rank) + b->rank->ranks * b->blocks * 128;
+  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, s->number) << 32,
+                        0xffffffffull << 32, pair);
   b->rank->state->park = (uint32_t)pair[0].low;
   b->rank->state->cancel = (uint32_t)(pair[0].low >> 32);
 }
@@ -272,7 +262,7 @@ static __device__ __forceinline__ void us_engine_choose(const struct us_engine_b
       us_engine_take(b, s, &shared->gathered[0][threadIdx.x], threadIdx.x);
   }
   if (FILTERS && us_engine_filters_here(b, filtered))
-    us_engine_filter_rows(b, s, filtered, us_engine_select_flag(b, s));
+    us_engine_filter_rows(b, s, filtered, us_engine_select_flag(b, s->number));
   if (sure) us_engine_be_sure(b, s);
 }
 
@@ -286,9 +276,9 @@ static __device__ int32_t us_engine_learn(const struct us_engine_block *b, const
   return best->max > -INFINITY ? (int32_t)best->id : 0;
 }
 
-/* A Markov head's slots, one after the other: every block learns each slot's tokens before it goes on to the next. */
+/* A Markov head's slots, one after the other, whatever their rows want: every block learns each slot's tokens before it goes on to the
+ * next. Where best scores decide, slots.cuh does the same with a tenth of the code. */
 namespace us_rare {
-template <bool FILTERS>
 static __device__ __noinline__ void us_engine_choose_slots(const struct us_engine_block *b,
                                                            const struct us_engine_select *op) {
   struct us_engine_select_shared *shared = us_engine_select_shared();
@@ -301,7 +291,7 @@ static __device__ __noinline__ void us_engine_choose_slots(const struct us_engin
     const uint32_t wanted = us_engine_wanted_rows(b, s);
     us_engine_add_markov(b, s, us_engine_piece_of(b, s, s->logits), wanted);
     us_engine_jitter(b);
-    us_engine_choose<FILTERS>(b, s, true, wanted, make_uint4(0, 0, 0, 0));
+    us_engine_choose<true>(b, s, true, wanted, make_uint4(0, 0, 0, 0));
     if (r < US_ENGINE_ROWS) shared->token[r] = us_engine_learn(b, s, r);
     us_engine_meet(); /* all are done with this slot */
     if (r == 0) s->row++, s->number++, s->logits += op->stride / op->step, s->last = slot + 1 == op->slots;
@@ -318,8 +308,10 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
   uint4 mail = us_engine_is_mailman(b, s) ? us_load_system16(b->rank->mailbox) : make_uint4(0, 0, 0, 0);
   us_engine_wait_done(b, op->wait);
   us_engine_drain(b);
-  if (s->slots)
-    us_engine_choose_slots<FILTERS>(b, s);
+  if (s->slots && FILTERS)
+    us_engine_choose_slots(b, s);
+  else if (s->slots)
+    us_engine_choose_best_slots(b, s);
   else
     us_engine_choose<FILTERS>(b, s, false, 255, mail);
   us_engine_finish(b);
