@@ -32,9 +32,8 @@
   US_OPT_INT("mask-id", 0, "ID", "token id that stands for a mask; -1: the vocabulary's last", .def = "-1", \
              .min = -1), \
   US_OPT_INT("markov", 0, "R", \
-             "rank of what a slot gets of the token drafted before it; the slots are then drafted one " \
-             "after the other, on a " \
-             "CPU; 0: nothing", \
+             "rank of what a slot's logits get of the token drafted before it; the slots are then chosen one " \
+             "after the other; 0: nothing", \
              .def = "0", .max = 4096), \
   US_OPT_FLAG("fixed-mask", 0, "do not train the mask vector"), \
   US_OPT_ENUM("format", 0, "same|bf16|fp8|mxfp4", \
