@@ -46,7 +46,7 @@ qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --acr
   --schedule quadratic --beta2 0.99 --warmup 0.03 --floor 0
   --probe-every 500 --log-every 25 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --anchors 64 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256
-  --heads 4 --kv-heads 2 --head-dim 64 --inner 384 --taps 2,5,8 --format mxfp4 --head mxfp4 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
+  --heads 4 --kv-heads 2 --head-dim 64 --inner 384 --taps 1,3,5 --format mxfp4 --head mxfp4 --lr 0.004 --log-every 25 ${US_DRAFT_OPTIONS:-}"
 
 # The rest of the text, and the prompts to answer, while the GPU is at the first stretch.
 prepare() {

@@ -38,7 +38,7 @@ struct tiles {
   struct us_row *context_rows;
   size_t context_capacity;
   struct us_kv_spec spec, draft_spec;
-  struct us_markov *markov; /* NULL: the drafter has no such head */
+  struct us_markov *markov;  /* NULL: the drafter has no such head */
   struct us_forward forward; /* of what it adds */
 };
 
@@ -327,8 +327,7 @@ static enum us_status draft(struct us_executor *executor, const struct us_draft_
     return us_err_set(err, US_ERR_USAGE, "anchor token %d is outside the vocabulary of %u", pass->anchor,
                       executor->model->shape.vocab);
   status = us_forward_check_kv(pass->kv, &tiles->draft_spec, err);
-  if (status == US_OK)
-    status = prepare(tiles, US_PROGRAM_DRAFT, pass->block, !pass->logits, &program, err);
+  if (status == US_OK) status = prepare(tiles, US_PROGRAM_DRAFT, pass->block, !pass->logits, &program, err);
   if (status != US_OK) return status;
   for (uint32_t j = 0; j < pass->block; j++)
     tiles->draft_rows[j] =
