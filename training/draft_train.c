@@ -226,8 +226,8 @@ static void run_layer(struct us_draft_train *train, uint32_t l) {
   us_seq_add(train->seq, rows * D, saved->middle, s->branch, s->residual[l + 1]);
 }
 
-/* The Markov head: what each normed row gets of the token before it. An anchor's row, which predicts nothing, gets no token and
- * so nothing, forward or backward: decoding leaves it alone. */
+/* The Markov head: what each normed row gets of the token before it, whose row of the head's table is rounded as decoding has it. An
+ * anchor's row, which predicts nothing, gets no token and so nothing, forward or backward: decoding leaves it alone. */
 static void add_previous(struct us_draft_train *train) {
   struct us_draft_train_state *s = train->state;
   const struct us_draft_blocks *blocks = train->blocks;
@@ -239,6 +239,7 @@ static void add_previous(struct us_draft_train *train) {
   us_embed_seq(train->seq, s->previous, rows, D, train->embed, s->before);
   us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = rank, .K = D}, s->before,
                 s->roles.markov_in->compute, s->inner);
+  if (train->seq->rounding == US_SEQ_ROUND_BF16) us_bf16_round_all(s->inner, rows * rank, s->inner);
   us_linear_seq(train->seq, &(struct us_linear){.R = rows, .N = D, .K = rank}, s->inner,
                 s->roles.markov_out->compute, s->branch);
   us_seq_add(train->seq, rows * D, train->hidden, s->branch, train->hidden);

@@ -14,9 +14,9 @@
 
 #include "kernels/engine/markov.cuh"
 
-/* Ascending with the score, then descending with the id; 0, the least, for NaN. */
+/* Ascending with the score, then descending with the id; zeros of either sign are alike; 0, the least, for NaN. */
 static __device__ __forceinline__ uint64_t us_engine_score_key(float score, uint32_t id) {
-  const uint32_t bits = us_float_bits(score), order = bits >> 31 ? ~bits : bits | 0x80000000u;
+  const uint32_t bits = us_float_bits(score + 0.0f), order = bits >> 31 ? ~bits : bits | 0x80000000u;
   return score == score ? (uint64_t)order << 32 | (uint32_t)~id : 0;
 }
 /* The id; 0 where no score is above -Inf. */

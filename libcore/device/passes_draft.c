@@ -116,8 +116,8 @@ static enum us_status check_block(const struct us_cuda *cuda, const struct us_dr
 
 /* With a Markov head the pass chooses the slots' tokens: the likeliest, or as its draw says, which may take the kernel that filters:
  * that is chosen by what active sequences want. */
-static void begin_sequence(struct us_engine_sequence *s, const struct us_draft_pass *pass) {
-  const struct us_draft_draw *draw = pass->opt_draw;
+static void begin_sequence(struct us_engine_sequence *s, const struct us_draft_pass *pass,
+                           const struct us_draft_draw *draw) {
   s->active = draw != NULL;
   s->drafts = pass->block - 1, s->position = pass->position;
   s->replay = NULL;
@@ -139,7 +139,7 @@ enum us_status us_cuda_draft(struct us_executor *executor, const struct us_draft
   for (uint32_t j = 0; j < pass->block; j++)
     group->state.draft[j] = (struct us_engine_row){
         .token = j ? US_ENGINE_MASK : pass->anchor, .position = pass->position + j, .slot = j};
-  begin_sequence(&group->state.sequence[0], pass);
+  begin_sequence(&group->state.sequence[0], pass, executor->draft->shape.markov ? pass->opt_draw : NULL);
   status = us_cuda_run(cuda, group, US_ENGINE_PASS_DRAFT, pass->logits != NULL, err);
   group->state.sequence[0].active = 0;
   size_t N = cuda->base.model->shape.vocab;

@@ -19,7 +19,7 @@
 
 #define SKIPPED 77
 
-static bool any_failed;
+__attribute__((weak)) bool any_failed; /* one for all parts of a program */
 
 static inline void record(const char *name, const char *check, uint64_t checked, uint64_t bad,
                           const char *note) {
