@@ -328,6 +328,15 @@ def plan_shape(s):
         add_draft(s, "window", "--window", window, window=str(window))
 
 
+def plan_together(s):
+    """Do the gains of single options add up?"""
+    for layers in (None, 5):
+        for taps in (None, *s.a.taps):
+            if layers or taps:
+                add_draft(s, "together", "--markov", 64, *(("--layers", layers) if layers else ()), *(("--taps", taps) if taps else ()),
+                          markov="64", layers=str(layers or ""), taps=taps or "")
+
+
 # -- speed --
 
 
@@ -370,7 +379,7 @@ def plan_cpu(s):
 # -- the plan --
 
 PLAN = [("speed", plan_speed), ("speed", plan_verify), ("speed", plan_cpu), ("precision", plan_precision), ("qat", plan_rules),
-        ("qat", plan_sweep), ("drafter", plan_optimizer), ("drafter", plan_seeds), ("drafter", plan_text), ("drafter", plan_shape),
+        ("qat", plan_sweep), ("drafter", plan_optimizer), ("drafter", plan_seeds), ("drafter", plan_text), ("drafter", plan_shape), ("drafter", plan_together),
         ("drafter", plan_block), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[:3])), ("qat", plan_qat_rest),
         ("qat", lambda s: plan_qat_long(s, s.a.more_steps[3:], s.a.alone_steps)), ("precision", plan_exact)]
 

@@ -2,7 +2,7 @@
 # reproduce.sh: the tables of docs/results.md, from an unquantized model. Usage: data/recipes/reproduce.sh [options]
 #
 # Precision by module family; MXFP4 by scale rule, weights, rate, loss, optimizer, batch, schedule and steps, with a control; the drafter by
-# optimizer, rate, seed, text, target, loss, block, layers, taps and window; speed, rules of verification, adaptive length. TSV, PNG and
+# optimizer, rate, seed, text, target, loss, block, layers, taps, window, and some together; speed, rules of verification, adaptive length. TSV, PNG and
 # results.md in --out. Every step is cached by the hash of its command, its inputs' content and its tool's version: a run that was
 # stopped goes on where it was. No step takes more than eight minutes.
 #
