@@ -6,6 +6,7 @@
 #include "base/table.h"
 #include "model/checkpoint.h"
 #include "model/count.h"
+#include "model/markov.h"
 #include "model/precision.h"
 #include "plan/check.h"
 #include "plan/lower.h"
@@ -56,7 +57,8 @@ static void print_row(struct us_table *table, const char *family, const struct u
   us_table_int(table, (int64_t)row->scale_bytes);
 }
 
-/* The drafter's matrices, and all that it reads to draft: its own tensors and the head, whosever that is. */
+/* The drafter's matrices, and all that it reads to draft: its own tensors, the head, whosever that is, and the table of a Markov head,
+ * which is no tensor. */
 static void print_draft(struct us_table *table, const struct subject *s) {
   struct us_count_row all = s->draft_count.total;
   const struct us_count_row *head = &s->count.family[US_FAMILY_HEAD];
@@ -66,6 +68,12 @@ static void print_draft(struct us_table *table, const struct subject *s) {
   }
   for (int f = US_FAMILY_DRAFT; f <= US_FAMILY_DRAFT_HEAD; f++)
     if (s->draft_count.family[f].tensors) print_row(table, us_family_name(f), &s->draft_count.family[f]);
+  if (s->draft.markov) {
+    struct us_count_row made = {.parameters = (uint64_t)s->draft.markov * s->shape.vocab,
+                                .bytes = us_markov_bytes(&s->draft, s->shape.vocab)};
+    print_row(table, "draft.markov", &made);
+    all.parameters += made.parameters, all.bytes += made.bytes;
+  }
   print_row(table, "drafter with head", &all);
 }
 

@@ -21,6 +21,11 @@ struct us_markov {
   struct us_matrix before, after; /* (N, R) each: bf16, or f32 where nothing is rounded (US_ROUND_NONE) */
 };
 
+/* Bytes of the table that slots read, `after` in bf16; 0 without a Markov head. Of `before` they read a row each. */
+static inline uint64_t us_markov_bytes(const struct us_draft_shape *draft, uint32_t vocab) {
+  return (uint64_t)draft->markov * vocab * sizeof(uint16_t);
+}
+
 /* The tables of a drafter whose shape.markov is not 0. US_ERR_MEMORY. Free with us_markov_free. */
 US_CHECKED enum us_status us_markov_create(const struct us_model *model, const struct us_draft *draft,
                                            enum us_rounding rounding, struct us_pool *pool,

@@ -1,6 +1,7 @@
 /* roofline.c: bytes and floor of a decode round. */
 #include "plan/roofline.h"
 
+#include "model/markov.h"
 #include "plan/lower.h"
 #include "plan/price.h"
 
@@ -24,7 +25,8 @@ static enum us_status price_target(const struct us_shape *shape, uint32_t rows, 
   return US_OK;
 }
 
-/* The block pass and the projection of the round's committed rows into context: k and v are read by both. */
+/* The block pass and the projection of the round's committed rows into context: k and v are read by both. What a Markov head's slots
+ * read is read from memory once. */
 static enum us_status price_draft(const struct us_draft_shape *draft, const struct us_shape *target,
                                   uint32_t rows, struct us_roofline *r, struct us_err *err) {
   struct us_price price;
@@ -40,7 +42,7 @@ static enum us_status price_draft(const struct us_draft_shape *draft, const stru
   if (status != US_OK) return status;
   us_program_price(program, 0, &price);
   us_program_free(program);
-  r->draft += price.total;
+  r->draft += price.total + (double)us_markov_bytes(draft, target->vocab);
   r->total += r->draft + r->draft_head;
   return US_OK;
 }

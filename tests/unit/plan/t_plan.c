@@ -327,6 +327,24 @@ START_TEST(a_drafters_own_head_is_priced_by_its_format) {
 }
 END_TEST
 
+START_TEST(a_markov_heads_table_is_read_once_a_round) {
+  struct us_shape target = pro_shape();
+  struct us_draft_shape draft = {.layers = 1,
+                                 .hidden = target.hidden,
+                                 .vocab = target.vocab,
+                                 .inner = 512,
+                                 .attention = attention(8, 4, 64),
+                                 .block = 8,
+                                 .taps = 1};
+  struct us_roofline without, with;
+  ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &without, NULL), US_OK);
+  draft.markov = 64;
+  ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &with, NULL), US_OK);
+  ck_assert_double_eq_tol(with.draft - without.draft, 128.0 * target.vocab, 1);
+  ck_assert_double_eq_tol(with.total - without.total, 128.0 * target.vocab, 1);
+}
+END_TEST
+
 START_TEST(a_shape_that_cannot_be_shared_is_a_usage_error) {
   struct us_shape shape = small_shape();
   struct us_program *program;
@@ -354,6 +372,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, tiles_share_out_the_bytes_exactly);
   tcase_add_test(c, the_price_of_mimo_pro_is_the_published_roofline);
   tcase_add_test(c, a_drafters_own_head_is_priced_by_its_format);
+  tcase_add_test(c, a_markov_heads_table_is_read_once_a_round);
   tcase_add_test(c, a_shape_that_cannot_be_shared_is_a_usage_error);
   return us_suite("plan", c);
 }
