@@ -306,15 +306,19 @@ START_TEST(the_price_of_mimo_pro_is_the_published_roofline) {
 }
 END_TEST
 
-START_TEST(a_drafters_own_head_is_priced_by_its_format) {
-  struct us_shape target = pro_shape();
-  struct us_draft_shape draft = {.layers = 1,
-                                 .hidden = target.hidden,
-                                 .vocab = target.vocab,
+static struct us_draft_shape draft_of(const struct us_shape *target) {
+  return (struct us_draft_shape){.layers = 1,
+                                 .hidden = target->hidden,
+                                 .vocab = target->vocab,
                                  .inner = 512,
                                  .attention = attention(8, 4, 64),
                                  .block = 8,
                                  .taps = 1};
+}
+
+START_TEST(a_drafters_own_head_is_priced_by_its_format) {
+  struct us_shape target = pro_shape();
+  struct us_draft_shape draft = draft_of(&target);
   struct us_roofline shared, own;
   double parameters = (double)target.vocab * target.hidden;
   ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &shared, NULL), US_OK);
@@ -329,13 +333,7 @@ END_TEST
 
 START_TEST(a_markov_heads_table_is_read_once_a_round) {
   struct us_shape target = pro_shape();
-  struct us_draft_shape draft = {.layers = 1,
-                                 .hidden = target.hidden,
-                                 .vocab = target.vocab,
-                                 .inner = 512,
-                                 .attention = attention(8, 4, 64),
-                                 .block = 8,
-                                 .taps = 1};
+  struct us_draft_shape draft = draft_of(&target);
   struct us_roofline without, with;
   ck_assert_int_eq(us_roofline_of_shape(&target, &draft, 8, &without, NULL), US_OK);
   draft.markov = 64;
