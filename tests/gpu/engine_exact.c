@@ -185,12 +185,13 @@ static uint64_t differing_logprobs(const struct us_result *a, const struct us_re
   return bad;
 }
 
-static void check_rules(const struct models *m, uint32_t ranks) {
+static void check_rules(const struct models *m, uint32_t gpus, uint32_t ranks) {
   static const float rates[] = {0.7f};
-  struct us_executor *ex = open_cuda(m, &(struct us_executor_cuda_options){.ranks = ranks});
+  struct us_executor *ex = open_cuda(m, &(struct us_executor_cuda_options){.gpus = gpus, .ranks = ranks});
   char name[64], note[160];
   uint64_t bad = 0, bad_logprobs = 0, bad_rows = 0, runs = 0, accepted = 0, rounds = 0;
-  snprintf(name, sizeof name, "%s, %u rank%s", m->name, ranks, ranks > 1 ? "s" : "");
+  snprintf(name, sizeof name, "%s, %u rank%s on %u GPU%s", m->name, ranks, ranks > 1 ? "s" : "", gpus,
+           gpus > 1 ? "s" : "");
   for (uint32_t t = 0; t < 9; t++, runs++) {
     struct us_result plain[REQUESTS], own[REQUESTS], resident[REQUESTS];
     struct us_generate_stats a, b;
@@ -513,7 +514,7 @@ static void run_model(int argc, char **argv, const struct models *m) {
   if (asked(argc, argv, "ends")) check_interrupt(m, ex);
   ex->ops->free(ex);
   uint32_t most = m->model->shape.hidden >= 256 ? 4 : 1; /* pico's heads are two */
-  for (uint32_t ranks = most; asked(argc, argv, "rules") && ranks; ranks /= 2) check_rules(m, ranks);
+  for (uint32_t ranks = most; asked(argc, argv, "rules") && ranks; ranks /= 2) check_rules(m, 1, ranks);
 }
 
 /* Drafters that read a head of their own: their proposals differ, the tokens do not. */
@@ -540,14 +541,14 @@ static void run_markov(void) {
   check_blocks(&m, ex);
   check_samples(&m, ex);
   ex->ops->free(ex);
-  for (uint32_t ranks = 4; ranks; ranks /= 2) check_rules(&m, ranks);
+  for (uint32_t ranks = 4; ranks; ranks /= 2) check_rules(&m, 1, ranks);
   close_models(&m);
   m = open_markov("short, Markov head", shorten);
   check_rounds(&m, 1, 2);
   close_models(&m);
 }
 
-/* A rank a GPU: every accept length, blocks and batches, and very many rounds under delays. */
+/* A rank a GPU: every accept length, blocks and batches, very many rounds under delays, and a Markov head by every rule. */
 static void run_gpus(uint32_t gpus) {
   struct models m = open_random("wide", widen);
   struct us_executor *ex = open_cuda(&m, &(struct us_executor_cuda_options){.gpus = gpus, .ranks = gpus});
@@ -557,6 +558,9 @@ static void run_gpus(uint32_t gpus) {
   close_models(&m);
   m = open_random("short", shorten);
   check_rounds(&m, gpus, gpus);
+  close_models(&m);
+  m = open_markov("wide, Markov head", widen);
+  check_rules(&m, gpus, gpus);
   close_models(&m);
 }
 

@@ -595,6 +595,9 @@ int main(int argc, char **argv) {
     run_case(&m, gpus, gpus, false);
     if (gpus < MAX_RANKS) run_case(&m, gpus, 2 * gpus, false);
     close_models(&m);
+    m = open_markov("wide, Markov head", widen);
+    run_case(&m, gpus, gpus, false);
+    close_models(&m);
   }
   if (asked(argc, argv, "heads")) run_heads();
   if (asked(argc, argv, "markov")) run_markov();
