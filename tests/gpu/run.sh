@@ -23,10 +23,11 @@ device() { # nvcc with the options of the top-level meson.build
     -Xcompiler=-Wall,-Wextra,-Wno-unused-parameter,-ffp-contract=off -I"$root/libcore" -I"$root" -I"$root/tests/gpu" "$@" >&2
 }
 
-# Every device source of kernels/, and what of the CPU's toolkit their tests compare with, as one archive.
+# Every device source of kernels/, the ceiling that figures are fractions of, and what of the CPU's toolkit their tests compare with, as one
+# archive. links.py reads both lists.
 library() {
   rm -f "$build/kernels.a"
-  for source in "$root"/kernels/*/*.cu; do
+  for source in "$root"/kernels/*/*.cu "$root"/libcore/device/ceiling.cu; do
     device -c "$source" -o "$build/$(basename "$source").o" &
   done
   for source in base/err base/pool formats/bf16 formats/fp8 formats/matrix formats/mxfp4 ../kernels/cpu/isa \
