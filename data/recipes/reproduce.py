@@ -379,8 +379,8 @@ def plan_cpu(s):
 # -- the plan --
 
 PLAN = [("speed", plan_speed), ("speed", plan_verify), ("speed", plan_cpu), ("precision", plan_precision), ("qat", plan_rules),
-        ("qat", plan_sweep), ("drafter", plan_optimizer), ("drafter", plan_seeds), ("drafter", plan_text), ("drafter", plan_shape), ("drafter", plan_together),
-        ("drafter", plan_block), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[:3])), ("qat", plan_qat_rest),
+        ("qat", plan_sweep), ("drafter", plan_optimizer), ("drafter", plan_seeds), ("drafter", plan_text), ("drafter", plan_shape),
+        ("drafter", plan_together), ("drafter", plan_block), ("qat", lambda s: plan_qat_long(s, s.a.more_steps[:3])), ("qat", plan_qat_rest),
         ("qat", lambda s: plan_qat_long(s, s.a.more_steps[3:], s.a.alone_steps)), ("precision", plan_exact)]
 
 # -- the page --

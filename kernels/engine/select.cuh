@@ -277,7 +277,7 @@ static __device__ int32_t us_engine_learn(const struct us_engine_block *b, const
 }
 
 /* A Markov head's slots, one after the other, whatever their rows want: every block learns each slot's tokens before it goes on to the
- * next. Where best scores decide, slots.cuh does the same with a tenth of the code. */
+ * next. Where best scores decide, slots.cuh does the same with a third of the code. */
 namespace us_rare {
 static __device__ __noinline__ void us_engine_choose_slots(const struct us_engine_block *b,
                                                            const struct us_engine_select *op) {

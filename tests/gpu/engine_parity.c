@@ -553,8 +553,7 @@ static void run_heads(void) {
   }
 }
 
-/* A drafter with a Markov head: its slots follow one another on the GPU as on the CPU; and drawn from its law, other drafts but the
- * same tokens. */
+/* A drafter with a Markov head: its slots follow one another on the GPU as on the CPU. Draws are engine_exact's part. */
 static void run_markov(void) {
   struct models m = open_markov("wide, Markov head", widen), plain = open_random("wide", widen);
   struct trace without = run_script(&plain, plain.cpu, NULL), with = run_script(&m, m.cpu, NULL);

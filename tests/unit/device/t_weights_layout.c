@@ -222,6 +222,31 @@ START_TEST(a_drafters_own_head_is_cut_as_the_targets_and_counted_apart) {
 }
 END_TEST
 
+/* Every rank has the table of the tokens before whole, and the rows of its own ids of the other. */
+START_TEST(a_markov_heads_tables_are_counted_and_too_large_a_rank_refused) {
+  struct us_shape shape = even_shape();
+  struct us_draft_shape draft = even_draft(&shape);
+  struct us_device_bytes without, with;
+  struct us_err err = {0};
+  shape.vocab = draft.vocab = 500;
+  for (uint32_t rank = 0; rank < 8; rank += 7) { /* 63 ids, and 59 */
+    struct us_device_weights_options options = {.rank = rank, .ranks = 8};
+    draft.markov = 0;
+    ck_assert_int_eq(us_device_weights_bytes(&shape, &draft, &options, &without, &err), US_OK);
+    draft.markov = 64;
+    ck_assert_int_eq(us_device_weights_bytes(&shape, &draft, &options, &with, &err), US_OK);
+    ck_assert_uint_eq(with.draft - without.draft,
+                      us_weights_align(500 * 128) + us_weights_align((rank ? 59 : 63) * 128));
+  }
+  shape.hidden = draft.hidden = 512; /* a rank is no larger */
+  draft.markov = US_ENGINE_MARKOV + 32;
+  ck_assert_int_eq(
+      us_device_weights_bytes(&shape, &draft, &(struct us_device_weights_options){.ranks = 8}, &with, &err),
+      US_ERR_USAGE);
+  ck_assert_msg(strstr(err.message, "rank 288; on the GPU 256 at most"), "%s", err.message);
+}
+END_TEST
+
 START_TEST(shapes_that_cannot_be_cut_say_which_size) {
   struct us_shape shape = load_shape("pico");
   expect_refused(
@@ -265,6 +290,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, pieces_cover_an_item_once);
   tcase_add_test(c, a_vocabulary_that_does_not_divide_ends_early);
   tcase_add_test(c, a_drafters_own_head_is_cut_as_the_targets_and_counted_apart);
+  tcase_add_test(c, a_markov_heads_tables_are_counted_and_too_large_a_rank_refused);
   tcase_add_test(c, shapes_that_cannot_be_cut_say_which_size);
   tcase_add_test(c, parts_of_different_formats_are_refused);
   return us_suite("weights_layout", c);
