@@ -98,8 +98,8 @@ static __device__ struct us_engine_piece us_engine_piece_of(const struct us_engi
                                                             const float *logits) {
   struct us_engine_piece piece = {logits, s->first, s->first + s->count, 0, 0};
   uint32_t from = s->first / 4, quads = (s->first + s->count + 3) / 4 - from;
-  piece.begin = from + (uint32_t)((uint64_t)quads * b->index / b->blocks);
-  piece.end = from + (uint32_t)((uint64_t)quads * (b->index + 1) / b->blocks);
+  piece.begin = from + quads * b->index / b->blocks; /* below 2^32: 2^20 quads at most */
+  piece.end = from + quads * (b->index + 1) / b->blocks;
   return piece;
 }
 

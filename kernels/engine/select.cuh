@@ -12,6 +12,7 @@
 #define US_KERNELS_ENGINE_SELECT_CUH
 
 #include "kernels/engine/filter.cuh"
+#include "kernels/engine/greedy.cuh"
 #include "kernels/engine/slots.cuh"
 #include "kernels/engine/sums.cuh"
 
@@ -125,35 +126,6 @@ static __device__ void us_engine_gather(const struct us_engine_block *b, const s
   if (threadIdx.x >= US_ENGINE_ROWS) return;
   for (uint32_t w = 1; w < US_ENGINE_COMPUTE_WARPS; w++)
     us_engine_best_add(&shared->gathered[0][r], shared->gathered[w][r]);
-}
-
-/* ---- the host's wishes --------------------------------------------------------------------------------------------------- */
-
-/* One thread of block 0 of rank 0: start to load them before anything else, PCIe takes its time. */
-static __device__ bool us_engine_is_mailman(const struct us_engine_block *b,
-                                            const struct us_engine_select *s) {
-  return b->rank->rank == 0 && b->index == 0 && !s->draft && threadIdx.x == US_ENGINE_COMPUTE - 1;
-}
-
-/* To every rank, whether to park and whom to cancel. A ring without room for this round and the next parks too. */
-static __device__ void us_engine_send_wishes(const struct us_engine_block *b,
-                                             const struct us_engine_select *s, uint4 mail) {
-  uint32_t room = US_ENGINE_EVENTS - (b->rank->state->events - mail.z);
-  uint32_t park = mail.x || room < 2 * US_ENGINE_SEQUENCES;
-  struct us_engine_pair pair = {park | (uint64_t)mail.y << 32, (uint64_t)us_engine_select_flag(b, s->number)
-                                                                   << 32};
-  for (uint32_t to = 0; to < b->rank->ranks; to++)
-    us_store_pair(us_engine_candidates(b, s->number, to) + b->rank->ranks * b->blocks * 128, pair);
-}
-
-static __device__ void us_engine_take_wishes(const struct us_engine_block *b,
-                                             const struct us_engine_select *s) {
-  struct us_engine_pair pair[US_ENGINE_BATCH];
-  const uint8_t *from = us_engine_candidates(b, s->number, b->rank->rank) + b->rank->ranks * b->blocks * 128;
-  us_engine_await_pairs(b, from, 0, 1, (uint64_t)us_engine_select_flag(b, s->number) << 32,
-                        0xffffffffull << 32, pair);
-  b->rank->state->park = (uint32_t)pair[0].low;
-  b->rank->state->cancel = (uint32_t)(pair[0].low >> 32);
 }
 
 /* ---- what a row gets --------------------------------------------------------------------------------------------------------- */
@@ -312,7 +284,7 @@ static __device__ void us_engine_select(const struct us_engine_block *b, const s
     us_engine_choose_slots(b, s);
   else if (s->slots)
     us_engine_choose_best_slots(b, s);
-  else
+  else if (FILTERS || !us_engine_choose_greedy(b, s, mail))
     us_engine_choose<FILTERS>(b, s, false, 255, mail);
   us_engine_finish(b);
 }

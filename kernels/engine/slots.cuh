@@ -3,8 +3,7 @@
  *     us_engine_choose_best_slots(b, s);          // SELECT of a list whose rows are simple (us_engine_is_simple)
  *
  * A slot is one hop: each block adds what the tokens before give to its piece of the logits, sends its best id of each row to every rank,
- * and takes the best of all blocks itself, so that no second hop tells it the token. Score and id travel as one number whose maximum is
- * the best score's lowest id.
+ * and takes the best of all blocks itself, so that no second hop tells it the token.
  *
  * Bound: latency. Store and load between blocks a microsecond and a half, the token's row of `before` another half, three barriers. A slot
  * that ran through what SELECT does for any row, some 50 KB of code that looks up five times what a row wants, took 16 us.
@@ -12,26 +11,8 @@
 #ifndef US_KERNELS_ENGINE_SLOTS_CUH
 #define US_KERNELS_ENGINE_SLOTS_CUH
 
+#include "kernels/engine/keys.cuh"
 #include "kernels/engine/markov.cuh"
-
-/* Ascending with the score, then descending with the id; zeros of either sign are alike; 0, the least, for NaN. */
-static __device__ __forceinline__ uint64_t us_engine_score_key(float score, uint32_t id) {
-  const uint32_t bits = us_float_bits(score + 0.0f), order = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return score == score ? (uint64_t)order << 32 | (uint32_t)~id : 0;
-}
-/* The id; 0 where no score is above -Inf. */
-static __device__ __forceinline__ int32_t us_engine_key_token(uint64_t key) {
-  const uint32_t least = ~us_float_bits(-INFINITY);
-  return (uint32_t)(key >> 32) > least ? (int32_t) ~(uint32_t)key : 0;
-}
-
-static __device__ __forceinline__ uint64_t us_engine_best_key(uint64_t key) {
-  for (int lanes = 16; lanes; lanes /= 2) {
-    const uint64_t other = __shfl_xor_sync(0xffffffffu, key, lanes);
-    key = other > key ? other : key;
-  }
-  return key;
-}
 
 /* Rows of the slot that the drafter proposes for, as bits. */
 static __device__ __forceinline__ uint32_t us_engine_proposing(const struct us_engine_block *b,
@@ -64,43 +45,6 @@ static __device__ __forceinline__ void us_engine_add_and_scan(const struct us_en
   if (threadIdx.x % 32 == 0) shared->best_key[threadIdx.x / 32][r] = best;
 }
 
-/* Warp 0: the block's best keys to every rank, four lanes a row. */
-static __device__ __forceinline__ void us_engine_send_keys(const struct us_engine_block *b, uint32_t number) {
-  const uint32_t r = threadIdx.x % US_ENGINE_ROWS, part = threadIdx.x / US_ENGINE_ROWS;
-  uint64_t key = 0;
-#pragma unroll 1
-  for (uint32_t w = part; w < US_ENGINE_COMPUTE_WARPS; w += 4)
-    key = max(key, us_engine_select_shared()->best_key[w][r]);
-  key = max(key, __shfl_xor_sync(0xffffffffu, key, 8));
-  key = max(key, __shfl_xor_sync(0xffffffffu, key, 16));
-  const struct us_engine_pair pair = {key, (uint64_t)us_engine_select_flag(b, number) << 32};
-#pragma unroll 1
-  for (uint32_t to = part; to < b->rank->ranks; to += 4)
-    us_store_pair(us_engine_candidates(b, number, to) +
-                      ((b->rank->rank * b->blocks + b->index) * US_ENGINE_ROWS + r) * 16,
-                  pair);
-}
-
-/* Two warps a row: the best key of all blocks of all ranks, each warp's half. */
-static __device__ __forceinline__ void us_engine_gather_keys(const struct us_engine_block *b, uint32_t number,
-                                                             uint32_t wanted) {
-  const uint32_t r = threadIdx.x / 64, n = b->rank->ranks * b->blocks;
-  const uint8_t *from = us_engine_candidates(b, number, b->rank->rank) + r * 16;
-  uint64_t best = 0;
-  if (!(wanted >> r & 1)) return;
-#pragma unroll 1
-  for (uint32_t e = threadIdx.x % 64; e < n; e += 64 * US_ENGINE_BATCH) {
-    struct us_engine_pair pair[US_ENGINE_BATCH];
-    us_engine_await_pairs(b, from + e * 128, 64 * 128, (n - e + 63) / 64,
-                          (uint64_t)us_engine_select_flag(b, number) << 32, 0xffffffffull << 32, pair);
-#pragma unroll
-    for (uint32_t i = 0; i < US_ENGINE_BATCH; i++)
-      if (e + 64 * i < n) best = max(best, pair[i].low);
-  }
-  best = us_engine_best_key(best);
-  if (threadIdx.x % 32 == 0) us_engine_select_shared()->half[threadIdx.x / 32] = best;
-}
-
 /* Thread r: the row's token stands before the next slot; block 0 proposes it. */
 static __device__ __forceinline__ void us_engine_propose(const struct us_engine_block *b,
                                                          const struct us_engine_select *s, uint32_t slot,
@@ -108,7 +52,7 @@ static __device__ __forceinline__ void us_engine_propose(const struct us_engine_
   struct us_engine_select_shared *shared = us_engine_select_shared();
   struct us_engine_state *state = b->rank->state;
   const uint32_t at = s->row + r * s->step + slot - 1;
-  const int32_t token = us_engine_key_token(max(shared->half[2 * r], shared->half[2 * r + 1]));
+  const int32_t token = us_engine_key_token(us_engine_gathered_key(r));
   shared->token[r] = token;
   if (b->index == 0) state->proposal[at] = state->target[at].token = token;
 }

@@ -21,7 +21,10 @@ static const uint32_t places[][2] = {{1, 132}, {1, 16}, {1, 5}, {2, 66}, {2, 8},
 enum { TILES = 2, ROWS = TILES * 8, BLOCK = 2 };
 enum logit_kind { NORMAL, TIES, EQUAL, BROKEN, LOGIT_KINDS };
 
-static const struct us_sampling samplings[2][US_ENGINE_SEQUENCES] = {
+/* What the sequences want: some draw, some are filtered; all are; the likeliest token; draws that nothing filters. */
+enum { SETS = 4, LIKELIEST = 2 };
+static const char *const set_names[SETS] = {"mixed", "filtered", "greedy", "unfiltered"};
+static const struct us_sampling samplings[SETS][US_ENGINE_SEQUENCES] = {
     {{0.0f, 0, 0.0f, 0.0f},
      {1.0f, 0, 1.0f, 0.0f},
      {0.7f, 0, 0.0f, 0.0f},
@@ -38,6 +41,22 @@ static const struct us_sampling samplings[2][US_ENGINE_SEQUENCES] = {
      {1e6f, 300, 0.99f, 0.999f},
      {0.001f, 2, 0.3f, 0.0f},
      {1.0f, 511, 0.0f, 1.0f}},
+    {{0.0f, 0, 0.0f, 0.0f},
+     {0.0f, 5, 0.5f, 0.1f},
+     {0.0f, 0, 1.0f, 0.0f},
+     {0.0f, 1, 0.0f, 0.0f},
+     {0.0f, 0, 0.0f, 0.5f},
+     {0.0f, 0, 0.0f, 0.0f},
+     {0.0f, 300, 0.99f, 0.999f},
+     {0.0f, 0, 0.0f, 0.0f}},
+    {{0.0f, 0, 0.0f, 0.0f},
+     {1.0f, 0, 1.0f, 0.0f},
+     {0.7f, 0, 0.0f, 0.0f},
+     {0.001f, 0, 0.0f, 0.0f},
+     {1e6f, 0, 0.0f, 0.0f},
+     {0.0f, 5, 0.5f, 0.1f},
+     {3.0f, 0, 0.0f, 0.0f},
+     {0.0f, 0, 0.0f, 0.0f}},
 };
 
 static float gaussian(uint32_t a, uint32_t b) {
@@ -105,7 +124,7 @@ static void compare_rows(struct round_lab *lab, bool draft, const int32_t *expec
 }
 
 static void select_case(uint32_t N, enum logit_kind kind, const float *logits, const uint32_t place[2],
-                        const int32_t expected[2][ROWS]) {
+                        const int32_t expected[SETS][ROWS]) {
   struct round_lab lab;
   struct us_engine_op ops[LAB_MAX_OPS];
   struct us_engine_state state;
@@ -114,20 +133,20 @@ static void select_case(uint32_t N, enum logit_kind kind, const float *logits, c
   lab_logits(&lab, logits);
   uint32_t count = lab_selects(&lab, false, TILES, ops);
   ops[count] = lab_accept(&lab, count - 1);
-  for (uint32_t set = 0; set < 2; set++) {
+  for (uint32_t set = 0; set < SETS; set++) {
     make_rows(set, &state);
     state.round = 100 * set;
     lab_push(&lab, &state);
     lab_run(&lab, ops, count + 1, 4, LAB_KEEP_ON | (place[1] % 2 ? LAB_JITTER : 0));
-    snprintf(what, sizeof what, "select: %s, vocabulary %u, logits %d, ranks %u, blocks %u",
-             set ? "filtered" : "unfiltered", N, kind, place[0], place[1]);
+    snprintf(what, sizeof what, "select: %s, vocabulary %u, logits %d, ranks %u, blocks %u", set_names[set],
+             N, kind, place[0], place[1]);
     compare_rows(&lab, false, expected[set], what);
   }
   lab_close(&lab);
 }
 
 /* The drafter's: anchors and replayed rows are left alone, and a proposal is the target row's token. */
-static void draft_case(uint32_t N, const float *logits, const uint32_t place[2]) {
+static void draft_case(uint32_t N, const float *logits, uint32_t set, const uint32_t place[2]) {
   struct round_lab lab;
   struct us_engine_op ops[LAB_MAX_OPS];
   struct us_engine_state state;
@@ -136,7 +155,7 @@ static void draft_case(uint32_t N, const float *logits, const uint32_t place[2])
   lab_logits(&lab, logits);
   uint32_t count = lab_selects(&lab, true, TILES, ops);
   ops[count] = lab_accept(&lab, count - 1);
-  make_rows(1, &state);
+  make_rows(set, &state);
   state.sequence[3].replay = &state.proposal[0]; /* any */
   for (uint32_t row = 0; row < ROWS; row++) {
     bool drafted = state.draft[row].slot && state.draft[row].sequence != 3;
@@ -161,8 +180,8 @@ static void test_select(void) {
     std::vector<float> logits((size_t)ROWS * N);
     for (int kind = NORMAL; kind < LOGIT_KINDS; kind++) {
       make_logits((enum logit_kind)kind, N, logits.data());
-      int32_t expected[2][ROWS];
-      for (uint32_t set = 0; set < 2; set++) {
+      int32_t expected[SETS][ROWS];
+      for (uint32_t set = 0; set < SETS; set++) {
         struct us_engine_state state;
         make_rows(set, &state);
         for (uint32_t row = 0; row < ROWS; row++)
@@ -170,7 +189,8 @@ static void test_select(void) {
       }
       for (const uint32_t *place : places)
         select_case(N, (enum logit_kind)kind, logits.data(), place, expected);
-      draft_case(N, logits.data(), places[kind + 2]);
+      draft_case(N, logits.data(), 1, places[kind + 2]);
+      draft_case(N, logits.data(), LIKELIEST, places[kind + 2]);
     }
   }
 }

@@ -108,6 +108,9 @@ void lab_logits(struct round_lab *lab, const float *logits) {
 }
 
 void lab_push(struct round_lab *lab, const struct us_engine_state *state) {
+  lab->launch.unfiltered = !state->adaptive;
+  for (const struct us_engine_sequence &s : state->sequence)
+    lab->launch.unfiltered &= us_engine_is_simple(&s, lab->N);
   for (uint32_t r = 0; r < lab->ranks; r++)
     US_CUDA(cudaMemcpy(lab->launch.rank[r].state, state, sizeof *state, cudaMemcpyHostToDevice));
 }
