@@ -60,9 +60,10 @@ static __device__ void fetch_op(const struct us_engine_launch *launch, uint32_t 
 static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
     attention_kernel(const __grid_constant__ struct us_engine_launch launch, uint64_t delay_ns) {
   struct us_engine_block *b = make_view(&launch);
-  bool streams = threadIdx.x == US_ENGINE_COMPUTE, plans = threadIdx.x >= US_ENGINE_PLANNER;
-  if (threadIdx.x > US_ENGINE_COMPUTE && !plans) return;
-  if (!streams && !plans) {
+  bool streams = threadIdx.x == US_ENGINE_COMPUTE, plans = threadIdx.x >= US_ENGINE_PLANNER,
+       passes = threadIdx.x >= US_ENGINE_EPILOGUE && !plans, computes = threadIdx.x < US_ENGINE_COMPUTE;
+  if (!computes && !streams && !passes && !plans) return;
+  if (computes) {
     fetch_op(&launch, 0, false), fetch_op(&launch, 1, false);
     asm volatile("cp.async.wait_all;" ::: "memory");
     us_engine_meet();
@@ -70,7 +71,7 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
   for (uint32_t round = 0, n = 0; round < launch.rounds; round++)
     for (uint32_t i = launch.first; i < launch.last; i++, n++) {
       const struct us_engine_op *op = launch.rank[0].ops + i;
-      if (!streams && !plans) {
+      if (computes) {
         if (threadIdx.x == 0) us_attention_enter(b, n);
         op = &us_engine_shared_of(NULL)->op[n % US_ENGINE_FETCHED];
         fetch_op(&launch, n + 2, true);
@@ -82,6 +83,10 @@ static __global__ void __launch_bounds__(US_ENGINE_THREADS, 1)
         continue;
       }
       __syncwarp();
+      if (passes) { /* the planning warp waits for them to hear of it */
+        if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_pass(b, op);
+        continue;
+      }
       if (plans) {
         bool projects = i > launch.first && op[-1].kind == US_ENGINE_ROUTE;
         if (op->kind == US_ENGINE_ATTENTION) us_engine_attention_ahead(op, projects ? n - 1 : n, n);

@@ -8,7 +8,8 @@
 
 #define POOL_BYTES ((size_t)256 << 20) /* of all layers, at least */
 #define PROJECTION 5000                /* ns that the fake projection takes: less than any real one */
-#define HBM        4.62e12             /* bytes a second, measured (docs/perf.md) */
+#define BLOCKS     132
+#define HBM        4.62e12 /* bytes a second, measured (docs/perf.md) */
 
 struct chain {
   std::vector<struct us_engine_op> ops;
@@ -74,11 +75,12 @@ static void state(struct chain *c, const struct attention_shape *s, struct atten
 static double chain_us(struct chain *c, unsigned pairs) {
   struct us_engine_rank *rank = &c->launch.rank[0];
   rank->ops = put(c, c->ops), rank->done = (uint32_t *)take(c, c->ops.size() * 4, 0);
+  rank->stuck = (struct us_engine_stuck *)take(c, BLOCKS * US_ENGINE_ROLES * sizeof *rank->stuck, 0);
   c->launch.ranks = 1, c->launch.last = (uint32_t)c->ops.size(), c->launch.rounds = 1,
   c->launch.timeout_ns = us_gpu_timeout(1000000000);
   return lab_median_us([&]() {
            cudaError_t status = cudaMemsetAsync(rank->done, 0, c->ops.size() * 4);
-           attention_launch_engine(&c->launch, 132, PROJECTION);
+           attention_launch_engine(&c->launch, BLOCKS, PROJECTION);
            return status;
          }) /
          pairs;
