@@ -1,10 +1,10 @@
 """Make prompts from training text, for a model to answer what its drafter is trained on.
 Usage: make_prompts.py --text DIR... --out FILE [--count N] [--prompts PATH]...
 
-Of documented functions the head with its docstring, of questions the question as a chat turn, of chats the beginning up to a user's turn, of
-dialogues the beginning up to where the assistant speaks or to where one ends, of other text a beginning. Files are told apart by the
-folders that nano_text.py and derive_text.py make. Prompts that share 13 words with a set in --prompts are left out, as us-data does
-with documents. The order is a shuffle by hash.
+Of documented functions the head with its docstring, of questions the question as a chat turn, of chats the beginning up to a user's turn,
+of dialogues the beginning up to where the assistant speaks or to where one ends, or a few turns out of the middle, of other text a
+beginning. Files are told apart by the folders that nano_text.py and derive_text.py make. Prompts that share 13 words with a set in
+--prompts are left out, as us-data does with documents. Each prompt once; the order is a shuffle by hash.
 """
 import argparse
 import hashlib
@@ -14,10 +14,13 @@ import pathlib
 import re
 import unicodedata
 
-SHARES = {"coding": 0.35, "math": 0.25, "agent": 0.2, "chat": 0.1, "text": 0.1}
+SHARES = {"coding": 0.22, "math": 0.17, "agent": 0.25, "recorded": 0.2, "chat": 0.11, "text": 0.05}
 FOLDERS = {"functions": "coding", "math": "math", "agent": "agent", "words": "text", "chat": "chat", "prose": "text", "code": "text"}
+DIALOGUES = {"agent", "recorded"}
 WINDOW = 13
-CUTS = 6  # prompts of a record of many dialogues
+RECORDED = re.compile(r"(variant-)?lines")  # files of dialogues that people had, among those that templates made
+CUTS = 24  # prompts of a dialogue, or of a record of many
+EXCERPT = range(100, 1500)  # characters of a few turns
 
 
 def words_of(text):
@@ -47,11 +50,21 @@ def number(text):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
+def excerpt(text, draw):
+    """A few turns from where a user speaks to where the assistant does: what went before is missing, and the model has to make it up."""
+    users = [m.start() for m in re.finditer(r"(?m)^user:", text)]
+    begin = users[draw % len(users)] if users else 0
+    ends = [m.start() for m in re.finditer(r"(?m)^assistant:", text[begin:begin + EXCERPT.stop]) if m.start() in EXCERPT]
+    return {"prompt": text[begin:begin + ends[draw // 7 % len(ends)]] + "assistant:"} if users and ends else None
+
+
 def dialogue_prompt(text, draw):
-    """Up to where the assistant speaks, or up to the end of a dialogue, whichever `draw` says."""
+    """Up to where the assistant speaks, up to the end of a dialogue, or an excerpt, whichever `draw` says."""
     starts = [m.start() for m in re.finditer(r"(?m)^assistant:", text) if m.start() < MOST]
     ends = [m.end() for m in re.finditer(r"###STOP###|\ntool: Transfer successful", text) if m.end() < MOST]
-    found = ends if ends and draw % 5 < 3 else starts
+    if draw % 5 < 2:
+        return excerpt(text, draw // 5)
+    found = ends if ends and draw % 5 < 4 else starts
     return {"prompt": text[:found[draw // 5 % len(found)]]} if found else None
 
 
@@ -66,7 +79,7 @@ def prompt_of(kind, row, draw):
     if "messages" in row:
         turns = [i for i, m in enumerate(row["messages"]) if m["role"] == "user"]
         return {"messages": row["messages"][:turns[draw % len(turns)] + 1]} if kind == "chat" and turns else None
-    if kind == "agent" and text:
+    if kind in DIALOGUES and text:
         return dialogue_prompt(text, draw)
     if kind == "math" and text and "\n" in text:
         return {"prompt": text[:text.index("\n") + 1]}
@@ -76,12 +89,17 @@ def prompt_of(kind, row, draw):
     return None
 
 
+def kind_of(path):
+    kind = FOLDERS[path.parent.name]
+    return "recorded" if kind == "agent" and RECORDED.match(path.stem) else kind
+
+
 def candidates_of(path):
     """(key, kind, prompt) of a file's rows, those that share no words with KNOWN."""
-    kind, found = FOLDERS[path.parent.name], []
+    kind, found = kind_of(path), []
     for line in path.open():
         row = json.loads(line)
-        for cut in range(CUTS if kind == "agent" and len(line) > 1000 else 1):
+        for cut in range(CUTS if kind in DIALOGUES and len(line) > 1000 else 1):
             draw = number(f"{cut} {line}")
             prompt = prompt_of(kind, row, draw)
             if prompt and len(text_of(prompt)) <= MOST and windows_of(text_of(prompt)).isdisjoint(KNOWN):
@@ -100,14 +118,15 @@ def main():
     args = parser.parse_args()
     MOST = args.most
     KNOWN = known_windows(args.prompts)
-    left, rows = {kind: int(share * args.count) for kind, share in SHARES.items()}, []
+    left, rows, seen = {kind: int(share * args.count) for kind, share in SHARES.items()}, [], set()
     paths = [path for folder in args.text for path in sorted(folder.rglob("*.jsonl")) if path.parent.name in FOLDERS]
     with multiprocessing.get_context("fork").Pool() as pool:
         found = [c for part in pool.imap(candidates_of, paths) for c in part]
     for key, kind, prompt in sorted(found, key=lambda c: c[0]):
-        if left[kind]:
+        if left[kind] and text_of(prompt) not in seen:
             left[kind] -= 1
-            rows.append(dict(prompt, id=f"{kind}-{key:x}", scenario=kind))
+            seen.add(text_of(prompt))
+            rows.append(dict(prompt, id=f"{kind}-{key:x}", scenario="agent" if kind in DIALOGUES else kind))
     part = args.out.with_name(args.out.name + ".part")
     part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     part.rename(args.out)  # a file that is there is whole

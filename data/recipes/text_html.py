@@ -6,7 +6,7 @@ BLOCKS = {"p", "div", "section", "article", "table", "tr", "ul", "ol", "dl", "dt
           "blockquote", "hr"}
 DROPPED = {"script", "style", "nav", "header", "footer", "head", "form", "button", "svg", "noscript"}
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr"}
-ASIDE = re.compile(r"sidebar|navheader|navfooter|related|breadcrumb|footer|headerlink|toctree|menu|langs")
+ASIDE = re.compile(r"(?<!with)sidebar|navheader|navfooter|related|breadcrumb|footer|headerlink|toctree|menu|langs")
 WHOLE = {"html", "body", "main"}
 
 

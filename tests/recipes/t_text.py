@@ -74,8 +74,8 @@ def service_dialogues_call_tools_with_what_was_said():
 
 
 def pages_lose_navigation_and_keep_code():
-    page = ('<html><head><title>t</title></head><body><nav>home</nav><div class="sidebar">menu</div><h1>Head</h1><p>One\n two.</p>'
-            '<pre>a = 1\n  b</pre><ul><li><p>item</p></li></ul><script>x()</script></body></html>')
+    page = ('<html><head><title>t</title></head><body><nav>home</nav><div class="sidebar">menu</div><div class="withsidebar"><h1>Head</h1>'
+            '<p>One\n two.</p><pre>a = 1\n  b</pre><ul><li><p>item</p></li></ul></div><script>x()</script></body></html>')
     assert text_html.to_text(page) == "Head\n\nOne two.\n\na = 1\n  b\n\n- item\n", repr(text_html.to_text(page))
 
 
@@ -94,6 +94,21 @@ def prompts_that_overlap_with_a_set_are_left_out():
         assert "How many" in made and "thirteen" not in made
 
 
+def dialogues_give_beginnings_and_excerpts_each_once():
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "text" / "agent").mkdir(parents=True)
+        turns = [f"user: This is the question of number {i}, and it is long enough to be one by itself, without what went before it."
+                 f"\nassistant: The answer of number {i}.\n" for i in range(12)]
+        (folder / "text" / "agent" / "a.jsonl").write_text("".join(json.dumps({"text": "".join(turns)}) + "\n" for _ in range(20)))
+        subprocess.run([sys.executable, ROOT / "data/recipes/make_prompts.py", "--text", folder / "text", "--out", folder / "out.jsonl",
+                        "--count", "400"], check=True)
+        made = [json.loads(line)["prompt"] for line in (folder / "out.jsonl").read_text().splitlines()]
+        excerpts = [prompt for prompt in made if not prompt.startswith(turns[0][:50])]
+        assert len(set(made)) == len(made) and len(excerpts) < len(made), made
+        assert excerpts and all(e.startswith("user: ") and e.endswith("\nassistant:") and 100 < len(e) < 1520 for e in excerpts), excerpts
+
+
 def a_line_separator_inside_a_prompt_ends_no_line():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -101,7 +116,7 @@ def a_line_separator_inside_a_prompt_ends_no_line():
         (folder / "text" / "math" / "q.jsonl").write_text(json.dumps({"question": "How many is 1 and 1?", "answer": "2"}) + "\n")
         (folder / "set.jsonl").write_text(json.dumps({"id": "a", "prompt": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n\n")
         made = subprocess.run([sys.executable, ROOT / "data/recipes/make_prompts.py", "--text", folder / "text", "--out", folder / "out.jsonl",
-                               "--count", "4", "--prompts", folder / "set.jsonl"], capture_output=True, text=True)
+                               "--count", "8", "--prompts", folder / "set.jsonl"], capture_output=True, text=True)
         assert made.returncode == 0 and "How many" in (folder / "out.jsonl").read_text(), made.stderr[-200:]
 
 
