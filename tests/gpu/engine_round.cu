@@ -134,6 +134,7 @@ static void select_case(uint32_t N, enum logit_kind kind, const float *logits, c
   uint32_t count = lab_selects(&lab, false, TILES, ops);
   ops[count] = lab_accept(&lab, count - 1);
   for (uint32_t set = 0; set < SETS; set++) {
+    if (us_gpu_patience() && set >= LIKELIEST && kind != TIES) continue;
     make_rows(set, &state);
     state.round = 100 * set;
     lab_push(&lab, &state);
