@@ -1,5 +1,5 @@
 """Make prompts from training text, for a model to answer what its drafter is trained on.
-Usage: make_prompts.py --text DIR... --out FILE [--count N] [--prompts PATH]...
+Usage: make_prompts.py --text DIR... --out FILE [--count N] [--prompts PATH]... [--shares KIND=SHARE,...]
 
 Of documented functions the head with its docstring, of questions the question as a chat turn, of chats the beginning up to a user's turn,
 of dialogues the beginning up to where the assistant speaks or to where one ends, or a few turns out of the middle, of other text a
@@ -107,6 +107,14 @@ def candidates_of(path):
     return found
 
 
+def shares_of(text):
+    """SHARES, with those that `text` names in their place."""
+    given = {kind: float(share) for kind, share in (pair.split("=") for pair in text.split(","))} if text else {}
+    if not given.keys() <= SHARES.keys() or not all(0 <= share <= 1 for share in given.values()):
+        raise ValueError(text)
+    return SHARES | given
+
+
 def main():
     global KNOWN, MOST
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,10 +123,11 @@ def main():
     parser.add_argument("--count", type=int, default=10000)
     parser.add_argument("--prompts", type=pathlib.Path, action="append", default=[])
     parser.add_argument("--most", type=int, default=16000, help="characters of a prompt")
+    parser.add_argument("--shares", type=shares_of, default=SHARES, help="of the count, by kind: " + ", ".join(f"{k}={v}" for k, v in SHARES.items()))
     args = parser.parse_args()
     MOST = args.most
     KNOWN = known_windows(args.prompts)
-    left, rows, seen = {kind: int(share * args.count) for kind, share in SHARES.items()}, [], set()
+    left, rows, seen = {kind: int(share * args.count) for kind, share in args.shares.items()}, [], set()
     paths = [path for folder in args.text for path in sorted(folder.rglob("*.jsonl")) if path.parent.name in FOLDERS]
     with multiprocessing.get_context("fork").Pool() as pool:
         found = [c for part in pool.imap(candidates_of, paths) for c in part]

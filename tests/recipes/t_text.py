@@ -106,6 +106,12 @@ def dialogues_give_beginnings_and_excerpts_each_once():
         made = [json.loads(line)["prompt"] for line in (folder / "out.jsonl").read_text().splitlines()]
         excerpts = [prompt for prompt in made if not prompt.startswith(turns[0][:50])]
         assert len(set(made)) == len(made) and len(excerpts) < len(made), made
+        subprocess.run([sys.executable, ROOT / "data/recipes/make_prompts.py", "--text", folder / "text", "--out", folder / "few.jsonl",
+                        "--count", "400", "--shares", "agent=0.01"], check=True)
+        assert len((folder / "few.jsonl").read_text().splitlines()) == 4
+        wrong = subprocess.run([sys.executable, ROOT / "data/recipes/make_prompts.py", "--text", folder / "text", "--out", folder / "no.jsonl",
+                                "--shares", "agents=0.5"], capture_output=True, text=True)
+        assert wrong.returncode == 2 and "agents=0.5" in wrong.stderr and not (folder / "no.jsonl").exists(), wrong.stderr
         assert excerpts and all(e.startswith("user: ") and e.endswith("\nassistant:") and 100 < len(e) < 1520 for e in excerpts), excerpts
 
 
