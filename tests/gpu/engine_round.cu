@@ -21,10 +21,10 @@ static const uint32_t places[][2] = {{1, 132}, {1, 16}, {1, 5}, {2, 66}, {2, 8},
 enum { TILES = 2, ROWS = TILES * 8, BLOCK = 2 };
 enum logit_kind { NORMAL, TIES, EQUAL, BROKEN, LOGIT_KINDS };
 
-/* What the sequences want: some draw, some are filtered; all are; the likeliest token; draws that nothing filters. */
-enum { SETS = 4, LIKELIEST = 2 };
-static const char *const set_names[SETS] = {"mixed", "filtered", "greedy", "unfiltered"};
-static const struct us_sampling samplings[SETS][US_ENGINE_SEQUENCES] = {
+/* What the sequences want: some draw, and of some the draw is filtered; all are filtered; the likeliest token; draws that nothing filters. */
+enum want { MIXED, FILTERED, LIKELIEST, UNFILTERED, WANTS };
+static const char *const want_names[WANTS] = {"mixed", "filtered", "greedy", "unfiltered"};
+static const struct us_sampling samplings[2][US_ENGINE_SEQUENCES] = {
     {{0.0f, 0, 0.0f, 0.0f},
      {1.0f, 0, 1.0f, 0.0f},
      {0.7f, 0, 0.0f, 0.0f},
@@ -41,23 +41,14 @@ static const struct us_sampling samplings[SETS][US_ENGINE_SEQUENCES] = {
      {1e6f, 300, 0.99f, 0.999f},
      {0.001f, 2, 0.3f, 0.0f},
      {1.0f, 511, 0.0f, 1.0f}},
-    {{0.0f, 0, 0.0f, 0.0f},
-     {0.0f, 5, 0.5f, 0.1f},
-     {0.0f, 0, 1.0f, 0.0f},
-     {0.0f, 1, 0.0f, 0.0f},
-     {0.0f, 0, 0.0f, 0.5f},
-     {0.0f, 0, 0.0f, 0.0f},
-     {0.0f, 300, 0.99f, 0.999f},
-     {0.0f, 0, 0.0f, 0.0f}},
-    {{0.0f, 0, 0.0f, 0.0f},
-     {1.0f, 0, 1.0f, 0.0f},
-     {0.7f, 0, 0.0f, 0.0f},
-     {0.001f, 0, 0.0f, 0.0f},
-     {1e6f, 0, 0.0f, 0.0f},
-     {0.0f, 5, 0.5f, 0.1f},
-     {3.0f, 0, 0.0f, 0.0f},
-     {0.0f, 0, 0.0f, 0.0f}},
 };
+
+static struct us_sampling sampling_of(enum want want, uint32_t sequence) {
+  struct us_sampling s = samplings[want == FILTERED][sequence];
+  if (want == LIKELIEST) s.temperature = 0;
+  if (want == UNFILTERED) s.top_k = 0, s.top_p = s.min_p = 0;
+  return s;
+}
 
 static float gaussian(uint32_t a, uint32_t b) {
   float sum = -6.0f;
@@ -84,14 +75,14 @@ static void make_logits(enum logit_kind kind, uint32_t N, float *logits) {
 }
 
 /* 8 sequences of two rows, active only in the eyes of SELECT: ACCEPT leaves them as they are. */
-static void make_rows(uint32_t set, struct us_engine_state *state) {
+static void make_rows(enum want want, struct us_engine_state *state) {
   *state = {};
   state->block = BLOCK;
   for (uint32_t row = 0; row < US_ENGINE_MAX_ROWS; row++)
     state->target[row] = state->draft[row] = state->context[row] = us_engine_no_row();
   for (uint32_t row = 0; row < ROWS; row++) {
     struct us_engine_sequence *s = &state->sequence[row / BLOCK];
-    s->seed = 77 + row / BLOCK, s->sample = row % 3, s->sampling = samplings[set][row / BLOCK];
+    s->seed = 77 + row / BLOCK, s->sample = row % 3, s->sampling = sampling_of(want, row / BLOCK);
     state->target[row] = {(int32_t)row, 1000 + 7 * row, row / BLOCK, row % BLOCK};
     state->draft[row] = state->target[row];
     state->proposal[row] = state->drawn[row] = -7;
@@ -124,7 +115,7 @@ static void compare_rows(struct round_lab *lab, bool draft, const int32_t *expec
 }
 
 static void select_case(uint32_t N, enum logit_kind kind, const float *logits, const uint32_t place[2],
-                        const int32_t expected[SETS][ROWS]) {
+                        const int32_t expected[WANTS][ROWS]) {
   struct round_lab lab;
   struct us_engine_op ops[LAB_MAX_OPS];
   struct us_engine_state state;
@@ -133,21 +124,21 @@ static void select_case(uint32_t N, enum logit_kind kind, const float *logits, c
   lab_logits(&lab, logits);
   uint32_t count = lab_selects(&lab, false, TILES, ops);
   ops[count] = lab_accept(&lab, count - 1);
-  for (uint32_t set = 0; set < SETS; set++) {
-    if (us_gpu_patience() && set >= LIKELIEST && kind != TIES) continue;
-    make_rows(set, &state);
-    state.round = 100 * set;
+  for (int want = MIXED; want < WANTS; want++) {
+    if (us_gpu_patience() && want >= LIKELIEST && kind != TIES) continue;
+    make_rows((enum want)want, &state);
+    state.round = 100 * want;
     lab_push(&lab, &state);
     lab_run(&lab, ops, count + 1, 4, LAB_KEEP_ON | (place[1] % 2 ? LAB_JITTER : 0));
-    snprintf(what, sizeof what, "select: %s, vocabulary %u, logits %d, ranks %u, blocks %u", set_names[set],
+    snprintf(what, sizeof what, "select: %s, vocabulary %u, logits %d, ranks %u, blocks %u", want_names[want],
              N, kind, place[0], place[1]);
-    compare_rows(&lab, false, expected[set], what);
+    compare_rows(&lab, false, expected[want], what);
   }
   lab_close(&lab);
 }
 
 /* The drafter's: anchors and replayed rows are left alone, and a proposal is the target row's token. */
-static void draft_case(uint32_t N, const float *logits, uint32_t set, const uint32_t place[2]) {
+static void draft_case(uint32_t N, const float *logits, enum want want, const uint32_t place[2]) {
   struct round_lab lab;
   struct us_engine_op ops[LAB_MAX_OPS];
   struct us_engine_state state;
@@ -156,7 +147,7 @@ static void draft_case(uint32_t N, const float *logits, uint32_t set, const uint
   lab_logits(&lab, logits);
   uint32_t count = lab_selects(&lab, true, TILES, ops);
   ops[count] = lab_accept(&lab, count - 1);
-  make_rows(set, &state);
+  make_rows(want, &state);
   state.sequence[3].replay = &state.proposal[0]; /* any */
   for (uint32_t row = 0; row < ROWS; row++) {
     bool drafted = state.draft[row].slot && state.draft[row].sequence != 3;
@@ -181,16 +172,16 @@ static void test_select(void) {
     std::vector<float> logits((size_t)ROWS * N);
     for (int kind = NORMAL; kind < LOGIT_KINDS; kind++) {
       make_logits((enum logit_kind)kind, N, logits.data());
-      int32_t expected[SETS][ROWS];
-      for (uint32_t set = 0; set < SETS; set++) {
+      int32_t expected[WANTS][ROWS];
+      for (int want = MIXED; want < WANTS; want++) {
         struct us_engine_state state;
-        make_rows(set, &state);
+        make_rows((enum want)want, &state);
         for (uint32_t row = 0; row < ROWS; row++)
-          expected[set][row] = expected_token(&state, row, &logits[(size_t)row * N], N);
+          expected[want][row] = expected_token(&state, row, &logits[(size_t)row * N], N);
       }
       for (const uint32_t *place : places)
         select_case(N, (enum logit_kind)kind, logits.data(), place, expected);
-      draft_case(N, logits.data(), 1, places[kind + 2]);
+      draft_case(N, logits.data(), FILTERED, places[kind + 2]);
       draft_case(N, logits.data(), LIKELIEST, places[kind + 2]);
     }
   }
