@@ -219,6 +219,20 @@ static void on_log(void *arg, const struct us_qat_log *log) {
                 (unsigned long long)log->step, loss, log->loss, log->norm, log->rate, log->tokens_per_second);
 }
 
+/* A rate that is too high leaves the model worse than rounding alone would, which the log of a run shows and a glance at it misses. */
+static void warn_if_worse(const struct us_qat_quant *job) {
+  double before = (double)NAN, after = (double)NAN;
+  for (size_t i = 0; i < job->log.count; i++) {
+    const double *row = job->log.rows + i * COLUMNS;
+    if (row[0] == 0.0) before = row[4];
+    if (isfinite(row[4])) after = row[4];
+  }
+  if (after > before)
+    us_log_warning(job->run->log,
+                   "held out %.5f nats a token after finetuning, %.5f before it: a lower --lr may do better",
+                   after, before);
+}
+
 static enum us_status train(struct us_qat_quant *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
@@ -232,6 +246,7 @@ static enum us_status train(struct us_qat_quant *job, struct us_err *err) {
   us_progress_end(&job->progress);
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
     status = us_err_set(err, log_err.status, "%s", log_err.message);
+  if (status == US_OK && job->leads) warn_if_worse(job);
   return status;
 }
 
