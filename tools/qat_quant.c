@@ -236,8 +236,10 @@ static void warn_if_worse(const struct us_qat_quant *job) {
 static enum us_status train(struct us_qat_quant *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
-  enum us_status status = us_run_log_open(&job->log, columns, COLUMNS,
-                                          job->leads ? us_opt_str(o, "log") : NULL, job->qat.resume, err);
+  enum us_status status = us_trainer_check(&job->qat.trainer, job->qat.resume, err);
+  if (status == US_OK)
+    status = us_run_log_open(&job->log, columns, COLUMNS, job->leads ? us_opt_str(o, "log") : NULL,
+                             job->qat.resume, err);
   if (status != US_OK) return status;
   us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "finetuning", "steps",
                     job->qat.trainer.steps);

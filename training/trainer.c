@@ -23,22 +23,28 @@ static enum us_status same_step(const struct us_trainer *t, struct us_err *err) 
   return status;
 }
 
-enum us_status us_trainer_start(struct us_trainer *t, bool resume, struct us_err *err) {
+enum us_status us_trainer_check(const struct us_trainer *t, bool resume, struct us_err *err) {
   if (!t->steps && !(t->minutes > 0.0))
     return us_err_set(err, US_ERR_USAGE, "neither steps nor minutes are given");
+  if (t->state_path && !resume && us_train_state_exists(t->state_path))
+    return us_err_set(err, US_ERR_USAGE, "%s.0 or .1 holds an earlier run: resume it, or remove both",
+                      t->state_path);
+  return US_OK;
+}
+
+enum us_status us_trainer_start(struct us_trainer *t, bool resume, struct us_err *err) {
+  enum us_status status = us_trainer_check(t, resume, err);
+  if (status != US_OK) return status;
   t->step = t->tokens = 0;
   t->saved = UINT64_MAX;
   t->under_way = NULL;
   t->rate = t->norm = (double)NAN;
   t->before = 0.0;
   t->slot = 0;
-  if (t->state_path && !resume && us_train_state_exists(t->state_path))
-    return us_err_set(err, US_ERR_USAGE, "%s.0 or .1 holds an earlier run: resume it, or remove both",
-                      t->state_path);
   if (t->state_path && resume) {
     struct us_train_state state = {.params = t->set->params, .options = t->options};
     bool found = false;
-    enum us_status status = us_train_state_read(t->state_path, &state, &found, err);
+    status = us_train_state_read(t->state_path, &state, &found, err);
     if (status != US_OK) return status;
     t->step = state.step, t->tokens = state.tokens, t->before = state.seconds, t->slot = state.slot;
     if (found) t->saved = state.step;
