@@ -143,6 +143,7 @@ static struct us_responses_options options_of(struct us_dflash_answers *a, size_
                                        .sampling = {.temperature = (float)us_opt_num(o, "temperature"),
                                                     .top_p = (float)us_opt_num(o, "top-p")},
                                        .seed = a->seed,
+                                       .pool = a->pool,
                                        .interrupted = us_tool_interrupted,
                                        .progress = on_answers,
                                        .progress_arg = a};

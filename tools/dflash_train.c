@@ -283,8 +283,7 @@ static enum us_status train(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
   bool trains = us_opt_str(o, "output") && !us_dflash_drafter_only_rounds(o);
-  enum us_status status =
-      trains ? us_trainer_check(&job->train.trainer, job->train.resume, err) : US_OK;
+  enum us_status status = trains ? us_trainer_check(&job->train.trainer, job->train.resume, err) : US_OK;
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
   if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
   job->train.learner = job->learner;

@@ -24,6 +24,7 @@ struct lane {
 /* Everything a run holds beside its parameters. */
 struct session {
   struct us_dflash *run;
+  struct us_pool *pool;
   struct us_learner *learner;
   struct us_params target_params;
   struct us_learner_set *target_set, *set;
@@ -247,7 +248,7 @@ static void copy_head(struct us_dflash *run) {
 
 static enum us_status open_params(struct session *s, struct us_err *err) {
   struct us_dflash *run = s->run;
-  enum us_status status = us_params_init_model(&s->target_params, run->target, true, err);
+  enum us_status status = us_params_init_model(&s->target_params, run->target, s->pool, true, err);
   if (status == US_OK)
     status = run->init ? continue_from(run, run->init, err)
                        : us_params_init_fresh_draft(&run->params, &run->shape, run->seed, 0.0f, err);
@@ -343,7 +344,7 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
 }
 
 enum us_status us_dflash(struct us_dflash *run, struct us_pool *pool, struct us_err *err) {
-  struct session s = {.run = run, .learner = run->learner};
+  struct session s = {.run = run, .pool = pool, .learner = run->learner};
   struct us_learner *cpu = NULL;
   enum us_status status = check_run(run, err);
   if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);

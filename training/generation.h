@@ -35,6 +35,7 @@ struct us_generation {
   size_t stop_id_count;      /* at most US_GENERATION_STOPS */
   bool cut_loops;            /* as decode/generate.h */
   double seconds;            /* from the call; 0: until all are answered */
+  struct us_pool *pool;      /* host threads that decode the weights for a GPU; NULL: this one */
   uint32_t slots;            /* a GPU's sequences at a time; 0: by the sizes of all */
   bool stepwise;             /* a GPU reads prompts a token a step, not in packed passes: for tests */
   bool (*interrupted)(void); /* asked by any lane; NULL: never */

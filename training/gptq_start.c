@@ -201,10 +201,23 @@ static enum us_status find_scales(struct matrix *m, struct us_err *err) {
   return status;
 }
 
+/* One that fails has none, and says why when it is asked again. */
+static void find_all_scales(void *arg, size_t begin, size_t end, int worker) {
+  struct session *s = arg;
+  for (size_t i = begin; i < end; i++) {
+    struct matrix *m = &s->matrices[i];
+    if (find_scales(m, NULL) == US_OK) continue;
+    free(m->scales);
+    m->scales = NULL;
+  }
+}
+
 static enum us_status round_all(struct session *s, struct us_err *err) {
   enum us_status status = US_OK;
   us_pool_for(s->seq.pool, s->input_count, 1, factor_inputs, s);
-  for (size_t i = 0; i < s->matrix_count && status == US_OK; i++) status = find_scales(&s->matrices[i], err);
+  us_pool_for(s->seq.pool, s->matrix_count, 1, find_all_scales, s);
+  for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
+    if (!s->matrices[i].scales) status = find_scales(&s->matrices[i], err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
   return status == US_OK && s->failed ? us_err_memory(err, "GPTQ", 0) : status;
 }
@@ -254,7 +267,7 @@ enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *origin
   if (!us_shards_can_sample(gptq->shards, gptq->length + 1))
     return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", gptq->length + 1);
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  enum us_status status = us_params_init_model(&s.frozen, original, true, err);
+  enum us_status status = us_params_init_model(&s.frozen, original, pool, true, err);
   if (status == US_OK)
     status = us_model_train_create(&original->shape, &s.frozen, &s.seq, windows_of_pass(gptq) * gptq->length,
                                    US_TRAIN_SAVE, &s.train, err);

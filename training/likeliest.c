@@ -73,7 +73,7 @@ static enum us_status open_passes(struct passes *p, struct us_model *model, size
   p->errs = calloc(workers, sizeof *p->errs);
   if (status == US_OK && (!p->logits || !p->errs))
     status = us_err_memory(err, "logits", workers * TASK_ROWS * p->N * sizeof *p->logits);
-  if (status == US_OK) status = us_params_init_model(&p->params, model, true, err);
+  if (status == US_OK) status = us_params_init_model(&p->params, model, p->pool, true, err);
   if (status == US_OK) status = us_learner_place(p->learner, &p->params, &p->set, err);
   if (status == US_OK)
     status = us_learner_model_create(p->set, &model->shape, capacity, US_TRAIN_FORWARD, &p->model, err);

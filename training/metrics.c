@@ -315,7 +315,7 @@ static enum us_status open_models(struct session *s, size_t capacity, struct us_
                         job->models[0]->path, job->models[0]->shape.vocab);
     s->routers = s->routers && same_routers(&model->shape, &job->models[0]->shape);
     status = us_rows_check_vocabulary(job->shards, model, err);
-    if (status == US_OK) status = us_params_init_model(&s->params[m], model, true, err);
+    if (status == US_OK) status = us_params_init_model(&s->params[m], model, s->pool, true, err);
     if (status == US_OK) status = us_learner_place(s->learner, &s->params[m], &s->set[m], err);
     if (status == US_OK)
       status =

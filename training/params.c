@@ -197,7 +197,7 @@ enum us_status us_params_init_fresh_on(struct us_params *params, const struct us
   *params = (struct us_params){0};
   enum us_status status = us_model_create(shape, &model, err);
   if (status != US_OK) return status;
-  status = us_params_init_model(params, model, false, err);
+  status = us_params_init_model(params, model, pool, false, err);
   us_model_free(model);
   if (status != US_OK) return status;
   for (size_t i = 0; i < params->count; i++) {
@@ -220,23 +220,35 @@ enum us_status us_params_init_fresh_draft(struct us_params *params, const struct
   return status;
 }
 
+struct load_task {
+  struct us_params *params;
+  const struct us_tensor_ref *refs;
+};
+
 /* Values and encodings of the tensors that have data. */
-static void load_refs(struct us_params *params, const struct us_tensor_ref *refs) {
-  for (size_t i = 0; i < params->count; i++) {
-    struct us_param *p = &params->items[i];
+static void load_tensors(void *arg, size_t begin, size_t end, int worker) {
+  struct load_task *t = arg;
+  for (size_t i = begin; i < end; i++) {
+    struct us_param *p = &t->params->items[i];
+    const struct us_tensor_ref *ref = &t->refs[i];
     if (p->vector) {
-      if (*refs[i].vector) memcpy(p->value, *refs[i].vector, p->rows * sizeof(float));
-    } else if (refs[i].matrix->format != US_FORMAT_NONE && refs[i].matrix->data) {
-      us_matrix_decode(refs[i].matrix, p->value);
-      p->encoding.format = refs[i].matrix->format;
-      p->encoding.scale_chunk_rows = refs[i].matrix->scale_chunk_rows;
+      if (*ref->vector) memcpy(p->value, *ref->vector, p->rows * sizeof(float));
+    } else if (ref->matrix->format != US_FORMAT_NONE && ref->matrix->data) {
+      us_matrix_decode(ref->matrix, p->value);
+      p->encoding.format = ref->matrix->format;
+      p->encoding.scale_chunk_rows = ref->matrix->scale_chunk_rows;
     }
-    p->frozen = params->grad == NULL;
+    p->frozen = t->params->grad == NULL;
   }
 }
 
-enum us_status us_params_init_model(struct us_params *params, struct us_model *model, bool frozen,
-                                    struct us_err *err) {
+/* On one thread most of the time goes to the kernel, which clears the pages that are touched first. */
+static void load_refs(struct us_params *params, const struct us_tensor_ref *refs, struct us_pool *pool) {
+  us_pool_for(pool, params->count, 1, load_tensors, &(struct load_task){.params = params, .refs = refs});
+}
+
+enum us_status us_params_init_model(struct us_params *params, struct us_model *model, struct us_pool *pool,
+                                    bool frozen, struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
   size_t count = 0;
   *params = (struct us_params){0};
@@ -245,7 +257,7 @@ enum us_status us_params_init_model(struct us_params *params, struct us_model *m
   if (status == US_OK) status = lay_out(params, frozen, err);
   if (status == US_OK) {
     describe_qkv(params, &model->shape);
-    load_refs(params, refs);
+    load_refs(params, refs, pool);
   }
   free(refs);
   if (status != US_OK) us_params_release(params);
@@ -260,7 +272,7 @@ enum us_status us_params_init_draft(struct us_params *params, struct us_draft *d
   enum us_status status = us_draft_tensors(draft, &refs, &count, err);
   if (status == US_OK) status = list_params(params, refs, count, err);
   if (status == US_OK) status = lay_out(params, frozen, err);
-  if (status == US_OK) load_refs(params, refs);
+  if (status == US_OK) load_refs(params, refs, NULL);
   free(refs);
   if (status != US_OK) us_params_release(params);
   return status;

@@ -1,7 +1,7 @@
 /* params.h: what is trained: FP32 masters, their gradients, the weights as multiplied, and how each is treated.
  *
  *     struct us_params params;
- *     us_params_init_fresh(&params, &shape, seed, 0.02f, &err);   // or us_params_init_model(&params, model, &err)
+ *     us_params_init_fresh(&params, &shape, seed, 0.02f, &err);   // or us_params_init_model(&params, model, pool, false, &err)
  *     us_params_refresh(&params, pool, US_SEQ_ROUND_BF16, &err);   // compute = bf16 or fake-quantised masters
  *     ... forward and backward: read .compute, add to .grad; an optimizer step updates .value ...
  *     us_params_export(&params, model, &err);                   // encode the masters into a us_model's tensors
@@ -66,9 +66,10 @@ US_CHECKED enum us_status us_params_init_fresh_draft(struct us_params *params,
                                                      const struct us_draft_shape *shape, uint64_t seed,
                                                      float deviation, struct us_err *err);
 
-/* Tensors decoded from a model. With `frozen` there are no gradients and moments, and compute is value. */
-US_CHECKED enum us_status us_params_init_model(struct us_params *params, struct us_model *model, bool frozen,
-                                               struct us_err *err);
+/* Tensors decoded from a model, by the threads of a pool (NULL: this one alone). With `frozen` there are no gradients and moments, and
+ * compute is value. */
+US_CHECKED enum us_status us_params_init_model(struct us_params *params, struct us_model *model,
+                                               struct us_pool *pool, bool frozen, struct us_err *err);
 US_CHECKED enum us_status us_params_init_draft(struct us_params *params, struct us_draft *draft, bool frozen,
                                                struct us_err *err);
 void us_params_release(struct us_params *params);

@@ -152,7 +152,7 @@ static enum us_status open_session(struct session *s, struct us_err *err) {
   enum us_status status = us_lanes_open(&s->lanes, err);
   if (status == US_OK)
     status = run->init
-                 ? us_params_init_model(&run->params, run->init, false, err)
+                 ? us_params_init_model(&run->params, run->init, s->pool, false, err)
                  : us_params_init_fresh_on(&run->params, run->shape, s->pool, run->seed, run->deviation, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK)

@@ -66,13 +66,13 @@ static enum us_status list(const struct us_qat *run, struct us_tensor_ref **ret_
   return us_precision_apply(run->convert->rules, *ret_refs, *ret_count, *ret_formats, err);
 }
 
-enum us_status us_qat_open(struct us_qat *run, struct us_err *err) {
+enum us_status us_qat_open(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
   struct us_tensor_ref *refs = NULL;
   enum us_format *formats = NULL;
   size_t count = 0;
   run->params = (struct us_params){0};
   enum us_status status = list(run, &refs, &formats, &count, err);
-  if (status == US_OK) status = us_params_init_model(&run->params, run->original, false, err);
+  if (status == US_OK) status = us_params_init_model(&run->params, run->original, pool, false, err);
   for (size_t i = 0; i < run->params.count && status == US_OK; i++) {
     struct us_param *p = &run->params.items[i];
     p->frozen = !trains(run, &refs[i], formats[i], p);
@@ -91,7 +91,7 @@ enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_
                          .across = run->across};
   const char *state = run->trainer.state_path;
   bool resumed = run->resume && state && us_train_state_exists(state); /* which brings its masters */
-  enum us_status status = us_qat_open(run, err);
+  enum us_status status = us_qat_open(run, pool, err);
   if (status != US_OK || !gptq.windows || resumed) return status;
   return us_gptq_start(&gptq, run->original, &run->params, pool, err);
 }
@@ -212,7 +212,7 @@ static enum us_status open_models(struct session *s, struct us_err *err) {
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
-  status = us_params_init_model(&s->frozen, run->original, true, err);
+  status = us_params_init_model(&s->frozen, run->original, s->pool, true, err);
   if (status == US_OK) status = us_learner_place(s->learner, &s->frozen, &s->frozen_set, err);
   if (status == US_OK)
     status = us_learner_model_create(s->frozen_set, shape, rows, US_TRAIN_FORWARD, &s->teacher, err);

@@ -70,7 +70,7 @@ struct us_qat {
 };
 
 /* Masters, encodings and what is frozen, as a run begins: run->params. */
-US_CHECKED enum us_status us_qat_open(struct us_qat *run, struct us_err *err);
+US_CHECKED enum us_status us_qat_open(struct us_qat *run, struct us_pool *pool, struct us_err *err);
 
 /* The same, and with gptq_windows moved to where GPTQ rounds them well: what us_qat begins with, or by itself quantization without a step
  * of training. */

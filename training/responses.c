@@ -141,6 +141,7 @@ static enum us_status answer(struct us_learner *learner, struct us_model *model,
                             .stop_id_count = o->stop_id_count,
                             .cut_loops = true,
                             .seconds = o->seconds,
+                            .pool = o->pool,
                             .interrupted = o->interrupted,
                             .progress = o->progress,
                             .progress_arg = o->progress_arg};

@@ -39,6 +39,7 @@ struct us_responses_options {
   double seconds;                  /* keep what is answered until then; 0: all `count` */
   struct us_sampling sampling;
   uint64_t seed;
+  struct us_pool *pool;                                 /* as us_generation's */
   bool (*interrupted)(void);                            /* NULL: never */
   void (*progress)(void *arg, size_t done, size_t all); /* called by the calling thread; NULL: silent */
   void *progress_arg;

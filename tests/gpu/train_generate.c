@@ -194,7 +194,7 @@ static void open_host(struct host *h, const struct us_generation *g) {
   *h = (struct host){0};
   need(us_pool_create(0, &h->pool, &err), &err, "pool");
   us_seq_init(&h->seq, h->pool, US_SEQ_ROUND_BF16);
-  need(us_params_init_model(&h->params, g->model, true, &err), &err, "weights");
+  need(us_params_init_model(&h->params, g->model, NULL, true, &err), &err, "weights");
   round_weights(&h->params);
   fill_rows(h, g);
   need(
@@ -473,7 +473,7 @@ static int speed(int count, char **arguments) {
   need(us_cuda_open(0, &cuda, &err), &err, "GPU");
   need(us_pool_create(0, &pool, &err), &err, "pool");
   struct us_model *model = random_model(count > 0 ? arguments[0] : "nano", false, pool);
-  need(us_params_init_model(&params, model, true, &err), &err, "weights");
+  need(us_params_init_model(&params, model, NULL, true, &err), &err, "weights");
   need(us_cuda_params_create(cuda, &params, (struct us_owned){0, params.floats}, &set, &err), &err,
        "weights");
   for (int run = 0; run < 3; run++) { /* the second is traced, the third reads prompts a token a step */

@@ -25,7 +25,7 @@ enum us_status us_cuda_learner_generate(struct us_learner *learner, struct us_ge
                                         struct us_err *err) {
   struct us_params params = {0};
   struct us_learner_set *set = NULL;
-  enum us_status status = us_params_init_model(&params, generation->model, true, err);
+  enum us_status status = us_params_init_model(&params, generation->model, generation->pool, true, err);
   if (status == US_OK) status = us_learner_place(learner, &params, &set, err);
   if (status == US_OK)
     status = us_learner_each(learner, generate_share,

@@ -26,7 +26,7 @@ static void open_bench(struct bench *x, uint32_t window, enum us_rounding roundi
   us_kv_free(kv);
   us_seq_init(&x->seq, x->small.pool, seq_rounding);
   ck_assert_int_eq(us_params_init_draft(&x->params, x->small.draft, false, &err), US_OK);
-  ck_assert_int_eq(us_params_init_model(&x->target, x->small.model, true, &err), US_OK);
+  ck_assert_int_eq(us_params_init_model(&x->target, x->small.model, NULL, true, &err), US_OK);
   ck_assert_int_eq(us_params_refresh(&x->params, x->small.pool, seq_rounding, &err), US_OK);
   ck_assert_int_eq(us_rows_init(&x->rows, T, &err), US_OK);
   x->rows.R = T;

@@ -48,7 +48,7 @@ struct naive {
 static void open_naive(struct naive *n, struct us_model *model) {
   struct us_err err = {0};
   us_seq_init(&n->seq, NULL, US_SEQ_ROUND_BF16);
-  US_OK_OR_FAIL(us_params_init_model(&n->params, model, true, &err));
+  US_OK_OR_FAIL(us_params_init_model(&n->params, model, NULL, true, &err));
   US_OK_OR_FAIL(
       us_model_train_create(&model->shape, &n->params, &n->seq, LENGTH, US_TRAIN_FORWARD, &n->train, &err));
   n->p = malloc(LENGTH * (size_t)model->shape.vocab * sizeof *n->p);

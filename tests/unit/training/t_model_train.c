@@ -147,7 +147,7 @@ static double executor_difference(struct us_shape shape, bool rounds) {
   ck_assert_int_eq(us_model_create(&m.shape, &model, &err), US_OK);
   ck_assert_msg(us_params_export(&m.params, model, &err) == US_OK, "%s", err.message);
   us_params_release(&m.params); /* weights as exported: bf16 */
-  ck_assert_int_eq(us_params_init_model(&m.params, model, true, &err), US_OK);
+  ck_assert_int_eq(us_params_init_model(&m.params, model, NULL, true, &err), US_OK);
   us_model_train_free(m.train);
   ck_assert_int_eq(us_model_train_create(&m.shape, &m.params, &m.seq, 64, US_TRAIN_FORWARD, &m.train, &err),
                    US_OK);

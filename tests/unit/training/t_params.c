@@ -63,6 +63,8 @@ static void check_format(enum us_format format) {
   struct us_shape shape = tiny_pro();
   struct us_params p, back;
   struct us_model *model = NULL;
+  struct us_pool *pool = NULL;
+  ck_assert_int_eq(us_pool_create(3, &pool, &err), US_OK);
   ck_assert_int_eq(us_params_init_fresh(&p, &shape, 9, 0.05f, &err), US_OK);
   for (size_t i = 0; i < p.count; i++) {
     if (!p.items[i].vector && strcmp(p.items[i].family, "router") != 0) p.items[i].encoding.format = format;
@@ -71,13 +73,14 @@ static void check_format(enum us_format format) {
   ck_assert_msg(us_params_refresh(&p, NULL, US_SEQ_ROUND_BF16, &err) == US_OK, "%s", err.message);
   ck_assert_int_eq(us_model_create(&shape, &model, &err), US_OK);
   ck_assert_msg(us_params_export(&p, model, &err) == US_OK, "%s", err.message);
-  ck_assert_int_eq(us_params_init_model(&back, model, true, &err), US_OK);
+  ck_assert_int_eq(us_params_init_model(&back, model, pool, true, &err), US_OK);
   ck_assert_uint_eq(back.floats, p.floats);
   for (size_t i = 0; i < p.count; i++) {
     size_t n = p.items[i].rows * p.items[i].cols;
     ck_assert_msg(memcmp(p.items[i].compute, back.items[i].value, n * sizeof(float)) == 0, "%s in %s",
                   p.items[i].name, us_format_name(format));
   }
+  us_pool_free(pool);
   us_model_free(model);
   us_params_release(&p);
   us_params_release(&back);

@@ -142,7 +142,7 @@ START_TEST(unmoved_masters_are_stored_as_conversion_stores_them) {
       convert.scale_rule = t ? US_SCALE_RCEIL : US_SCALE_MSE;
       convert.fp8_scale = t ? US_FP8_SCALE_UE8M0 : US_FP8_SCALE_F32;
       US_OK_OR_FAIL(us_model_convert(world.model, &convert, NULL, &converted, &err));
-      US_OK_OR_FAIL(us_qat_open(&run, &err)); /* masters, but no step */
+      US_OK_OR_FAIL(us_qat_open(&run, NULL, &err)); /* masters, but no step */
       US_OK_OR_FAIL(us_qat_export(&run, world.pool, &exported, &err));
       assert_same_model(converted, exported);
       us_qat_release(&run);

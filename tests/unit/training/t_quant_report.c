@@ -20,7 +20,7 @@ static void open_all(void) {
   US_OK_OR_FAIL(us_precision_parse("experts=mxfp4,attn.o=fp8", &formats, &err));
   convert = (struct us_convert){.rules = &formats, .scale_rule = US_SCALE_FLOOR};
   run = (struct us_qat){.original = world.model, .convert = &convert};
-  US_OK_OR_FAIL(us_qat_open(&run, &err));
+  US_OK_OR_FAIL(us_qat_open(&run, world.pool, &err));
   /* one master moves: down of expert 2 in layer 1 becomes twice itself */
   struct us_param *p = us_params_find(&run.params, "model.layers.1.mlp.experts.2.down_proj.weight");
   for (size_t i = 0; i < p->rows * p->cols; i++) p->value[i] *= 2.0f;
