@@ -282,19 +282,18 @@ static enum us_status write_outputs(struct job *job, const char *provenance, str
 static enum us_status train(struct job *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
-  bool trains = us_opt_str(o, "output") && !us_dflash_drafter_only_rounds(o);
-  enum us_status status = trains ? us_trainer_check(&job->train.trainer, job->train.resume, err) : US_OK;
-  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
+  bool trains = us_opt_str(o, "output");
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &job->pool, err);
   if (status == US_OK) status = us_tool_open_learner(job->run, job->pool, &job->learner, err);
   job->train.learner = job->learner;
   job->leads = status == US_OK && us_learner_leads(job->learner);
   if (us_dflash_drafter_only_rounds(o)) return status;
+  if (status == US_OK && trains) status = us_trainer_check(&job->train.trainer, job->train.resume, err);
   if (status == US_OK) status = make_answers(job, err);
-  if (status != US_OK || !trains) return status;
-  if (status == US_OK)
+  if (status == US_OK && trains)
     status = us_run_log_open(&job->log, columns, FIXED + job->train.shape.block - 1,
                              job->leads ? us_opt_str(o, "log") : NULL, job->train.resume, err);
-  if (status != US_OK) return status;
+  if (status != US_OK || !trains) return status;
   us_progress_start(&job->progress, job->run->quiet || !job->leads ? NULL : stderr, "distilling", "steps",
                     job->train.trainer.steps);
   job->progress.limit = 60 * job->train.trainer.minutes;

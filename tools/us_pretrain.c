@@ -262,10 +262,10 @@ static enum us_status train(struct job *job, struct us_err *err) {
   struct us_pool *pool = NULL;
   struct us_opts *o = job->run->opts;
   struct us_err log_err = {0};
-  enum us_status status = us_trainer_check(&job->train.trainer, job->train.resume, err);
-  if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &pool, err);
+  enum us_status status = us_pool_create((int)us_opt_int(o, "threads"), &pool, err);
   if (status == US_OK) status = us_tool_open_learner(job->run, pool, &job->train.learner, err);
   job->leads = status == US_OK && us_learner_leads(job->train.learner);
+  if (status == US_OK) status = us_trainer_check(&job->train.trainer, job->train.resume, err);
   if (status == US_OK)
     status = us_run_log_open(&job->log, columns, COLUMNS, job->leads ? us_opt_str(o, "log") : NULL,
                              job->train.resume, err);
