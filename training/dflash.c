@@ -317,9 +317,10 @@ static enum us_status check_run(const struct us_dflash *run, struct us_err *err)
                       run->length);
   if (run->shards && !us_shards_can_sample(run->shards, run->length + 1))
     return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", run->length + 1);
-  enum us_status status = us_trainer_check(&run->trainer, run->resume, err);
-  if (status == US_OK && run->shards) status = us_rows_check_vocabulary(run->shards, run->target, err);
-  if (status != US_OK) return status;
+  if (run->shards) {
+    enum us_status status = us_rows_check_vocabulary(run->shards, run->target, err);
+    if (status != US_OK) return status;
+  }
   return us_draft_shape_check(&run->shape, &run->target->shape, err);
 }
 

@@ -266,8 +266,7 @@ enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *e
     return us_err_set(err, US_ERR_USAGE, "%zu sequences of %zu tokens a step", run->batch, run->length);
   if (!us_shards_can_sample(run->shards, run->length + 1))
     return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", run->length + 1);
-  enum us_status status = us_trainer_check(&run->trainer, run->resume, err);
-  if (status == US_OK) status = us_rows_check_vocabulary(run->shards, run->original, err);
+  enum us_status status = us_rows_check_vocabulary(run->shards, run->original, err);
   if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
   if (!s.learner) s.learner = cpu;
   if (status == US_OK) status = run_session(&s, err);

@@ -69,7 +69,7 @@ struct us_qat {
   struct us_params params; /* result: masters; empty if nothing was trained */
 };
 
-/* Masters, encodings and what is frozen, as a run begins: run->params. */
+/* Masters, decoded by the threads of a pool (NULL: this one alone), encodings and what is frozen, as a run begins: run->params. */
 US_CHECKED enum us_status us_qat_open(struct us_qat *run, struct us_pool *pool, struct us_err *err);
 
 /* The same, and with gptq_windows moved to where GPTQ rounds them well: what us_qat begins with, or by itself quantization without a step

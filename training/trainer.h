@@ -43,8 +43,8 @@ struct us_trainer {
   struct us_trainer_save *under_way; /* a save that a thread writes; NULL: none */
 };
 
-/* What us_trainer_start would refuse of its settings, to be asked before models are opened and placed for it: neither steps nor
- * minutes, or, without `resume`, an earlier run's state (US_ERR_USAGE). The set may be NULL. */
+/* What us_trainer_start would refuse of its settings: neither steps nor minutes, or, without `resume`, an earlier run's state
+ * (US_ERR_USAGE). To be asked before a log is begun, answers are generated or models are placed. The set may be NULL. */
 US_CHECKED enum us_status us_trainer_check(const struct us_trainer *trainer, bool resume, struct us_err *err);
 
 /* Begin, or continue where the state files say. Without `resume`, existing state is US_ERR_USAGE; with it, missing state
