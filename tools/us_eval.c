@@ -172,6 +172,7 @@ static enum us_status open_replay(struct session *s, struct us_draft_replay *rep
   if (status == US_OK) status = us_pool_create((int)us_opt_int(o, "threads"), &s->pool, err);
   if (status == US_OK) status = us_tool_open_learner(s->run, s->pool, &s->learner, err);
   *replay = (struct us_draft_replay){.learner = s->learner,
+                                     .pool = s->pool,
                                      .target = s->pair.model,
                                      .draft = s->pair.draft,
                                      .block = (uint32_t)us_opt_int(o, "block")};

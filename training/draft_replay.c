@@ -135,7 +135,7 @@ static enum us_status open_buffers(struct session *s, const struct us_run_entry 
 static enum us_status open_models(struct session *s, size_t rows, struct us_err *err) {
   const struct us_draft_replay *replay = s->replay;
   struct us_draft_loss loss = {.kind = US_DRAFT_CE, .weights = US_DRAFT_UNIFORM, .survived = s->survived};
-  enum us_status status = us_params_init_model(&s->target_params, replay->target, NULL, true, err);
+  enum us_status status = us_params_init_model(&s->target_params, replay->target, replay->pool, true, err);
   if (status == US_OK) status = us_params_init_draft(&s->params, replay->draft, true, err);
   if (status == US_OK) status = us_learner_place(replay->learner, &s->target_params, &s->target_set, err);
   if (status == US_OK) status = us_learner_place(replay->learner, &s->params, &s->set, err);

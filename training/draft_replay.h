@@ -18,6 +18,7 @@
 
 struct us_draft_replay {
   struct us_learner *learner; /* of one rank */
+  struct us_pool *pool;       /* decodes the target's weights; NULL: this thread */
   struct us_model *target;
   struct us_draft *draft;
   uint32_t block; /* anchor and drafts a round; 0: the drafter's */

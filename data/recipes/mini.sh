@@ -52,7 +52,7 @@ qat_options="--steps 0 --minutes $(part 0.42) -b 16 -l $short --across 0.3 --rou
 draft_options="--steps 0 --minutes $(part 0.4) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
   --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --format mxfp4 --lr 0.004 --log-every 20 ${US_DRAFT_OPTIONS:-}"
 # What the two finetunings differ in: from nearest at the rate that was measured on mini, or from GPTQ, which that rate undoes
-# (docs/results.md, "mini's fourth training"), at one that has been tried on smaller models alone. GPTQ takes 24 GB and, on 16 cores, a minute.
+# (docs/results.md, "mini's fourth training"), at one that has been tried on smaller models alone. GPTQ wants 24 GB, and 102 s with loading and measuring on 16 cores.
 qat_one='--train all --lr 0.00004' qat_two='--train all --gptq 32 --lr 0.00001'
 
 limit() { most_seconds=$(awk -v m="$1" -v s="$2" 'BEGIN { printf "%d", 60 * m + s }'); }
