@@ -50,6 +50,33 @@ void us_gptq_factor(float *h, size_t K, uint32_t *at, float *scratch) {
     for (size_t k = 0; k < K; k++) h[i * K + k] = k <= i ? scratch[k * K + i] : 0.0f;
 }
 
+/* Sixteen sums, so that their order is the same however wide the machine adds. */
+US_SEQ_CLONES static float dot(const float *x, const float *y, size_t n) {
+  float lane[US_SEQ_LANES] = {0}, sum = 0.0f;
+  size_t i = 0;
+  for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
+    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += x[i + l] * y[i + l];
+  for (int l = 0; i < n; i++, l++) lane[l] += x[i] * y[i];
+  for (int l = 0; l < US_SEQ_LANES; l++) sum += lane[l];
+  return sum;
+}
+
+/* z L^T = row, then x L = z, a row of L at a time for all rows. */
+void us_gptq_solve(float *rows, size_t count, size_t K, const float *L, const uint32_t *at, float *z) {
+  for (size_t i = 0; i < K; i++) {
+    const float *row = L + i * K;
+    for (size_t r = 0; r < count; r++) z[r * K + i] = (rows[r * K + at[i]] - dot(row, z + r * K, i)) / row[i];
+  }
+  for (size_t i = K; i-- > 0;) {
+    const float *row = L + i * K;
+    for (size_t r = 0; r < count; r++) {
+      float x = z[r * K + i] / row[i];
+      rows[r * K + at[i]] = x;
+      add_scaled(z + r * K, row, -x, i);
+    }
+  }
+}
+
 /* --- rounding --- */
 
 static float scale_at(const struct us_matrix_encoding *e, const void *scales, size_t N, size_t K, size_t row,

@@ -10,7 +10,16 @@
  *
  *     aim_i = w_i + sum over k > i of L_ki e_k / L_ii,   e_i = w_i - round(aim_i)
  *
- * Inputs of an expert are its own rows, each times its routing weight. Runs on the CPU; the same bits for any pool.
+ * Matrices are rounded in the order of the forward pass, and two models run beside each other on the same text: the original, and the
+ * model rounded so far, whose inputs x these are. What it has lost until then, the original's inputs x' less x, and the original's
+ * residual stream h' less h where the product is added to it (o_proj, down), a matrix makes up for as far as that is linear in x,
+ * before it is rounded (QEP, Arai & Ichikawa 2025, propagates errors so; GPTAQ, Li et al. 2025; the stream's part is ours):
+ *
+ *     W <- W + 0.8 (W sum (x' - x) x^T + sum (h' - h) x^T) (H + d)^-1
+ *
+ * Inputs of an expert are its own rows, each times its routing weight; the rows visit the original's experts in both models, and each of a
+ * row's experts makes up for an equal part of the stream's loss. Runs on the CPU, all sequences at once: two layers' activations,
+ * about 2 (5 D + qkv + H V + K (D + 3 F)) floats a token. The same bits for any pool.
  */
 #ifndef US_TRAINING_GPTQ_H
 #define US_TRAINING_GPTQ_H
@@ -26,9 +35,9 @@ struct us_gptq {
 };
 
 /* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, but the
- * embedding, whose rows multiply nothing. They become the aims, not the rounded values, so that what nearly was rounded
- * the other way is near it in training too; a block whose scale is chosen otherwise for the aims may differ. Scales are those of
- * the masters as they come. US_ERR_INPUT when the text is shorter than a sequence. */
+ * embedding, whose rows multiply nothing: it is rounded to nearest, and what that loses is made up for. They become the aims, not the
+ * rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise for the aims may differ. Scales are those of
+ * the corrected masters. US_ERR_INPUT when the text is shorter than a sequence, US_ERR_USAGE for more than 2^25 tokens. */
 US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original,
                                         struct us_params *params, struct us_pool *pool, struct us_err *err);
 
@@ -38,6 +47,9 @@ US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_mo
  * moments are last, so that they are rounded first. A hundredth of the mean is added to the diagonal, which also serves
  * inputs that were never seen. Row i of h then holds L_ik, k <= i. scratch: (K, K). */
 void us_gptq_factor(float *h, size_t K, uint32_t *at, float *scratch);
+
+/* rows (count, K) <- rows (H + its damping)^-1, H and `at` from us_gptq_factor. scratch: (count, K). */
+void us_gptq_solve(float *rows, size_t count, size_t K, const float *L, const uint32_t *at, float *scratch);
 
 /* Replace rows [begin, end) of w (N, K) by their aims. `scales` are those that us_matrix_encode made for the whole of w;
  * lost: (end - begin, K) of zeros. */

@@ -1,195 +1,61 @@
-/* gptq_start.c: the inputs that a model's matrices have on text, and masters that begin at what GPTQ rounds them to.
+/* gptq_start.c: masters that begin where GPTQ rounds a model's matrices, one after another.
  *
- * Contents: what is rounded; second moments; rounding; the start.
+ * Contents: aims; a layer; the start.
  */
-#include "training/gptq.h"
-#include "training/model_train_state.h"
-#include "training/rows.h"
+#include "training/gptq_state.h"
 
 #include <stdlib.h>
 
-#define MOST_ROWS 4096 /* of a forward pass */
-#define TASK_ROWS 16   /* of a matrix */
+/* Shares of what the model has lost so far that a matrix makes up for: in its inputs, and in the stream that its output is added
+ * to. Less than all: both are estimated on a few sequences (docs/results.md, "Errors made up for by later matrices"). */
+#define OF_INPUTS 0.8f
+#define OF_STREAM 0.8f
 
-/* What one or several matrices multiply. */
-struct input {
-  size_t K;
-  float *h;     /* (K, K) second moments, then their factor */
-  uint32_t *at; /* (K) */
-  const float *x;
-  size_t rows; /* x (rows, K): of the pass at hand */
-};
+#define TASK_ROWS   16        /* of a matrix */
+#define MOST_TOKENS (1 << 25) /* a batch's limit is twice that */
 
-struct matrix {
-  struct us_param *master;
-  size_t input;
-  void *scales;
-};
+/* --- aims --- */
 
-struct task {
-  uint32_t matrix, row;
-};
-
-struct session {
-  const struct us_gptq *gptq;
-  struct us_params *masters, frozen; /* frozen: the original's */
-  struct us_seq seq;
-  struct us_model_train *train;
-  struct input *inputs;
-  struct matrix *matrices;
-  struct task *tasks;
-  size_t input_count, matrix_count, task_count;
-  bool failed;
-};
-
-/* --- what is rounded --- */
-
-static struct us_param *master_of(const struct session *s, const struct us_param *frozen) {
-  struct us_param *p = &s->masters->items[frozen - s->frozen.items];
-  bool rounded = p->encoding.format == US_FORMAT_MXFP4 || p->encoding.format == US_FORMAT_FP8;
-  return rounded && !p->frozen && !p->vector ? p : NULL;
-}
-
-/* The `count` matrices that lie behind each other from `first` on and multiply the same x (rows, K). Twice with s->inputs NULL
- * and not, to count and to list; then once a pass, to point at x. */
-static void visit(struct session *s, const struct us_param *first, size_t count, size_t K, const float *x,
-                  size_t rows) {
-  size_t before = s->matrix_count;
-  for (size_t i = 0; i < count; i++) {
-    struct us_param *p = master_of(s, first + i);
-    if (!p) continue;
-    if (s->matrices) s->matrices[s->matrix_count].master = p;
-    if (s->matrices) s->matrices[s->matrix_count].input = s->input_count;
-    s->matrix_count++;
-  }
-  if (s->matrix_count == before) return;
-  if (s->inputs) {
-    struct input *in = &s->inputs[s->input_count];
-    in->K = K, in->x = x, in->rows = rows;
-  }
-  s->input_count++;
-}
-
-static void visit_experts(struct session *s, uint32_t l) {
-  const struct us_shape *shape = &s->train->shape;
-  const struct us_layer_saved *saved = &s->train->state->saved[l];
-  for (uint32_t e = 0; e < shape->experts; e++) {
-    const struct us_param *expert = s->train->state->roles[l].experts + 3 * (size_t)e;
-    size_t first = saved->plan.start[e], rows = saved->plan.start[e + 1] - first;
-    visit(s, expert, 2, shape->hidden, saved->experts.x + first * shape->hidden, rows);
-    visit(s, expert + 2, 1, shape->expert_inner, saved->experts.a + first * shape->expert_inner, rows);
-  }
-}
-
-static void visit_all(struct session *s) {
-  const struct us_model_train *train = s->train;
-  const struct us_shape *shape = &train->shape;
-  size_t R = train->batch.R;
-  s->input_count = s->matrix_count = 0;
-  for (uint32_t l = 0; l < shape->layers; l++) {
-    const struct us_layer_roles *roles = &train->state->roles[l];
-    const struct us_layer_saved *saved = &train->state->saved[l];
-    const struct us_attention_shape *a = us_shape_attention(shape, l);
-    visit(s, roles->qkv, 1, shape->hidden, saved->norm1, R);
-    visit(s, roles->o_proj, 1, (size_t)a->q_heads * a->v_dim, saved->attention, R);
-    if (shape->moe_layer[l]) {
-      visit_experts(s, l);
-    } else {
-      visit(s, roles->gate_up, 2, shape->hidden, saved->norm2, R);
-      visit(s, roles->down, 1, shape->dense_inner, saved->a, R);
-    }
-  }
-  visit(s, train->state->model.head, 1, shape->hidden, train->hidden, R);
-}
-
-/* --- second moments --- */
-
-/* An expert's output counts with its routing weight: so do its inputs. */
-static void weigh(struct us_model_train *train, uint32_t l) {
-  struct us_layer_saved *saved = &train->state->saved[l];
-  size_t D = train->shape.hidden, F = train->shape.expert_inner;
-  for (size_t i = 0; i < train->batch.R * train->shape.top_k; i++) {
-    float *x = saved->experts.x + saved->plan.slot[i] * D, *a = saved->experts.a + saved->plan.slot[i] * F;
-    for (size_t k = 0; k < D; k++) x[k] *= saved->weight[i];
-    for (size_t k = 0; k < F; k++) a[k] *= saved->weight[i];
-  }
-}
-
-static void add_squares(void *arg, size_t begin, size_t end, int worker) {
-  const struct session *s = arg;
+/* w <- w + (OF_INPUTS w crossed + OF_STREAM made up) H^-1: what makes the products of the inputs as they are nearest to the original's,
+ * were the shares 1. */
+static void correct_rows(void *arg, size_t begin, size_t end, int worker) {
+  struct us_gptq_session *s = arg;
+  (void)worker;
   for (size_t i = begin; i < end; i++) {
-    const struct input *in = &s->inputs[i];
-    us_seq_gemm(true, false, in->K, in->K, in->rows, 1.0f, in->x, in->K, in->x, in->K, 1.0f, in->h, in->K);
-  }
-}
-
-static size_t windows_of_pass(const struct us_gptq *g) {
-  return g->length < MOST_ROWS ? MOST_ROWS / g->length : 1;
-}
-
-static enum us_status run_pass(struct session *s, const struct us_rows *rows, struct us_err *err) {
-  struct us_batch batch = us_rows_batch(rows);
-  enum us_status status = us_model_train_forward(s->train, &batch, NULL, err);
-  if (status != US_OK) return status;
-  for (uint32_t l = 0; l < s->train->shape.layers; l++)
-    if (s->train->shape.moe_layer[l]) weigh(s->train, l);
-  visit_all(s);
-  us_pool_for(s->seq.pool, s->input_count, 1, add_squares, s);
-  return US_OK;
-}
-
-static enum us_status gather(struct session *s, struct us_err *err) {
-  const struct us_gptq *g = s->gptq;
-  struct us_window window = {0};
-  struct us_rows rows = {0};
-  enum us_status status = us_window_init(&window, g->length + 1, err);
-  if (status == US_OK) status = us_rows_init(&rows, windows_of_pass(g) * g->length, err);
-  for (size_t i = 0; i < g->windows && status == US_OK;) {
-    rows.R = 0;
-    for (size_t j = 0; j < windows_of_pass(g) && i < g->windows; j++, i++) {
-      us_shards_sample_across(g->shards, g->seed, 0, i, g->across, &window);
-      us_rows_add(&rows, &window, false);
-    }
-    status = run_pass(s, &rows, err);
-  }
-  us_window_release(&window);
-  us_rows_release(&rows);
-  return status;
-}
-
-/* --- rounding --- */
-
-static float *take(struct session *s, size_t floats) {
-  float *memory = calloc(floats, sizeof *memory);
-  if (!memory) __atomic_store_n(&s->failed, true, __ATOMIC_RELAXED);
-  return memory;
-}
-
-static void factor_inputs(void *arg, size_t begin, size_t end, int worker) {
-  struct session *s = arg;
-  for (size_t i = begin; i < end; i++) {
-    struct input *in = &s->inputs[i];
-    float *scratch = take(s, in->K * in->K + 1);
-    if (scratch) us_gptq_factor(in->h, in->K, in->at, scratch);
-    free(scratch);
+    const struct us_gptq_matrix *m = &s->matrices[s->tasks[i].index];
+    const struct us_param *p = m->master;
+    const struct us_gptq_input *in = &s->inputs[m->input];
+    size_t row = s->tasks[i].row, rows = p->rows - row < TASK_ROWS ? p->rows - row : TASK_ROWS,
+           n = rows * p->cols;
+    float *w = p->value + row * p->cols, *change = us_gptq_take(s, 2 * n, sizeof *change);
+    if (!change) return;
+    us_seq_gemm(false, false, rows, in->K, in->K, OF_INPUTS, w, in->K, in->crossed, in->K, 0.0f, change,
+                in->K);
+    for (size_t k = 0; in->opt_made_up && k < n; k++)
+      change[k] += OF_STREAM * in->opt_made_up[row * in->K + k];
+    us_gptq_solve(change, rows, in->K, in->moments, in->at, change + n);
+    for (size_t k = 0; k < n; k++) w[k] += change[k];
+    free(change);
   }
 }
 
 static void round_rows(void *arg, size_t begin, size_t end, int worker) {
-  struct session *s = arg;
+  struct us_gptq_session *s = arg;
+  (void)worker;
   for (size_t i = begin; i < end; i++) {
-    const struct matrix *m = &s->matrices[s->tasks[i].matrix];
+    const struct us_gptq_matrix *m = &s->matrices[s->tasks[i].index];
     const struct us_param *p = m->master;
-    const struct input *in = &s->inputs[m->input];
+    const struct us_gptq_input *in = &s->inputs[m->input];
     size_t row = s->tasks[i].row, last = row + TASK_ROWS < p->rows ? row + TASK_ROWS : p->rows;
-    float *lost = take(s, (last - row) * p->cols);
+    float *lost = us_gptq_take(s, (last - row) * p->cols, sizeof *lost);
     if (lost)
-      us_gptq_round(p->value, p->rows, p->cols, &p->encoding, m->scales, in->h, in->at, row, last, lost);
+      us_gptq_round(p->value, p->rows, p->cols, &p->encoding, m->scales, in->moments, in->at, row, last,
+                    lost);
     free(lost);
   }
 }
 
-static enum us_status find_scales(struct matrix *m, struct us_err *err) {
+static enum us_status find_scales(struct us_gptq_matrix *m, struct us_err *err) {
   const struct us_param *p = m->master;
   const struct us_matrix_encoding *e = &p->encoding;
   void *codes = malloc(us_matrix_data_bytes(e->format, p->rows, p->cols));
@@ -203,77 +69,159 @@ static enum us_status find_scales(struct matrix *m, struct us_err *err) {
 
 /* One that fails has none, and says why when it is asked again. */
 static void find_all_scales(void *arg, size_t begin, size_t end, int worker) {
-  struct session *s = arg;
+  struct us_gptq_session *s = arg;
+  (void)worker;
   for (size_t i = begin; i < end; i++) {
-    struct matrix *m = &s->matrices[i];
+    struct us_gptq_matrix *m = &s->matrices[i];
     if (find_scales(m, NULL) == US_OK) continue;
     free(m->scales);
     m->scales = NULL;
   }
 }
 
-static enum us_status round_all(struct session *s, struct us_err *err) {
+/* From now on the student multiplies by what the aims are rounded to. */
+static void use_aims(void *arg, size_t begin, size_t end, int worker) {
+  struct us_gptq_session *s = arg;
+  (void)worker;
+  for (size_t i = begin; i < end; i++) {
+    const struct us_param *p = s->matrices[i].master;
+    if (us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, NULL) != US_OK)
+      __atomic_store_n(&s->failed, true, __ATOMIC_RELAXED);
+  }
+}
+
+static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   enum us_status status = US_OK;
-  us_pool_for(s->seq.pool, s->input_count, 1, factor_inputs, s);
+  size_t blocks = 0;
+  for (size_t i = 0; i < s->matrix_count; i++)
+    blocks += us_seq_blocks(s->matrices[i].master->rows, TASK_ROWS);
+  s->tasks = us_gptq_take(s, blocks, sizeof *s->tasks);
+  s->task_count = 0;
+  for (size_t i = 0; i < s->matrix_count && !s->failed; i++)
+    for (size_t row = 0; row < s->matrices[i].master->rows; row += TASK_ROWS)
+      s->tasks[s->task_count++] = (struct us_gptq_task){.index = (uint32_t)i, .row = (uint32_t)row};
+  us_pool_for(s->seq.pool, s->task_count, 1, correct_rows, s);
   us_pool_for(s->seq.pool, s->matrix_count, 1, find_all_scales, s);
   for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
     if (!s->matrices[i].scales) status = find_scales(&s->matrices[i], err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
-  return status == US_OK && s->failed ? us_err_memory(err, "GPTQ", 0) : status;
+  if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
+  return status;
+}
+
+/* --- a layer --- */
+
+static enum us_status round_inputs(struct us_gptq_session *s, struct us_err *err) {
+  enum us_status status = US_OK;
+  if (s->matrix_count) us_gptq_sum_inputs(s);
+  if (s->matrix_count && !s->failed) status = aim(s, err);
+  us_gptq_forget_inputs(s);
+  return status == US_OK && (s->failed || s->seq.failed) ? us_err_memory(err, "GPTQ", 0) : status;
+}
+
+/* The same rows for the same experts, or inputs could not be compared. */
+static void follow_routes(struct us_gptq_session *s) {
+  const struct us_shape *shape = &s->student->shape;
+  struct us_layer_saved *to = &s->student->state->saved[s->layer];
+  size_t n = s->student->batch.R * shape->top_k;
+  struct us_experts_rows experts = us_model_train_experts(s->student, s->layer);
+  memcpy(s->student->state->id[s->layer], s->original->state->id[s->layer], n * sizeof(uint32_t));
+  memcpy(to->weight, s->original->state->saved[s->layer].weight, n * sizeof(float));
+  us_experts_sort(&experts, s->student->state->id[s->layer], &to->plan);
+}
+
+static enum us_status round_layer(struct us_gptq_session *s, struct us_err *err) {
+  enum us_status status = US_OK;
+  us_model_train_layer(s->original, s->layer);
+  for (s->part = US_PART_ATTENTION_INPUTS; s->part <= US_PART_MLP && status == US_OK; s->part++) {
+    us_model_train_part(s->student, s->layer, s->part);
+    if (s->part == US_PART_MLP_INPUTS && s->student->shape.moe_layer[s->layer]) follow_routes(s);
+    us_gptq_inputs(s);
+    status = round_inputs(s, err);
+  }
+  us_model_train_part(s->student, s->layer, US_PART_MLP); /* again, by what `down` is now */
+  return status;
+}
+
+static enum us_status round_head(struct us_gptq_session *s, struct us_err *err) {
+  enum us_status status = us_model_train_end(s->original, err);
+  if (status == US_OK) status = us_model_train_end(s->student, err);
+  if (status != US_OK) return status;
+  us_gptq_head_inputs(s);
+  return round_inputs(s, err);
 }
 
 /* --- the start --- */
 
-static enum us_status list_work(struct session *s, struct us_err *err) {
-  visit_all(s);
-  s->inputs = calloc(s->input_count + 1, sizeof *s->inputs);
-  s->matrices = calloc(s->matrix_count + 1, sizeof *s->matrices);
-  if (!s->inputs || !s->matrices) return us_err_memory(err, "GPTQ", s->matrix_count * sizeof *s->matrices);
-  visit_all(s);
-  for (size_t i = 0; i < s->input_count; i++) {
-    struct input *in = &s->inputs[i];
-    in->h = calloc(in->K * in->K, sizeof *in->h);
-    in->at = calloc(in->K, sizeof *in->at);
-    if (!in->h || !in->at) return us_err_memory(err, "second moments", in->K * in->K * sizeof *in->h);
+/* What is rounded in its turn is the original's until then. */
+static enum us_status begin_student(struct us_gptq_session *s, struct us_err *err) {
+  for (size_t i = 0; i < s->masters->count; i++) {
+    struct us_param *p = &s->masters->items[i];
+    bool later = p->vector || (us_gptq_rounds(p) && p != s->student->state->model.embed);
+    if (later) {
+      memcpy(p->compute, p->value, p->rows * p->cols * sizeof *p->compute);
+      continue;
+    }
+    enum us_status status = us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, err);
+    if (status != US_OK) return status;
   }
-  for (size_t i = 0; i < s->matrix_count; i++)
-    s->task_count += (s->matrices[i].master->rows + TASK_ROWS - 1) / TASK_ROWS;
-  s->tasks = calloc(s->task_count + 1, sizeof *s->tasks);
-  if (!s->tasks) return us_err_memory(err, "GPTQ", s->task_count * sizeof *s->tasks);
-  size_t at = 0;
-  for (size_t i = 0; i < s->matrix_count; i++)
-    for (size_t row = 0; row < s->matrices[i].master->rows; row += TASK_ROWS)
-      s->tasks[at++] = (struct task){(uint32_t)i, (uint32_t)row};
   return US_OK;
 }
 
-static void release(struct session *s) {
-  for (size_t i = 0; s->inputs && i < s->input_count; i++) {
-    free(s->inputs[i].h);
-    free(s->inputs[i].at);
+static enum us_status draw_rows(struct us_gptq_session *s, struct us_err *err) {
+  const struct us_gptq *g = s->gptq;
+  struct us_window window = {0};
+  enum us_status status = us_window_init(&window, g->length + 1, err);
+  if (status == US_OK) status = us_rows_init(&s->rows, g->windows * g->length, err);
+  for (size_t i = 0; i < g->windows && status == US_OK; i++) {
+    us_shards_sample_across(g->shards, g->seed, 0, i, g->across, &window);
+    us_rows_add(&s->rows, &window, false);
   }
-  for (size_t i = 0; s->matrices && i < s->matrix_count; i++) free(s->matrices[i].scales);
-  free(s->inputs);
-  free(s->matrices);
-  free(s->tasks);
-  us_model_train_free(s->train);
-  us_params_release(&s->frozen);
-  us_seq_release(&s->seq);
+  us_window_release(&window);
+  return status;
+}
+
+static enum us_status open_models(struct us_gptq_session *s, struct us_model *original, struct us_err *err) {
+  const struct us_shape *shape = &original->shape;
+  size_t rows = s->gptq->windows * s->gptq->length;
+  enum us_status status = us_params_init_model(&s->frozen, original, s->seq.pool, true, err);
+  if (status == US_OK)
+    status = us_model_train_create(shape, &s->frozen, &s->seq, rows, US_TRAIN_FORWARD, &s->original, err);
+  if (status == US_OK)
+    status = us_model_train_create(shape, s->masters, &s->seq, rows, US_TRAIN_FORWARD, &s->student, err);
+  s->inputs = us_gptq_take(s, shape->experts + 1, sizeof *s->inputs);
+  s->matrices = us_gptq_take(s, 2 * ((size_t)shape->experts + 1), sizeof *s->matrices);
+  return status == US_OK && s->failed ? us_err_memory(err, "GPTQ", 0) : status;
+}
+
+static enum us_status run(struct us_gptq_session *s, struct us_err *err) {
+  struct us_batch batch = us_rows_batch(&s->rows);
+  enum us_status status = begin_student(s, err);
+  if (status == US_OK) status = us_model_train_begin(s->original, &batch, err);
+  if (status == US_OK) status = us_model_train_begin(s->student, &batch, err);
+  for (s->layer = 0; s->layer < s->student->shape.layers && status == US_OK; s->layer++)
+    status = round_layer(s, err);
+  return status == US_OK ? round_head(s, err) : status;
 }
 
 enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original, struct us_params *params,
                              struct us_pool *pool, struct us_err *err) {
-  struct session s = {.gptq = gptq, .masters = params};
+  struct us_gptq_session s = {.gptq = gptq, .masters = params};
   if (!us_shards_can_sample(gptq->shards, gptq->length + 1))
     return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", gptq->length + 1);
+  if (gptq->windows > MOST_TOKENS / gptq->length)
+    return us_err_set(err, US_ERR_USAGE, "GPTQ: %zu sequences of %zu tokens are more than %d", gptq->windows,
+                      gptq->length, MOST_TOKENS);
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  enum us_status status = us_params_init_model(&s.frozen, original, pool, true, err);
-  if (status == US_OK)
-    status = us_model_train_create(&original->shape, &s.frozen, &s.seq, windows_of_pass(gptq) * gptq->length,
-                                   US_TRAIN_SAVE, &s.train, err);
-  if (status == US_OK) status = list_work(&s, err);
-  if (status == US_OK) status = gather(&s, err);
-  if (status == US_OK) status = round_all(&s, err);
-  release(&s);
+  enum us_status status = draw_rows(&s, err);
+  if (status == US_OK) status = open_models(&s, original, err);
+  if (status == US_OK) status = run(&s, err);
+  free(s.inputs);
+  free(s.matrices);
+  us_model_train_free(s.student);
+  us_model_train_free(s.original);
+  us_params_release(&s.frozen);
+  us_rows_release(&s.rows);
+  us_seq_release(&s.seq);
   return status;
 }

@@ -244,16 +244,22 @@ struct us_experts_rows us_model_train_experts(const struct us_model_train *train
                                   .down = train->state->experts[l].down};
 }
 
-static void attention_layer(struct us_model_train *train, uint32_t l) {
+static void attention_inputs(struct us_model_train *train, uint32_t l) {
   struct us_model_train_state *s = train->state;
+  const struct us_layer_saved *saved = &s->saved[l];
+  us_rmsnorm_seq(train->seq,
+                 &(struct us_rmsnorm_rows){
+                     .R = train->batch.R, .D = train->shape.hidden, .eps = (float)train->shape.norm_eps},
+                 s->residual[l], s->roles[l].input_norm->compute, saved->norm1, saved->inverse1);
+}
+
+static void attention(struct us_model_train *train, uint32_t l) {
+  const struct us_model_train_state *s = train->state;
   const struct us_attention_roles *a = &s->attention[train->shape.swa_layer[l]];
-  const struct us_layer_roles *roles = &s->roles[l];
   const struct us_layer_saved *saved = &s->saved[l];
   size_t R = train->batch.R, D = train->shape.hidden, heads = (size_t)a->shape->q_heads + a->shape->kv_heads;
-  us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
-                 s->residual[l], roles->input_norm->compute, saved->norm1, saved->inverse1);
   us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = a->width, .K = D}, saved->norm1,
-                roles->qkv->compute, saved->qkv);
+                s->roles[l].qkv->compute, saved->qkv);
   struct us_rope_rows qk = {
       .R = R, .stride = a->width, .offset = a->qk_offset, .heads = heads, .rotary = a->shape->rotary_dim};
   us_rope_seq(train->seq, &qk, a->table, train->batch.position, saved->qkv);
@@ -261,15 +267,11 @@ static void attention_layer(struct us_model_train *train, uint32_t l) {
   struct us_rope_rows v = {.R = R, .stride = a->width, .offset = a->v_offset, .heads = a->shape->kv_heads};
   us_scale_heads_seq(train->seq, &k, a->shape->qk_dim, 1.0f, true, saved->qkv);
   us_scale_heads_seq(train->seq, &v, a->shape->v_dim, (float)train->shape.value_scale, true, saved->qkv);
-  struct us_attention_seq attention = us_model_train_attention(train, l);
-  us_attention_seq(train->seq, &attention);
-  us_linear_seq(train->seq,
-                &(struct us_linear){.R = R, .N = D, .K = (size_t)a->shape->q_heads * a->shape->v_dim},
-                saved->attention, roles->o_proj->compute, s->branch);
-  us_seq_add(train->seq, R * D, s->residual[l], s->branch, saved->middle);
+  struct us_attention_seq rows = us_model_train_attention(train, l);
+  us_attention_seq(train->seq, &rows);
 }
 
-static void moe_layer(struct us_model_train *train, uint32_t l) {
+static void route(struct us_model_train *train, uint32_t l) {
   struct us_model_train_state *s = train->state;
   const struct us_shape *shape = &train->shape;
   struct us_layer_saved *saved = &s->saved[l];
@@ -283,18 +285,29 @@ static void moe_layer(struct us_model_train *train, uint32_t l) {
                 s->roles[l].router_bias->compute, saved->scores, s->id[l], saved->weight);
   struct us_experts_rows experts = us_model_train_experts(train, l);
   us_experts_sort(&experts, s->id[l], &saved->plan);
-  us_experts_seq(train->seq, &experts, &saved->plan, saved->norm2, saved->weight, &saved->experts, s->branch);
 }
 
-void us_model_train_layer(struct us_model_train *train, uint32_t l) {
+static void mlp_inputs(struct us_model_train *train, uint32_t l) {
+  struct us_model_train_state *s = train->state;
+  const struct us_attention_shape *a = us_shape_attention(&train->shape, l);
+  const struct us_layer_saved *saved = &s->saved[l];
+  size_t R = train->batch.R, D = train->shape.hidden;
+  us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = D, .K = (size_t)a->q_heads * a->v_dim},
+                saved->attention, s->roles[l].o_proj->compute, s->branch);
+  us_seq_add(train->seq, R * D, s->residual[l], s->branch, saved->middle);
+  us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
+                 saved->middle, s->roles[l].post_norm->compute, saved->norm2, saved->inverse2);
+  if (train->shape.moe_layer[l]) route(train, l);
+}
+
+static void mlp(struct us_model_train *train, uint32_t l) {
   struct us_model_train_state *s = train->state;
   struct us_layer_saved *saved = &s->saved[l];
   size_t R = train->batch.R, D = train->shape.hidden, F = train->shape.dense_inner;
-  attention_layer(train, l);
-  us_rmsnorm_seq(train->seq, &(struct us_rmsnorm_rows){.R = R, .D = D, .eps = (float)train->shape.norm_eps},
-                 saved->middle, s->roles[l].post_norm->compute, saved->norm2, saved->inverse2);
   if (train->shape.moe_layer[l]) {
-    moe_layer(train, l);
+    struct us_experts_rows experts = us_model_train_experts(train, l);
+    us_experts_seq(train->seq, &experts, &saved->plan, saved->norm2, saved->weight, &saved->experts,
+                   s->branch);
   } else {
     us_linear_seq(train->seq, &(struct us_linear){.R = R, .N = 2 * F, .K = D}, saved->norm2,
                   s->roles[l].gate_up->compute, saved->gate_up);
@@ -303,6 +316,30 @@ void us_model_train_layer(struct us_model_train *train, uint32_t l) {
                   s->roles[l].down->compute, s->branch);
   }
   us_seq_add(train->seq, R * D, saved->middle, s->branch, s->residual[l + 1]);
+}
+
+void us_model_train_part(struct us_model_train *train, uint32_t l, enum us_layer_part part) {
+  switch (part) {
+  case US_PART_ATTENTION_INPUTS:
+    attention_inputs(train, l);
+    break;
+  case US_PART_ATTENTION:
+    attention(train, l);
+    break;
+  case US_PART_MLP_INPUTS:
+    mlp_inputs(train, l);
+    break;
+  case US_PART_MLP:
+    mlp(train, l);
+    break;
+  }
+}
+
+void us_model_train_layer(struct us_model_train *train, uint32_t l) {
+  attention_inputs(train, l);
+  attention(train, l);
+  mlp_inputs(train, l);
+  mlp(train, l);
 }
 
 /* --- forward --- */
@@ -339,13 +376,32 @@ static void copy_taps(const struct us_model_train *train, const struct us_train_
   }
 }
 
+enum us_status us_model_train_begin(struct us_model_train *train, const struct us_batch *batch,
+                                    struct us_err *err) {
+  struct us_model_train_state *s = train->state;
+  enum us_status status = accept_batch(train, batch, err);
+  if (status == US_OK)
+    us_embed_seq(train->seq, batch->token, batch->R, train->shape.hidden, s->model.embed->compute,
+                 s->residual[0]);
+  return status;
+}
+
+enum us_status us_model_train_end(struct us_model_train *train, struct us_err *err) {
+  struct us_model_train_state *s = train->state;
+  const struct us_shape *shape = &train->shape;
+  us_rmsnorm_seq(
+      train->seq,
+      &(struct us_rmsnorm_rows){.R = train->batch.R, .D = shape->hidden, .eps = (float)shape->norm_eps},
+      s->residual[shape->layers], s->model.final_norm->compute, train->hidden, s->final_inverse);
+  return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
+}
+
 enum us_status us_model_train_forward(struct us_model_train *train, const struct us_batch *batch,
                                       const struct us_train_taps *opt_taps, struct us_err *err) {
   struct us_model_train_state *s = train->state;
   const struct us_shape *shape = &train->shape;
-  enum us_status status = accept_batch(train, batch, err);
+  enum us_status status = us_model_train_begin(train, batch, err);
   if (status != US_OK) return status;
-  us_embed_seq(train->seq, batch->token, batch->R, shape->hidden, s->model.embed->compute, s->residual[0]);
   for (uint32_t l = 0; l < shape->layers; l++) {
     us_model_train_layer(train, l);
     if (shape->moe_layer[l])
@@ -353,10 +409,7 @@ enum us_status us_model_train_forward(struct us_model_train *train, const struct
                      train->load + (size_t)l * shape->experts);
     if (opt_taps) copy_taps(train, opt_taps, l);
   }
-  us_rmsnorm_seq(train->seq,
-                 &(struct us_rmsnorm_rows){.R = batch->R, .D = shape->hidden, .eps = (float)shape->norm_eps},
-                 s->residual[shape->layers], s->model.final_norm->compute, train->hidden, s->final_inverse);
-  return train->seq->failed ? us_err_memory(err, "scratch", 0) : US_OK;
+  return us_model_train_end(train, err);
 }
 
 /* --- balance and cost --- */

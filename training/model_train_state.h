@@ -47,8 +47,16 @@ struct us_model_train_state {
   float *arena;             /* everything above lies in it */
 };
 
-/* Run layer l from residual[l] to residual[l + 1]. */
+/* A forward pass by pieces: take the batch and fill residual[0]; run layer l from residual[l] to residual[l + 1]; fill hidden. */
+US_CHECKED enum us_status us_model_train_begin(struct us_model_train *train, const struct us_batch *batch,
+                                               struct us_err *err);
 void us_model_train_layer(struct us_model_train *train, uint32_t l);
+US_CHECKED enum us_status us_model_train_end(struct us_model_train *train, struct us_err *err);
+
+/* A layer by pieces, between the products that one of them reads the weights of: norm1; attention (qkv); middle, norm2, and the
+ * sorted choices of experts (o_proj, router); a or experts, and the stream after the layer (gate_up, down). */
+enum us_layer_part { US_PART_ATTENTION_INPUTS, US_PART_ATTENTION, US_PART_MLP_INPUTS, US_PART_MLP };
+void us_model_train_part(struct us_model_train *train, uint32_t l, enum us_layer_part part);
 
 struct us_attention_seq us_model_train_attention(const struct us_model_train *train, uint32_t l);
 struct us_experts_rows us_model_train_experts(const struct us_model_train *train, uint32_t l);

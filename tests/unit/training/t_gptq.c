@@ -89,6 +89,28 @@ START_TEST(the_factor_gives_back_the_moments_in_its_order) {
 }
 END_TEST
 
+/* rows (H + damping)^-1 times (H + damping) are the rows. */
+START_TEST(solved_rows_multiply_back) {
+  static float h[K * K], L[K * K], scratch[K * K], rows[N * K], z[N * K];
+  uint32_t at[K];
+  double mean = 0.0, largest = 0.0;
+  fill();
+  moments(h);
+  memcpy(L, h, sizeof L);
+  us_gptq_factor(L, K, at, scratch);
+  memcpy(rows, weights, sizeof rows);
+  us_gptq_solve(rows, N, K, L, at, z);
+  for (size_t i = 0; i < K; i++) mean += (double)h[i * K + i] / K;
+  for (size_t n = 0; n < N; n++)
+    for (size_t j = 0; j < K; j++) {
+      double sum = 0.01 * mean * (double)rows[n * K + j];
+      for (size_t k = 0; k < K; k++) sum += (double)rows[n * K + k] * (double)h[k * K + j];
+      largest = fmax(largest, fabs(sum - (double)weights[n * K + j]));
+    }
+  ck_assert_double_lt(largest, 2e-4);
+}
+END_TEST
+
 START_TEST(products_change_less_than_after_rounding_to_nearest) {
   static float h[K * K], aims[N * K], stored[N * K], nearest[N * K];
   const struct us_matrix_encoding encodings[] = {{.format = US_FORMAT_MXFP4},
@@ -190,6 +212,38 @@ START_TEST(a_model_begins_closer_to_the_original_than_rounded_to_nearest) {
 }
 END_TEST
 
+static double loss_after_gptq(const char *text) {
+  struct us_err err = {0};
+  double loss = 0.0;
+  struct us_qat run = new_run(text, 64);
+  run.on_log = see_first;
+  run.log_arg = &loss;
+  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+  us_qat_release(&run);
+  return loss;
+}
+
+/* The embedding is rounded to nearest. The more is rounded behind it, finely, the less is lost: each sees what its inputs, and the
+ * stream that its output is added to, have lost. */
+START_TEST(later_matrices_make_up_for_earlier_ones) {
+  double embed = loss_after_gptq("embed=mxfp4"), head = loss_after_gptq("embed=mxfp4,head=fp8"),
+         dense = loss_after_gptq("embed=mxfp4,dense=fp8,head=fp8"),
+         rest = loss_after_gptq("embed=mxfp4,attn=fp8,dense=fp8,experts=fp8,head=fp8");
+  ck_assert_msg(head < 0.8 * embed, "embedding %g, and head %g", embed, head);
+  ck_assert_msg(dense < 0.8 * head, "embedding and head %g, and dense %g", head, dense);
+  ck_assert_msg(rest < 0.3 * embed, "embedding %g, and the rest %g", embed, rest);
+}
+END_TEST
+
+START_TEST(more_tokens_than_fit_are_refused) {
+  struct us_err err = {0};
+  struct us_qat run = new_run(served, (size_t)1 << 40);
+  ck_assert_int_eq(us_qat_start(&run, world.pool, &err), US_ERR_USAGE);
+  ck_assert_msg(strstr(err.message, "GPTQ") != NULL, "%s", err.message);
+  us_qat_release(&run);
+}
+END_TEST
+
 START_TEST(masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits) {
   struct us_err err = {0};
   struct us_qat plain = new_run(served, 0), one = new_run(served, 5), all = new_run(served, 5);
@@ -239,10 +293,13 @@ static Suite *make_suite(void) {
   TCase *c = tcase_create("gptq");
   tcase_add_unchecked_fixture(c, open_all, close_all);
   tcase_add_test(c, the_factor_gives_back_the_moments_in_its_order);
+  tcase_add_test(c, solved_rows_multiply_back);
   tcase_add_test(c, products_change_less_than_after_rounding_to_nearest);
   tcase_add_test(c, inputs_that_share_nothing_or_were_never_seen_mean_nearest);
   tcase_add_test(c, rows_do_not_depend_on_how_they_are_cut);
   tcase_add_test(c, a_model_begins_closer_to_the_original_than_rounded_to_nearest);
+  tcase_add_test(c, later_matrices_make_up_for_earlier_ones);
+  tcase_add_test(c, more_tokens_than_fit_are_refused);
   tcase_add_test(c, masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits);
   tcase_add_test(c, without_a_step_the_file_holds_what_the_masters_round_to);
   tcase_add_test(c, sequences_longer_than_the_text_are_refused);
