@@ -3,10 +3,10 @@
 # Usage: data/recipes/mini.sh --text DIR [--stage text|pretrain|finish] [options]
 #
 # text: code of --site, derived text, vocabulary, token shards. pretrain: from random weights; the prompts to answer are made meanwhile.
-# finish: QAT to MXFP4 experts and FP8 (on two GPUs two ways beside each other, of which the closer to the original is kept), the quantized
-# model's answers, an MXFP4 drafter on them, tables and pictures. Without --stage all of them, one after the other; what is there is
-# skipped, so that a stage that was cut short is run again. finish goes on with what there is: without QAT the model is rounded, without
-# a drafter there are plain answers. Made for two H200 and 15 minutes. Tables and pictures are small; the weights stay where they were made.
+# finish: QAT to MXFP4 experts and FP8, the quantized model's answers, an MXFP4 drafter on them, tables and pictures. Without --stage all
+# of them, one after the other; what is there is skipped, so that a stage that was cut short is run again. finish goes on with what there
+# is: without QAT the model is rounded, without a drafter there are plain answers. Made for two H200 and 15 minutes. Tables and pictures are
+# small; the weights stay where they were made.
 #
 #   --text DIR      what nano_text.py collected (required)
 #   --site DIR      folder of installed Python packages: more code
@@ -47,13 +47,11 @@ recipe_begin mini.sh
 
 minutes=$finish short=$((length / 4))
 answer_seconds=$(seconds 0.12)
-qat_options="--steps 0 --minutes $(part 0.42) -b 16 -l $short --across 0.3 --routers 0.3 --beta2 0.99 --schedule quadratic --warmup 0.1 --floor 0
-  --log-every 20 --probe-every 200 --eval-windows 200 ${US_QAT_OPTIONS:-}"
+# GPTQ takes 120 s with loading and measuring on 27 cores; with masters and moments it wants some 45 GB.
+qat_options="--train all --gptq 48 --lr 0.00001 --steps 0 --minutes $(part 0.42) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
+  --beta2 0.99 --schedule quadratic --warmup 0.1 --floor 0 --log-every 20 --probe-every 200 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.4) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
   --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --format mxfp4 --lr 0.004 --log-every 20 ${US_DRAFT_OPTIONS:-}"
-# What the two finetunings differ in: from nearest at the rate that was measured on mini, or from GPTQ, which that rate undoes
-# (docs/results.md, "mini's fourth training"), at one that has been tried on smaller models alone. GPTQ wants 24 GB, and 102 s with loading and measuring on 16 cores.
-qat_one='--train all --lr 0.00004' qat_two='--train all --gptq 32 --lr 0.00001'
 
 limit() { most_seconds=$(awk -v m="$1" -v s="$2" 'BEGIN { printf "%d", 60 * m + s }'); }
 
@@ -79,37 +77,9 @@ pretraining() {
   wait $prepared || { cat prompts.log >&2 && exit 1; }
 }
 
-# finetuned NUMBER OPTION...: one of two, on a GPU of its own, into q-NUMBER.h5.
-finetuned() {
-  number=$1 && shift
-  # shellcheck disable=SC2046
-  stage "quantization-aware finetuning, $number" "q-$number.h5" quantize "q-$number.h5" "$number" "$@" $(on_one $((number - 1)))
-}
-
-# The one of the two whose KL to the original is smaller becomes what is served.
-better() {
-  kept=$(for n in 1 2; do
-    [ ! -f "q-$n.h5" ] || awk -F '\t' -v n="$n" 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i } $1 == "qat" { print $column["kl"], n }' "quality-$n.tsv"
-  done | sort -g | sed -n '1s/.* //p')
-  [ -n "$kept" ] || return 1
-  us_say "finetuning $kept is kept"
-  for file in quality.tsv qat.tsv qat.png; do cp "${file%.*}-$kept.${file#*.}" "$file"; done
-  mv "q-$kept.h5" q.h5 # last: with it the stage is done
-}
-
 finetuning() {
-  limit "$(part 0.42)" 210 # beside the steps: GPTQ, placing three models to compare them, reading back
-  [ ! -f q.h5 ] || return 0
-  # shellcheck disable=SC2086
-  if [ "$gpus" = 1 ]; then
-    qat_options="$qat_options $qat_one"
-    recipe_qat
-  else
-    finetuned 1 $qat_options $qat_one &
-    finetuned 2 $qat_options $qat_two || us_say "one finetuning is missing"
-    wait $! || us_say "one finetuning is missing"
-    better
-  fi
+  limit "$(part 0.42)" 300 # beside the steps: GPTQ, placing three models to compare them, reading back
+  recipe_qat
 }
 
 finish() {
