@@ -1,6 +1,6 @@
 /* gptq_inputs.c: the inputs that matrices have on text in the model rounded so far, beside the original's, and sums over them.
  *
- * Contents: what a part of a layer feeds; what inputs have lost; inputs; sums over them.
+ * Contents: what a part of a layer feeds; what its inputs have lost; inputs; sums over them.
  */
 #include "training/gptq_state.h"
 
@@ -83,7 +83,7 @@ static void feed_all(struct us_gptq_session *s) {
   }
 }
 
-/* --- inputs and what they lost --- */
+/* --- what its inputs have lost --- */
 
 struct span {
   float *out;

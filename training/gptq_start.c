@@ -105,7 +105,13 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
     if (!s->matrices[i].scales) status = find_scales(&s->matrices[i], err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
-  if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
+  if (status != US_OK || s->failed) return status;
+  us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
+  for (size_t i = 0; s->failed && i < s->matrix_count && status == US_OK; i++) { /* again, for the message */
+    const struct us_param *p = s->matrices[i].master;
+    status = us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, err);
+    if (status != US_OK) us_err_prefix(err, "%s", p->name);
+  }
   return status;
 }
 
