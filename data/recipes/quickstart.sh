@@ -58,8 +58,8 @@ us_say "== 1. text to tokens, without what overlaps with the prompts"
 us-data --text "$text" --prompts "$prompts" --template plain --heldout 0.1 --tokenizer "$model" -o "$out/text.h5" >"$out/text.record"
 
 us_say "== 2. MXFP4 experts: quantize, and finetune through the rounding"
-qat-quant "$model" -o "$out/q.h5" --precision experts=mxfp4 --data - --steps 120 --gptq 64 --routers 0.3 \
-  --schedule linear --floor 0 --threads "$threads" \
+qat-quant "$model" -o "$out/q.h5" --precision experts=mxfp4 --data - --steps 120 --gptq 256 --routers 0.3 \
+  --lr 0.00015 --schedule linear --floor 0 --threads "$threads" \
   --report "$out/tensors.tsv" --metrics "$out/quality.tsv" --plot "$out/qat.png" <"$out/text.record" >"$out/q.record"
 
 us_say "== 3. the drafter: adapt it to the quantized model, on text that this model writes"
