@@ -50,15 +50,8 @@ void us_gptq_factor(float *h, size_t K, uint32_t *at, float *scratch) {
     for (size_t k = 0; k < K; k++) h[i * K + k] = k <= i ? scratch[k * K + i] : 0.0f;
 }
 
-/* Sixteen sums, so that their order is the same however wide the machine adds. */
 US_SEQ_CLONES static float dot(const float *x, const float *y, size_t n) {
-  float lane[US_SEQ_LANES] = {0}, sum = 0.0f;
-  size_t i = 0;
-  for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
-    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += x[i + l] * y[i + l];
-  for (int l = 0; i < n; i++, l++) lane[l] += x[i] * y[i];
-  for (int l = 0; l < US_SEQ_LANES; l++) sum += lane[l];
-  return sum;
+  return us_seq_dot(x, y, n);
 }
 
 /* z L^T = row, then x L = z, a row of L at a time for all rows. */

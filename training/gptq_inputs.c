@@ -182,8 +182,8 @@ static void lose_all(struct us_gptq_session *s) {
 /* --- inputs --- */
 
 void us_gptq_inputs(struct us_gptq_session *s) {
-  lose_all(s);
   feed_all(s);
+  if (s->matrix_count) lose_all(s);
 }
 
 void us_gptq_head_inputs(struct us_gptq_session *s) {

@@ -11,7 +11,8 @@
 #define OF_INPUTS 0.8f
 #define OF_STREAM 0.8f
 
-#define TASK_ROWS   16        /* of a matrix */
+#define TASK_ROWS   16 /* of a matrix */
+#define COPY_BLOCK  65536
 #define MOST_TOKENS (1 << 25) /* a batch's limit is twice that */
 
 /* --- aims --- */
@@ -84,8 +85,7 @@ static void use_aims(void *arg, size_t begin, size_t end, int worker) {
   struct us_gptq_session *s = arg;
   (void)worker;
   for (size_t i = begin; i < end; i++) {
-    const struct us_param *p = s->matrices[i].master;
-    if (us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, NULL) != US_OK)
+    if (us_param_refresh(s->matrices[i].master, s->seq.rounding, NULL) != US_OK)
       __atomic_store_n(&s->failed, true, __ATOMIC_RELAXED);
   }
 }
@@ -107,11 +107,8 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
   if (status != US_OK || s->failed) return status;
   us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
-  for (size_t i = 0; s->failed && i < s->matrix_count && status == US_OK; i++) { /* again, for the message */
-    const struct us_param *p = s->matrices[i].master;
-    status = us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, err);
-    if (status != US_OK) us_err_prefix(err, "%s", p->name);
-  }
+  for (size_t i = 0; s->failed && i < s->matrix_count && status == US_OK; i++) /* again, for the message */
+    status = us_param_refresh(s->matrices[i].master, s->seq.rounding, err);
   return status;
 }
 
@@ -159,19 +156,22 @@ static enum us_status round_head(struct us_gptq_session *s, struct us_err *err) 
 
 /* --- the start --- */
 
+static void copy_block(void *arg, size_t begin, size_t end, int worker) {
+  const struct us_params *params = arg;
+  (void)worker;
+  memcpy(params->compute + begin, params->value + begin, (end - begin) * sizeof *params->compute);
+}
+
 /* What is rounded in its turn is the original's until then. */
 static enum us_status begin_student(struct us_gptq_session *s, struct us_err *err) {
-  for (size_t i = 0; i < s->masters->count; i++) {
-    struct us_param *p = &s->masters->items[i];
-    bool later = p->vector || (us_gptq_rounds(p) && p != s->student->state->model.embed);
-    if (later) {
-      memcpy(p->compute, p->value, p->rows * p->cols * sizeof *p->compute);
-      continue;
-    }
-    enum us_status status = us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->compute, err);
-    if (status != US_OK) return status;
+  enum us_status status = US_OK;
+  us_pool_for(s->seq.pool, s->masters->floats, COPY_BLOCK, copy_block, s->masters);
+  for (size_t i = 0; i < s->masters->count && status == US_OK; i++) {
+    const struct us_param *p = &s->masters->items[i];
+    bool later = us_gptq_rounds(p) && p != s->student->state->model.embed;
+    if (!later) status = us_param_refresh(p, s->seq.rounding, err);
   }
-  return US_OK;
+  return status;
 }
 
 static enum us_status draw_rows(struct us_gptq_session *s, struct us_err *err) {

@@ -9,13 +9,12 @@
 /* Inputs x (rows, K) of one or two matrices, and what they are less than the original's. */
 struct us_gptq_input {
   size_t K, rows;
-  const float *x, *lost; /* (rows, K) the model's as it is rounded so far; the original's less x */
-  const float *
-      opt_stream; /* (rows, D) what the stream that the output is added to has lost; NULL: it is added to none */
-  float *moments;     /* (K, K) sum of x x^T, then its factor */
-  float *crossed;     /* (K, K) sum of lost x^T */
-  float *opt_made_up; /* (D, K) sum of stream x^T */
-  uint32_t *at;       /* (K) us_gptq_factor's */
+  const float *x, *lost;   /* (rows, K) in the model rounded so far; the original's less x */
+  const float *opt_stream; /* (rows, D) lost by the stream that the output is added to, if to any */
+  float *moments;          /* (K, K) sum of x x^T, then its factor */
+  float *crossed;          /* (K, K) sum of lost x^T */
+  float *opt_made_up;      /* (D, K) sum of stream x^T */
+  uint32_t *at;            /* (K) us_gptq_factor's */
 };
 
 struct us_gptq_matrix {
@@ -37,8 +36,8 @@ struct us_gptq_session {
   struct us_params *masters, frozen; /* frozen: the original's */
   struct us_seq seq;
   struct us_rows rows;
-  struct us_model_train *original,
-      *student; /* over all rows at once; the student multiplies by masters->compute */
+  struct us_model_train *original; /* over all rows at once */
+  struct us_model_train *student;  /* multiplies by masters->compute */
   uint32_t layer;
   enum us_layer_part part;
   struct us_gptq_input *inputs;    /* (E + 1) of the part at hand */

@@ -336,10 +336,8 @@ void us_model_train_part(struct us_model_train *train, uint32_t l, enum us_layer
 }
 
 void us_model_train_layer(struct us_model_train *train, uint32_t l) {
-  attention_inputs(train, l);
-  attention(train, l);
-  mlp_inputs(train, l);
-  mlp(train, l);
+  for (enum us_layer_part part = US_PART_ATTENTION_INPUTS; part <= US_PART_MLP; part++)
+    us_model_train_part(train, l, part);
 }
 
 /* --- forward --- */

@@ -296,8 +296,7 @@ static struct us_matrix_encoding effective(const struct us_param *p, enum us_seq
 }
 
 /* Vectors are one row; matrices are cut by whole grains of rows so that the cut cannot show. */
-static enum us_status refresh_param(const struct us_param *p, enum us_seq_rounding rounding,
-                                    struct us_err *err) {
+enum us_status us_param_refresh(const struct us_param *p, enum us_seq_rounding rounding, struct us_err *err) {
   struct us_matrix_encoding encoding = effective(p, rounding);
   size_t rows = p->vector ? 1 : p->rows, cols = p->vector ? p->rows : p->cols;
   if (us_matrix_fake_quant(p->value, rows, cols, &encoding, p->compute, err) == US_OK) return US_OK;
@@ -309,7 +308,7 @@ static enum us_status refresh_param(const struct us_param *p, enum us_seq_roundi
 static void refresh_params(void *arg, size_t begin, size_t end, int worker) {
   struct refresh_task *t = arg;
   for (size_t i = begin; i < end; i++)
-    if (refresh_param(&t->params->items[i], t->rounding, NULL) != US_OK)
+    if (us_param_refresh(&t->params->items[i], t->rounding, NULL) != US_OK)
       __atomic_store_n(&t->failed, true, __ATOMIC_RELAXED);
 }
 
@@ -320,7 +319,7 @@ enum us_status us_params_refresh(struct us_params *params, struct us_pool *pool,
   us_pool_for(pool, params->count, 1, refresh_params, &t);
   if (!t.failed) return US_OK;
   for (size_t i = 0; i < params->count; i++) { /* again, one after another, for the first one's message */
-    enum us_status status = refresh_param(&params->items[i], rounding, err);
+    enum us_status status = us_param_refresh(&params->items[i], rounding, err);
     if (status != US_OK) return status;
   }
   return US_OK;

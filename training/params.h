@@ -86,6 +86,9 @@ static inline float *us_param_grad(const struct us_param *p) {
  * MXFP4 are fake-quantised in either case. NaN or Inf in a master is US_ERR_CHECK and names tensor and index. */
 US_CHECKED enum us_status us_params_refresh(struct us_params *params, struct us_pool *pool,
                                             enum us_seq_rounding rounding, struct us_err *err);
+/* The same for one tensor. */
+US_CHECKED enum us_status us_param_refresh(const struct us_param *p, enum us_seq_rounding rounding,
+                                           struct us_err *err);
 
 void us_params_zero_grad(struct us_params *params, struct us_pool *pool);
 

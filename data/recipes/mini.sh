@@ -47,7 +47,7 @@ recipe_begin mini.sh
 
 minutes=$finish short=$((length / 4))
 answer_seconds=$(seconds 0.12)
-# GPTQ takes 120 s with loading and measuring on 27 cores; with masters and moments it wants some 45 GB.
+# GPTQ takes 120 s with loading and measuring on 27 cores; with masters and moments it wants some 45 GB, by count.
 qat_options="--train all --gptq 48 --lr 0.00001 --steps 0 --minutes $(part 0.42) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
   --beta2 0.99 --schedule quadratic --warmup 0.1 --floor 0 --log-every 20 --probe-every 200 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.4) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8

@@ -131,20 +131,7 @@ static inline float lane_sum(const float *x, size_t n) {
   for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
     for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += x[i + l];
   for (int l = 0; i < n; i++, l++) lane[l] += x[i];
-  for (int width = US_SEQ_LANES / 2; width; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-  return lane[0];
-}
-
-static inline float lane_dot(const float *x, const float *y, size_t n) {
-  float lane[US_SEQ_LANES] = {0};
-  size_t i = 0;
-  for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
-    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += x[i + l] * y[i + l];
-  for (int l = 0; i < n; i++, l++) lane[l] += x[i] * y[i];
-  for (int width = US_SEQ_LANES / 2; width; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-  return lane[0];
+  return us_seq_sum_lanes(lane);
 }
 
 /* Scores become exp(score - m) inside [begin, end) of a row. */
@@ -258,7 +245,7 @@ US_SEQ_CLONES static double grad_scores(const struct attention_task *task, const
       float *w = row + range[s][0], *dw = drow + range[s][0];
       size_t n = range[s][1] - range[s][0];
       for (size_t j = 0; j < n; j++) w[j] = us_expf(w[j] - m) * inverse;
-      pull += lane_dot(w, dw, n);
+      pull += us_seq_dot(w, dw, n);
     }
     for (int s = 0; s < 2; s++) {
       float *w = row + range[s][0], *dw = drow + range[s][0];

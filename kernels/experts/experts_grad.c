@@ -117,11 +117,9 @@ US_SEQ_CLONES static void weigh_slots(const struct experts_task *t, const struct
     for (; k + US_SEQ_LANES <= F; k += US_SEQ_LANES)
       for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += a[k + l] * da[k + l];
     for (int l = 0; k < F; k++, l++) lane[l] += a[k] * da[k];
-    for (int width = US_SEQ_LANES / 2; width; width /= 2)
-      for (int l = 0; l < width; l++) lane[l] += lane[l + width];
     for (k = 0; k < F; k++) da[k] *= w;
     for (k = 0; k < F; k++) a[k] *= w;
-    t->slot_weight[i] = lane[0];
+    t->slot_weight[i] = us_seq_sum_lanes(lane);
   }
 }
 

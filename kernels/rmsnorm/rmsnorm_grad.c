@@ -19,21 +19,6 @@ static struct us_rmsnorm_rows with_defaults(const struct us_rmsnorm_rows *rows) 
   return r;
 }
 
-static inline float sum_lanes(float lane[US_SEQ_LANES]) {
-  for (int width = US_SEQ_LANES / 2; width; width /= 2)
-    for (int l = 0; l < width; l++) lane[l] += lane[l + width];
-  return lane[0];
-}
-
-static inline float dot(const float *a, const float *b, size_t n) {
-  float lane[US_SEQ_LANES] = {0};
-  size_t i = 0;
-  for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
-    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += a[i + l] * b[i + l];
-  for (int l = 0; i < n; i++, l++) lane[l] += a[i] * b[i];
-  return sum_lanes(lane);
-}
-
 US_SEQ_CLONES static void forward_items(void *arg, size_t begin, size_t end, int worker) {
   const struct rmsnorm_task *t = arg;
   const struct us_rmsnorm_rows *r = &t->rows;
@@ -41,7 +26,7 @@ US_SEQ_CLONES static void forward_items(void *arg, size_t begin, size_t end, int
     size_t at = i / r->heads * r->stride + i % r->heads * r->D;
     const float *x = t->x + at;
     float *y = t->y + at;
-    float inverse = 1.0f / sqrtf(dot(x, x, r->D) / (float)r->D + r->eps);
+    float inverse = 1.0f / sqrtf(us_seq_dot(x, x, r->D) / (float)r->D + r->eps);
     t->inverse[i] = inverse;
     if (t->round)
       for (size_t k = 0; k < r->D; k++) y[k] = us_bf16_round(x[k] * inverse * t->gain[k]);
@@ -67,7 +52,7 @@ static inline void grad_item(const struct rmsnorm_task *t, size_t i, float *dgai
   for (; k + US_SEQ_LANES <= D; k += US_SEQ_LANES)
     for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += dy[k + l] * gain[k + l] * x[k + l];
   for (int l = 0; k < D; k++, l++) lane[l] += dy[k] * gain[k] * x[k];
-  float pull = sum_lanes(lane) * inverse * inverse / (float)D;
+  float pull = us_seq_sum_lanes(lane) * inverse * inverse / (float)D;
   if (dgain)
     for (k = 0; k < D; k++) dgain[k] += dy[k] * x[k] * inverse;
   if (t->beta == 0.0f)

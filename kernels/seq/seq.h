@@ -70,4 +70,21 @@ void us_seq_add(struct us_seq *seq, size_t n, const float *a, const float *b, fl
 
 #define US_SEQ_LANES 16
 
+/* The lanes are halved until one is left; they are overwritten. */
+static inline float us_seq_sum_lanes(float lane[US_SEQ_LANES]) {
+  for (int width = US_SEQ_LANES / 2; width; width /= 2)
+    for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+  return lane[0];
+}
+
+/* Sum of a_i b_i in lanes: the same bits however wide the machine adds. */
+static inline float us_seq_dot(const float *a, const float *b, size_t n) {
+  float lane[US_SEQ_LANES] = {0};
+  size_t i = 0;
+  for (; i + US_SEQ_LANES <= n; i += US_SEQ_LANES)
+    for (int l = 0; l < US_SEQ_LANES; l++) lane[l] += a[i + l] * b[i + l];
+  for (int l = 0; i < n; i++, l++) lane[l] += a[i] * b[i];
+  return us_seq_sum_lanes(lane);
+}
+
 #endif
