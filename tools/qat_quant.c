@@ -43,6 +43,13 @@ static const struct us_opt opts[] = {
     US_OPT_NUM("lr", 0, "X", "peak learning rate", .def = "0.0003", .above_min = true),
     US_OPT_NUM("beta2", 0, "X", "memory of AdamW's second moments", .def = "0.95", .max = 0.9999),
     US_OPT_TRAIN_SCHEDULE("0.05", "0.1", "0"),
+    US_OPT_NUM("freeze", 0, "SHARE",
+               "fix a weight whose code moved back in more than that share of the last steps; 0: none",
+               .def = "0", .max = 1),
+    US_OPT_NUM("freeze-last", 0, "SHARE", "what --freeze has come down to at the end, as a share of it",
+               .def = "0.2", .max = 1),
+    US_OPT_NUM("freeze-memory", 0, "X", "memory of that share: 1 / (1 - X) steps", .def = "0.99",
+               .max = 0.9999),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 8,192 rows hold, on a GPU 32,768",
@@ -133,6 +140,10 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
                        .interrupted = us_tool_interrupted};
   us_tool_read_trainer(o, &q->trainer);
   q->trainer.optim.beta2 = us_opt_num(o, "beta2");
+  double freeze = us_opt_num(o, "freeze");
+  q->trainer.freeze = (struct us_freeze){.first = freeze,
+                                         .last = freeze * us_opt_num(o, "freeze-last"),
+                                         .memory = us_opt_num(o, "freeze-memory")};
   q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
@@ -158,13 +169,14 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       "lr=%g "
       "schedule=%d "
       "warmup=%g floor=%g "
-      "decay=%g clip=%g",
+      "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g",
       model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
       q->routers, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
       q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
       q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
-      q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip);
+      q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip, q->trainer.freeze.first,
+      q->trainer.freeze.last, q->trainer.freeze.memory);
   return US_OK;
 }
 
@@ -249,6 +261,8 @@ static enum us_status train(struct us_qat_quant *job, struct us_err *err) {
   if (us_run_log_close(&job->log, &log_err) != US_OK && status == US_OK)
     status = us_err_set(err, log_err.status, "%s", log_err.message);
   if (status == US_OK && job->leads) warn_if_worse(job);
+  if (status == US_OK && job->leads && job->qat.trainer.freeze.first > 0.0)
+    us_log_notice(job->run->log, "%.1f %% of the rounded weights were fixed", 100.0 * job->qat.held);
   return status;
 }
 

@@ -180,4 +180,5 @@ void us_optim_step(const struct us_optim *optim, struct us_params *params, doubl
   list_tasks(optim, params, run.tasks);
   qsort(run.tasks, count, sizeof *run.tasks, by_cost);
   us_pool_for(seq->pool, count, 1, step_tasks, &run);
+  us_params_hold(params, seq->pool, &optim->oscillation);
 }

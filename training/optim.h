@@ -11,7 +11,7 @@
 #ifndef US_TRAINING_OPTIM_H
 #define US_TRAINING_OPTIM_H
 
-#include "training/params.h"
+#include "training/oscillation.h"
 
 enum us_optim_kind { US_OPTIM_ADAMW /* for every tensor */, US_OPTIM_MUON /* where the group says so */ };
 enum us_newton { US_NEWTON_SCHULZ5, US_NEWTON_POLAR_EXPRESS };
@@ -24,12 +24,13 @@ struct us_optim {
   double muon_rate; /* multiplies the rate for Muon's tensors; 1 with the matched scale */
   bool nesterov;
   enum us_newton newton;
+  struct us_oscillation_rule oscillation; /* threshold 0: no weight is fixed */
 };
 
 /* beta .9/.95, epsilon 1e-8, decay .1 (AdamW with vectors excluded), momentum .95, Nesterov, Newton-Schulz. */
 struct us_optim us_optim_default(enum us_optim_kind kind);
 
-/* Update every trainable tensor with learning rate `rate`. Muon's scratch comes from seq (sticky failure there). */
+/* Update every trainable tensor with learning rate `rate`, and fix weights that oscillate (us_params_hold). Muon's scratch comes from seq (sticky failure there). */
 void us_optim_step(const struct us_optim *optim, struct us_params *params, double rate, struct us_seq *seq);
 
 /* Scale the gradients so that their norm is at most `limit` (0: no limit). Returns the norm before. */

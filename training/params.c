@@ -39,6 +39,9 @@ void us_params_release(struct us_params *params) {
   free_arena(params, params->value);
   free_arena(params, params->moment1);
   free_arena(params, params->moment2);
+  free_arena(params, params->watch.share);
+  free_arena(params, params->watch.mean);
+  free_arena(params, params->watch.turn);
   *params = (struct us_params){0};
 }
 
@@ -68,6 +71,13 @@ static enum us_status lay_out(struct us_params *params, bool frozen, struct us_e
     p->moment2 = params->moment2 + p->offset;
   }
   return US_OK;
+}
+
+enum us_status us_params_watch(struct us_params *params, struct us_err *err) {
+  enum us_status status = new_arena(params->floats, "shares of steps", &params->watch.share, err);
+  if (status == US_OK) status = new_arena(params->floats, "means of codes", &params->watch.mean, err);
+  if (status == US_OK) status = new_arena(params->floats, "moves of codes", &params->watch.turn, err);
+  return status;
 }
 
 /* --- listing --- */

@@ -13,6 +13,7 @@
 #ifndef US_TRAINING_PARAMS_H
 #define US_TRAINING_PARAMS_H
 
+#include "kernels/optim/oscillation.h"
 #include "kernels/seq/seq.h"
 #include "model/model.h"
 
@@ -47,11 +48,17 @@ struct us_param {
   float *moment2;                     /* AdamW; NULL for Muon */
 };
 
+/* struct us_oscillation of every weight, in arenas like the moments; NULL unless us_params_watch made them. */
+struct us_watch {
+  float *share, *mean, *turn;
+};
+
 struct us_params {
   struct us_param *items;
   size_t count;
   size_t floats;                                     /* of each arena */
   float *value, *grad, *compute, *moment1, *moment2; /* arenas; grad and moments are NULL in a frozen set */
+  struct us_watch watch;
 };
 
 /* Tensors of a shape, randomly initialised: matrices N(0, deviation) by Philox (stream US_STREAM_INIT, keyed by seed and
@@ -73,6 +80,9 @@ US_CHECKED enum us_status us_params_init_model(struct us_params *params, struct 
 US_CHECKED enum us_status us_params_init_draft(struct us_params *params, struct us_draft *draft, bool frozen,
                                                struct us_err *err);
 void us_params_release(struct us_params *params);
+
+/* Arenas for what training/oscillation.h does, zeroed; they are released with the rest. */
+US_CHECKED enum us_status us_params_watch(struct us_params *params, struct us_err *err);
 
 /* The tensor of that published name, or NULL. */
 struct us_param *us_params_find(const struct us_params *params, const char *name);

@@ -209,6 +209,7 @@ static enum us_status open_models(struct session *s, struct us_err *err) {
   const struct us_shape *shape = &run->original->shape;
   size_t rows = s->lanes.micro * run->length;
   enum us_status status = us_qat_start(run, s->pool, err);
+  if (status == US_OK && run->trainer.freeze.first > 0.0) status = us_params_watch(&run->params, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
@@ -251,7 +252,8 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);
-  if (status == US_OK) status = us_learner_fetch(s->set, false, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, run->trainer.freeze.first > 0.0, err);
+  if (status == US_OK) run->held = us_params_held(&run->params);
   if (status == US_OK) us_learner_part(s->learner);
   close_session(s);
   run->trainer.set = NULL;

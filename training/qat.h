@@ -60,13 +60,14 @@ struct us_qat {
   size_t eval_windows;            /* held-out sequences of an evaluation; 0: none */
   bool resume;
   struct us_trainer
-      trainer; /* optim, schedule, clip, steps, minutes, state and options; the rest is filled */
+      trainer; /* optim, schedule, freeze, clip, steps, minutes, state and options; the rest is filled */
 
   void (*on_log)(void *arg, const struct us_qat_log *log);
   void *log_arg;
   bool (*interrupted)(void); /* asked between steps; NULL: never */
 
   struct us_params params; /* result: masters; empty if nothing was trained */
+  double held;             /* result: share of the rounded weights that trainer.freeze fixed */
 };
 
 /* Masters, decoded by the threads of a pool (NULL: this one alone), encodings and what is frozen, as a run begins: run->params. */

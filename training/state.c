@@ -11,6 +11,19 @@
 
 #define KIND "train-state"
 
+#define ARENAS 6
+
+static const char *const arena_names[ARENAS] = {"masters",   "moment1",  "moment2",
+                                                "osc_share", "osc_mean", "osc_turn"};
+
+/* What a state holds of the parameters: the last three where they are watched. */
+static size_t list_arenas(const struct us_params *params, float *arenas[ARENAS]) {
+  float *const all[ARENAS] = {params->value,       params->moment1,    params->moment2,
+                              params->watch.share, params->watch.mean, params->watch.turn};
+  memcpy(arenas, all, sizeof all);
+  return params->watch.share ? ARENAS : 3;
+}
+
 static void slot_path(const char *path, int slot, char name[4096]) {
   snprintf(name, 4096, "%s.%d", path, slot);
 }
@@ -62,10 +75,10 @@ enum us_status us_train_state_write(const char *path, struct us_train_state *sta
   if (status == US_OK) status = us_h5_put_text(out, "options", state->options ? state->options : "", err);
   if (status == US_OK) status = us_h5_put(out, "counters", US_H5_U64, 1, (size_t[]){2}, counters, err);
   if (status == US_OK) status = us_h5_put(out, "seconds", US_H5_F64, 1, (size_t[]){1}, &state->seconds, err);
-  const float *arenas[3] = {params->value, params->moment1, params->moment2};
-  static const char *const names[3] = {"masters", "moment1", "moment2"};
-  for (int i = 0; i < 3 && status == US_OK; i++)
-    status = us_h5_put(out, names[i], US_H5_F32, 1, (size_t[]){params->floats}, arenas[i], err);
+  float *arenas[ARENAS];
+  size_t count = list_arenas(params, arenas);
+  for (size_t i = 0; i < count && status == US_OK; i++)
+    status = us_h5_put(out, arena_names[i], US_H5_F32, 1, (size_t[]){params->floats}, arenas[i], err);
   if (status != US_OK) {
     us_h5_abandon(out);
     return status;
@@ -115,18 +128,18 @@ static enum us_status compare_text(const struct us_h5 *file, const char *key, co
 static enum us_status read_file(const struct us_h5 *file, struct us_train_state *state, struct us_err *err) {
   struct us_params *params = state->params;
   char layout[US_SHA256_HEX];
-  const struct us_h5_dataset *found[3], *counters, *seconds;
-  static const char *const names[3] = {"masters", "moment1", "moment2"};
+  const struct us_h5_dataset *found[ARENAS], *counters, *seconds;
+  float *arenas[ARENAS];
+  size_t count = list_arenas(params, arenas);
   enum us_status status = layout_of(params, layout, err);
   if (status == US_OK) status = compare_text(file, "options", state->options ? state->options : "", err);
   if (status == US_OK) status = compare_text(file, "layout", layout, err);
-  for (int i = 0; i < 3 && status == US_OK; i++)
-    status = us_h5_get(file, names[i], US_H5_F32, 1, (size_t[]){params->floats}, &found[i], err);
+  for (size_t i = 0; i < count && status == US_OK; i++)
+    status = us_h5_get(file, arena_names[i], US_H5_F32, 1, (size_t[]){params->floats}, &found[i], err);
   if (status == US_OK) status = us_h5_get(file, "counters", US_H5_U64, 1, (size_t[]){2}, &counters, err);
   if (status == US_OK) status = us_h5_get(file, "seconds", US_H5_F64, 1, (size_t[]){1}, &seconds, err);
   if (status != US_OK) return status;
-  float *arenas[3] = {params->value, params->moment1, params->moment2};
-  for (int i = 0; i < 3; i++) memcpy(arenas[i], found[i]->data, params->floats * sizeof(float));
+  for (size_t i = 0; i < count; i++) memcpy(arenas[i], found[i]->data, params->floats * sizeof(float));
   state->step = ((const uint64_t *)counters->data)[0];
   state->tokens = ((const uint64_t *)counters->data)[1];
   state->seconds = *(const double *)seconds->data;

@@ -166,6 +166,7 @@ enum us_status us_trainer_close_step(struct us_trainer *t, double loss, uint64_t
   /* The middle of the step: the first rate is not 0, the last not the floor's end. */
   double half = t->steps ? 0.5 / (double)t->steps : 0.0;
   t->rate = us_schedule_rate(&t->schedule, progress + half);
+  t->optim.oscillation = us_freeze_rule(&t->freeze, progress + half);
   t->optim.step = t->step + 1;
   status = us_learner_update(t->set, &t->optim, t->rate, err);
   if (status != US_OK) return status;

@@ -25,12 +25,13 @@ struct us_trainer {
   struct us_learner_set *set; /* borrowed: what is trained, and where */
   struct us_optim optim;
   struct us_schedule schedule;
-  double clip;            /* largest gradient norm; 0: none */
-  uint64_t steps;         /* 0: no limit by steps */
-  double minutes;         /* 0: no limit by time */
-  const char *state_path; /* NULL: keep no state */
-  uint64_t save_every;    /* steps between saves; 0: at the end alone */
-  const char *options;    /* us_train_state.options */
+  struct us_freeze freeze; /* of weights that oscillate; where params are watched */
+  double clip;             /* largest gradient norm; 0: none */
+  uint64_t steps;          /* 0: no limit by steps */
+  double minutes;          /* 0: no limit by time */
+  const char *state_path;  /* NULL: keep no state */
+  uint64_t save_every;     /* steps between saves; 0: at the end alone */
+  const char *options;     /* us_train_state.options */
 
   uint64_t step; /* steps taken */
   uint64_t tokens;

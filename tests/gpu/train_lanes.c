@@ -1,4 +1,4 @@
-/* train_lanes.c: 1, 2, 3 and 4 lanes train as one does. Usage: train_lanes TEXT.h5 [SHAPE]
+/* train_lanes.c: 1, 2, 3 and 4 lanes train, and finetune through roundings, as one does. Usage: train_lanes TEXT.h5 [SHAPE]
  *
  * The lanes are copies of the model on one GPU and NCCL is a stand-in (fake_nccl.c), so that lanes, ownership, sums, shared values, and
  * moments that are held once are tested where there is one GPU. The same global batch gives the same curve up to the order of
@@ -7,6 +7,7 @@
 #include "base/pool.h"
 #include "training/cuda/learner.h"
 #include "training/pretrain.h"
+#include "training/qat.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -171,6 +172,101 @@ static void test_kind(const struct us_shape *shape, const struct us_shards *shar
   free(again.value);
 }
 
+/* --- finetuning, with weights that oscillate fixed --- */
+
+static const struct us_qat *finetuning;
+
+static bool stops_finetuning(void) {
+  return finetuning->trainer.step >= stop_at;
+}
+
+static void keep_qat_line(void *arg, const struct us_qat_log *log) {
+  struct curve *curve = arg;
+  if (log->step > STEPS) return;
+  curve->loss[log->step] = log->loss;
+  curve->norm[log->step] = log->norm;
+  if (isfinite(log->heldout)) curve->heldout = log->heldout;
+}
+
+/* One run on `lanes` copies; curve->value has masters, and behind them what was watched. */
+static double finetune(struct us_model *model, const struct us_shards *shards, uint32_t lanes,
+                       const char *state, uint64_t stop, struct curve *curve) {
+  static const int ordinals[MOST];
+  struct us_precision_rules rules;
+  struct us_convert convert = {.rules = &rules, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  struct us_learner *learner = NULL;
+  struct us_learner_cuda_options options = {.gpus = lanes, .opt_ordinals = ordinals};
+  struct us_qat run = {.original = model,
+                       .convert = &convert,
+                       .shards = shards,
+                       .scope = US_QAT_ALL,
+                       .batch = 12,
+                       .length = 256,
+                       .seed = 3,
+                       .eval_windows = 8,
+                       .log_every = 1,
+                       .resume = state != NULL,
+                       .trainer = {.optim = us_optim_default(US_OPTIM_ADAMW),
+                                   .schedule = {.kind = US_SCHEDULE_COSINE, .peak = 3e-4},
+                                   .freeze = {.first = 0.3, .last = 0.1, .memory = 0.7},
+                                   .clip = 1.0,
+                                   .steps = STEPS,
+                                   .state_path = state,
+                                   .options = "same"},
+                       .on_log = keep_qat_line,
+                       .log_arg = curve,
+                       .interrupted = stops_finetuning};
+  finetuning = &run, stop_at = stop;
+  curve->status = us_precision_parse("all=fp8,experts=mxfp4", &rules, &curve->err);
+  if (curve->status == US_OK) curve->status = us_learner_create_cuda(&options, &learner, &curve->err);
+  run.learner = learner;
+  if (curve->status == US_OK) curve->status = us_qat(&run, NULL, &curve->err);
+  if (curve->status == US_OK) {
+    const struct us_params *p = &run.params;
+    const float *parts[4] = {p->value, p->watch.share, p->watch.mean, p->watch.turn};
+    curve->floats = 4 * p->floats;
+    curve->value = malloc(curve->floats * sizeof *curve->value);
+    for (size_t i = 0; i < 4 && curve->value; i++)
+      memcpy(curve->value + i * p->floats, parts[i], p->floats * sizeof *curve->value);
+    curve->seconds = us_trainer_seconds(&run.trainer);
+  }
+  double held = run.held;
+  us_qat_release(&run);
+  us_learner_free(learner);
+  return held;
+}
+
+static void test_finetuning(const struct us_shape *shape, const struct us_shards *shards,
+                            const char *folder) {
+  struct us_params params = {0};
+  struct us_model *model = NULL;
+  struct curve one = {0}, two = {0}, part = {0}, rest = {0};
+  struct us_err err = {0};
+  char state[256], note[128];
+  enum us_status status = us_params_init_fresh(&params, shape, 9, 0.05f, &err);
+  if (status == US_OK) status = us_model_create(shape, &model, &err);
+  if (status == US_OK) status = us_params_export(&params, model, &err);
+  us_params_release(&params);
+  if (status != US_OK) {
+    say("finetuning: a model to begin at", false, err.message);
+    return;
+  }
+  snprintf(state, sizeof state, "%s/qat.state", folder);
+  double alone = finetune(model, shards, 1, NULL, UINT64_MAX, &one);
+  double shared = finetune(model, shards, 2, NULL, UINT64_MAX, &two);
+  compare("finetuning: two lanes train as one", &two, &one, 0.02);
+  snprintf(note, sizeof note, "%.4f, one lane %.4f", shared, alone);
+  say("finetuning: two lanes fix about as many weights", alone > 0.001 && fabs(shared - alone) < 0.1 * alone,
+      note);
+  finetune(model, shards, 2, state, STEPS / 2, &part);
+  double resumed = finetune(model, shards, 2, state, UINT64_MAX, &rest);
+  say("finetuning: two lanes stopped and resumed give the same bits, and fix the same weights",
+      part.status == US_INTERRUPTED && same_bits(&rest, &two) && !(resumed < shared) && !(resumed > shared),
+      rest.status == US_OK ? "" : rest.err.message);
+  free(one.value), free(two.value), free(part.value), free(rest.value);
+  us_model_free(model);
+}
+
 int main(int argc, char **argv) {
   struct us_err err = {0};
   struct us_shape shape;
@@ -189,6 +285,7 @@ int main(int argc, char **argv) {
                                           US_FORMAT_BF16, US_FORMAT_BF16, US_FORMAT_F32,  US_FORMAT_BF16};
   test_kind(&shape, shards, US_OPTIM_ADAMW, "adamw", folder);
   test_kind(&shape, shards, US_OPTIM_MUON, "muon", folder);
+  test_finetuning(&shape, shards, folder);
   us_shards_close(shards);
   snprintf(command, sizeof command, "rm -rf %s", folder);
   if (system(command) < 0) return 4;

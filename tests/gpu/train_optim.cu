@@ -1,15 +1,16 @@
-/* train_optim.cu: AdamW and Muon on the GPU against training/optim.c and muon.c, and their speed.
+/* train_optim.cu: AdamW, Muon and what fixes oscillating weights on the GPU against the CPU, and their speed.
  *
- * AdamW and Muon's momentum promise the CPU's bits. Muon's products have bf16 operands, so its step differs from the CPU's FP32 one;
+ * AdamW, weights that are fixed and Muon's momentum promise the CPU's bits. Muon's products have bf16 operands, so its step differs from the CPU's FP32 one;
  * how much is derived by making the same roundings (x, s, t, x after each step) around sums in double: call the distance of that to
  * the CPU's step e (Frobenius, of a whole matrix). The GPU's step has the same roundings with other sums; its distance may be 2 e.
  *
- * Contents: AdamW; Muon: the same roundings on the CPU; Muon; speed.
+ * Contents: AdamW; oscillation; Muon: the same roundings on the CPU; Muon; speed.
  */
 #include "train_values.h"
 
 #include "kernels/optim/adamw_train.h"
 #include "kernels/optim/muon_train.h"
+#include "kernels/optim/oscillation_train.h"
 
 #include <cublas_v2.h>
 
@@ -61,6 +62,51 @@ static void check_adamw(void) {
   optim.step = 3;
   us_adamw_update(&optim, 1e-3, 0.1, value.data(), grad.data(), m.data(), v.data(), 65536);
   train_differs("adamw: one more step shows", value, d_value.host());
+}
+
+/* --- oscillation --- */
+
+/* Codes of step i: most rest, some go on, some turn back every step. */
+static std::vector<float> codes_of(size_t n, int step, const std::vector<float> &last) {
+  std::vector<float> x = train_normal(n, 60 + step), next = last;
+  for (size_t i = 0; i < n; i++)
+    if (fabsf(x[i]) > 1.0f || i % 7 == 0) next[i] += (i % 7 == 0 ? step % 2 : x[i] > 0) ? 0.5f : -0.5f;
+  return next;
+}
+
+static void check_oscillation(void) {
+  const uint32_t sizes[] = {65536, 6, 1000, 16384 + 3, 1};
+  std::vector<struct us_watched_span> spans;
+  uint64_t n = 0;
+  for (int i = 0; i < 5; i++) {
+    spans.push_back({n, sizes[i]});
+    n += (sizes[i] + 15) / 16 * 16 + 16; /* a gap that nobody watches */
+  }
+  std::vector<float> value = train_normal(n, 50), share(n), mean(n), turn(n), before(n, 1.0f), first = value;
+  train_device<float> d_value(value), d_share(share), d_mean(mean), d_turn(turn);
+  train_device<struct us_watched_span> d_spans(spans);
+  struct us_oscillation_rule rule = {0.9f, INFINITY};
+  for (int step = 0; step < 12; step++) {
+    std::vector<float> after = codes_of(n, step, before);
+    if (step == 6) rule.threshold = 0.25f;
+    train_device<float> d_before(before), d_after(after);
+    struct us_oscillation_train args = {d_spans.at, spans.size(), rule,      d_before.at, d_after.at,
+                                        d_value.at, d_share.at,   d_mean.at, d_turn.at};
+    US_CUDA((cudaError_t)us_oscillation_train(&args, 0));
+    US_CUDA(cudaDeviceSynchronize());
+    for (const struct us_watched_span &s : spans)
+      for (size_t i = s.offset; i < s.offset + s.n; i++) {
+        struct us_oscillation o = {share[i], mean[i], turn[i]};
+        value[i] = us_oscillation_watch(&rule, before[i], after[i], value[i], &o);
+        share[i] = o.share, mean[i] = o.mean, turn[i] = o.turn;
+      }
+    before = after;
+  }
+  train_same("oscillation: masters have the CPU's bits", value, d_value.host());
+  train_same("oscillation: shares have the CPU's bits", share, d_share.host());
+  train_same("oscillation: means have the CPU's bits", mean, d_mean.host());
+  train_same("oscillation: moves have the CPU's bits", turn, d_turn.host());
+  train_differs("oscillation: some weights are fixed", first, d_value.host());
 }
 
 /* --- Muon: the same roundings on the CPU --- */
@@ -301,6 +347,7 @@ int main() {
   US_CUDA(cudaFree(0));
   if (cublasCreate(&cublas) != CUBLAS_STATUS_SUCCESS) return 5;
   check_adamw();
+  check_oscillation();
   for (int newton = 0; newton < 2; newton++) {
     check_muon({"wide", 64, 96, 5, 2, 0, 0, 0, newton, true});
     check_muon({"tall", 160, 96, 4, 4, 0, 0, 0, newton, true});

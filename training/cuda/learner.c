@@ -146,13 +146,15 @@ static enum us_status cuda_send_bias(struct us_learner_set *base, const struct u
   return US_OK; /* a failure shows at the next wait */
 }
 
-/* Moments of all ranks to this process's host, through the arena of the gradients, which nobody needs between steps. */
-static enum us_status gather_moments(struct cuda_set *set, int which, struct us_err *err) {
+/* What all ranks own apart to this process's host, through the arena of the gradients, which nobody needs between steps. */
+static enum us_status gather_owned(struct cuda_set *set, size_t which, struct us_err *err) {
   struct us_learner *base = set->base.learner;
   struct cuda_learner *learner = (struct cuda_learner *)base;
   float *from[US_POOL_MAX_THREADS], *to[US_POOL_MAX_THREADS];
+  float *device[US_CUDA_OWNED_ARENAS], *host[US_CUDA_OWNED_ARENAS];
   for (uint32_t i = 0; i < base->lanes; i++) {
-    from[i] = which ? set->lane[i]->moment2 : set->lane[i]->moment1;
+    us_cuda_params_owned_arenas(set->lane[i], device, host);
+    from[i] = device[which];
     to[i] = set->lane[i]->grad;
   }
   enum us_status status = us_cuda_group_share(learner->group, set->owned, from, to, err);
@@ -160,9 +162,8 @@ static enum us_status gather_moments(struct cuda_set *set, int which, struct us_
   if (status != US_OK) return status;
   us_cuda_use(learner->cuda[0]);
   us_cuda_did(learner->cuda[0],
-              cudaMemcpyAsync(which ? set->base.params->moment2 : set->base.params->moment1, to[0],
-                              set->base.params->floats * sizeof(float), cudaMemcpyDeviceToHost,
-                              learner->cuda[0]->stream),
+              cudaMemcpyAsync(host[which], to[0], set->base.params->floats * sizeof(float),
+                              cudaMemcpyDeviceToHost, learner->cuda[0]->stream),
               "copying moments");
   return us_cuda_sync(learner->cuda[0], err);
 }
@@ -174,10 +175,12 @@ static enum us_status cuda_fetch(struct us_learner_set *base, bool moments, stru
   if (!moments || status != US_OK) return status;
   if (base->learner->processes == 1) {
     for (uint32_t i = 0; i < base->learner->lanes && status == US_OK; i++)
-      status = us_cuda_params_download_moments(set->lane[i], err);
+      status = us_cuda_params_download_owned(set->lane[i], err);
     return status;
   }
-  for (int which = 0; which < 2 && status == US_OK; which++) status = gather_moments(set, which, err);
+  float *device[US_CUDA_OWNED_ARENAS], *host[US_CUDA_OWNED_ARENAS];
+  size_t count = us_cuda_params_owned_arenas(set->lane[0], device, host);
+  for (size_t which = 0; which < count && status == US_OK; which++) status = gather_owned(set, which, err);
   return status;
 }
 

@@ -35,6 +35,10 @@ static enum us_status take_arenas(struct us_cuda_params *set, struct us_err *err
   if (status == US_OK) status = take(set, all, "gradients", &set->grad, err);
   if (status == US_OK) status = take(set, own, "first moments", &set->moment1, err);
   if (status == US_OK) status = take(set, own, "second moments", &set->moment2, err);
+  if (status != US_OK || !set->host->watch.share) return status;
+  status = take(set, own, "shares of steps", &set->watch.share, err);
+  if (status == US_OK) status = take(set, own, "means of codes", &set->watch.mean, err);
+  if (status == US_OK) status = take(set, own, "moves of codes", &set->watch.turn, err);
   return status;
 }
 
@@ -58,8 +62,31 @@ static void copy(struct us_cuda_params *set, void *to, const void *from, size_t 
   us_cuda_did(set->cuda, cudaMemcpyAsync(to, from, bytes, kind, set->cuda->stream), "copying weights");
 }
 
+size_t us_cuda_params_owned_arenas(const struct us_cuda_params *set, float *device[US_CUDA_OWNED_ARENAS],
+                                   float *host[US_CUDA_OWNED_ARENAS]) {
+  float *const here[US_CUDA_OWNED_ARENAS] = {set->moment1, set->moment2, set->watch.share, set->watch.mean,
+                                             set->watch.turn};
+  const struct us_params *there = set->host;
+  float *const whole[US_CUDA_OWNED_ARENAS] = {there->moment1, there->moment2, there->watch.share,
+                                              there->watch.mean, there->watch.turn};
+  memcpy(device, here, sizeof here);
+  memcpy(host, whole, sizeof whole);
+  return set->watch.share ? US_CUDA_OWNED_ARENAS : 2;
+}
+
+static void copy_owned(struct us_cuda_params *set, bool up) {
+  float *device[US_CUDA_OWNED_ARENAS], *host[US_CUDA_OWNED_ARENAS];
+  size_t count = us_cuda_params_owned_arenas(set, device, host),
+         own = (set->owned.end - set->owned.begin) * sizeof(float);
+  for (size_t i = 0; i < count; i++) {
+    float *whole = host[i] + set->owned.begin;
+    copy(set, up ? device[i] : whole, up ? whole : device[i], own,
+         up ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost);
+  }
+}
+
 enum us_status us_cuda_params_upload(struct us_cuda_params *set, struct us_err *err) {
-  size_t all = set->floats * sizeof(float), own = (set->owned.end - set->owned.begin) * sizeof(float);
+  size_t all = set->floats * sizeof(float);
   us_cuda_use(set->cuda);
   if (is_frozen(set->host)) {
     copy(set, set->rounded, set->host->value, all, cudaMemcpyHostToDevice);
@@ -68,8 +95,7 @@ enum us_status us_cuda_params_upload(struct us_cuda_params *set, struct us_err *
     return us_cuda_sync(set->cuda, err);
   }
   copy(set, set->value, set->host->value, all, cudaMemcpyHostToDevice);
-  copy(set, set->moment1, set->host->moment1 + set->owned.begin, own, cudaMemcpyHostToDevice);
-  copy(set, set->moment2, set->host->moment2 + set->owned.begin, own, cudaMemcpyHostToDevice);
+  copy_owned(set, true);
   return us_cuda_sync(set->cuda, err);
 }
 
@@ -80,12 +106,10 @@ enum us_status us_cuda_params_download(struct us_cuda_params *set, struct us_err
   return us_cuda_sync(set->cuda, err);
 }
 
-enum us_status us_cuda_params_download_moments(struct us_cuda_params *set, struct us_err *err) {
-  size_t own = (set->owned.end - set->owned.begin) * sizeof(float);
+enum us_status us_cuda_params_download_owned(struct us_cuda_params *set, struct us_err *err) {
   if (is_frozen(set->host)) return US_OK;
   us_cuda_use(set->cuda);
-  copy(set, set->host->moment1 + set->owned.begin, set->moment1, own, cudaMemcpyDeviceToHost);
-  copy(set, set->host->moment2 + set->owned.begin, set->moment2, own, cudaMemcpyDeviceToHost);
+  copy_owned(set, false);
   return us_cuda_sync(set->cuda, err);
 }
 
@@ -96,15 +120,17 @@ void us_cuda_params_upload_one(struct us_cuda_params *set, const struct us_param
 
 /* --- refresh --- */
 
+size_t us_cuda_param_tiles(const struct us_param *p, struct us_quant_tile *opt_tiles) {
+  struct us_matrix_encoding encoding = p->encoding;
+  if (encoding.format == US_FORMAT_NONE) encoding.format = US_FORMAT_F32;
+  return us_quant_train_tiles(&encoding, p->offset, p->vector ? 1 : p->rows, p->vector ? p->rows : p->cols,
+                              opt_tiles);
+}
+
 static size_t tiles_of(const struct us_params *host, struct us_quant_tile *opt_tiles) {
   size_t count = 0;
-  for (size_t i = 0; i < host->count; i++) {
-    const struct us_param *p = &host->items[i];
-    struct us_matrix_encoding encoding = p->encoding;
-    if (encoding.format == US_FORMAT_NONE) encoding.format = US_FORMAT_F32;
-    count += us_quant_train_tiles(&encoding, p->offset, p->vector ? 1 : p->rows,
-                                  p->vector ? p->rows : p->cols, opt_tiles ? opt_tiles + count : NULL);
-  }
+  for (size_t i = 0; i < host->count; i++)
+    count += us_cuda_param_tiles(&host->items[i], opt_tiles ? opt_tiles + count : NULL);
   return count;
 }
 
@@ -117,14 +143,12 @@ static enum us_status list_tiles(struct us_cuda_params *set, struct us_err *err)
   }
   s->tile_count = tiles_of(set->host, NULL);
   size_t bytes = s->tile_count * sizeof *s->tiles;
+  void *sent = NULL;
   struct us_quant_tile *tiles = calloc(s->tile_count + 1, sizeof *tiles);
   if (!tiles) return us_err_memory(err, "tiles of weights", bytes);
   tiles_of(set->host, tiles);
-  enum us_status status = take(set, bytes, "tiles of weights", &s->tiles, err);
-  if (status == US_OK) {
-    copy(set, s->tiles, tiles, bytes, cudaMemcpyHostToDevice);
-    status = us_cuda_sync(set->cuda, err);
-  }
+  enum us_status status = us_cuda_params_send(set->cuda, tiles, bytes, "tiles of weights", &sent, err);
+  s->tiles = sent;
   free(tiles);
   return status;
 }
@@ -215,6 +239,7 @@ enum us_status us_cuda_params_create(struct us_cuda *cuda, struct us_params *hos
   if (status == US_OK) status = take_arenas(set, err);
   if (status == US_OK) status = take_state(set, err);
   if (status == US_OK && !is_frozen(host)) status = list_tiles(set, err);
+  if (status == US_OK && set->watch.share) status = us_cuda_watch_list(set, err);
   if (status == US_OK && is_frozen(host)) status = us_cuda_params_upload(set, err);
   if (status == US_OK && !is_frozen(host)) {
     copy(set, set->value, host->value, host->floats * sizeof(float), cudaMemcpyHostToDevice);
@@ -235,6 +260,7 @@ void us_cuda_params_free(struct us_cuda_params *set) {
   struct us_cuda_params_state *s = set->state;
   if (s) {
     us_cuda_update_release(s);
+    us_cuda_watch_release(s);
     us_cuda_give(s->tiles);
     us_cuda_give(s->sum_scratch);
     us_cuda_give(s->device);
@@ -245,6 +271,9 @@ void us_cuda_params_free(struct us_cuda_params *set) {
   us_cuda_give(set->grad);
   us_cuda_give(set->moment1);
   us_cuda_give(set->moment2);
+  us_cuda_give(set->watch.share);
+  us_cuda_give(set->watch.mean);
+  us_cuda_give(set->watch.turn);
   us_cuda_give(set->rounded);
   us_cuda_give(set->compute);
   free(set);

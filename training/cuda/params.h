@@ -32,6 +32,7 @@ struct us_cuda_params {
   float *value, *grad;      /* device (floats); NULL in a frozen set */
   struct us_owned owned;    /* what this GPU updates; all of it on one GPU */
   float *moment1, *moment2; /* device (owned.end - owned.begin), from owned.begin on; NULL in a frozen set */
+  struct us_watch watch;    /* the same; NULL unless the host's are watched */
   float *rounded;           /* device (floats) */
   uint16_t *compute;        /* device (floats) */
   struct us_cuda_params_state *state; /* scratch of updates and norms */
@@ -56,10 +57,15 @@ US_CHECKED enum us_status us_cuda_params_create(struct us_cuda *cuda, struct us_
                                                 struct us_err *err);
 void us_cuda_params_free(struct us_cuda_params *set); /* NULL is allowed */
 
-/* Masters and the owned moments to the host's arenas or from them: download takes masters alone. All wait. */
+/* The arenas that exist in the owned range alone, moments and what is watched, and those of the host, which are whole. Returns how many. */
+#define US_CUDA_OWNED_ARENAS 5
+size_t us_cuda_params_owned_arenas(const struct us_cuda_params *set, float *device[US_CUDA_OWNED_ARENAS],
+                                   float *host[US_CUDA_OWNED_ARENAS]);
+
+/* Masters and the owned arenas to the host's or from them: download takes masters alone. All wait. */
 US_CHECKED enum us_status us_cuda_params_upload(struct us_cuda_params *set, struct us_err *err);
 US_CHECKED enum us_status us_cuda_params_download(struct us_cuda_params *set, struct us_err *err);
-US_CHECKED enum us_status us_cuda_params_download_moments(struct us_cuda_params *set, struct us_err *err);
+US_CHECKED enum us_status us_cuda_params_download_owned(struct us_cuda_params *set, struct us_err *err);
 
 /* One tensor's master from the host. Its rounded value follows at the next refresh. */
 void us_cuda_params_upload_one(struct us_cuda_params *set, const struct us_param *p);
@@ -80,7 +86,7 @@ US_CHECKED enum us_status us_cuda_params_nonfinite(struct us_cuda_params *set,
                                                    const struct us_param **ret_param, struct us_err *err);
 
 /* Update the owned tensors as us_optim_step does, with their gradients times `factor`: AdamW to the CPU's bits; Muon's
- * Newton-Schulz in bf16 products with FP32 sums. Queued. US_ERR_USAGE for a matrix that Muon cannot take here. */
+ * Newton-Schulz in bf16 products with FP32 sums; then fix weights that oscillate, for which gradients are overwritten. Queued. US_ERR_USAGE for a matrix that Muon cannot take here. */
 US_CHECKED enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us_optim *optim,
                                                 double rate, float factor, struct us_err *err);
 

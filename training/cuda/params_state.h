@@ -4,6 +4,7 @@
 
 #include "kernels/optim/adamw_train.h"
 #include "kernels/optim/muon_train.h"
+#include "kernels/optim/oscillation_train.h"
 #include "kernels/quant/quant_train.h"
 #include "training/cuda/params.h"
 
@@ -29,6 +30,11 @@ struct us_cuda_params_state {
   struct us_cuda_params_figures *device, *host; /* host: pinned */
   void *sum_scratch;                            /* device */
 
+  /* What is watched for oscillation, of the owned range: tiles to round anew, spans to compare. */
+  struct us_quant_tile *watched_tiles;   /* device */
+  struct us_watched_span *watched_spans; /* device */
+  size_t watched_tile_count, watched_span_count;
+
   /* The optimizer's work, listed at the first update of a kind. */
   bool listed;
   enum us_optim_kind listed_kind;
@@ -39,6 +45,23 @@ struct us_cuda_params_state {
   size_t group_count, scratch_bytes;
   void *scratch; /* device, of Muon */
 };
+
+/* List what is watched, once a set's life; and what us_params_hold does, for the owned range. */
+US_CHECKED enum us_status us_cuda_watch_list(struct us_cuda_params *set, struct us_err *err);
+void us_cuda_watch_hold(struct us_cuda_params *set, const struct us_oscillation_rule *rule);
+void us_cuda_watch_release(struct us_cuda_params_state *state);
+
+/* Tiles of what is rounded as tensor p is, after those that are there; opt_tiles NULL: only counts. */
+size_t us_cuda_param_tiles(const struct us_param *p, struct us_quant_tile *opt_tiles);
+
+/* A list to new memory of the device. Waits. */
+US_CHECKED enum us_status us_cuda_params_send(struct us_cuda *cuda, const void *list, size_t bytes,
+                                              const char *what, void **ret_memory, struct us_err *err);
+
+/* Kernels count from the arena's begin, what is owned alone from the owned range's. */
+static inline float *us_cuda_from_begin(const struct us_cuda_params *set, float *owned) {
+  return owned - set->owned.begin;
+}
 
 void us_cuda_update_release(struct us_cuda_params_state *state);
 

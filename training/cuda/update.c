@@ -129,8 +129,8 @@ static enum us_status make_groups(struct us_cuda_params_state *s, const struct l
 
 /* --- to the device --- */
 
-static enum us_status send(struct us_cuda *cuda, const void *list, size_t bytes, const char *what,
-                           void **ret_memory, struct us_err *err) {
+enum us_status us_cuda_params_send(struct us_cuda *cuda, const void *list, size_t bytes, const char *what,
+                                   void **ret_memory, struct us_err *err) {
   enum us_status status = us_cuda_take(cuda, bytes ? bytes : 256, what, ret_memory, err);
   if (status != US_OK) return status;
   us_cuda_did(cuda, cudaMemcpyAsync(*ret_memory, list, bytes, cudaMemcpyHostToDevice, cuda->stream), what);
@@ -143,11 +143,12 @@ static enum us_status send_lists(struct us_cuda_params *set, const struct lists 
   struct us_muon_matrix *packed = calloc(lists->matrix_count + 1, sizeof *packed);
   if (!packed) return us_err_memory(err, "matrices", lists->matrix_count * sizeof *packed);
   for (size_t i = 0; i < lists->matrix_count; i++) packed[i] = lists->matrices[i].at;
-  enum us_status status =
-      send(set->cuda, lists->spans, lists->span_count * sizeof *lists->spans, "spans", &spans, err);
+  enum us_status status = us_cuda_params_send(set->cuda, lists->spans,
+                                              lists->span_count * sizeof *lists->spans, "spans", &spans, err);
   s->spans = spans, s->span_count = lists->span_count;
   if (status == US_OK)
-    status = send(set->cuda, packed, lists->matrix_count * sizeof *packed, "matrices", &matrices, err);
+    status = us_cuda_params_send(set->cuda, packed, lists->matrix_count * sizeof *packed, "matrices",
+                                 &matrices, err);
   s->matrices = matrices;
   free(packed);
   if (status == US_OK) status = make_groups(s, lists, err);
@@ -190,19 +191,14 @@ static enum us_status list_work(struct us_cuda_params *set, const struct us_opti
 
 /* --- the step --- */
 
-/* Kernels count from the arena's begin, the moments from the owned range's. */
-static float *from_begin(const struct us_cuda_params *set, float *moments) {
-  return moments - set->owned.begin;
-}
-
 static void update_adamw(struct us_cuda_params *set, const struct us_optim *optim, double rate) {
   struct us_cuda_params_state *s = set->state;
   struct us_adamw_train adamw = {.spans = s->spans,
                                  .count = s->span_count,
                                  .value = set->value,
                                  .grad = set->grad,
-                                 .moment1 = from_begin(set, set->moment1),
-                                 .moment2 = from_begin(set, set->moment2),
+                                 .moment1 = us_cuda_from_begin(set, set->moment1),
+                                 .moment2 = us_cuda_from_begin(set, set->moment2),
                                  .step = optim->step,
                                  .rate = rate,
                                  .beta1 = optim->beta1,
@@ -223,7 +219,7 @@ static void update_muon(struct us_cuda_params *set, const struct us_optim *optim
                                .batch = group->batch,
                                .value = set->value,
                                .grad = set->grad,
-                               .moment = from_begin(set, set->moment1),
+                               .moment = us_cuda_from_begin(set, set->moment1),
                                .rate = rate * optim->muon_rate,
                                .momentum = optim->momentum,
                                .decay = group->decay,
@@ -246,5 +242,6 @@ enum us_status us_cuda_params_update(struct us_cuda_params *set, const struct us
   us_cuda_upload(set->cuda, &s->device->factor, &s->host->factor, sizeof factor);
   update_adamw(set, optim, rate);
   for (size_t g = 0; g < s->group_count; g++) update_muon(set, optim, rate, &s->groups[g]);
+  us_cuda_watch_hold(set, &optim->oscillation);
   return us_cuda_failed(set->cuda, err);
 }

@@ -301,8 +301,9 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   struct us_err err = {0};
   char state[64];
   snprintf(state, sizeof state, "%s/run.state", world.folder);
-  struct us_qat whole = new_run("experts=mxfp4", 8), part = new_run("experts=mxfp4", 8);
+  struct us_qat whole = new_run("experts=mxfp4,attn=fp8", 8), part = new_run("experts=mxfp4,attn=fp8", 8);
   whole.scope = part.scope = US_QAT_ALL;
+  whole.trainer.freeze = part.trainer.freeze = (struct us_freeze){.first = 0.2, .last = 0.1, .memory = 0.6};
   whole.gptq_windows = part.gptq_windows = 4;
   whole.routers = part.routers = 0.3;
   US_OK_OR_FAIL(us_qat(&whole, NULL, &err)); /* one thread */
@@ -327,6 +328,11 @@ START_TEST(a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not) {
   ck_assert(memcmp(whole.params.value, part.params.value, bytes) == 0);
   ck_assert(memcmp(whole.params.moment1, part.params.moment1, bytes) == 0);
   ck_assert(memcmp(whole.params.moment2, part.params.moment2, bytes) == 0);
+  ck_assert(memcmp(whole.params.watch.share, part.params.watch.share, bytes) == 0);
+  ck_assert(memcmp(whole.params.watch.mean, part.params.watch.mean, bytes) == 0);
+  ck_assert(memcmp(whole.params.watch.turn, part.params.watch.turn, bytes) == 0);
+  ck_assert_msg(whole.held > 0.0 && whole.held < 0.5, "%g of the weights were fixed", whole.held);
+  ck_assert_double_eq(whole.held, part.held);
   us_qat_release(&whole);
   us_qat_release(&part);
 }
