@@ -131,8 +131,8 @@ struct us_learner_pass {
   const float *weight;              /* (R) 0: the row does not count */
   struct us_learner_model *teacher; /* KL to its distribution, row by row; NULL: cross-entropy */
   float scale;                      /* of loss and gradients */
-  float
-      routers; /* with a teacher: weight of its routers' scores beside its distribution, in the gradient alone; 0: none */
+  /* Weight of the cross-entropy of all routing scores against the teacher's, without one against 0; in the gradient alone. 0: none. */
+  float routers;
   bool gradient; /* add gradients to the lane's */
 };
 

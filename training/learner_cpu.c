@@ -159,10 +159,9 @@ static enum us_status cpu_pass(struct us_learner_model *base, uint32_t lane,
   us_head_loss(seq_of(base->set), &head);
   model->total += head.total;
   model->counted += (double)head.counted;
-  model->train->routers =
-      (struct us_router_lesson){.opt_teacher = teacher && pass->routers > 0.0f ? teacher->train : NULL,
-                                .opt_weight = pass->weight,
-                                .scale = pass->scale * pass->routers};
+  model->train->routers = (struct us_router_lesson){.opt_teacher = teacher ? teacher->train : NULL,
+                                                    .opt_weight = pass->weight,
+                                                    .scale = pass->scale * pass->routers};
   status = check_scratch(base->set, err);
   return status == US_OK && pass->gradient ? us_model_train_backward(model->train, err) : status;
 }

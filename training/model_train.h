@@ -36,11 +36,12 @@ struct us_train_taps {
   float *out; /* (R, count * D) written */
 };
 
-/* Another model's routers, which the backward pass teaches to the model's own (kernels/router/router_grad.h). */
+/* What the backward pass teaches to the routers: another model's scores, or to be small (kernels/router/router_grad.h). */
 struct us_router_lesson {
-  const struct us_model_train *opt_teacher; /* after its forward pass over the same batch; NULL: none */
-  const float *opt_weight;                  /* (R) */
-  float scale;
+  const struct us_model_train
+      *opt_teacher;        /* after its forward pass over the same batch; NULL: scores of 0 */
+  const float *opt_weight; /* (R) */
+  float scale;             /* 0: nothing */
 };
 
 struct us_model_train {

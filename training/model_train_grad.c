@@ -45,11 +45,12 @@ static void moe_grad(struct us_model_train *train, uint32_t l) {
                                   .normalise = shape->norm_topk_prob,
                                   .scaling = (float)shape->routed_scaling};
   const struct us_model_train *teacher = train->routers.opt_teacher;
-  struct us_router_teacher scores = {.scores = teacher ? teacher->state->saved[l].scores : NULL,
+  struct us_router_teacher scores = {.opt_scores = teacher ? teacher->state->saved[l].scores : NULL,
                                      .opt_weight = train->routers.opt_weight,
                                      .scale = train->routers.scale};
   us_router_grad(train->seq, &router, saved->norm2, roles->router->compute, saved->scores, s->id[l],
-                 s->dweight, teacher ? &scores : NULL, s->branch, us_param_grad(roles->router));
+                 s->dweight, train->routers.scale > 0.0f ? &scores : NULL, s->branch,
+                 us_param_grad(roles->router));
 }
 
 /* branch = gradient of the attention's normed input, from dx. */

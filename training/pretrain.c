@@ -33,6 +33,7 @@ static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bo
                                  .label = rows->label,
                                  .weight = rows->weight,
                                  .scale = scale,
+                                 .routers = s->run->score_decay,
                                  .gradient = gradient};
   return us_learner_pass(s->model, lane, &pass, err);
 }

@@ -36,8 +36,9 @@ struct us_pretrain {
   size_t batch, length; /* sequences a step, tokens a sequence */
   size_t micro;         /* sequences a forward pass; 0: the batch, or as many as 16,384 rows hold */
   uint64_t seed;
-  float deviation;             /* of the initial weights; 0: 1 / sqrt(K) */
-  float balance_rate;          /* of the router bias, at the peak of the schedule; 0: none */
+  float deviation;    /* of the initial weights; 0: 1 / sqrt(K) */
+  float balance_rate; /* of the router bias, at the peak of the schedule; 0: none */
+  float score_decay;  /* weight of what draws routing scores to 0, and so makes gates steep; 0: none */
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
   double across;               /* share of the windows in which attention goes on over document edges */

@@ -42,7 +42,7 @@ most_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m + 60 }')
 answer_seconds=$(seconds 0.06)
 four=$(((batch + 3) / 4))
 pretrain_options="--steps 0 --log-every 25 --eval-windows 64"
-qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --across 0.3 --gptq 64 --routers 0.3 --lr 0.0001
+qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --across 0.3 --gptq 64 --routers 0.3 --freeze 0.05 --lr 0.0001
   --schedule quadratic --beta2 0.99 --warmup 0.03 --floor 0
   --probe-every 500 --log-every 25 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --anchors 64 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256

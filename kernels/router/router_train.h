@@ -68,8 +68,9 @@ int us_router_train_grad(const struct us_router_train_grad *grad, cudaStream_t s
 /* us_router_teacher's part of the gradient, which no expert's logit is without: for two dense products. */
 struct us_router_train_lesson {
   uint32_t R, E;
-  const float *scores, *theirs; /* (R, E) */
-  const float *opt_weight;      /* (R); NULL: all 1 */
+  const float *scores;     /* (R, E) */
+  const float *opt_theirs; /* (R, E); NULL: 0 everywhere */
+  const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
   uint16_t *dlogit; /* (R, E) bf16, written: scale * weight * (scores - theirs) */
 };

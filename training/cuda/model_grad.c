@@ -82,19 +82,20 @@ static void experts_grad(struct us_cuda_model *model, uint32_t l, const struct u
               "gradient of experts' input");
 }
 
-/* Adds the part of the teacher's scores to dnorm and to the router's gradient. */
+/* Adds what routers are taught to dnorm and to the router's gradient. */
 static void router_lesson(struct us_cuda_model *model, uint32_t l) {
   struct us_cuda_model_state *s = model->state;
   const struct us_cuda_router_lesson *routers = &model->routers;
   const struct us_param *router = s->roles[l].router;
   uint32_t R = (uint32_t)model->R, E = model->shape.experts;
-  struct us_router_train_lesson lesson = {.R = R,
-                                          .E = E,
-                                          .scores = s->saved[l].scores,
-                                          .theirs = routers->opt_teacher->state->saved[l].scores,
-                                          .opt_weight = routers->opt_weight,
-                                          .scale = routers->scale,
-                                          .dlogit = s->lesson};
+  struct us_router_train_lesson lesson = {
+      .R = R,
+      .E = E,
+      .scores = s->saved[l].scores,
+      .opt_theirs = routers->opt_teacher ? routers->opt_teacher->state->saved[l].scores : NULL,
+      .opt_weight = routers->opt_weight,
+      .scale = routers->scale,
+      .dlogit = s->lesson};
   struct us_cuda_linear logits = {.R = R, .N = E, .K = model->shape.hidden};
   us_cuda_did(model->cuda, us_router_train_lesson(&lesson, model->cuda->stream), "lesson of the router");
   us_cuda_linear_grad_x_f32(model->cuda, &logits, s->lesson, us_cuda_param_compute(model->params, router),
@@ -131,7 +132,7 @@ static void moe_grad(struct us_cuda_model *model, uint32_t l) {
       .dlogit = s->dlogit, .id = s->id[l], .w = us_cuda_param_rounded(model->params, s->roles[l].router)};
   us_cuda_did(cuda, us_experts_train_gather_grad(&rows, s->slot_y, &part, s->dnorm, cuda->stream),
               "sum of experts' gradients");
-  if (model->routers.opt_teacher) router_lesson(model, l);
+  if (model->routers.scale > 0.0f) router_lesson(model, l);
 }
 
 /* dnorm = gradient of the attention's normed input, from dx. */
@@ -181,7 +182,7 @@ enum us_status us_cuda_model_backward(struct us_cuda_model *model, struct us_err
   if (model->memory == US_TRAIN_FORWARD)
     return us_err_set(err, US_ERR_USAGE, "made for forward passes alone");
   if (!model->R) return US_OK;
-  if (model->routers.opt_teacher && shape->experts % 8)
+  if (model->routers.scale > 0.0f && shape->experts % 8)
     return us_err_set(err, US_ERR_USAGE, "%u experts; on a GPU multiples of 8 are taught routing",
                       shape->experts);
   us_cuda_use(model->cuda);

@@ -37,7 +37,7 @@ static double loss(void *arg) {
   return sum;
 }
 
-static void check_case(bool normalise, double scaling, bool taught) {
+static void check_case(bool normalise, double scaling, bool taught, bool zero) {
   struct router_case c = {gc_random(R * D, 1), gc_random(E * D, 1),    gc_random(E, 0.3),
                           gc_random(R * K, 1), .normalise = normalise, .scaling = scaling};
   struct us_seq seq;
@@ -60,10 +60,11 @@ static void check_case(bool normalise, double scaling, bool taught) {
   for (int i = 0; i < R * K; i++) sum += c.weight[i] * (double)weight[i];
   ck_assert_double_eq_tol(sum, loss(&c), 1e-6);
   float theirs[R * E], row_weight[R];
-  struct us_router_teacher teacher = {.scores = theirs, .opt_weight = row_weight, .scale = 0.75f};
+  struct us_router_teacher teacher = {
+      .opt_scores = zero ? NULL : theirs, .opt_weight = row_weight, .scale = 0.75f};
   if (taught) c.theirs = gc_random(R * E, 1);
   for (int i = 0; taught && i < R * E; i++)
-    c.theirs[i] = (double)(theirs[i] = (float)(0.5 + 0.4 * sin(c.theirs[i])));
+    c.theirs[i] = zero ? 0.0 : (double)(theirs[i] = (float)(0.5 + 0.4 * sin(c.theirs[i])));
   for (int r = 0; r < R; r++) row_weight[r] = (float)(r + 1);
   us_router_grad(&seq, &router, x, w, scores, c.id, dweight, taught ? &teacher : NULL, dx, dw);
   gc_check("dx", loss, &c, c.x, R * D, dx, 5e-6);
@@ -72,18 +73,24 @@ static void check_case(bool normalise, double scaling, bool taught) {
 }
 
 START_TEST(normalised_weights) {
-  check_case(true, 1.0, false);
+  check_case(true, 1.0, false, false);
 }
 END_TEST
 
 START_TEST(plain_weights_with_a_scale) {
-  check_case(false, 2.5, false);
+  check_case(false, 2.5, false, false);
 }
 END_TEST
 
 START_TEST(a_teacher_pulls_every_score_by_the_weight_of_its_row) {
-  check_case(true, 1.0, true);
-  check_case(false, 2.5, true);
+  check_case(true, 1.0, true, false);
+  check_case(false, 2.5, true, false);
+}
+END_TEST
+
+START_TEST(without_a_teachers_scores_they_are_drawn_to_zero) {
+  check_case(true, 1.0, true, true);
+  check_case(false, 2.5, true, true);
 }
 END_TEST
 
@@ -113,6 +120,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, normalised_weights);
   tcase_add_test(c, plain_weights_with_a_scale);
   tcase_add_test(c, a_teacher_pulls_every_score_by_the_weight_of_its_row);
+  tcase_add_test(c, without_a_teachers_scores_they_are_drawn_to_zero);
   tcase_add_test(c, ties_go_to_the_lowest_id);
   tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
   return us_suite("grad_router", c);
