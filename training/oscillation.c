@@ -23,7 +23,6 @@ struct hold_task {
   const struct us_oscillation_rule *rule;
 };
 
-/* A master that is not finite stays as it is: the next refresh says where. */
 static void hold_tensor(const struct us_params *params, struct us_param *p,
                         const struct us_oscillation_rule *rule) {
   const struct us_watch *watch = &params->watch;

@@ -23,13 +23,15 @@ struct us_freeze {
 /* The first tenth of a run only watches: moments and means are still those of the start. */
 #define US_FREEZE_BEGINS 0.1
 
+/* At `progress` of the run, 0 to 1: threshold INFINITY at first, then from `first` to `last` as half a cosine; 0 where first is 0. */
 struct us_oscillation_rule us_freeze_rule(const struct us_freeze *freeze, double progress);
 
 /* Whether the weights of that tensor are watched. */
 bool us_param_is_watched(const struct us_params *params, const struct us_param *p);
 
 /* After an update: round the masters of what is watched, compare with .compute, which holds the roundings before it, and put masters that
- * are fixed where they belong. Gradients are overwritten. Nothing without us_params_watch, or with a threshold of 0. */
+ * are fixed where they belong. Gradients are overwritten. Nothing without us_params_watch, or with a threshold of 0. A tensor with a
+ * master that is not finite is left for us_params_refresh to name. */
 void us_params_hold(struct us_params *params, struct us_pool *pool, const struct us_oscillation_rule *rule);
 
 /* Share of the watched weights that are fixed; 0 if none is watched. */

@@ -13,7 +13,8 @@
  * the file (scales anew every step), and gradients pass the rounding unchanged (straight-through). The teacher is the
  * original, forward only, with the same rounding points: KL(teacher || student) at T = 1 is self-distillation. Norms,
  * sinks and an F32 router are multiplied as their masters are. The router's selection bias does not move. Tensors that
- * are neither trained nor change their format keep their bits.
+ * are neither trained nor change their format keep their bits. With trainer.freeze, weights whose codes go to and fro are fixed on the
+ * way (oscillation.h).
  */
 #ifndef US_TRAINING_QAT_H
 #define US_TRAINING_QAT_H
