@@ -33,12 +33,15 @@ static void say(const char *check, bool good, const char *note) {
   if (!good) failures++;
 }
 
+static void keep(struct curve *curve, uint64_t step, double loss, double norm, double heldout) {
+  if (step > STEPS) return;
+  curve->loss[step] = loss;
+  curve->norm[step] = norm;
+  if (isfinite(heldout)) curve->heldout = heldout;
+}
+
 static void keep_line(void *arg, const struct us_pretrain_log *log) {
-  struct curve *curve = arg;
-  if (log->step > STEPS) return;
-  curve->loss[log->step] = log->loss;
-  curve->norm[log->step] = log->norm;
-  if (isfinite(log->heldout)) curve->heldout = log->heldout;
+  keep(arg, log->step, log->loss, log->norm, log->heldout);
 }
 
 static struct us_pretrain recipe(const struct us_shape *shape, const struct us_shards *shards,
@@ -181,11 +184,7 @@ static bool stops_finetuning(void) {
 }
 
 static void keep_qat_line(void *arg, const struct us_qat_log *log) {
-  struct curve *curve = arg;
-  if (log->step > STEPS) return;
-  curve->loss[log->step] = log->loss;
-  curve->norm[log->step] = log->norm;
-  if (isfinite(log->heldout)) curve->heldout = log->heldout;
+  keep(arg, log->step, log->loss, log->norm, log->heldout);
 }
 
 /* One run on `lanes` copies; curve->value has masters, and behind them what was watched. */
