@@ -131,8 +131,9 @@ struct us_learner_pass {
   const float *weight;              /* (R) 0: the row does not count */
   struct us_learner_model *teacher; /* KL to its distribution, row by row; NULL: cross-entropy */
   float scale;                      /* of loss and gradients */
-  /* Weight of the cross-entropy of all routing scores against the teacher's, without one against 0; in the gradient alone. 0: none. */
-  float routers;
+  /* Weight of the cross-entropy of all routing scores against the teacher's, without one against router_target; in the gradient alone.
+   * 0: none. */
+  float routers, router_target;
   bool gradient; /* add gradients to the lane's */
 };
 

@@ -160,6 +160,7 @@ static enum us_status cpu_pass(struct us_learner_model *base, uint32_t lane,
   model->total += head.total;
   model->counted += (double)head.counted;
   model->train->routers = (struct us_router_lesson){.opt_teacher = teacher ? teacher->train : NULL,
+                                                    .target = pass->router_target,
                                                     .opt_weight = pass->weight,
                                                     .scale = pass->scale * pass->routers};
   status = check_scratch(base->set, err);

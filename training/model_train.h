@@ -36,10 +36,11 @@ struct us_train_taps {
   float *out; /* (R, count * D) written */
 };
 
-/* What the backward pass teaches to the routers: another model's scores, or to be small (kernels/router/router_grad.h). */
+/* What the backward pass teaches to the routers: another model's scores, or one for all (kernels/router/router_grad.h). */
 struct us_router_lesson {
   const struct us_model_train
-      *opt_teacher;        /* after its forward pass over the same batch; NULL: scores of 0 */
+      *opt_teacher; /* after its forward pass over the same batch; NULL: `target` for every score */
+  float target;
   const float *opt_weight; /* (R) */
   float scale;             /* 0: nothing */
 };

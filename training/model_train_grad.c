@@ -46,6 +46,7 @@ static void moe_grad(struct us_model_train *train, uint32_t l) {
                                   .scaling = (float)shape->routed_scaling};
   const struct us_model_train *teacher = train->routers.opt_teacher;
   struct us_router_teacher scores = {.opt_scores = teacher ? teacher->state->saved[l].scores : NULL,
+                                     .target = train->routers.target,
                                      .opt_weight = train->routers.opt_weight,
                                      .scale = train->routers.scale};
   us_router_grad(train->seq, &router, saved->norm2, roles->router->compute, saved->scores, s->id[l],

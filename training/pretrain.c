@@ -34,6 +34,7 @@ static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bo
                                  .weight = rows->weight,
                                  .scale = scale,
                                  .routers = s->run->score_decay,
+                                 .router_target = s->run->score_target,
                                  .gradient = gradient};
   return us_learner_pass(s->model, lane, &pass, err);
 }

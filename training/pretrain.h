@@ -38,7 +38,9 @@ struct us_pretrain {
   uint64_t seed;
   float deviation;    /* of the initial weights; 0: 1 / sqrt(K) */
   float balance_rate; /* of the router bias, at the peak of the schedule; 0: none */
-  float score_decay;  /* weight of what draws routing scores to 0, and so makes gates steep; 0: none */
+  float
+      score_decay; /* weight of what draws routing scores to score_target, and so makes gates steep; 0: none */
+  float score_target;
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
   double across;               /* share of the windows in which attention goes on over document edges */

@@ -55,7 +55,8 @@ static float taught(const struct us_router_teacher *opt_teacher, uint32_t E, siz
                     float score) {
   if (!opt_teacher) return 0.0f;
   float factor = opt_teacher->scale * (opt_teacher->opt_weight ? opt_teacher->opt_weight[r] : 1.0f);
-  return factor * (score - (opt_teacher->opt_scores ? opt_teacher->opt_scores[r * E + e] : 0.0f));
+  return factor *
+         (score - (opt_teacher->opt_scores ? opt_teacher->opt_scores[r * E + e] : opt_teacher->target));
 }
 
 static void grad_rows(void *arg, size_t begin, size_t end, int worker) {

@@ -27,7 +27,8 @@ void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, cons
 
 /* Adds sum over rows of scale * weight * sum over experts of cross-entropy(theirs, own), which is least where own is theirs. */
 struct us_router_teacher {
-  const float *opt_scores; /* (R, E); NULL: 0 everywhere, a pull towards small scores */
+  const float *opt_scores; /* (R, E); NULL: `target` everywhere */
+  float target;
   const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
 };

@@ -212,7 +212,7 @@ static __global__ void teach_logits(const struct us_router_train_lesson lesson) 
   uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
   if (i >= (uint64_t)lesson.R * lesson.E) return;
   float weight = lesson.opt_weight ? lesson.opt_weight[i / lesson.E] : 1.0f;
-  float theirs = lesson.opt_theirs ? lesson.opt_theirs[i] : 0.0f;
+  float theirs = lesson.opt_theirs ? lesson.opt_theirs[i] : lesson.target;
   lesson.dlogit[i] = us_bf16_from_f32(lesson.scale * weight * (lesson.scores[i] - theirs));
 }
 

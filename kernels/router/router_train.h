@@ -69,7 +69,8 @@ int us_router_train_grad(const struct us_router_train_grad *grad, cudaStream_t s
 struct us_router_train_lesson {
   uint32_t R, E;
   const float *scores;     /* (R, E) */
-  const float *opt_theirs; /* (R, E); NULL: 0 everywhere */
+  const float *opt_theirs; /* (R, E); NULL: `target` everywhere */
+  float target;
   const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
   uint16_t *dlogit; /* (R, E) bf16, written: scale * weight * (scores - theirs) */

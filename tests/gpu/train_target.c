@@ -95,7 +95,7 @@ static void run_once(struct target *t, bool kl) {
   us_head_loss(&t->seq, &head);
   t->loss[kl] = head.total;
   t->cpu->routers = (struct us_router_lesson){
-      .opt_teacher = kl ? t->teacher : NULL, .opt_weight = t->rows.weight, .scale = LESSON};
+      .opt_teacher = kl ? t->teacher : NULL, .target = 0.05f, .opt_weight = t->rows.weight, .scale = LESSON};
   need(us_model_train_backward(t->cpu, &err), &err, t->name);
 }
 
@@ -263,8 +263,8 @@ struct result run_gpu(struct target *t, const struct variant *v, bool checks) {
                                    .dhead = model->head_grad,
                                    .rows = true};
   need(us_cuda_loss_add(loss, &head, &err), &err, t->name);
-  model->routers =
-      (struct us_cuda_router_lesson){.opt_teacher = teacher, .opt_weight = loss->weight, .scale = LESSON};
+  model->routers = (struct us_cuda_router_lesson){
+      .opt_teacher = teacher, .target = 0.05f, .opt_weight = loss->weight, .scale = LESSON};
   need(us_cuda_model_backward(model, &err), &err, t->name);
   struct result result = {.row_loss = take(R, sizeof(float))};
   need(us_cuda_loss_collect(loss, &result.loss, &result.counted, &err), &err, t->name);

@@ -78,6 +78,7 @@ enum us_status us_cuda_learner_pass(struct us_learner_model *base, uint32_t lane
                                    .dhead = pass->gradient ? own->head_grad : NULL};
   status = us_cuda_loss_add(model->loss[lane], &head, err);
   own->routers = (struct us_cuda_router_lesson){.opt_teacher = teacher ? teacher->lane[lane] : NULL,
+                                                .target = pass->router_target,
                                                 .opt_weight = model->loss[lane]->weight,
                                                 .scale = pass->scale * pass->routers};
   return status == US_OK && pass->gradient ? us_cuda_model_backward(own, err) : status;

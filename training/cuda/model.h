@@ -29,6 +29,7 @@ struct us_cuda_taps {
 /* As us_router_lesson. */
 struct us_cuda_router_lesson {
   const struct us_cuda_model *opt_teacher;
+  float target;
   const float *opt_weight; /* device (R) */
   float scale;
 };

@@ -93,6 +93,7 @@ static void router_lesson(struct us_cuda_model *model, uint32_t l) {
       .E = E,
       .scores = s->saved[l].scores,
       .opt_theirs = routers->opt_teacher ? routers->opt_teacher->state->saved[l].scores : NULL,
+      .target = routers->target,
       .opt_weight = routers->opt_weight,
       .scale = routers->scale,
       .dlogit = s->lesson};

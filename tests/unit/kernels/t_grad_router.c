@@ -37,7 +37,7 @@ static double loss(void *arg) {
   return sum;
 }
 
-static void check_case(bool normalise, double scaling, bool taught, bool zero) {
+static void check_case(bool normalise, double scaling, bool taught, bool same) {
   struct router_case c = {gc_random(R * D, 1), gc_random(E * D, 1),    gc_random(E, 0.3),
                           gc_random(R * K, 1), .normalise = normalise, .scaling = scaling};
   struct us_seq seq;
@@ -61,10 +61,10 @@ static void check_case(bool normalise, double scaling, bool taught, bool zero) {
   ck_assert_double_eq_tol(sum, loss(&c), 1e-6);
   float theirs[R * E], row_weight[R];
   struct us_router_teacher teacher = {
-      .opt_scores = zero ? NULL : theirs, .opt_weight = row_weight, .scale = 0.75f};
+      .opt_scores = same ? NULL : theirs, .target = 0.25f, .opt_weight = row_weight, .scale = 0.75f};
   if (taught) c.theirs = gc_random(R * E, 1);
   for (int i = 0; taught && i < R * E; i++)
-    c.theirs[i] = zero ? 0.0 : (double)(theirs[i] = (float)(0.5 + 0.4 * sin(c.theirs[i])));
+    c.theirs[i] = same ? 0.25 : (double)(theirs[i] = (float)(0.5 + 0.4 * sin(c.theirs[i])));
   for (int r = 0; r < R; r++) row_weight[r] = (float)(r + 1);
   us_router_grad(&seq, &router, x, w, scores, c.id, dweight, taught ? &teacher : NULL, dx, dw);
   gc_check("dx", loss, &c, c.x, R * D, dx, 5e-6);
@@ -88,7 +88,7 @@ START_TEST(a_teacher_pulls_every_score_by_the_weight_of_its_row) {
 }
 END_TEST
 
-START_TEST(without_a_teachers_scores_they_are_drawn_to_zero) {
+START_TEST(without_a_teachers_scores_all_are_drawn_to_one_target) {
   check_case(true, 1.0, true, true);
   check_case(false, 2.5, true, true);
 }
@@ -120,7 +120,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, normalised_weights);
   tcase_add_test(c, plain_weights_with_a_scale);
   tcase_add_test(c, a_teacher_pulls_every_score_by_the_weight_of_its_row);
-  tcase_add_test(c, without_a_teachers_scores_they_are_drawn_to_zero);
+  tcase_add_test(c, without_a_teachers_scores_all_are_drawn_to_one_target);
   tcase_add_test(c, ties_go_to_the_lowest_id);
   tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
   return us_suite("grad_router", c);
