@@ -1,4 +1,4 @@
-/* params_state.h: what params.c and update.c keep beside the arenas: lists of work on the device, figures, scratch. Internal. */
+/* params_state.h: what params.c, update.c and oscillation.c keep beside the arenas: lists of work on the device, figures, scratch. Internal. */
 #ifndef US_TRAINING_CUDA_PARAMS_STATE_H
 #define US_TRAINING_CUDA_PARAMS_STATE_H
 
@@ -51,7 +51,7 @@ US_CHECKED enum us_status us_cuda_watch_list(struct us_cuda_params *set, struct 
 void us_cuda_watch_hold(struct us_cuda_params *set, const struct us_oscillation_rule *rule);
 void us_cuda_watch_release(struct us_cuda_params_state *state);
 
-/* Tiles of what is rounded as tensor p is, after those that are there; opt_tiles NULL: only counts. */
+/* The tiles that round tensor p; returns how many. opt_tiles NULL: only counts. */
 size_t us_cuda_param_tiles(const struct us_param *p, struct us_quant_tile *opt_tiles);
 
 /* A list to new memory of the device. Waits. */
