@@ -326,7 +326,7 @@ static const struct us_tool tool = {
         "killed and resumed to the same bits. With --gptq roundings begin, or with --steps 0 end, where the "
         "products of "
         "each matrix on some of the text change least, one weight making up for another, and one matrix for "
-        "those before it.\n\n"
+        "those before it. With --freeze, weights whose codes go to and fro are fixed on the way.\n\n"
         "On held-out text the original, PTQ and QAT are compared: KL divergence, agreement of tokens and of "
         "experts, perplexity, and the share of PTQ's KL that finetuning closed. Before the tool ends, the "
         "file is "

@@ -107,7 +107,7 @@ static enum us_status run_rows(struct session *s, uint32_t lane, double labels, 
                                  .weight = rows->weight,
                                  .teacher = s->teacher,
                                  .scale = labels > 0.0 ? (float)(1.0 / labels) : 1.0f,
-                                 .routers = (float)s->run->routers,
+                                 .routers = s->teacher ? (float)s->run->routers : 0.0f,
                                  .gradient = labels > 0.0};
   return us_learner_pass(s->student, lane, &pass, err);
 }

@@ -214,6 +214,20 @@ START_TEST(cross_entropy_learns_the_text) {
 }
 END_TEST
 
+START_TEST(without_an_original_beside_it_routers_are_taught_nothing) {
+  struct us_err err = {0};
+  struct us_qat plain = new_run("experts=mxfp4", 3), asked = new_run("experts=mxfp4", 3);
+  plain.loss = asked.loss = US_QAT_CE;
+  plain.scope = asked.scope = US_QAT_ALL;
+  asked.routers = 0.3;
+  US_OK_OR_FAIL(us_qat(&plain, world.pool, &err));
+  US_OK_OR_FAIL(us_qat(&asked, world.pool, &err));
+  ck_assert(memcmp(plain.params.value, asked.params.value, plain.params.floats * sizeof(float)) == 0);
+  us_qat_release(&plain);
+  us_qat_release(&asked);
+}
+END_TEST
+
 /* Finetune in a scope that means the experts' matrices; everything else must be as conversion makes it. */
 static void assert_only_experts_move(const char *text, enum us_qat_scope scope) {
   struct us_err err = {0};
@@ -397,6 +411,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, finetuning_lowers_the_divergence_on_text_it_did_not_see);
   tcase_add_test(c, without_any_rounding_the_divergence_is_zero_and_nothing_moves);
   tcase_add_test(c, cross_entropy_learns_the_text);
+  tcase_add_test(c, without_an_original_beside_it_routers_are_taught_nothing);
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
   tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
   tcase_add_test(c, the_originals_routing_scores_keep_choices_of_experts);
