@@ -6,18 +6,13 @@
 
 #include <stdlib.h>
 
-/* Shares of what the model has lost so far that a matrix makes up for: in its inputs, and in the stream that its output is added
- * to. Less than all: both are estimated on a few sequences (docs/results.md, "Errors made up for by later matrices"). */
-#define OF_INPUTS 0.8f
-#define OF_STREAM 0.8f
-
 #define TASK_ROWS   16 /* of a matrix */
 #define COPY_BLOCK  65536
 #define MOST_TOKENS (1 << 25) /* a batch's limit is twice that */
 
 /* --- aims --- */
 
-/* w <- w + (OF_INPUTS w crossed + OF_STREAM made up) H^-1: what makes the products of the inputs as they are nearest to the original's,
+/* w <- w + (shares of w crossed + made up) H^-1: what makes the products of the inputs as they are nearest to the original's,
  * were the shares 1. */
 static void correct_rows(void *arg, size_t begin, size_t end, int worker) {
   struct us_gptq_session *s = arg;
@@ -30,10 +25,10 @@ static void correct_rows(void *arg, size_t begin, size_t end, int worker) {
            n = rows * p->cols;
     float *w = p->value + row * p->cols, *change = us_gptq_take(s, 2 * n, sizeof *change);
     if (!change) return;
-    us_seq_gemm(false, false, rows, in->K, in->K, OF_INPUTS, w, in->K, in->crossed, in->K, 0.0f, change,
+    us_seq_gemm(false, false, rows, in->K, in->K, US_GPTQ_OF_INPUTS, w, in->K, in->crossed, in->K, 0.0f, change,
                 in->K);
     for (size_t k = 0; in->opt_made_up && k < n; k++)
-      change[k] += OF_STREAM * in->opt_made_up[row * in->K + k];
+      change[k] += US_GPTQ_OF_STREAM * in->opt_made_up[row * in->K + k];
     us_gptq_solve(change, rows, in->K, in->moments, in->at, change + n);
     for (size_t k = 0; k < n; k++) w[k] += change[k];
     free(change);
@@ -174,14 +169,22 @@ static enum us_status begin_student(struct us_gptq_session *s, struct us_err *er
   return status;
 }
 
-static enum us_status draw_rows(struct us_gptq_session *s, struct us_err *err) {
-  const struct us_gptq *g = s->gptq;
+enum us_status us_gptq_check(const struct us_gptq *gptq, struct us_err *err) {
+  if (!us_shards_can_sample(gptq->shards, gptq->length + 1))
+    return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", gptq->length + 1);
+  if (gptq->windows <= MOST_TOKENS / gptq->length) return US_OK;
+  return us_err_set(err, US_ERR_USAGE, "GPTQ: %zu sequences of %zu tokens are more than %d", gptq->windows,
+                    gptq->length, MOST_TOKENS);
+}
+
+enum us_status us_gptq_draw(const struct us_gptq *gptq, size_t first, size_t count, struct us_rows *rows,
+                            struct us_err *err) {
   struct us_window window = {0};
-  enum us_status status = us_window_init(&window, g->length + 1, err);
-  if (status == US_OK) status = us_rows_init(&s->rows, g->windows * g->length, err);
-  for (size_t i = 0; i < g->windows && status == US_OK; i++) {
-    us_shards_sample_across(g->shards, g->seed, 0, i, g->across, &window);
-    us_rows_add(&s->rows, &window, false);
+  enum us_status status = us_window_init(&window, gptq->length + 1, err);
+  if (status == US_OK) status = us_rows_init(rows, count * gptq->length, err);
+  for (size_t i = first; i < first + count && status == US_OK; i++) {
+    us_shards_sample_across(gptq->shards, gptq->seed, 0, i, gptq->across, &window);
+    us_rows_add(rows, &window, false);
   }
   us_window_release(&window);
   return status;
@@ -213,13 +216,10 @@ static enum us_status run(struct us_gptq_session *s, struct us_err *err) {
 enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original, struct us_params *params,
                              struct us_pool *pool, struct us_err *err) {
   struct us_gptq_session s = {.gptq = gptq, .masters = params};
-  if (!us_shards_can_sample(gptq->shards, gptq->length + 1))
-    return us_err_set(err, US_ERR_INPUT, "the shards hold fewer than %zu training tokens", gptq->length + 1);
-  if (gptq->windows > MOST_TOKENS / gptq->length)
-    return us_err_set(err, US_ERR_USAGE, "GPTQ: %zu sequences of %zu tokens are more than %d", gptq->windows,
-                      gptq->length, MOST_TOKENS);
+  enum us_status status = us_gptq_check(gptq, err);
+  if (status != US_OK) return status;
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  enum us_status status = draw_rows(&s, err);
+  status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
   if (status == US_OK) status = open_models(&s, original, err);
   if (status == US_OK) status = run(&s, err);
   free(s.inputs);

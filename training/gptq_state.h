@@ -6,6 +6,11 @@
 #include "training/model_train_state.h"
 #include "training/rows.h"
 
+/* Shares of what the model has lost so far that a matrix makes up for: in its inputs, and in the stream that its output is added
+ * to. Less than all: both are estimated on a few sequences (docs/results.md, "Errors made up for by later matrices"). */
+#define US_GPTQ_OF_INPUTS 0.8f
+#define US_GPTQ_OF_STREAM 0.8f
+
 /* Inputs x (rows, K) of one or two matrices, and what they are less than the original's. */
 struct us_gptq_input {
   size_t K, rows;
@@ -52,6 +57,11 @@ void *us_gptq_take(struct us_gptq_session *s, size_t count, size_t bytes);
 
 /* Whether GPTQ rounds a tensor. */
 bool us_gptq_rounds(const struct us_param *p);
+
+/* Whether the text and the limits allow it; and sequences [first, first + count) of it, as rows. */
+US_CHECKED enum us_status us_gptq_check(const struct us_gptq *gptq, struct us_err *err);
+US_CHECKED enum us_status us_gptq_draw(const struct us_gptq *gptq, size_t first, size_t count,
+                                       struct us_rows *rows, struct us_err *err);
 
 /* List the matrices that multiply what s->part of s->layer has made in both models, with their inputs. The original's buffers
  * take what was lost, the student's experts their routing weights; the student's `branch` is overwritten. */

@@ -233,6 +233,14 @@ enum us_status us_learner_draft_tally(struct us_learner_draft *draft, struct us_
   return status;
 }
 
+/* --- GPTQ --- */
+
+enum us_status us_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
+                               struct us_model *original, struct us_params *params, struct us_pool *pool,
+                               struct us_err *err) {
+  return learner->ops->gptq(learner, gptq, original, params, pool, err);
+}
+
 /* --- answers --- */
 
 enum us_status us_learner_generate(struct us_learner *learner, struct us_generation *generation,

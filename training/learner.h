@@ -24,6 +24,7 @@
 #include "training/draft_loss.h"
 #include "training/draft_train.h"
 #include "training/generation.h"
+#include "training/gptq.h"
 #include "training/model_train.h"
 #include "training/optim.h"
 
@@ -193,6 +194,14 @@ US_CHECKED enum us_status us_learner_draft_pass(struct us_learner_draft *draft, 
 /* What all passes of all ranks since the last call add up to. Not inside a lane. */
 US_CHECKED enum us_status us_learner_draft_tally(struct us_learner_draft *draft,
                                                  struct us_draft_tally *ret_tally, struct us_err *err);
+
+/* -- GPTQ -- */
+
+/* us_gptq_start where the learner is: on the CPU in the pool, on GPUs in lane 0 of every process, which all come to the same bits, for
+ * they have the same GPUs. Before the masters are placed: it wants the memory. */
+US_CHECKED enum us_status us_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
+                                          struct us_model *original, struct us_params *params,
+                                          struct us_pool *pool, struct us_err *err);
 
 /* -- Answers -- */
 

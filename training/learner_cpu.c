@@ -271,6 +271,15 @@ static enum us_status cpu_draft_tally(struct us_learner_draft *base, struct us_d
   return US_OK;
 }
 
+/* --- GPTQ --- */
+
+static enum us_status cpu_gptq(struct us_learner *learner, const struct us_gptq *gptq,
+                               struct us_model *original, struct us_params *params, struct us_pool *pool,
+                               struct us_err *err) {
+  (void)learner;
+  return us_gptq_start(gptq, original, params, pool, err);
+}
+
 /* --- answers --- */
 
 static enum us_status cpu_generate(struct us_learner *learner, struct us_generation *generation,
@@ -305,6 +314,7 @@ static const struct us_learner_ops cpu_ops = {.free = cpu_free,
                                               .draft_free = cpu_draft_free,
                                               .draft_pass = cpu_draft_pass,
                                               .draft_tally = cpu_draft_tally,
+                                              .gptq = cpu_gptq,
                                               .generate = cpu_generate};
 
 enum us_status us_learner_create_cpu(struct us_pool *pool, struct us_learner **ret_learner,

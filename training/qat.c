@@ -93,6 +93,7 @@ enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_
   bool resumed = run->resume && state && us_train_state_exists(state); /* which brings its masters */
   enum us_status status = us_qat_open(run, pool, err);
   if (status != US_OK || !gptq.windows || resumed) return status;
+  if (run->learner) return us_learner_gptq(run->learner, &gptq, run->original, &run->params, pool, err);
   return us_gptq_start(&gptq, run->original, &run->params, pool, err);
 }
 

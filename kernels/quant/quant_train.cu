@@ -79,6 +79,11 @@ static __device__ __forceinline__ void write_one(const struct us_quant_train &q,
   if (q.opt_compute) q.opt_compute[at] = us_bf16_from_f32(x);
 }
 
+/* `at` is the first of the 8 values that an entry is for. */
+static __device__ __forceinline__ void write_scale(const struct us_quant_train &q, uint64_t at, float scale) {
+  if (q.opt_scale) q.opt_scale[(at - q.scale_base) / 8] = scale;
+}
+
 /* --- F32 and BF16 --- */
 
 static __device__ void round_run(const struct us_quant_train &q, const struct us_quant_tile &tile) {
@@ -132,8 +137,8 @@ static __device__ __forceinline__ void group_codes(const float *w, uint8_t byte,
   for (int j = 0; j < LANE_VALUES; j++) rounded[j] = us_e2m1_to_f32(us_e2m1_from_f32(w[j] * inverse));
 }
 
-/* us_mxfp4_group_encode and decode: w becomes code * scale. Warps call it whole. */
-static __device__ __forceinline__ void fake_quant_group(float *w, uint32_t max_bits,
+/* us_mxfp4_group_encode and decode: w becomes code * scale; returns the scale. Warps call it whole. */
+static __device__ __forceinline__ float fake_quant_group(float *w, uint32_t max_bits,
                                                         enum us_scale_rule rule) {
   uint8_t byte = us_mxfp4_scale_byte(us_f32_from_bits(max_bits), rule);
   float lower[LANE_VALUES], upper[LANE_VALUES];
@@ -152,6 +157,7 @@ static __device__ __forceinline__ void fake_quant_group(float *w, uint32_t max_b
   float scale = us_e8m0_to_f32(byte);
 #pragma unroll
   for (int j = 0; j < LANE_VALUES; j++) w[j] = lower[j] * scale;
+  return scale;
 }
 
 /* A warp's piece of at most WARP_PIECE values from `at` on; turned is the warp's shared memory. */
@@ -172,7 +178,8 @@ static __device__ __forceinline__ void fake_quant_piece(const struct us_quant_tr
   if (max_bits >= 0x7f800000u)
     for (int j = 0; j < LANE_VALUES; j++)
       if (!finite(w[j])) note_bad(q, at + group * US_MXFP4_GROUP + 4 * j + lane % 4);
-  fake_quant_group(w, max_bits, rule);
+  float scale = fake_quant_group(w, max_bits, rule);
+  if (group * US_MXFP4_GROUP < n) write_scale(q, at + group * US_MXFP4_GROUP + lane % 4 * 8, scale);
 #pragma unroll
   for (int j = 0; j < LANE_VALUES; j++) mine[4 * j] = w[j];
   __syncwarp();
@@ -235,6 +242,7 @@ static __device__ void fake_quant_block(const struct us_quant_train &q, const st
     struct us_four x = load_columns<W>(q, at);
 #pragma unroll
     for (int j = 0; j < W; j++) x.v[j] = us_fp8_to_f32(us_fp8_from_f32(x.v[j] / scale)) * scale;
+    if (W == 4 && col % 8 == 0) write_scale(q, at, scale);
     if (W == 4)
       write_four(q, at, x);
     else

@@ -34,7 +34,7 @@ library() {
     ../kernels/gemm/gemm_avx512 ../kernels/head_loss/head_loss ../kernels/linear/linear_grad ../kernels/linear/linear_ref \
     ../kernels/pages/pages ../kernels/rmsnorm/rmsnorm_grad ../kernels/rope/rope_grad ../kernels/rope/rope_ref \
     ../kernels/router/router_grad ../kernels/router/router_ref ../kernels/seq/seq ../kernels/swiglu/swiglu_grad \
-    ../training/muon ../training/optim; do
+    ../training/gptq ../training/muon ../training/optim; do
     case $source in
     *_avx2) isa='-mavx2 -mfma -mf16c' ;;
     *_avx512) isa='-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c' ;;

@@ -6,6 +6,7 @@
  */
 #include "base/pool.h"
 #include "training/cuda/learner.h"
+#include "training/metrics.h"
 #include "training/pretrain.h"
 #include "training/qat.h"
 
@@ -235,6 +236,68 @@ static double finetune(struct us_model *model, const struct us_shards *shards, u
   return held;
 }
 
+/* --- GPTQ --- */
+
+/* Loss before the first step, on the GPU; the masters begin where `gptq` sequences say, on the GPU or on the CPU. */
+static double begin(struct us_model *model, const struct us_shards *shards, size_t gptq, size_t length,
+                    bool on_cpu, float **ret_value, size_t *ret_floats, struct us_err *err) {
+  static const int ordinals[1];
+  struct us_precision_rules rules;
+  struct us_convert convert = {.rules = &rules, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  struct us_learner_cuda_options options = {.gpus = 1, .opt_ordinals = ordinals};
+  struct us_model *rounded = NULL;
+  struct us_metrics_job job = {.models = {model}, .n = 2, .shards = shards, .length = 256, .windows = 16};
+  struct us_metrics metrics = {0};
+  struct us_pool *pool = NULL;
+  struct us_qat run = {.original = model,
+                       .convert = &convert,
+                       .shards = shards,
+                       .scope = US_QAT_ALL,
+                       .length = length,
+                       .seed = 3,
+                       .gptq_windows = gptq};
+  enum us_status status = us_pool_create(0, &pool, err);
+  if (status == US_OK) status = us_precision_parse("all=fp8,experts=mxfp4", &rules, err);
+  if (status == US_OK) status = us_learner_create_cuda(&options, &job.learner, err);
+  run.learner = on_cpu ? NULL : job.learner;
+  if (status == US_OK) status = us_qat_start(&run, pool, err);
+  if (status == US_OK) status = us_qat_export(&run, pool, &rounded, err);
+  job.models[1] = rounded;
+  if (status == US_OK) status = us_metrics_run(&job, pool, &metrics, err);
+  double kl = status == US_OK ? metrics.models[1].kl : (double)NAN;
+  *ret_floats = run.params.floats;
+  *ret_value = malloc((run.params.floats + 1) * sizeof **ret_value);
+  if (*ret_value && run.params.value)
+    memcpy(*ret_value, run.params.value, run.params.floats * sizeof **ret_value);
+  us_metrics_release(&metrics);
+  us_model_free(rounded);
+  us_qat_release(&run);
+  us_learner_free(job.learner);
+  us_pool_free(pool);
+  return kl;
+}
+
+/* 240 sequences of 256 tokens are two chunks on the GPU; of 33,000, each is one. */
+static void test_gptq(struct us_model *model, const struct us_shards *shards) {
+  struct us_err err = {0};
+  char note[1200];
+  float *value[5] = {NULL};
+  size_t floats = 0;
+  double nearest = begin(model, shards, 0, 256, false, &value[0], &floats, &err);
+  double cpu = begin(model, shards, 240, 256, true, &value[1], &floats, &err);
+  double gpu = begin(model, shards, 240, 256, false, &value[2], &floats, &err);
+  double again = begin(model, shards, 240, 256, false, &value[3], &floats, &err);
+  double wide = begin(model, shards, 2, 33000, false, &value[4], &floats, &err);
+  snprintf(note, sizeof note, "KL %.6f, on the CPU %.6f, nearest %.6f; two long sequences %.6f; %s", gpu, cpu,
+           nearest, wide, err.message);
+  say("GPTQ on the GPU begins about as near as on the CPU",
+      cpu < 0.95 * nearest && fabs(gpu - cpu) < 0.1 * (nearest - cpu), note);
+  say("GPTQ by sequences longer than a chunk", wide < nearest, note);
+  say("GPTQ gives the same bits again",
+      again > 0.0 && value[2] && value[3] && memcmp(value[2], value[3], floats * sizeof(float)) == 0, "");
+  for (int i = 0; i < 5; i++) free(value[i]);
+}
+
 static void test_finetuning(const struct us_shape *shape, const struct us_shards *shards,
                             const char *folder) {
   struct us_params params = {0};
@@ -250,6 +313,7 @@ static void test_finetuning(const struct us_shape *shape, const struct us_shards
     say("finetuning: a model to begin at", false, err.message);
     return;
   }
+  test_gptq(model, shards);
   snprintf(state, sizeof state, "%s/qat.state", folder);
   double alone = finetune(model, shards, 1, NULL, UINT64_MAX, &one);
   double shared = finetune(model, shards, 2, NULL, UINT64_MAX, &two);

@@ -57,7 +57,7 @@ static void check_cases(void) {
   train_device<float> d_value(value), d_rounded(untouched);
   train_device<uint16_t> d_compute(floats);
   train_device<uint64_t> d_bad(std::vector<uint64_t>{UINT64_MAX});
-  struct us_quant_train quant = {d_tiles.at, tiles.size(), d_value.at, d_rounded.at, d_compute.at, d_bad.at};
+  struct us_quant_train quant = {d_tiles.at, tiles.size(), d_value.at, d_rounded.at, d_compute.at, d_bad.at, NULL, 0};
   US_CUDA((cudaError_t)us_quant_train(&quant, 0));
   std::vector<float> rounded = d_rounded.host();
   std::vector<uint16_t> compute = d_compute.host();
@@ -103,6 +103,35 @@ static void check_cases(void) {
   train_same("fake quantisation: in place", rounded, in_place);
 }
 
+/* The scale of every 8 values, from a base on: what a value is divided by, and a value over its scale is its code. */
+static void check_scales(const struct us_matrix_encoding &encoding, size_t rows, size_t cols) {
+  const uint64_t base = 64, offset = 96;
+  std::vector<struct us_quant_tile> tiles(us_quant_train_tiles(&encoding, offset, rows, cols, NULL));
+  us_quant_train_tiles(&encoding, offset, rows, cols, tiles.data());
+  std::vector<float> value = some_masters(offset + rows * cols), expected((offset - base + rows * cols) / 8, 7.0f);
+  std::vector<uint8_t> codes(us_matrix_data_bytes(encoding.format, rows, cols)),
+      scales(us_matrix_scale_bytes(encoding.format, rows, cols, encoding.scale_chunk_rows));
+  struct us_matrix w = {};
+  w.format = encoding.format, w.rows = rows, w.cols = cols, w.scale_chunk_rows = encoding.scale_chunk_rows;
+  struct us_err err = {};
+  if (us_matrix_encode(&value[offset], rows, cols, &encoding, codes.data(), scales.data(), &err) != US_OK)
+    us_gpu_report(err.message, 1, 1, 0);
+  for (size_t r = 0; r < rows; r++)
+    for (size_t k = 0; k < cols; k += 8) {
+      size_t row = us_matrix_scale_row(&w, r), blocks = (cols + US_FP8_BLOCK - 1) / US_FP8_BLOCK;
+      expected[(offset - base + r * cols + k) / 8] =
+          encoding.format == US_FORMAT_MXFP4
+              ? us_e8m0_to_f32(scales[(r * cols + k) / US_MXFP4_GROUP])
+              : ((const float *)scales.data())[row * blocks + k / US_FP8_BLOCK];
+    }
+  train_device<struct us_quant_tile> d_tiles(tiles);
+  train_device<float> d_value(value), d_scale(std::vector<float>(expected.size(), 7.0f));
+  struct us_quant_train quant = {d_tiles.at, tiles.size(), d_value.at, NULL, NULL, NULL, d_scale.at, base};
+  US_CUDA((cudaError_t)us_quant_train(&quant, 0));
+  train_same(encoding.format == US_FORMAT_MXFP4 ? "scales of groups" : "scales of blocks", expected,
+             d_scale.host());
+}
+
 static void check_arena(size_t n) {
   std::vector<float> x = train_normal(n, 33);
   train_device<float> d_x(x), d_factor(1);
@@ -144,6 +173,9 @@ static void check_arena(size_t n) {
 
 void train_rows_quant(void) {
   check_cases();
+  check_scales({US_FORMAT_MXFP4, US_SCALE_MSE, US_FP8_SCALE_F32, 0}, 130, 1056);
+  check_scales({US_FORMAT_FP8, US_SCALE_MSE, US_FP8_SCALE_F32, 0}, 300, 520);
+  check_scales({US_FORMAT_FP8, US_SCALE_MSE, US_FP8_SCALE_UE8M0, 144}, 432, 320);
   check_arena(100003);
   check_arena(5);
 }

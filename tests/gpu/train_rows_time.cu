@@ -186,7 +186,7 @@ static void time_quant(void) {
     std::vector<struct us_quant_tile> tiles(us_quant_train_tiles(&encodings[i], 0, rows, HIDDEN, NULL));
     us_quant_train_tiles(&encodings[i], 0, rows, HIDDEN, tiles.data());
     train_device<struct us_quant_tile> d_tiles(tiles);
-    struct us_quant_train quant = {d_tiles.at, tiles.size(), value.at, rounded.at, compute.at, NULL};
+    struct us_quant_train quant = {d_tiles.at, tiles.size(), value.at, rounded.at, compute.at, NULL, NULL, 0};
     time_run("masters to rounded and compute", names[i], 10.0 * (double)n,
              [&] { return us_quant_train(&quant, 0); });
   }

@@ -313,6 +313,7 @@ static const struct us_learner_ops cuda_ops = {.free = cuda_free,
                                                .draft_free = us_cuda_learner_draft_free,
                                                .draft_pass = us_cuda_learner_draft_pass,
                                                .draft_tally = us_cuda_learner_draft_tally,
+                                               .gptq = us_cuda_learner_gptq,
                                                .generate = us_cuda_learner_generate};
 
 static enum us_status open_lanes(struct cuda_learner *learner, const struct us_learner_cuda_options *options,

@@ -82,6 +82,12 @@ enum us_status us_cuda_learner_draft_pass(struct us_learner_draft *draft, uint32
 enum us_status us_cuda_learner_draft_tally(struct us_learner_draft *draft, struct us_draft_tally *ret_tally,
                                            struct us_err *err);
 
+/* -- GPTQ: gptq.c -- */
+
+enum us_status us_cuda_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
+                                    struct us_model *original, struct us_params *params,
+                                    struct us_pool *pool, struct us_err *err);
+
 /* -- Answers: learner_generate.c -- */
 
 enum us_status us_cuda_learner_generate(struct us_learner *learner, struct us_generation *generation,

@@ -112,7 +112,7 @@ void us_cuda_model_merge(struct us_cuda_model *model, uint32_t l) {
                      s->saved[l].middle);
 }
 
-static void dense_layer(struct us_cuda_model *model, uint32_t l, bool again) {
+void us_cuda_model_dense(struct us_cuda_model *model, uint32_t l, bool again) {
   struct us_cuda_model_state *s = model->state;
   struct us_cuda *cuda = model->cuda;
   const struct us_cuda_layer_saved *saved = &s->saved[l];
@@ -126,7 +126,7 @@ static void dense_layer(struct us_cuda_model *model, uint32_t l, bool again) {
                      s->residual[l + 1]);
 }
 
-static void route(struct us_cuda_model *model, uint32_t l, bool again) {
+void us_cuda_model_route(struct us_cuda_model *model, uint32_t l, bool again) {
   struct us_cuda_model_state *s = model->state;
   const struct us_shape *shape = &model->shape;
   const struct us_cuda_layer_saved *saved = &s->saved[l];
@@ -158,7 +158,7 @@ static void route(struct us_cuda_model *model, uint32_t l, bool again) {
   us_cuda_did(model->cuda, us_experts_train_plan(&plan, model->cuda->stream), "plan of experts");
 }
 
-static void moe_layer(struct us_cuda_model *model, uint32_t l, bool again) {
+void us_cuda_model_experts(struct us_cuda_model *model, uint32_t l, bool again) {
   struct us_cuda_model_state *s = model->state;
   struct us_cuda *cuda = model->cuda;
   const struct us_shape *shape = &model->shape;
@@ -170,7 +170,6 @@ static void moe_layer(struct us_cuda_model *model, uint32_t l, bool again) {
       .R = (uint32_t)model->R, .D = D, .K = shape->top_k, .slot = saved->slot};
   struct us_grouped gate_up = us_cuda_model_grouped(model, l, 2 * F, D);
   struct us_grouped down = us_cuda_model_grouped(model, l, D, F);
-  route(model, l, again);
   us_cuda_did(cuda, us_experts_train_scatter(&rows, saved->norm2, saved->x, cuda->stream), "rows to experts");
   const uint16_t *w = us_cuda_param_compute(model->params, &experts[0]);
   if (again) {
@@ -191,23 +190,33 @@ static void moe_layer(struct us_cuda_model *model, uint32_t l, bool again) {
               "experts' sum");
 }
 
-void us_cuda_model_mlp(struct us_cuda_model *model, uint32_t l, bool again) {
+void us_cuda_model_norm_middle(struct us_cuda_model *model, uint32_t l) {
   struct us_cuda_model_state *s = model->state;
   const struct us_cuda_layer_saved *saved = &s->saved[l];
   struct us_rmsnorm_train norm =
       us_cuda_model_norm(model, saved->middle, s->roles[l].post_norm, saved->norm2, saved->inverse2);
   us_cuda_did(model->cuda, us_rmsnorm_train(&norm, model->cuda->stream), "norm before the MLP");
-  if (model->shape.moe_layer[l])
-    moe_layer(model, l, again);
-  else
-    dense_layer(model, l, again);
+}
+
+void us_cuda_model_mlp(struct us_cuda_model *model, uint32_t l, bool again) {
+  us_cuda_model_norm_middle(model, l);
+  if (!model->shape.moe_layer[l]) {
+    us_cuda_model_dense(model, l, again);
+    return;
+  }
+  us_cuda_model_route(model, l, again);
+  us_cuda_model_experts(model, l, again);
+}
+
+void us_cuda_model_attend(struct us_cuda_model *model, uint32_t l) {
+  struct us_attention_train attention = us_cuda_model_attention(model, l);
+  us_cuda_did(model->cuda, us_attention_train(&attention, model->cuda->stream), "attention");
 }
 
 void us_cuda_model_layer(struct us_cuda_model *model, uint32_t l, const struct us_cuda_taps *opt_taps,
                          bool again) {
-  struct us_attention_train attention = us_cuda_model_attention(model, l);
   us_cuda_model_project(model, l, opt_taps);
-  us_cuda_did(model->cuda, us_attention_train(&attention, model->cuda->stream), "attention");
+  us_cuda_model_attend(model, l);
   us_cuda_model_merge(model, l);
   us_cuda_model_mlp(model, l, again);
 }

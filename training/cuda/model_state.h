@@ -85,6 +85,14 @@ void us_cuda_model_merge(struct us_cuda_model *model, uint32_t l);
 void us_cuda_model_mlp(struct us_cuda_model *model, uint32_t l, bool again);
 void us_cuda_model_end(struct us_cuda_model *model, const struct us_cuda_taps *opt_taps);
 
+/* And these in smaller ones: attention of saved->qkv to saved->attention; saved->middle normed to saved->norm2; experts chosen, with the
+ * plan of their rows; and from there, or through a dense MLP, to state->a and residual[l + 1]. */
+void us_cuda_model_attend(struct us_cuda_model *model, uint32_t l);
+void us_cuda_model_norm_middle(struct us_cuda_model *model, uint32_t l);
+void us_cuda_model_route(struct us_cuda_model *model, uint32_t l, bool again);
+void us_cuda_model_experts(struct us_cuda_model *model, uint32_t l, bool again);
+void us_cuda_model_dense(struct us_cuda_model *model, uint32_t l, bool again);
+
 struct us_attention_train us_cuda_model_attention(const struct us_cuda_model *model, uint32_t l);
 struct us_rope_train us_cuda_model_rope(const struct us_cuda_model *model, uint32_t l, uint16_t *x);
 struct us_grouped us_cuda_model_grouped(const struct us_cuda_model *model, uint32_t l, uint32_t N,
