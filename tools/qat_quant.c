@@ -22,6 +22,8 @@ static const struct us_opt opts[] = {
     US_OPT_ENUM("fp8-scale", 0, "f32|ue8m0", "scales of FP8 blocks", .def = "f32"),
     US_OPT_INT("shard", 0, "BYTES",
                "cut a folder's safetensors into files of at most so many bytes; 0: not at all", .def = "4G"),
+    US_OPT_FILE("begin", 0, "FILE",
+                "begin at that model's weights, an earlier result's say, instead of the original's"),
     US_OPT_INT("gptq", 0, "N",
                "sequences of text by whose inputs GPTQ chooses the roundings that finetuning begins at, with "
                "--steps 0 the result; 0: round to nearest",
@@ -50,6 +52,8 @@ static const struct us_opt opts[] = {
                .def = "0.2", .max = 1),
     US_OPT_NUM("freeze-memory", 0, "X", "memory of that share: 1 / (1 - X) steps", .def = "0.99",
                .max = 0.9999),
+    US_OPT_FLAG("average", 0,
+                "end at the means of what weights were rounded to, by the same memory, which --gptq rounds"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 8,192 rows hold, on a GPU 32,768",
@@ -89,6 +93,16 @@ static const char *const columns[COLUMNS] = {"step", "tokens", "seconds",      "
 
 /* --- what goes in --- */
 
+static enum us_status open_begin(struct us_qat_quant *job, struct us_err *err) {
+  const char *path = us_opt_str(job->run->opts, "begin");
+  if (!us_opt_given(job->run->opts, "data"))
+    return us_err_set(err, US_ERR_USAGE, "--begin needs --data to learn from");
+  enum us_status status = us_record_resolve(path, stdin, "model", &job->begin_record, err);
+  if (status == US_OK) status = us_model_open(job->begin_record.path, &job->begin, err);
+  if (status == US_OK) status = us_model_check(job->begin, err);
+  return status == US_OK ? US_OK : us_err_prefix(err, "%s", path);
+}
+
 static enum us_status open_inputs(struct us_qat_quant *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   if (!us_opt_flag(o, "dry-run") && !us_opt_given(o, "output"))
@@ -100,6 +114,7 @@ static enum us_status open_inputs(struct us_qat_quant *job, struct us_err *err) 
   if (status == US_OK && job->model->notes) us_log_notice(job->run->log, "%s", job->model->notes);
   if (status != US_OK || us_opt_flag(o, "dry-run")) return status;
   status = us_model_check(job->model, err);
+  if (status == US_OK && us_opt_given(o, "begin")) status = open_begin(job, err);
   if (status != US_OK || !us_opt_given(o, "data")) return status;
   status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &job->data_record, err);
   if (status == US_OK) status = us_shards_open(job->data_record.path, &job->shards, err);
@@ -113,11 +128,12 @@ static void on_log(void *arg, const struct us_qat_log *log);
 static enum us_status read_options(struct us_qat_quant *job, struct us_err *err) {
   struct us_opts *o = job->run->opts;
   struct us_qat *q = &job->qat;
-  char model[US_SHA256_HEX], data[US_SHA256_HEX];
+  char model[US_SHA256_HEX], data[US_SHA256_HEX], begin[US_SHA256_HEX] = "original";
   job->convert = (struct us_convert){.rules = &job->rules,
                                      .scale_rule = (enum us_scale_rule)us_opt_choice(o, "scale-rule"),
                                      .fp8_scale = (enum us_fp8_scale)us_opt_choice(o, "fp8-scale")};
   *q = (struct us_qat){.original = job->model,
+                       .begin = job->begin,
                        .convert = &job->convert,
                        .shards = job->shards,
                        .loss = (enum us_qat_loss)us_opt_choice(o, "loss"),
@@ -143,7 +159,8 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
   double freeze = us_opt_num(o, "freeze");
   q->trainer.freeze = (struct us_freeze){.first = freeze,
                                          .last = freeze * us_opt_num(o, "freeze-last"),
-                                         .memory = us_opt_num(o, "freeze-memory")};
+                                         .memory = us_opt_num(o, "freeze-memory"),
+                                         .averages = us_opt_flag(o, "average")};
   q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
@@ -159,24 +176,25 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
                       "--routers needs --loss kl: the original is not run for cross-entropy");
   enum us_status status = us_record_hash(job->model_record.path, model, err);
   if (status == US_OK) status = us_record_hash(job->data_record.path, data, err);
+  if (status == US_OK && job->begin) status = us_record_hash(job->begin_record.path, begin, err);
   if (status != US_OK) return status;
   snprintf(
       job->options, sizeof job->options,
-      "model=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
+      "model=%.16s begin=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
       "gptq=%zu routers=%g loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu "
       "marked=%d "
       "across=%g "
       "lr=%g "
       "schedule=%d "
       "warmup=%g floor=%g "
-      "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g",
-      model, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
+      "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g average=%d",
+      model, begin, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
       q->routers, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
       q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
       q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
       q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip, q->trainer.freeze.first,
-      q->trainer.freeze.last, q->trainer.freeze.memory);
+      q->trainer.freeze.last, q->trainer.freeze.memory, (int)q->trainer.freeze.averages);
   return US_OK;
 }
 
@@ -296,11 +314,13 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   us_model_free(job.result); /* they share the original's tensors */
   us_model_free(job.ptq);
   us_model_free(job.model);
+  us_model_free(job.begin);
   us_shards_close(job.shards);
   us_learner_free(job.learner);
   us_pool_free(job.pool);
   us_record_release(&job.model_record);
   us_record_release(&job.data_record);
+  us_record_release(&job.begin_record);
   free(job.rows);
   free(job.provenance);
   return status;

@@ -133,6 +133,7 @@ static enum us_status make_provenance(struct us_qat_quant *job, struct us_err *e
   bool trained = us_qat_quant_is_trained(job);
   enum us_status status = us_tool_provenance(job->run, job->qat.seed, &p, err);
   if (status == US_OK) status = us_tool_add_parent(p, job->model_record.path, "model", err);
+  if (status == US_OK && job->begin) status = us_tool_add_parent(p, job->begin_record.path, "model", err);
   if (status == US_OK && job->shards) status = us_tool_add_parent(p, job->data_record.path, "tokens", err);
   if (status == US_OK)
     status = us_provenance_set_text(p, "method",

@@ -1,7 +1,7 @@
 /* gptq.h: rounding the rows of a matrix so that its products change little, and masters that begin there.
  *
  *     struct us_gptq gptq = {.shards = shards, .windows = 64, .length = 512, .seed = 1};
- *     us_gptq_start(&gptq, original, &params, pool, &err);     // params: us_qat_open's
+ *     us_gptq_start(&gptq, &shape, &original, &params, pool, &err);     // original: frozen; params: us_qat_open's
  *
  * Rounding to nearest makes the error of each weight small; what counts is the error of W x over the inputs x that the
  * matrix has on text. GPTQ (Frantar et al. 2022) rounds the weights of a row one after another and moves those still to
@@ -37,9 +37,10 @@ struct us_gptq {
 /* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, but the
  * embedding, whose rows multiply nothing: it is rounded to nearest, and what that loses is made up for. They become the aims, not the
  * rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise for the aims may differ. Scales are those of
- * the corrected masters. US_ERR_INPUT when the text is shorter than a sequence, US_ERR_USAGE for more than 2^25 tokens. */
-US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original,
-                                        struct us_params *params, struct us_pool *pool, struct us_err *err);
+ * the corrected masters. `original` is a frozen set with as many tensors as `params`, whose masters are its values: a model's, or any that are to be rounded. US_ERR_INPUT when the text is shorter than a sequence, US_ERR_USAGE for more than 2^25 tokens. */
+US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *shape,
+                                        struct us_params *original, struct us_params *params,
+                                        struct us_pool *pool, struct us_err *err);
 
 /* -- One matrix -- */
 

@@ -190,12 +190,11 @@ enum us_status us_gptq_draw(const struct us_gptq *gptq, size_t first, size_t cou
   return status;
 }
 
-static enum us_status open_models(struct us_gptq_session *s, struct us_model *original, struct us_err *err) {
-  const struct us_shape *shape = &original->shape;
+static enum us_status open_models(struct us_gptq_session *s, const struct us_shape *shape,
+                                  struct us_params *original, struct us_err *err) {
   size_t rows = s->gptq->windows * s->gptq->length;
-  enum us_status status = us_params_init_model(&s->frozen, original, s->seq.pool, true, err);
-  if (status == US_OK)
-    status = us_model_train_create(shape, &s->frozen, &s->seq, rows, US_TRAIN_FORWARD, &s->original, err);
+  enum us_status status =
+      us_model_train_create(shape, original, &s->seq, rows, US_TRAIN_FORWARD, &s->original, err);
   if (status == US_OK)
     status = us_model_train_create(shape, s->masters, &s->seq, rows, US_TRAIN_FORWARD, &s->student, err);
   s->inputs = us_gptq_take(s, shape->experts + 1, sizeof *s->inputs);
@@ -213,20 +212,20 @@ static enum us_status run(struct us_gptq_session *s, struct us_err *err) {
   return status == US_OK ? round_head(s, err) : status;
 }
 
-enum us_status us_gptq_start(const struct us_gptq *gptq, struct us_model *original, struct us_params *params,
-                             struct us_pool *pool, struct us_err *err) {
+enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *shape,
+                             struct us_params *original, struct us_params *params, struct us_pool *pool,
+                             struct us_err *err) {
   struct us_gptq_session s = {.gptq = gptq, .masters = params};
   enum us_status status = us_gptq_check(gptq, err);
   if (status != US_OK) return status;
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
   status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
-  if (status == US_OK) status = open_models(&s, original, err);
+  if (status == US_OK) status = open_models(&s, shape, original, err);
   if (status == US_OK) status = run(&s, err);
   free(s.inputs);
   free(s.matrices);
   us_model_train_free(s.student);
   us_model_train_free(s.original);
-  us_params_release(&s.frozen);
   us_rows_release(&s.rows);
   us_seq_release(&s.seq);
   return status;

@@ -38,7 +38,7 @@ struct us_gptq_task {
 
 struct us_gptq_session {
   const struct us_gptq *gptq;
-  struct us_params *masters, frozen; /* frozen: the original's */
+  struct us_params *masters;
   struct us_seq seq;
   struct us_rows rows;
   struct us_model_train *original; /* over all rows at once */

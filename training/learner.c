@@ -236,9 +236,10 @@ enum us_status us_learner_draft_tally(struct us_learner_draft *draft, struct us_
 /* --- GPTQ --- */
 
 enum us_status us_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
-                               struct us_model *original, struct us_params *params, struct us_pool *pool,
+                               const struct us_shape *shape, struct us_params *original,
+                               struct us_params *params,
                                struct us_err *err) {
-  return learner->ops->gptq(learner, gptq, original, params, pool, err);
+  return learner->ops->gptq(learner, gptq, shape, original, params, err);
 }
 
 /* --- answers --- */

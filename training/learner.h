@@ -197,11 +197,11 @@ US_CHECKED enum us_status us_learner_draft_tally(struct us_learner_draft *draft,
 
 /* -- GPTQ -- */
 
-/* us_gptq_start where the learner is: on the CPU in the pool, on GPUs in lane 0 of every process, which all come to the same bits, for
+/* us_gptq_start where the learner is: on the CPU in its pool, on GPUs in lane 0 of every process, which all come to the same bits, for
  * they have the same GPUs. Before the masters are placed: it wants the memory. */
 US_CHECKED enum us_status us_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
-                                          struct us_model *original, struct us_params *params,
-                                          struct us_pool *pool, struct us_err *err);
+                                          const struct us_shape *shape, struct us_params *original,
+                                          struct us_params *params, struct us_err *err);
 
 /* -- Answers -- */
 

@@ -274,10 +274,10 @@ static enum us_status cpu_draft_tally(struct us_learner_draft *base, struct us_d
 /* --- GPTQ --- */
 
 static enum us_status cpu_gptq(struct us_learner *learner, const struct us_gptq *gptq,
-                               struct us_model *original, struct us_params *params, struct us_pool *pool,
+                               const struct us_shape *shape, struct us_params *original,
+                               struct us_params *params,
                                struct us_err *err) {
-  (void)learner;
-  return us_gptq_start(gptq, original, params, pool, err);
+  return us_gptq_start(gptq, shape, original, params, ((struct cpu_learner *)learner)->seq.pool, err);
 }
 
 /* --- answers --- */

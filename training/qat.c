@@ -83,18 +83,51 @@ enum us_status us_qat_open(struct us_qat *run, struct us_pool *pool, struct us_e
   return status;
 }
 
-enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
+/* The masters as they are become those that round to what is near them. */
+static enum us_status round_by_gptq(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
+  const struct us_shape *shape = &run->original->shape;
+  struct us_params reference = {0};
   struct us_gptq gptq = {.shards = run->shards,
                          .windows = run->gptq_windows,
                          .length = run->length,
                          .seed = run->seed,
                          .across = run->across};
+  enum us_status status = us_params_init_model(&reference, run->original, pool, true, err);
+  if (status != US_OK) return status;
+  memcpy(reference.value, run->params.value, reference.floats * sizeof *reference.value);
+  status = run->learner ? us_learner_gptq(run->learner, &gptq, shape, &reference, &run->params, err)
+                        : us_gptq_start(&gptq, shape, &reference, &run->params, pool, err);
+  us_params_release(&reference);
+  return status;
+}
+
+/* What trains begins at another model's weights. */
+static enum us_status begin_at(struct us_qat *run, struct us_model *other, struct us_pool *pool,
+                               struct us_err *err) {
+  struct us_params from = {0};
+  enum us_status status = us_params_init_model(&from, other, pool, true, err);
+  if (status == US_OK && from.count != run->params.count)
+    status = us_err_set(err, US_ERR_INPUT, "%zu tensors where the original has %zu", from.count,
+                        run->params.count);
+  for (size_t i = 0; i < from.count && status == US_OK; i++) {
+    const struct us_param *p = &run->params.items[i], *q = &from.items[i];
+    if (strcmp(p->name, q->name) != 0 || p->rows != q->rows || p->cols != q->cols)
+      status = us_err_set(err, US_ERR_INPUT, "%s: %zu by %zu where the original has %s, %zu by %zu", q->name,
+                          q->rows, q->cols, p->name, p->rows, p->cols);
+    else if (!p->frozen)
+      memcpy(p->value, q->value, p->rows * p->cols * sizeof *p->value);
+  }
+  us_params_release(&from);
+  return status;
+}
+
+enum us_status us_qat_start(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
   const char *state = run->trainer.state_path;
   bool resumed = run->resume && state && us_train_state_exists(state); /* which brings its masters */
   enum us_status status = us_qat_open(run, pool, err);
-  if (status != US_OK || !gptq.windows || resumed) return status;
-  if (run->learner) return us_learner_gptq(run->learner, &gptq, run->original, &run->params, pool, err);
-  return us_gptq_start(&gptq, run->original, &run->params, pool, err);
+  if (status == US_OK && run->begin && !resumed) status = begin_at(run, run->begin, pool, err);
+  if (status != US_OK || !run->gptq_windows || resumed) return status;
+  return round_by_gptq(run, pool, err);
 }
 
 /* --- losses --- */
@@ -205,12 +238,16 @@ static enum us_status train(struct session *s, struct us_err *err) {
   return status == US_OK ? us_trainer_run(&run->trainer, &loop, err) : status;
 }
 
+static bool watches(const struct us_qat *run) {
+  return run->trainer.freeze.first > 0.0 || run->trainer.freeze.averages;
+}
+
 static enum us_status open_models(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
   const struct us_shape *shape = &run->original->shape;
   size_t rows = s->lanes.micro * run->length;
   enum us_status status = us_qat_start(run, s->pool, err);
-  if (status == US_OK && run->trainer.freeze.first > 0.0) status = us_params_watch(&run->params, err);
+  if (status == US_OK && watches(run)) status = us_params_watch(&run->params, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
@@ -253,12 +290,18 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);
-  if (status == US_OK) status = us_learner_fetch(s->set, run->trainer.freeze.first > 0.0, err);
+  if (status == US_OK) status = us_learner_fetch(s->set, watches(run), err);
   if (status == US_OK) run->held = us_params_held(&run->params);
   if (status == US_OK) us_learner_part(s->learner);
   close_session(s);
   run->trainer.set = NULL;
   return status;
+}
+
+/* Masters become the means of what they were rounded to, and with gptq_windows those that round to what is near these. */
+static enum us_status end_at_means(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
+  enum us_status status = us_params_take_means(&run->params, pool, err);
+  return status == US_OK && run->gptq_windows ? round_by_gptq(run, pool, err) : status;
 }
 
 enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
@@ -273,6 +316,7 @@ enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *e
   if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
   if (!s.learner) s.learner = cpu;
   if (status == US_OK) status = run_session(&s, err);
+  if (status == US_OK && run->trainer.freeze.averages) status = end_at_means(run, pool, err);
   us_learner_free(cpu);
   return status;
 }

@@ -44,6 +44,7 @@ struct us_qat_log {
 struct us_qat {
   struct us_learner *learner; /* where; NULL: the CPU, on the pool of the call */
   struct us_model *original;
+  struct us_model *begin; /* of the same shape: where masters begin; NULL: at the original's weights */
   const struct us_convert *convert;
   const struct us_shards *shards;
   enum us_qat_loss loss;

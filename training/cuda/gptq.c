@@ -35,7 +35,7 @@ struct side {
 struct session {
   const struct us_gptq *gptq;
   struct us_cuda *cuda;
-  struct us_params *masters, frozen; /* frozen: the original's */
+  struct us_params *masters;
   struct side original, student;
   struct us_rows *chunk; /* (chunks) */
   size_t chunks, chunk_rows;
@@ -490,7 +490,6 @@ static void close_side(struct side *side) {
 static void close_session(struct session *s) {
   close_side(&s->student);
   close_side(&s->original);
-  us_params_release(&s->frozen);
   us_cuda_give(s->sums.moments);
   us_cuda_give(s->crossed);
   us_cuda_give(s->made_up);
@@ -506,15 +505,14 @@ static void close_session(struct session *s) {
 }
 
 enum us_status us_cuda_learner_gptq(struct us_learner *base, const struct us_gptq *gptq,
-                                    struct us_model *original, struct us_params *params,
-                                    struct us_pool *pool, struct us_err *err) {
+                                    const struct us_shape *shape, struct us_params *original,
+                                    struct us_params *params, struct us_err *err) {
   struct session s = {.gptq = gptq, .cuda = ((struct cuda_learner *)base)->cuda[0], .masters = params};
   us_cuda_use(s.cuda);
   enum us_status status = us_gptq_check(gptq, err);
   if (status == US_OK) status = draw_chunks(&s, err);
-  if (status == US_OK) status = us_params_init_model(&s.frozen, original, pool, true, err);
-  if (status == US_OK) status = open_side(&s, &s.original, &original->shape, &s.frozen, err);
-  if (status == US_OK) status = open_side(&s, &s.student, &original->shape, params, err);
+  if (status == US_OK) status = open_side(&s, &s.original, shape, original, err);
+  if (status == US_OK) status = open_side(&s, &s.student, shape, params, err);
   if (status == US_OK) share_routes(&s);
   if (status == US_OK) status = take_sums(&s, err);
   if (status == US_OK) status = begin_student(&s, err);

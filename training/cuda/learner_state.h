@@ -85,8 +85,8 @@ enum us_status us_cuda_learner_draft_tally(struct us_learner_draft *draft, struc
 /* -- GPTQ: gptq.c -- */
 
 enum us_status us_cuda_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
-                                    struct us_model *original, struct us_params *params,
-                                    struct us_pool *pool, struct us_err *err);
+                                    const struct us_shape *shape, struct us_params *original,
+                                    struct us_params *params, struct us_err *err);
 
 /* -- Answers: learner_generate.c -- */
 
