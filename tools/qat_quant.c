@@ -250,6 +250,7 @@ static void on_log(void *arg, const struct us_qat_log *log) {
 }
 
 /* A rate that is too high leaves the model worse than rounding alone would, which the log of a run shows and a glance at it misses. */
+/* The log's last line is of the codes before means took their place. */
 static void warn_if_worse(const struct us_qat_quant *job) {
   double before = (double)NAN, after = (double)NAN;
   for (size_t i = 0; i < job->log.count; i++) {
@@ -257,7 +258,7 @@ static void warn_if_worse(const struct us_qat_quant *job) {
     if (row[0] == 0.0) before = row[4];
     if (isfinite(row[4])) after = row[4];
   }
-  if (after > before)
+  if (after > before && !job->qat.trainer.freeze.averages)
     us_log_warning(job->run->log,
                    "held out %.5f nats a token after finetuning, %.5f before it: a lower --lr may do better",
                    after, before);

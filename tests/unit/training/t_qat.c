@@ -293,6 +293,85 @@ START_TEST(the_originals_routing_scores_keep_choices_of_experts) {
 }
 END_TEST
 
+/* KL of what a run exports, on held-out text. */
+static double exported_kl(const struct us_qat *run) {
+  struct us_err err = {0};
+  struct us_model *quantized;
+  struct us_metrics metrics;
+  US_OK_OR_FAIL(us_qat_export(run, world.pool, &quantized, &err));
+  struct us_metrics_job job = {
+      .models = {world.model, quantized}, .n = 2, .shards = world.shards, .length = 32, .windows = 8};
+  US_OK_OR_FAIL(us_metrics_run(&job, world.pool, &metrics, &err));
+  double kl = metrics.models[1].kl;
+  us_metrics_release(&metrics);
+  us_model_free(quantized);
+  return kl;
+}
+
+/* At a rate that stays too high codes go to and fro until the end. */
+static double kl_at_a_constant_rate(bool averages, size_t gptq) {
+  struct us_err err = {0};
+  struct us_qat run = new_run("all=fp8,experts=mxfp4", 60);
+  run.scope = US_QAT_ALL;
+  run.gptq_windows = gptq;
+  run.trainer.schedule = (struct us_schedule){.kind = US_SCHEDULE_CONSTANT, .peak = 2e-3};
+  run.trainer.freeze = (struct us_freeze){.memory = 0.9, .averages = averages};
+  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+  double kl = exported_kl(&run);
+  us_qat_release(&run);
+  return kl;
+}
+
+START_TEST(means_of_codes_are_nearer_to_the_original_than_the_last_codes) {
+  double last = kl_at_a_constant_rate(false, 0), means = kl_at_a_constant_rate(true, 0),
+         gptq = kl_at_a_constant_rate(true, 64);
+  ck_assert_msg(means < 0.8 * last, "%g, the last codes %g", means, last);
+  ck_assert_msg(gptq < means, "rounded by GPTQ %g, to nearest %g", gptq, means);
+}
+END_TEST
+
+static void see_first_loss(void *arg, const struct us_qat_log *log) {
+  if (!log->step) *(double *)arg = log->heldout;
+}
+
+START_TEST(a_run_begins_at_the_weights_of_another_result) {
+  struct us_err err = {0};
+  struct us_model *result;
+  double first = 0.0, kl = 0.0;
+  struct us_qat run = new_run("all=fp8,experts=mxfp4", 20), next = new_run("all=fp8,experts=mxfp4", 1);
+  run.scope = next.scope = US_QAT_ALL;
+  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+  US_OK_OR_FAIL(us_qat_export(&run, world.pool, &result, &err));
+  kl = exported_kl(&run);
+  next.begin = result;
+  next.on_log = see_first_loss, next.log_arg = &first;
+  US_OK_OR_FAIL(us_qat(&next, world.pool, &err));
+  ck_assert_double_eq_tol(first, kl, 1e-3 * kl);
+  us_qat_release(&run);
+  us_qat_release(&next);
+  us_model_free(result);
+}
+END_TEST
+
+START_TEST(a_beginning_of_another_shape_is_refused) {
+  struct us_err err = {0};
+  struct us_shape shape = world.model->shape;
+  struct us_params params;
+  struct us_model *other;
+  shape.vocab += 32;
+  US_OK_OR_FAIL(us_params_init_fresh(&params, &shape, 5, 0.0f, &err));
+  US_OK_OR_FAIL(us_model_create(&shape, &other, &err));
+  US_OK_OR_FAIL(us_params_export(&params, other, &err));
+  struct us_qat run = new_run("experts=mxfp4", 1);
+  run.begin = other;
+  ck_assert_int_eq(us_qat_start(&run, world.pool, &err), US_ERR_INPUT);
+  ck_assert_msg(strstr(err.message, "where the original has") != NULL, "%s", err.message);
+  us_qat_release(&run);
+  us_params_release(&params);
+  us_model_free(other);
+}
+END_TEST
+
 static const struct us_qat *watched;
 static uint64_t stop_at;
 
@@ -415,6 +494,9 @@ static Suite *make_suite(void) {
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
   tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
   tcase_add_test(c, the_originals_routing_scores_keep_choices_of_experts);
+  tcase_add_test(c, means_of_codes_are_nearer_to_the_original_than_the_last_codes);
+  tcase_add_test(c, a_run_begins_at_the_weights_of_another_result);
+  tcase_add_test(c, a_beginning_of_another_shape_is_refused);
   tcase_add_test(c, a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not);
   tcase_add_test(c, forward_passes_of_fewer_sequences_change_nothing_but_rounding);
   tcase_add_test(c, rules_and_shards_that_do_not_fit_are_refused);
