@@ -52,8 +52,6 @@ static const struct us_opt opts[] = {
                .def = "0.2", .max = 1),
     US_OPT_NUM("freeze-memory", 0, "X", "memory of that share: 1 / (1 - X) steps", .def = "0.99",
                .max = 0.9999),
-    US_OPT_FLAG("average", 0,
-                "end at the means of what weights were rounded to, by the same memory, which --gptq rounds"),
     US_OPT_INT("batch", 'b', "N", "sequences a step", .def = "8", .min = 1, .max = 65536),
     US_OPT_INT("length", 'l', "N", "tokens a sequence", .def = "256", .min = 2, .max = 131072),
     US_OPT_INT("micro", 0, "N", "sequences a forward pass; 0: as many as 8,192 rows hold, on a GPU 32,768",
@@ -159,8 +157,7 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
   double freeze = us_opt_num(o, "freeze");
   q->trainer.freeze = (struct us_freeze){.first = freeze,
                                          .last = freeze * us_opt_num(o, "freeze-last"),
-                                         .memory = us_opt_num(o, "freeze-memory"),
-                                         .averages = us_opt_flag(o, "average")};
+                                         .memory = us_opt_num(o, "freeze-memory")};
   q->trainer.options = job->options;
   if (!job->shards) {
     if (us_opt_given(o, "steps") && q->trainer.steps)
@@ -187,14 +184,14 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       "lr=%g "
       "schedule=%d "
       "warmup=%g floor=%g "
-      "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g average=%d",
+      "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g",
       model, begin, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
       q->routers, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
       q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
       q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
       q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip, q->trainer.freeze.first,
-      q->trainer.freeze.last, q->trainer.freeze.memory, (int)q->trainer.freeze.averages);
+      q->trainer.freeze.last, q->trainer.freeze.memory);
   return US_OK;
 }
 
@@ -250,7 +247,6 @@ static void on_log(void *arg, const struct us_qat_log *log) {
 }
 
 /* A rate that is too high leaves the model worse than rounding alone would, which the log of a run shows and a glance at it misses. */
-/* The log's last line is of the codes before means took their place. */
 static void warn_if_worse(const struct us_qat_quant *job) {
   double before = (double)NAN, after = (double)NAN;
   for (size_t i = 0; i < job->log.count; i++) {
@@ -258,7 +254,7 @@ static void warn_if_worse(const struct us_qat_quant *job) {
     if (row[0] == 0.0) before = row[4];
     if (isfinite(row[4])) after = row[4];
   }
-  if (after > before && !job->qat.trainer.freeze.averages)
+  if (after > before)
     us_log_warning(job->run->log,
                    "held out %.5f nats a token after finetuning, %.5f before it: a lower --lr may do better",
                    after, before);

@@ -3,9 +3,8 @@
 
 struct us_oscillation_rule us_freeze_rule(const struct us_freeze *freeze, double progress) {
   struct us_oscillation_rule rule = {.memory = (float)freeze->memory};
-  if (!(freeze->first > 0.0) && !freeze->averages) return rule;
-  rule.threshold = INFINITY;
   if (!(freeze->first > 0.0)) return rule;
+  rule.threshold = INFINITY;
   if (progress < US_FREEZE_BEGINS) return rule;
   double past =
       (progress < 1.0 ? progress - US_FREEZE_BEGINS : 1.0 - US_FREEZE_BEGINS) / (1.0 - US_FREEZE_BEGINS);
@@ -46,34 +45,6 @@ static void hold_tensors(void *arg, size_t begin, size_t end, int worker) {
 void us_params_hold(struct us_params *params, struct us_pool *pool, const struct us_oscillation_rule *rule) {
   if (!params->watch.share || !(rule->threshold > 0.0f)) return;
   us_pool_for(pool, params->count, 1, hold_tensors, &(struct hold_task){.params = params, .rule = rule});
-}
-
-struct mean_task {
-  struct us_params *params;
-  bool failed;
-};
-
-static void take_mean(void *arg, size_t begin, size_t end, int worker) {
-  struct mean_task *t = arg;
-  (void)worker;
-  for (size_t i = begin; i < end; i++) {
-    struct us_param *p = &t->params->items[i];
-    const struct us_watch *watch = &t->params->watch;
-    if (!us_param_is_watched(t->params, p)) continue;
-    if (us_matrix_fake_quant(p->value, p->rows, p->cols, &p->encoding, p->value, NULL) != US_OK)
-      __atomic_store_n(&t->failed, true, __ATOMIC_RELAXED);
-    for (size_t k = 0, at = p->offset; k < p->rows * p->cols; k++, at++)
-      if (watch->turn[at] != 0.0f) p->value[k] = watch->mean[at];
-  }
-}
-
-enum us_status us_params_take_means(struct us_params *params, struct us_pool *pool, struct us_err *err) {
-  struct mean_task task = {.params = params};
-  if (!params->watch.share) return us_err_set(err, US_ERR_USAGE, "no means were kept");
-  us_pool_for(pool, params->count, 1, take_mean, &task);
-  if (!task.failed) return US_OK;
-  const struct us_param *bad = us_params_find_nonfinite(params, false);
-  return us_err_set(err, US_ERR_CHECK, "%s: a weight is not finite", bad ? bad->name : "a matrix");
 }
 
 double us_params_held(const struct us_params *params) {

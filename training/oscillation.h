@@ -18,14 +18,12 @@
 struct us_freeze {
   double first, last;
   double memory; /* of the running means, below 1 */
-  bool averages; /* means are kept even if nothing is fixed: for us_params_take_means */
 };
 
 /* The first tenth of a run only watches: moments and means are still those of the start. */
 #define US_FREEZE_BEGINS 0.1
 
-/* At `progress` of the run, 0 to 1: threshold INFINITY at first, then from `first` to `last` as half a cosine. Where first is 0, INFINITY
- * throughout if means are kept, else 0. */
+/* At `progress` of the run, 0 to 1: threshold INFINITY at first, then from `first` to `last` as half a cosine; 0 where first is 0. */
 struct us_oscillation_rule us_freeze_rule(const struct us_freeze *freeze, double progress);
 
 /* Whether the weights of that tensor are watched. */
@@ -35,12 +33,6 @@ bool us_param_is_watched(const struct us_params *params, const struct us_param *
  * are fixed where they belong. Gradients are overwritten. Nothing without us_params_watch, or with a threshold of 0. A tensor with a
  * master that is not finite is left for us_params_refresh to name. */
 void us_params_hold(struct us_params *params, struct us_pool *pool, const struct us_oscillation_rule *rule);
-
-/* Masters of what is watched become the running means of what they were rounded to; those whose code never moved, what they round to.
- * While codes go to and fro their mean is what the loss would have if it could (docs/quantization.md). US_ERR_CHECK names a tensor whose
- * master is not finite. */
-US_CHECKED enum us_status us_params_take_means(struct us_params *params, struct us_pool *pool,
-                                               struct us_err *err);
 
 /* Share of the watched weights that are fixed; 0 if none is watched. */
 double us_params_held(const struct us_params *params);

@@ -238,16 +238,12 @@ static enum us_status train(struct session *s, struct us_err *err) {
   return status == US_OK ? us_trainer_run(&run->trainer, &loop, err) : status;
 }
 
-static bool watches(const struct us_qat *run) {
-  return run->trainer.freeze.first > 0.0 || run->trainer.freeze.averages;
-}
-
 static enum us_status open_models(struct session *s, struct us_err *err) {
   struct us_qat *run = s->run;
   const struct us_shape *shape = &run->original->shape;
   size_t rows = s->lanes.micro * run->length;
   enum us_status status = us_qat_start(run, s->pool, err);
-  if (status == US_OK && watches(run)) status = us_params_watch(&run->params, err);
+  if (status == US_OK && run->trainer.freeze.first > 0.0) status = us_params_watch(&run->params, err);
   if (status == US_OK) status = us_learner_place(s->learner, &run->params, &s->set, err);
   if (status == US_OK) status = us_learner_model_create(s->set, shape, rows, run->memory, &s->student, err);
   if (status != US_OK || run->loss != US_QAT_KL) return status;
@@ -290,18 +286,12 @@ static enum us_status run_session(struct session *s, struct us_err *err) {
   s->tokens_then = run->trainer.tokens;
   s->seconds_then = status == US_OK ? us_trainer_seconds(&run->trainer) : 0.0;
   if (status == US_OK) status = train(s, err);
-  if (status == US_OK) status = us_learner_fetch(s->set, watches(run), err);
+  if (status == US_OK) status = us_learner_fetch(s->set, run->trainer.freeze.first > 0.0, err);
   if (status == US_OK) run->held = us_params_held(&run->params);
   if (status == US_OK) us_learner_part(s->learner);
   close_session(s);
   run->trainer.set = NULL;
   return status;
-}
-
-/* Masters become the means of what they were rounded to, and with gptq_windows those that round to what is near these. */
-static enum us_status end_at_means(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
-  enum us_status status = us_params_take_means(&run->params, pool, err);
-  return status == US_OK && run->gptq_windows ? round_by_gptq(run, pool, err) : status;
 }
 
 enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *err) {
@@ -316,7 +306,6 @@ enum us_status us_qat(struct us_qat *run, struct us_pool *pool, struct us_err *e
   if (status == US_OK && !s.learner) status = us_learner_create_cpu(pool, &cpu, err);
   if (!s.learner) s.learner = cpu;
   if (status == US_OK) status = run_session(&s, err);
-  if (status == US_OK && run->trainer.freeze.averages) status = end_at_means(run, pool, err);
   us_learner_free(cpu);
   return status;
 }

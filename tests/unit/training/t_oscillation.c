@@ -176,52 +176,6 @@ START_TEST(what_is_fixed_stays_and_what_is_not_watched_moves) {
 }
 END_TEST
 
-START_TEST(means_take_the_place_of_masters_whose_codes_moved) {
-  struct us_err err = {0};
-  struct shaken s;
-  open_shaken(&s, NULL);
-  s.params.items[0].frozen = true;
-  shake(&s, 3, INFINITY);
-  ck_assert_int_eq(us_params_refresh(&s.params, NULL, US_SEQ_ROUND_BF16, NULL), US_OK);
-  size_t bytes = s.params.floats * sizeof(float), moved = 0, rested = 0;
-  float *before = malloc(bytes);
-  memcpy(before, s.params.value, bytes);
-  ck_assert_int_eq(us_params_take_means(&s.params, NULL, &err), US_OK);
-  for (size_t i = 0; i < s.params.count; i++) {
-    const struct us_param *p = &s.params.items[i];
-    bool watched = us_param_is_watched(&s.params, p);
-    for (size_t k = 0, at = p->offset; k < p->rows * p->cols; k++, at++) {
-      bool turned = s.params.watch.turn[at] != 0.0f;
-      float expected = !watched ? before[at] : turned ? s.params.watch.mean[at] : p->compute[k];
-      ck_assert_msg(memcmp(&p->value[k], &expected, sizeof expected) == 0, "%s, %zu", p->name, k);
-      moved += watched && turned, rested += watched && !turned;
-    }
-  }
-  ck_assert_uint_gt(moved, 1000);
-  ck_assert_uint_gt(rested, 0);
-  free(before);
-  close_shaken(&s);
-}
-END_TEST
-
-START_TEST(means_that_nobody_kept_or_of_what_is_not_finite_are_refused) {
-  struct us_err err = {0};
-  struct us_freeze freeze = {.memory = 0.9, .averages = true};
-  struct shaken s;
-  ck_assert(isinf(us_freeze_rule(&freeze, 0.7).threshold));
-  open_shaken(&s, NULL);
-  struct us_watch watch = s.params.watch;
-  s.params.watch = (struct us_watch){0};
-  ck_assert_int_eq(us_params_take_means(&s.params, NULL, &err), US_ERR_USAGE);
-  s.params.watch = watch;
-  for (size_t i = 0; i < s.params.count; i++)
-    if (us_param_is_watched(&s.params, &s.params.items[i])) s.params.items[i].value[3] = NAN;
-  ck_assert_int_eq(us_params_take_means(&s.params, NULL, &err), US_ERR_CHECK);
-  ck_assert_msg(strstr(err.message, "is not finite") != NULL, "%s", err.message);
-  close_shaken(&s);
-}
-END_TEST
-
 START_TEST(threads_change_no_bit_and_no_threshold_changes_nothing) {
   struct us_pool *pool = NULL;
   struct shaken one, many, none;
@@ -271,8 +225,6 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_scale_that_drifts_is_no_move);
   tcase_add_test(c, thresholds_fall_from_the_first_to_the_last);
   tcase_add_test(c, what_is_fixed_stays_and_what_is_not_watched_moves);
-  tcase_add_test(c, means_take_the_place_of_masters_whose_codes_moved);
-  tcase_add_test(c, means_that_nobody_kept_or_of_what_is_not_finite_are_refused);
   tcase_add_test(c, threads_change_no_bit_and_no_threshold_changes_nothing);
   tcase_add_test(c, a_master_that_is_not_finite_is_left_to_the_refresh);
   return us_suite("oscillation", c);

@@ -308,28 +308,6 @@ static double exported_kl(const struct us_qat *run) {
   return kl;
 }
 
-/* At a rate that stays too high codes go to and fro until the end. */
-static double kl_at_a_constant_rate(bool averages, size_t gptq) {
-  struct us_err err = {0};
-  struct us_qat run = new_run("all=fp8,experts=mxfp4", 60);
-  run.scope = US_QAT_ALL;
-  run.gptq_windows = gptq;
-  run.trainer.schedule = (struct us_schedule){.kind = US_SCHEDULE_CONSTANT, .peak = 2e-3};
-  run.trainer.freeze = (struct us_freeze){.memory = 0.9, .averages = averages};
-  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
-  double kl = exported_kl(&run);
-  us_qat_release(&run);
-  return kl;
-}
-
-START_TEST(means_of_codes_are_nearer_to_the_original_than_the_last_codes) {
-  double last = kl_at_a_constant_rate(false, 0), means = kl_at_a_constant_rate(true, 0),
-         gptq = kl_at_a_constant_rate(true, 64);
-  ck_assert_msg(means < 0.8 * last, "%g, the last codes %g", means, last);
-  ck_assert_msg(gptq < means, "rounded by GPTQ %g, to nearest %g", gptq, means);
-}
-END_TEST
-
 static void see_first_loss(void *arg, const struct us_qat_log *log) {
   if (!log->step) *(double *)arg = log->heldout;
 }
@@ -494,7 +472,6 @@ static Suite *make_suite(void) {
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
   tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
   tcase_add_test(c, the_originals_routing_scores_keep_choices_of_experts);
-  tcase_add_test(c, means_of_codes_are_nearer_to_the_original_than_the_last_codes);
   tcase_add_test(c, a_run_begins_at_the_weights_of_another_result);
   tcase_add_test(c, a_beginning_of_another_shape_is_refused);
   tcase_add_test(c, a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not);
