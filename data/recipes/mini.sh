@@ -47,8 +47,10 @@ recipe_begin mini.sh
 
 minutes=$finish short=$((length / 4))
 answer_seconds=$(seconds 0.12)
-# GPTQ takes 120 s with loading and measuring on 27 cores; with masters and moments it wants some 45 GB, by count.
-qat_options="--train all --gptq 48 --lr 0.00001 --steps 0 --minutes $(part 0.42) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
+# GPTQ of a million tokens takes five seconds on a GPU, with loading and measuring half a minute; a CPU holds them all at once.
+gptq=1024
+[ "$device" != cpu ] || gptq=48
+qat_options="--train all --gptq $gptq --lr 0.00001 --steps 0 --minutes $(part 0.42) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
   --beta2 0.99 --schedule quadratic --warmup 0.1 --floor 0 --log-every 20 --probe-every 200 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.4) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
   --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --format mxfp4 --lr 0.004 --log-every 20 ${US_DRAFT_OPTIONS:-}"
