@@ -28,6 +28,8 @@ static const struct us_opt opts[] = {
     US_OPT_GROUP("Held-out text"),
     US_OPT_INT("windows", 0, "N", "sequences; 0: all", .def = "0"),
     US_OPT_INT("length", 'l', "N", "tokens of each", .def = "512", .min = 2, .max = 131072),
+    US_OPT_FLAG("base-experts", 0,
+                "let tokens visit the experts that BASE chose: what then is left is no choice's"),
     US_OPT_FILE("write-top", 0, "FILE", "record the model's 64 likeliest tokens instead, for --top",
                 .writes = US_OPT_WRITES_FILE),
     US_OPT_GROUP("Generation"),
@@ -319,6 +321,8 @@ static enum us_status write_top(struct session *s, struct us_err *err);
 
 static enum us_status eval_data(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
+  if (us_opt_flag(o, "base-experts") && !us_opt_given(o, "against"))
+    return us_err_set(err, US_ERR_USAGE, "--base-experts needs --against");
   enum us_status status = open_model(s, err);
   if (status == US_OK)
     status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &s->data_record, err);
@@ -334,6 +338,7 @@ static enum us_status eval_data(struct session *s, struct us_err *err) {
                                .models = {s->base ? s->base : s->pair.model, s->pair.model},
                                .n = s->base ? 2 : 1,
                                .shards = s->shards,
+                               .base_experts = us_opt_flag(o, "base-experts"),
                                .length = (size_t)us_opt_int(o, "length"),
                                .windows = (size_t)us_opt_int(o, "windows"),
                                .interrupted = us_tool_interrupted,

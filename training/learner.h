@@ -123,6 +123,9 @@ struct us_learner_model {
   struct us_learner_set *set;
   struct us_shape shape;
   size_t capacity; /* rows of a pass */
+  /* Of the same learner, with as many layers and experts: rows visit the experts that this model chose in its last pass, over the same
+   * rows (a pass's teacher, say, which runs first); NULL: those that they choose themselves. */
+  struct us_learner_model *opt_follow;
 };
 
 /* One micro-batch. Arrays are the caller's and may be reused after the call. */

@@ -133,17 +133,24 @@ static void cpu_model_free(struct us_learner_model *model) {
   free(model);
 }
 
+static enum us_status forward(struct cpu_model *model, const struct us_batch *batch, struct us_err *err) {
+  const struct cpu_model *follow = (const struct cpu_model *)model->base.opt_follow;
+  model->train->opt_follow = follow ? follow->train : NULL;
+  return us_model_train_forward(model->train, batch, NULL, err);
+}
+
 static enum us_status cpu_pass(struct us_learner_model *base, uint32_t lane,
                                const struct us_learner_pass *pass, struct us_err *err) {
   struct cpu_model *model = (struct cpu_model *)base, *teacher = (struct cpu_model *)pass->teacher;
   struct us_head_teacher distribution = {0};
-  enum us_status status = us_model_train_forward(model->train, &pass->batch, NULL, err);
-  if (status == US_OK && teacher) {
+  enum us_status status = US_OK;
+  if (teacher) {
     status = us_model_train_forward(teacher->train, &pass->batch, NULL, err);
     distribution = (struct us_head_teacher){.x = teacher->train->hidden,
                                             .D = teacher->train->shape.hidden,
                                             .head = teacher->train->head->compute};
   }
+  if (status == US_OK) status = forward(model, &pass->batch, err);
   if (status != US_OK) return status;
   struct us_head_loss head = {.R = pass->batch.R,
                               .D = base->shape.hidden,
@@ -187,7 +194,7 @@ static void cpu_clear_load(struct us_learner_model *base) {
 
 static enum us_status cpu_forward(struct us_learner_model *base, const struct us_batch *batch,
                                   struct us_err *err) {
-  return us_model_train_forward(((struct cpu_model *)base)->train, batch, NULL, err);
+  return forward((struct cpu_model *)base, batch, err);
 }
 
 static enum us_status cpu_logits(struct us_learner_model *base, size_t first, size_t rows, float *logits,

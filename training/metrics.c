@@ -304,6 +304,14 @@ void us_metrics_gap(const struct us_metrics *metrics, size_t before, size_t afte
 
 /* --- the run --- */
 
+static enum us_status follow_base(struct session *s, size_t m, struct us_err *err) {
+  if (!s->routers)
+    return us_err_set(err, US_ERR_INPUT, "%s has other MoE layers than %s", s->job->models[m]->path,
+                      s->job->models[0]->path);
+  s->model[m]->opt_follow = s->model[0];
+  return US_OK;
+}
+
 static enum us_status open_models(struct session *s, size_t capacity, struct us_err *err) {
   const struct us_metrics_job *job = s->job;
   enum us_status status = US_OK;
@@ -320,6 +328,7 @@ static enum us_status open_models(struct session *s, size_t capacity, struct us_
     if (status == US_OK)
       status =
           us_learner_model_create(s->set[m], &model->shape, capacity, US_TRAIN_FORWARD, &s->model[m], err);
+    if (status == US_OK && m && job->base_experts) status = follow_base(s, m, err);
   }
   return status;
 }

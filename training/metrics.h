@@ -66,6 +66,7 @@ struct us_metrics_job {
       *models[US_METRICS_MODELS]; /* same vocabulary; the experts compare where the MoE layers are alike */
   size_t n;
   const struct us_shards *shards;
+  bool base_experts;         /* rows visit the experts that model 0 chose, by their own gates */
   size_t length;             /* tokens a window */
   size_t windows;            /* evenly spread over the held-out part; 0: all */
   bool (*interrupted)(void); /* asked between windows; NULL: never */
@@ -73,7 +74,7 @@ struct us_metrics_job {
   void *arg;
 };
 
-/* Measure. US_ERR_INPUT when vocabularies differ or nothing is held out; US_ERR_CHECK for logits that are not finite. */
+/* Measure. US_ERR_INPUT when vocabularies differ, or MoE layers where base_experts needs them alike, or nothing is held out; US_ERR_CHECK for logits that are not finite. */
 US_CHECKED enum us_status us_metrics_run(const struct us_metrics_job *job, struct us_pool *pool,
                                          struct us_metrics *ret_metrics, struct us_err *err);
 void us_metrics_release(struct us_metrics *metrics);

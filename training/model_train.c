@@ -280,7 +280,8 @@ static void route(struct us_model_train *train, uint32_t l) {
                                   .E = shape->experts,
                                   .K = shape->top_k,
                                   .normalise = shape->norm_topk_prob,
-                                  .scaling = (float)shape->routed_scaling};
+                                  .scaling = (float)shape->routed_scaling,
+                                  .opt_chosen = train->opt_follow ? train->opt_follow->state->id[l] : NULL};
   us_router_seq(train->seq, &router, saved->norm2, s->roles[l].router->compute,
                 s->roles[l].router_bias->compute, saved->scores, s->id[l], saved->weight);
   struct us_experts_rows experts = us_model_train_experts(train, l);

@@ -56,6 +56,8 @@ struct us_model_train {
   float *dhidden;              /* (R, D) gradient of hidden, consumed by backward */
   const struct us_param *head; /* compute is the head's weights, us_param_grad(head) its gradient */
   struct us_router_lesson routers;
+  /* Rows visit the experts that this model chose in its last forward pass, over the same rows, by their own gates; NULL: their own. */
+  const struct us_model_train *opt_follow;
   uint64_t *load; /* (L, E) rows each expert got since us_model_train_balance or _clear_load */
   struct us_model_train_state *state;
 };

@@ -33,7 +33,10 @@ static void select_rows(void *arg, size_t begin, size_t end, int worker) {
     float *score = t->scores + r * E, *weight = t->weight + r * K;
     uint32_t *id = t->id + r * K;
     for (uint32_t e = 0; e < E; e++) score[e] = 1.0f / (1.0f + us_expf(-score[e]));
-    choose(t->router, score, t->bias, id);
+    if (t->router->opt_chosen)
+      memcpy(id, t->router->opt_chosen + r * K, K * sizeof *id);
+    else
+      choose(t->router, score, t->bias, id);
     float sum = 0.0f;
     for (uint32_t k = 0; k < K; k++) sum += score[id[k]];
     for (uint32_t k = 0; k < K; k++) {

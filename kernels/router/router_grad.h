@@ -19,6 +19,7 @@ struct us_router_rows {
   uint32_t E, K;
   bool normalise;
   float scaling;
+  const uint32_t *opt_chosen; /* (R, K) the experts that rows visit, whatever their scores; NULL: the best */
 };
 
 /* x (R, D), w (E, D), bias (E) or NULL; scores (R, E), id (R, K), weight (R, K) written. */

@@ -99,7 +99,11 @@ static __global__ void __launch_bounds__(WARPS * 32)
     router.scores[(uint64_t)r * E + e] = score[e];
   }
   __syncwarp();
-  choose(order, E, K, lane, ids[warp]);
+  if (!router.opt_chosen)
+    choose(order, E, K, lane, ids[warp]);
+  else if (lane < K)
+    ids[warp][lane] = router.opt_chosen[(uint64_t)r * K + lane];
+  __syncwarp();
   float sum = 0.0f;
   for (uint32_t k = 0; k < K; k++) sum += score[ids[warp][k]];
   if (lane >= K) return;

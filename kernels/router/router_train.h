@@ -43,6 +43,7 @@ struct us_router_train {
   uint32_t *id;  /* (R, K) written: the K largest of scores + bias, ties to the lowest id, ascending */
   float *weight; /* (R, K) written */
   void *scratch; /* us_router_train_scratch bytes, free again when the call's work is done */
+  const uint32_t *opt_chosen; /* (R, K) the experts that rows visit, whatever their scores; NULL: the best */
 };
 size_t us_router_train_scratch(uint32_t R, uint32_t D, uint32_t E);
 int us_router_train(const struct us_router_train *router, cudaStream_t stream);

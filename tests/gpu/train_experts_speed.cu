@@ -243,7 +243,7 @@ static void time_layer_rows(const char *shape, uint32_t R, uint32_t D, uint32_t 
   struct us_experts_train_swiglu_grad g = {S, F, h.at, a.at, weight.at, pair.at, a.at, h.at, dweight.at};
   struct us_experts_train_router r = {dlogit.at, id.at, w.at};
   struct us_router_train router = {R,    D,    E,         K,         true,      1.0f,      x.at,
-                                   w.at, NULL, scores.at, chosen.at, weight.at, scratch.at};
+                                   w.at, NULL, scores.at, chosen.at, weight.at, scratch.at, NULL};
   struct us_router_train_grad rg = {R,          D,    E,        K,       true,      1.0f,  scores.at, id.at,
                                     dweight.at, x.at, start.at, pair.at, dlogit.at, dw.at, scratch.at};
   fill(x, 1), fill(x_slot, 2), fill(h, 3), fill(a, 4);

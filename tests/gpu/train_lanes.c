@@ -277,6 +277,47 @@ static double begin(struct us_model *model, const struct us_shards *shards, size
   return kl;
 }
 
+/* KL of a model rounded to nearest with the original's experts; *ret_same is the share of the choices that are the same. */
+static double with_base_experts(struct us_model *model, const struct us_shards *shards,
+                                struct us_learner *learner, double *ret_same, struct us_err *err) {
+  struct us_precision_rules rules;
+  struct us_convert convert = {.rules = &rules, .scale_rule = US_SCALE_MSE, .fp8_scale = US_FP8_SCALE_UE8M0};
+  struct us_model *rounded = NULL;
+  struct us_metrics metrics = {0};
+  enum us_status status = us_precision_parse("all=fp8,experts=mxfp4", &rules, err);
+  if (status == US_OK) status = us_model_convert(model, &convert, NULL, &rounded, err);
+  struct us_metrics_job job = {.learner = learner,
+                               .models = {model, rounded},
+                               .n = 2,
+                               .shards = shards,
+                               .base_experts = true,
+                               .length = 256,
+                               .windows = 16};
+  if (status == US_OK) status = us_metrics_run(&job, NULL, &metrics, err);
+  double kl = status == US_OK ? metrics.models[1].kl : (double)NAN;
+  *ret_same = status == US_OK ? metrics.models[1].router : 0.0;
+  us_metrics_release(&metrics);
+  us_model_free(rounded);
+  return kl;
+}
+
+static void test_base_experts(struct us_model *model, const struct us_shards *shards) {
+  static const int ordinals[1];
+  struct us_learner_cuda_options options = {.gpus = 1, .opt_ordinals = ordinals};
+  struct us_learner *learner = NULL;
+  struct us_err err = {0};
+  char note[1200];
+  double gpu = (double)NAN, same = 0.0, cpu_same = 0.0;
+  double cpu = with_base_experts(model, shards, NULL, &cpu_same, &err);
+  if (us_learner_create_cuda(&options, &learner, &err) == US_OK)
+    gpu = with_base_experts(model, shards, learner, &same, &err);
+  snprintf(note, sizeof note, "KL %.6f, on the CPU %.6f; %.4f and %.4f the same; %s", gpu, cpu, same, cpu_same,
+           err.message);
+  say("with the original's experts the divergence is the CPU's",
+      !(same < 1.0) && !(cpu_same < 1.0) && fabs(gpu - cpu) < 0.05 * cpu, note);
+  us_learner_free(learner);
+}
+
 /* 240 sequences of 256 tokens are two chunks on the GPU; of 33,000, each is one. */
 static void test_gptq(struct us_model *model, const struct us_shards *shards) {
   struct us_err err = {0};
@@ -314,6 +355,7 @@ static void test_finetuning(const struct us_shape *shape, const struct us_shards
     return;
   }
   test_gptq(model, shards);
+  test_base_experts(model, shards);
   snprintf(state, sizeof state, "%s/qat.state", folder);
   double alone = finetune(model, shards, 1, NULL, UINT64_MAX, &one);
   double shared = finetune(model, shards, 2, NULL, UINT64_MAX, &two);

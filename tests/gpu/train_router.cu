@@ -9,6 +9,7 @@
 struct router_sizes {
   uint32_t R, D, E, K;
   bool normalise;
+  const std::vector<uint32_t> *opt_chosen = NULL; /* (R, K) */
 };
 
 struct routed {
@@ -22,8 +23,9 @@ static struct routed run_gpu(const struct router_sizes &z, const std::vector<uin
   device_array<float> d_w(w), d_bias(bias), scores((size_t)z.R * z.E), weight((size_t)z.R * z.K);
   device_array<uint32_t> id((size_t)z.R * z.K);
   device_array<uint8_t> scratch(us_router_train_scratch(z.R, z.D, z.E));
+  device_array<uint32_t> chosen(z.opt_chosen ? *z.opt_chosen : std::vector<uint32_t>(1));
   struct us_router_train r = {z.R,    z.D,       z.E,       z.K,   z.normalise, 1.5f,      d_x.at,
-                              d_w.at, d_bias.at, scores.at, id.at, weight.at,   scratch.at};
+                              d_w.at, d_bias.at, scores.at, id.at, weight.at,   scratch.at, z.opt_chosen ? chosen.at : NULL};
   US_CUDA((cudaError_t)us_router_train(&r, 0));
   return {scores.get(), weight.get(), id.get()};
 }
@@ -32,7 +34,8 @@ static struct routed run_cpu(const struct router_sizes &z, const std::vector<uin
                              const std::vector<float> &w, const std::vector<float> &bias) {
   struct us_seq seq;
   us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
-  struct us_router_rows rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f};
+  struct us_router_rows rows = {
+      z.R, z.D, z.E, z.K, z.normalise, 1.5f, z.opt_chosen ? z.opt_chosen->data() : NULL};
   struct routed out = {std::vector<float>((size_t)z.R * z.E), std::vector<float>((size_t)z.R * z.K),
                        std::vector<uint32_t>((size_t)z.R * z.K)};
   std::vector<float> wide = widen(x);
@@ -76,6 +79,25 @@ static void test_choice(uint32_t E, uint32_t K, bool normalise) {
     upwards += !std::equal(order.begin(), order.begin() + K, &gpu.id[(size_t)r * K]);
   }
   us_gpu_report(("seen: ties broken upwards " + name).c_str(), z.R, upwards < z.R / 10, 0);
+}
+
+/* Experts that somebody else chose: exact logits again, so the CPU's bits. */
+static void test_chosen(uint32_t E, uint32_t K) {
+  std::vector<uint32_t> chosen(300 * (size_t)K);
+  random_stream random = {E};
+  for (size_t r = 0; r < 300; r++) { /* ascending, distinct */
+    uint32_t first = random.below(E - K + 1);
+    for (uint32_t k = 0; k < K; k++) chosen[r * K + k] = first + k;
+  }
+  struct router_sizes z = {300, (E + 15) / 16 * 16, E, K, true, &chosen};
+  std::vector<uint16_t> x((size_t)z.R * z.D);
+  for (uint16_t &v : x) v = us_bf16_from_f32((float)(int)random.below(9) * 0.25f - 1);
+  std::vector<float> w((size_t)E * z.D), bias(E, 0.0f);
+  for (uint32_t e = 0; e < E; e++) w[(size_t)e * z.D + e] = 1;
+  struct routed gpu = run_gpu(z, x, w, bias), cpu = run_cpu(z, x, w, bias);
+  report_same("router ids chosen elsewhere", chosen, gpu.id);
+  report_same("router ids chosen elsewhere, CPU", chosen, cpu.id);
+  report_same("their weights", cpu.weight, gpu.weight);
 }
 
 /* --- logits --- */
@@ -174,7 +196,7 @@ static void test_grad(const struct router_sizes &z) {
                      dlogits = cpu.scores, dx((size_t)z.R * z.D), own_dw = dw;
   struct us_seq seq;
   us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
-  struct us_router_rows cpu_rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f};
+  struct us_router_rows cpu_rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f, NULL};
   us_router_grad(&seq, &cpu_rows, wide.data(), w.data(), dlogits.data(), cpu.id.data(), dweight.data(),
                  nullptr, dx.data(), own_dw.data());
   us_seq_release(&seq);
@@ -213,6 +235,8 @@ void test_router(void) {
   test_choice(64, 8, true);
   test_choice(7, 3, false);
   test_choice(384, 8, true);
+  test_chosen(64, 8);
+  test_chosen(7, 7);
   test_scores({501, 320, 16, 2, true});
   test_scores({300, 1024, 64, 8, true});
   test_scores({200, 64, 200, 4, true});

@@ -54,18 +54,25 @@ static enum us_status open_loss(struct cuda_model *model, uint32_t lane, bool te
                              err);
 }
 
+static enum us_status forward(struct cuda_model *model, uint32_t lane, const struct us_batch *batch,
+                              struct us_err *err) {
+  const struct cuda_model *follow = (const struct cuda_model *)model->base.opt_follow;
+  model->lane[lane]->opt_follow = follow ? follow->lane[lane] : NULL;
+  return us_cuda_model_forward(model->lane[lane], batch, NULL, err);
+}
+
 enum us_status us_cuda_learner_pass(struct us_learner_model *base, uint32_t lane,
                                     const struct us_learner_pass *pass, struct us_err *err) {
   struct cuda_model *model = (struct cuda_model *)base, *teacher = (struct cuda_model *)pass->teacher;
   struct us_cuda_model *own = model->lane[lane];
   struct us_cuda_head_teacher distribution = {0};
   enum us_status status = open_loss(model, lane, teacher != NULL, err);
-  if (status == US_OK) status = us_cuda_model_forward(own, &pass->batch, NULL, err);
   if (status == US_OK && teacher) {
     status = us_cuda_model_forward(teacher->lane[lane], &pass->batch, NULL, err);
     distribution = (struct us_cuda_head_teacher){
         .x = teacher->lane[lane]->hidden, .D = teacher->base.shape.hidden, .head = teacher->lane[lane]->head};
   }
+  if (status == US_OK) status = forward(model, lane, &pass->batch, err);
   if (status != US_OK) return status;
   struct us_cuda_head_loss head = {.R = pass->batch.R,
                                    .x = own->hidden,
@@ -126,7 +133,7 @@ void us_cuda_learner_clear_load(struct us_learner_model *base) {
 enum us_status us_cuda_learner_forward(struct us_learner_model *base, const struct us_batch *batch,
                                        struct us_err *err) {
   us_cuda_use(us_cuda_learner_of(base->set)->cuda[0]);
-  return us_cuda_model_forward(((struct cuda_model *)base)->lane[0], batch, NULL, err);
+  return forward((struct cuda_model *)base, 0, batch, err);
 }
 
 static enum us_status project(struct cuda_model *model, struct us_cuda *cuda, size_t first, size_t rows,

@@ -143,7 +143,8 @@ void us_cuda_model_route(struct us_cuda_model *model, uint32_t l, bool again) {
                                    .scores = saved->scores,
                                    .id = s->id[l],
                                    .weight = saved->weight,
-                                   .scratch = s->scratch};
+                                   .scratch = s->scratch,
+                                   .opt_chosen = model->opt_follow ? model->opt_follow->state->id[l] : NULL};
   us_cuda_did(model->cuda, us_router_train(&router, model->cuda->stream), "router");
   struct us_experts_train_plan plan = {.R = R,
                                        .E = E,

@@ -106,6 +106,30 @@ START_TEST(ties_go_to_the_lowest_id) {
 }
 END_TEST
 
+/* Rows visit experts 1, 3, .. whatever their scores; what their weights add up to is the gates' business. */
+START_TEST(experts_chosen_elsewhere_get_their_own_gates) {
+  struct us_seq seq;
+  us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
+  float x[2 * 2] = {1, -1, 0.5f, 2}, w[2 * E], scores[2 * E], own[2 * K], weight[2 * K];
+  uint32_t id[2 * K], chosen[2 * K];
+  for (int i = 0; i < 2 * E; i++) w[i] = 0.1f * (float)(i % 7 - 3);
+  for (uint32_t i = 0; i < 2 * K; i++) chosen[i] = E - K + i % K;
+  struct us_router_rows router = {.R = 2, .D = 2, .E = E, .K = K, .normalise = true, .scaling = 1.5f};
+  us_router_seq(&seq, &router, x, w, NULL, scores, id, own);
+  ck_assert(memcmp(id, chosen, sizeof id) != 0);
+  router.opt_chosen = chosen;
+  us_router_seq(&seq, &router, x, w, NULL, scores, id, weight);
+  ck_assert(memcmp(id, chosen, sizeof id) == 0);
+  for (size_t r = 0; r < 2; r++) {
+    float sum = 0.0f;
+    for (uint32_t k = 0; k < K; k++) sum += scores[r * E + chosen[r * K + k]];
+    for (uint32_t k = 0; k < K; k++)
+      ck_assert_float_eq_tol(weight[r * K + k], 1.5f * scores[r * E + chosen[r * K + k]] / sum, 1e-6f);
+  }
+  us_seq_release(&seq);
+}
+END_TEST
+
 START_TEST(bias_moves_by_the_sign_of_the_missing_load) {
   float bias[4] = {0, 0, 0, 0};
   uint64_t load[4] = {0, 0, 0, 0};
@@ -122,6 +146,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, a_teacher_pulls_every_score_by_the_weight_of_its_row);
   tcase_add_test(c, without_a_teachers_scores_all_are_drawn_to_one_target);
   tcase_add_test(c, ties_go_to_the_lowest_id);
+  tcase_add_test(c, experts_chosen_elsewhere_get_their_own_gates);
   tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
   return us_suite("grad_router", c);
 }

@@ -292,6 +292,66 @@ START_TEST(models_of_other_vocabularies_and_weights_that_are_not_finite_are_refu
 }
 END_TEST
 
+/* The world's weights, with a bias of its own that decides alone which experts are visited. */
+static struct us_model *with_choices(float bias) {
+  struct us_err err = {0};
+  struct us_params params;
+  struct us_model *model;
+  US_OK_OR_FAIL(us_params_init_model(&params, world.model, NULL, false, &err));
+  for (size_t i = 0; i < params.count; i++)
+    for (size_t k = 0; params.items[i].group == US_PARAM_BIAS && k < params.items[i].rows; k++)
+      params.items[i].value[k] = k % 2 ? bias : -bias;
+  US_OK_OR_FAIL(us_model_create(&world.shape, &model, &err));
+  US_OK_OR_FAIL(us_params_export(&params, model, &err));
+  us_params_release(&params);
+  return model;
+}
+
+START_TEST(what_choices_alone_differ_in_is_gone_with_the_bases_experts) {
+  struct us_err err = {0};
+  struct us_model *base = with_choices(0.0f), *other = with_choices(0.3f);
+  struct us_metrics own = measure(base, other), forced;
+  struct us_metrics_job job = {.models = {base, other, quantized},
+                               .n = 3,
+                               .shards = world.shards,
+                               .base_experts = true,
+                               .length = LENGTH,
+                               .windows = WINDOWS};
+  US_OK_OR_FAIL(us_metrics_run(&job, world.pool, &forced, &err));
+  ck_assert_double_gt(own.models[1].kl, 1e-6);
+  ck_assert_double_lt(own.models[1].router, 0.9);
+  ck_assert_double_eq(forced.models[1].kl, 0.0);
+  ck_assert_double_eq(forced.models[1].router, 1.0);
+  ck_assert_double_gt(forced.models[2].kl, 0.0); /* rounding is still there */
+  us_metrics_release(&own);
+  own = measure(base, other); /* and a later run goes its own ways again */
+  ck_assert_double_gt(own.models[1].kl, 1e-6);
+  us_metrics_release(&own);
+  us_metrics_release(&forced);
+  us_model_free(base);
+  us_model_free(other);
+}
+END_TEST
+
+START_TEST(the_bases_experts_want_moe_layers_like_its_own) {
+  struct us_err err = {0};
+  struct us_metrics metrics;
+  struct us_shape narrow = world.shape;
+  struct us_model *other;
+  narrow.top_k = 1;
+  US_OK_OR_FAIL(us_model_random(&narrow, 1, NULL, &other, &err));
+  struct us_metrics_job job = {.models = {world.model, other},
+                               .n = 2,
+                               .shards = world.shards,
+                               .base_experts = true,
+                               .length = LENGTH,
+                               .windows = 1};
+  ck_assert_int_eq(us_metrics_run(&job, NULL, &metrics, &err), US_ERR_INPUT);
+  ck_assert_msg(strstr(err.message, "other MoE layers") != NULL, "%s", err.message);
+  us_model_free(other);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("metrics");
   tcase_add_unchecked_fixture(c, open_all, close_all);
@@ -302,6 +362,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, the_share_of_the_gap_is_a_ratio_of_sums_with_a_paired_error);
   tcase_add_test(c, quantiles_are_linear_between_neighbours);
   tcase_add_test(c, models_of_other_vocabularies_and_weights_that_are_not_finite_are_refused);
+  tcase_add_test(c, what_choices_alone_differ_in_is_gone_with_the_bases_experts);
+  tcase_add_test(c, the_bases_experts_want_moe_layers_like_its_own);
   return us_suite("metrics", c);
 }
 
