@@ -177,7 +177,8 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
   if (status != US_OK) return status;
   snprintf(
       job->options, sizeof job->options,
-      "model=%.16s begin=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu minutes=%g "
+      "model=%.16s begin=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu "
+      "minutes=%g "
       "gptq=%zu routers=%g loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu "
       "marked=%d "
       "across=%g "

@@ -17,7 +17,8 @@
 struct us_qat_quant {
   struct us_tool_run *run;
   struct us_record model_record, data_record, begin_record;
-  struct us_model *model, *begin, *ptq, *result; /* begin: if --begin is given; ptq: only beside a result that was chosen otherwise */
+  struct us_model *model, *begin, *ptq,
+      *result; /* begin: if --begin is given; ptq: only beside a result that was chosen otherwise */
   struct us_shards *shards;
   struct us_precision_rules rules;
   struct us_convert convert;

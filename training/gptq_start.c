@@ -25,8 +25,8 @@ static void correct_rows(void *arg, size_t begin, size_t end, int worker) {
            n = rows * p->cols;
     float *w = p->value + row * p->cols, *change = us_gptq_take(s, 2 * n, sizeof *change);
     if (!change) return;
-    us_seq_gemm(false, false, rows, in->K, in->K, US_GPTQ_OF_INPUTS, w, in->K, in->crossed, in->K, 0.0f, change,
-                in->K);
+    us_seq_gemm(false, false, rows, in->K, in->K, US_GPTQ_OF_INPUTS, w, in->K, in->crossed, in->K, 0.0f,
+                change, in->K);
     for (size_t k = 0; in->opt_made_up && k < n; k++)
       change[k] += US_GPTQ_OF_STREAM * in->opt_made_up[row * in->K + k];
     us_gptq_solve(change, rows, in->K, in->moments, in->at, change + n);

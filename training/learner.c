@@ -237,8 +237,7 @@ enum us_status us_learner_draft_tally(struct us_learner_draft *draft, struct us_
 
 enum us_status us_learner_gptq(struct us_learner *learner, const struct us_gptq *gptq,
                                const struct us_shape *shape, struct us_params *original,
-                               struct us_params *params,
-                               struct us_err *err) {
+                               struct us_params *params, struct us_err *err) {
   return learner->ops->gptq(learner, gptq, shape, original, params, err);
 }
 

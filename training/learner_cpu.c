@@ -282,8 +282,7 @@ static enum us_status cpu_draft_tally(struct us_learner_draft *base, struct us_d
 
 static enum us_status cpu_gptq(struct us_learner *learner, const struct us_gptq *gptq,
                                const struct us_shape *shape, struct us_params *original,
-                               struct us_params *params,
-                               struct us_err *err) {
+                               struct us_params *params, struct us_err *err) {
   return us_gptq_start(gptq, shape, original, params, ((struct cpu_learner *)learner)->seq.pool, err);
 }
 

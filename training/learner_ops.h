@@ -54,7 +54,8 @@ struct us_learner_ops {
   enum us_status (*draft_tally)(struct us_learner_draft *draft, struct us_draft_tally *ret_tally,
                                 struct us_err *err);
 
-  enum us_status (*gptq)(struct us_learner *learner, const struct us_gptq *gptq, const struct us_shape *shape, struct us_params *original, struct us_params *params, struct us_err *err);
+  enum us_status (*gptq)(struct us_learner *learner, const struct us_gptq *gptq, const struct us_shape *shape,
+                         struct us_params *original, struct us_params *params, struct us_err *err);
   /* The items are checked. */
   enum us_status (*generate)(struct us_learner *learner, struct us_generation *generation,
                              struct us_err *err);

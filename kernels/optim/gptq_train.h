@@ -54,15 +54,16 @@ int us_gptq_train_stream(const struct us_gptq_train_stream *lost, cudaStream_t s
 
 struct us_gptq_train {
   uint32_t groups, N, K;
-  float *value;              /* group g's matrix (N, K) at value + g * stride */
-  uint64_t stride;           /* a multiple of 8 */
-  const uint8_t *format;     /* (groups, N) enum us_format of each row: what is neither MXFP4 nor FP8 stays as it is */
-  const float *scale;        /* [(g * stride + i) / 8] of value i of group g: us_quant_train's opt_scale */
-  float *moments;            /* (groups, K, K) sum of x x^T, then L */
-  const float *crossed;      /* (groups, K, K) sum of lost x^T */
-  const float *opt_made_up;  /* (groups, N, K) sum of stream x^T */
-  uint32_t *at;              /* (groups, K) written by factor */
-  float *scratch;            /* us_gptq_train_scratch floats */
+  float *value;    /* group g's matrix (N, K) at value + g * stride */
+  uint64_t stride; /* a multiple of 8 */
+  const uint8_t
+      *format; /* (groups, N) enum us_format of each row: what is neither MXFP4 nor FP8 stays as it is */
+  const float *scale;           /* [(g * stride + i) / 8] of value i of group g: us_quant_train's opt_scale */
+  float *moments;               /* (groups, K, K) sum of x x^T, then L */
+  const float *crossed;         /* (groups, K, K) sum of lost x^T */
+  const float *opt_made_up;     /* (groups, N, K) sum of stream x^T */
+  uint32_t *at;                 /* (groups, K) written by factor */
+  float *scratch;               /* us_gptq_train_scratch floats */
   struct cublasContext *cublas; /* cublasHandle_t on the stream */
 };
 size_t us_gptq_train_scratch(uint32_t groups, uint32_t N, uint32_t K);

@@ -37,7 +37,8 @@ struct us_quant_train {
   float *opt_rounded;    /* may be value */
   uint16_t *opt_compute; /* bf16 */
   uint64_t *opt_bad; /* (1) lowered to the arena index of the first NaN or Inf: set it to UINT64_MAX before */
-  float *opt_scale;  /* [(i - scale_base) / 8]: the scale of value i of MXFP4 and FP8; FP8's strides are multiples of 8 */
+  float *
+      opt_scale; /* [(i - scale_base) / 8]: the scale of value i of MXFP4 and FP8; FP8's strides are multiples of 8 */
   uint64_t scale_base;
 };
 int us_quant_train(const struct us_quant_train *quant, cudaStream_t stream);

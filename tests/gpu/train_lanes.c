@@ -311,8 +311,8 @@ static void test_base_experts(struct us_model *model, const struct us_shards *sh
   double cpu = with_base_experts(model, shards, NULL, &cpu_same, &err);
   if (us_learner_create_cuda(&options, &learner, &err) == US_OK)
     gpu = with_base_experts(model, shards, learner, &same, &err);
-  snprintf(note, sizeof note, "KL %.6f, on the CPU %.6f; %.4f and %.4f the same; %s", gpu, cpu, same, cpu_same,
-           err.message);
+  snprintf(note, sizeof note, "KL %.6f, on the CPU %.6f; %.4f and %.4f the same; %s", gpu, cpu, same,
+           cpu_same, err.message);
   say("with the original's experts the divergence is the CPU's",
       !(same < 1.0) && !(cpu_same < 1.0) && fabs(gpu - cpu) < 0.05 * cpu, note);
   us_learner_free(learner);

@@ -90,14 +90,11 @@ static struct work work_of(const struct session *s) {
   struct work w = {.tensors = 1, .groups = moe ? shape->experts : 1, .step = moe ? 3 : 0, .experts = moe};
   switch (s->part) {
   case US_PART_ATTENTION_INPUTS:
-    return (struct work){.first = roles->qkv, .tensors = 1, .groups = 1, .N = us_attention_qkv_rows(a), .K = D};
+    return (struct work){
+        .first = roles->qkv, .tensors = 1, .groups = 1, .N = us_attention_qkv_rows(a), .K = D};
   case US_PART_ATTENTION:
-    return (struct work){.first = roles->o_proj,
-                         .tensors = 1,
-                         .groups = 1,
-                         .N = D,
-                         .K = a->q_heads * a->v_dim,
-                         .adds = true};
+    return (struct work){
+        .first = roles->o_proj, .tensors = 1, .groups = 1, .N = D, .K = a->q_heads * a->v_dim, .adds = true};
   case US_PART_MLP_INPUTS:
     w.first = moe ? roles->experts : roles->gate_up;
     w.tensors = 2, w.N = 2 * F, w.K = D;
@@ -190,7 +187,8 @@ static struct us_gptq_train_inputs inputs_of(const struct session *s, const stru
   }
   in.from = in.lost, in.to = in.x;
   if (!w->experts) return in;
-  in.opt_weight = from->weight, in.opt_pair = from->pair; /* an expert's output counts so much: so do its inputs */
+  in.opt_weight = from->weight,
+  in.opt_pair = from->pair; /* an expert's output counts so much: so do its inputs */
   if (s->part == US_PART_MLP_INPUTS) in.opt_row = from->row, in.lost = from->x, in.x = to->x;
   return in;
 }
@@ -286,10 +284,10 @@ static void aim(struct session *s, const struct work *w) {
   g.value = s->student.set->value + w->first->offset;
   g.stride = w->groups > 1 ? tensor_of(w, 1, 0)->offset - w->first->offset : 0;
   g.opt_made_up = w->adds ? s->made_up : NULL;
-  us_cuda_did(s->cuda,
-              cudaMemcpyAsync(s->format, s->format_host, (size_t)w->groups * w->N, cudaMemcpyHostToDevice,
-                              stream),
-              "formats of rows");
+  us_cuda_did(
+      s->cuda,
+      cudaMemcpyAsync(s->format, s->format_host, (size_t)w->groups * w->N, cudaMemcpyHostToDevice, stream),
+      "formats of rows");
   us_cuda_did(s->cuda, us_gptq_train_factor(&g, stream), "factors of moments");
   us_cuda_did(s->cuda, us_gptq_train_correct(&g, US_GPTQ_OF_INPUTS, US_GPTQ_OF_STREAM, stream),
               "corrections of weights");

@@ -43,9 +43,9 @@ struct us_cuda_model {
   size_t R;         /* of the last forward pass */
   uint16_t *hidden; /* device (R, D) after the final norm */
   float *dhidden;   /* device (R, D) gradient of hidden, consumed by backward; NULL with US_TRAIN_FORWARD */
-  const uint16_t *head;                 /* device (N, D) compute weights */
-  float *head_grad;                     /* device (N, D); NULL if frozen */
-  struct us_cuda_router_lesson routers; /* for the backward pass; wants a multiple of 8 experts */
+  const uint16_t *head;                   /* device (N, D) compute weights */
+  float *head_grad;                       /* device (N, D); NULL if frozen */
+  struct us_cuda_router_lesson routers;   /* for the backward pass; wants a multiple of 8 experts */
   const struct us_cuda_model *opt_follow; /* as us_model_train's */
   uint64_t *load; /* device (L, E) rows each expert got since us_cuda_model_clear_load */
   struct us_cuda_model_state *state;
