@@ -39,6 +39,8 @@ static const struct us_opt opts[] = {
     US_OPT_NUM("routers", 0, "X",
                "weight of the original's routing scores beside KL: keeps the choices of experts; 0: none",
                .def = "0"),
+    US_OPT_FLAG("original-experts", 0,
+                "while it learns, let tokens visit the experts that the original chose (with --loss kl)"),
     US_OPT_ENUM("train", 0, "rounded|all|experts", "which weights move: those whose format changes, ...",
                 .def = "rounded"),
     US_OPT_TRAIN_OPTIMIZER("adamw"),
@@ -136,6 +138,7 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
                        .shards = job->shards,
                        .loss = (enum us_qat_loss)us_opt_choice(o, "loss"),
                        .routers = us_opt_num(o, "routers"),
+                       .original_experts = us_opt_flag(o, "original-experts"),
                        .scope = (enum us_qat_scope)us_opt_choice(o, "train"),
                        .batch = (size_t)us_opt_int(o, "batch"),
                        .length = (size_t)us_opt_int(o, "length"),
@@ -168,9 +171,9 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
     q->trainer.steps = 0;
     return US_OK;
   }
-  if (q->routers != 0.0 && q->loss != US_QAT_KL)
-    return us_err_set(err, US_ERR_USAGE,
-                      "--routers needs --loss kl: the original is not run for cross-entropy");
+  if ((q->routers != 0.0 || q->original_experts) && q->loss != US_QAT_KL)
+    return us_err_set(err, US_ERR_USAGE, "%s needs --loss kl: the original is not run for cross-entropy",
+                      q->routers != 0.0 ? "--routers" : "--original-experts");
   enum us_status status = us_record_hash(job->model_record.path, model, err);
   if (status == US_OK) status = us_record_hash(job->data_record.path, data, err);
   if (status == US_OK && job->begin) status = us_record_hash(job->begin_record.path, begin, err);
@@ -179,7 +182,7 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       job->options, sizeof job->options,
       "model=%.16s begin=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu "
       "minutes=%g "
-      "gptq=%zu routers=%g loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu "
+      "gptq=%zu routers=%g original_experts=%d loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu "
       "marked=%d "
       "across=%g "
       "lr=%g "
@@ -188,7 +191,7 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g",
       model, begin, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
-      q->routers, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
+      q->routers, (int)q->original_experts, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
       q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
       q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
       q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip, q->trainer.freeze.first,

@@ -163,6 +163,7 @@ static enum us_status evaluate(struct session *s, double *ret_loss, struct us_er
   s->eval = run->eval_windows < s->held ? run->eval_windows : s->held;
   *ret_loss = (double)NAN;
   if (!s->eval) return US_OK;
+  s->student->opt_follow = NULL;
   enum us_status status = us_learner_refresh(s->set, err);
   if (status == US_OK) status = us_learner_each(s->learner, evaluate_lane, s, err);
   if (status == US_OK) status = us_learner_total(s->student, &total, &counted, err);
@@ -188,6 +189,7 @@ static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_qat *run = s->run;
   double loss = 0.0, counted = 0.0;
+  s->student->opt_follow = run->original_experts ? s->teacher : NULL;
   s->labels = us_lanes_labels(&s->lanes, run->trainer.step, run->batch);
   if (!(s->labels > 0.0)) s->labels = 1.0;
   enum us_status status = us_trainer_open_step(&run->trainer, err);

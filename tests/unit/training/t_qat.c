@@ -308,6 +308,38 @@ static double exported_kl(const struct us_qat *run) {
   return kl;
 }
 
+/* Held-out loss before the first step, and the loss of the passes of that step. */
+struct first_losses {
+  double heldout, step;
+};
+
+static void see_both_losses(void *arg, const struct us_qat_log *log) {
+  struct first_losses *first = arg;
+  if (log->step == 0) first->heldout = log->heldout;
+  if (log->step == 1) first->step = log->loss;
+}
+
+static struct first_losses first_losses(bool original_experts) {
+  struct us_err err = {0};
+  struct first_losses first = {(double)NAN, (double)NAN};
+  struct us_qat run = new_run("all=mxfp4,router=f32", 1);
+  run.scope = US_QAT_ALL;
+  run.original_experts = original_experts;
+  run.log_every = 1;
+  run.on_log = see_both_losses, run.log_arg = &first;
+  US_OK_OR_FAIL(us_qat(&run, world.pool, &err));
+  us_qat_release(&run);
+  return first;
+}
+
+START_TEST(the_originals_experts_are_visited_while_learning_alone) {
+  struct first_losses own = first_losses(false), theirs = first_losses(true);
+  ck_assert(memcmp(&own.heldout, &theirs.heldout, sizeof own.heldout) == 0);
+  ck_assert_msg(theirs.step < 0.95 * own.step, "%g with the original's experts, %g with its own", theirs.step,
+                own.step);
+}
+END_TEST
+
 static void see_first_loss(void *arg, const struct us_qat_log *log) {
   if (!log->step) *(double *)arg = log->heldout;
 }
@@ -472,6 +504,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, training_the_experts_alone_leaves_every_other_bit);
   tcase_add_test(c, by_default_what_keeps_its_format_keeps_its_bits);
   tcase_add_test(c, the_originals_routing_scores_keep_choices_of_experts);
+  tcase_add_test(c, the_originals_experts_are_visited_while_learning_alone);
   tcase_add_test(c, a_run_begins_at_the_weights_of_another_result);
   tcase_add_test(c, a_beginning_of_another_shape_is_refused);
   tcase_add_test(c, a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not);
