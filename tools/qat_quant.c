@@ -182,7 +182,8 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       job->options, sizeof job->options,
       "model=%.16s begin=%.16s data=%.16s precision=%.200s scale_rule=%s fp8_scale=%s seed=%llu steps=%llu "
       "minutes=%g "
-      "gptq=%zu routers=%g original_experts=%d loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu length=%zu micro=%zu "
+      "gptq=%zu routers=%g original_experts=%d loss=%d scope=%d optimizer=%d newton=%d beta2=%g batch=%zu "
+      "length=%zu micro=%zu "
       "marked=%d "
       "across=%g "
       "lr=%g "
@@ -191,11 +192,11 @@ static enum us_status read_options(struct us_qat_quant *job, struct us_err *err)
       "decay=%g clip=%g freeze=%g freeze_last=%g freeze_memory=%g",
       model, begin, data, us_opt_str(o, "precision"), us_opt_str(o, "scale-rule"), us_opt_str(o, "fp8-scale"),
       (unsigned long long)q->seed, (unsigned long long)q->trainer.steps, q->trainer.minutes, q->gptq_windows,
-      q->routers, (int)q->original_experts, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind, (int)q->trainer.optim.newton,
-      q->trainer.optim.beta2, q->batch, q->length, q->micro, (int)q->marked_only, q->across,
-      q->trainer.schedule.peak, (int)q->trainer.schedule.kind, q->trainer.schedule.warmup,
-      q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip, q->trainer.freeze.first,
-      q->trainer.freeze.last, q->trainer.freeze.memory);
+      q->routers, (int)q->original_experts, (int)q->loss, (int)q->scope, (int)q->trainer.optim.kind,
+      (int)q->trainer.optim.newton, q->trainer.optim.beta2, q->batch, q->length, q->micro,
+      (int)q->marked_only, q->across, q->trainer.schedule.peak, (int)q->trainer.schedule.kind,
+      q->trainer.schedule.warmup, q->trainer.schedule.floor, q->trainer.optim.adamw_decay, q->trainer.clip,
+      q->trainer.freeze.first, q->trainer.freeze.last, q->trainer.freeze.memory);
   return US_OK;
 }
 

@@ -52,7 +52,8 @@ struct us_qat {
   size_t batch, length; /* sequences a step, tokens a sequence */
   size_t micro;         /* sequences a forward pass; 0: as many as 8,192 rows hold */
   uint64_t seed;
-  bool original_experts; /* with US_QAT_KL: in a step's passes tokens visit the experts that the original chose */
+  bool
+      original_experts; /* with US_QAT_KL: in a step's passes tokens visit the experts that the original chose */
   double routers; /* with US_QAT_KL: weight of the original's routing scores in what is minimised; 0: none */
   size_t
       gptq_windows; /* training sequences whose inputs say where the masters begin; 0: at the original's weights */
