@@ -348,7 +348,8 @@ static const struct us_tool tool = {
         "killed and resumed to the same bits. With --gptq roundings begin, or with --steps 0 end, where the "
         "products of "
         "each matrix on some of the text change least, one weight making up for another, and one matrix for "
-        "those before it. With --freeze, weights whose codes go to and fro are fixed on the way.\n\n"
+        "those before it. With --freeze, weights whose codes go to and fro are fixed on the way. With "
+        "--begin a run begins at another model's weights, an earlier result's say.\n\n"
         "On held-out text the original, PTQ and QAT are compared: KL divergence, agreement of tokens and of "
         "experts, perplexity, and the share of PTQ's KL that finetuning closed. Before the tool ends, the "
         "file is "
@@ -360,6 +361,8 @@ static const struct us_tool tool = {
         "qat-quant pico.h5 --data text.h5 -o q.h5 --report tensors.tsv --metrics models.tsv --plot kl.png\n"
         "# no finetuning, but roundings chosen by the inputs of 64 sequences\n"
         "qat-quant pico.h5 --data text.h5 -o gptq.h5 --gptq 64 --steps 0\n"
+        "# go on from there\n"
+        "qat-quant pico.h5 --begin gptq.h5 --data text.h5 -o q.h5\n"
         "# what would rules do?\n"
         "qat-quant pico.h5 --dry-run -p experts=mxfp4,attn.qkv=fp8,layers.1.experts=bf16",
     .opts = opts,

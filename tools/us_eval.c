@@ -321,8 +321,6 @@ static enum us_status write_top(struct session *s, struct us_err *err);
 
 static enum us_status eval_data(struct session *s, struct us_err *err) {
   struct us_opts *o = s->run->opts;
-  if (us_opt_flag(o, "base-experts") && !us_opt_given(o, "against"))
-    return us_err_set(err, US_ERR_USAGE, "--base-experts needs --against");
   enum us_status status = open_model(s, err);
   if (status == US_OK)
     status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &s->data_record, err);
@@ -388,6 +386,8 @@ static enum us_status choose(struct session *s, struct us_err *err) {
   if (us_opt_given(o, "write-top") && (!data || us_opt_given(o, "against")))
     return us_err_set(err, US_ERR_USAGE, "--write-top needs --data and excludes --against");
   if (us_opt_given(o, "against") && !data) return us_err_set(err, US_ERR_USAGE, "--against needs --data");
+  if (us_opt_flag(o, "base-experts") && !us_opt_given(o, "against"))
+    return us_err_set(err, US_ERR_USAGE, "--base-experts needs --against");
   if (us_opt_given(o, "draft") && (data || top))
     return us_err_set(err, US_ERR_USAGE, "--draft needs --prompts");
   if (us_opt_device(o, "device") >= 0 && prompts)
@@ -435,7 +435,9 @@ static const struct us_tool tool = {
         "and the ratio of "
         "perplexities. Both models see the same tokens; standard errors are over sequences, and "
         "paired. Sequences run "
-        "through the training forward pass, whose rounding points are those of generation.\n\n"
+        "through the training forward pass, whose rounding points are those of generation. With "
+        "--base-experts "
+        "tokens of both visit the experts that the base chose: what then differs is no choice's.\n\n"
         "An answer is a number after the last '####' or the last number of the text, compared by "
         "value; other "
         "references are compared with the last line.",
@@ -445,6 +447,8 @@ static const struct us_tool tool = {
                 "us-serve -m q.h5 data/prompts/*.jsonl > plain.jsonl; us-eval plain.jsonl -m q.h5 -d d2.h5\n"
                 "# what did quantization cost?\n"
                 "us-eval -m q.h5 --against pico.h5 --data text.h5\n"
+                "# and without what swapped experts cost?\n"
+                "us-eval -m q.h5 --against pico.h5 --data text.h5 --base-experts\n"
                 "# exact match on questions with answers\n"
                 "us-eval -m q.h5 --prompts questions.jsonl --task",
     .opts = opts,

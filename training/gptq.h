@@ -36,8 +36,10 @@ struct us_gptq {
 
 /* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, but the
  * embedding, whose rows multiply nothing: it is rounded to nearest, and what that loses is made up for. They become the aims, not the
- * rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise for the aims may differ. Scales are those of
- * the corrected masters. `original` is a frozen set with as many tensors as `params`, whose masters are its values: a model's, or any that are to be rounded. US_ERR_INPUT when the text is shorter than a sequence, US_ERR_USAGE for more than 2^25 tokens. */
+ * rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise
+ * for the aims may differ. Scales are those of the corrected masters. `original` is a frozen set of the same tensors, which `params`
+ * begins at: a model's weights, or any others that are to be rounded. US_ERR_INPUT when the text is shorter than a sequence,
+ * US_ERR_USAGE for more than 2^25 tokens. */
 US_CHECKED enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *shape,
                                         struct us_params *original, struct us_params *params,
                                         struct us_pool *pool, struct us_err *err);

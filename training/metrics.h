@@ -74,7 +74,8 @@ struct us_metrics_job {
   void *arg;
 };
 
-/* Measure. US_ERR_INPUT when vocabularies differ, or MoE layers where base_experts needs them alike, or nothing is held out; US_ERR_CHECK for logits that are not finite. */
+/* Measure. US_ERR_INPUT when vocabularies differ, or MoE layers where base_experts needs them alike, or nothing is held out;
+ * US_ERR_CHECK for logits that are not finite. */
 US_CHECKED enum us_status us_metrics_run(const struct us_metrics_job *job, struct us_pool *pool,
                                          struct us_metrics *ret_metrics, struct us_err *err);
 void us_metrics_release(struct us_metrics *metrics);

@@ -94,7 +94,8 @@ static enum us_status round_by_gptq(struct us_qat *run, struct us_pool *pool, st
                          .across = run->across};
   enum us_status status = us_params_init_model(&reference, run->original, pool, true, err);
   if (status != US_OK) return status;
-  memcpy(reference.value, run->params.value, reference.floats * sizeof *reference.value);
+  if (run->begin) /* else they are equal */
+    memcpy(reference.value, run->params.value, reference.floats * sizeof *reference.value);
   status = run->learner ? us_learner_gptq(run->learner, &gptq, shape, &reference, &run->params, err)
                         : us_gptq_start(&gptq, shape, &reference, &run->params, pool, err);
   us_params_release(&reference);

@@ -9,8 +9,9 @@
  *     us_qat_check(&run, reopened, pool, &err);                   // it multiplies by what was trained, bit for bit
  *     us_qat_release(&run);
  *
- * The student has FP32 masters, begun at the original's weights or where GPTQ rounds them well (gptq.h); each step encodes and decodes them by the code that writes
- * the file (scales anew every step), and gradients pass the rounding unchanged (straight-through). The teacher is the
+ * The student has FP32 masters, begun at the original's weights, at another model's, or where GPTQ rounds either well (gptq.h); each
+ * step encodes and decodes them by the code that writes the file (scales anew every step), and gradients pass the rounding
+ * unchanged (straight-through). The teacher is the
  * original, forward only, with the same rounding points: KL(teacher || student) at T = 1 is self-distillation. Norms,
  * sinks and an F32 router are multiplied as their masters are. The router's selection bias does not move. Tensors that
  * are neither trained nor change their format keep their bits. With trainer.freeze, weights whose codes go to and fro are fixed on the
