@@ -42,6 +42,10 @@ static const struct us_opt opts[] = {
                "weight of what draws routing scores to --score-target, so that gates are steep; 0: none",
                .def = "0"),
     US_OPT_NUM("score-target", 0, "S", "where it draws them", .def = "0.05", .max = 1),
+    US_OPT_NUM("margin", 0, "M",
+               "keep routing scores M logits from where choices of experts tip, from 0.3 of the run on; 0: none",
+               .def = "0", .max = 20),
+    US_OPT_NUM("margin-weight", 0, "X", "of what keeps them there", .def = "0.01"),
     US_OPT_NUM("deviation", 0, "X", "of the initial weights; 0: 1/sqrt(inputs) of each matrix", .def = "0"),
     US_OPT_ENUM("loss", 0, "all|marked", "train on all tokens, or on those that the shards mark",
                 .def = "all"),
@@ -147,13 +151,14 @@ static enum us_status describe(const struct job *job, const char *data_sha256, c
            "optimizer=%d "
            "newton=%d "
            "lr=%g schedule=%d warmup=%g floor=%g decay=%g clip=%g balance=%g score_decay=%g score_target=%g "
+           "margin=%g margin_weight=%g "
            "deviation=%g "
            "marked=%d across=%g",
            t->shape->name, shape_sha256, data_sha256, init_sha256, (unsigned long long)t->seed,
            (unsigned long long)r->steps, r->minutes, t->batch, t->length, t->micro, (int)r->optim.kind,
            (int)r->optim.newton, r->schedule.peak, (int)r->schedule.kind, r->schedule.warmup,
            r->schedule.floor, r->optim.muon_decay, r->clip, (double)t->balance_rate, (double)t->score_decay,
-           (double)t->score_target, (double)t->deviation, (int)t->marked_only, t->across);
+           (double)t->score_target, (double)t->margin, (double)t->margin_weight, (double)t->deviation, (int)t->marked_only, t->across);
   return US_OK;
 }
 
@@ -169,6 +174,8 @@ static void read_options(struct job *job) {
   t->balance_rate = (float)us_opt_num(o, "balance");
   t->score_decay = (float)us_opt_num(o, "score-decay");
   t->score_target = (float)us_opt_num(o, "score-target");
+  t->margin = (float)us_opt_num(o, "margin");
+  t->margin_weight = (float)us_opt_num(o, "margin-weight");
   t->memory = us_opt_flag(o, "recompute") ? US_TRAIN_RECOMPUTE : US_TRAIN_SAVE;
   t->marked_only = us_opt_choice(o, "loss") == 1;
   t->across = us_opt_num(o, "across");

@@ -169,7 +169,9 @@ static enum us_status cpu_pass(struct us_learner_model *base, uint32_t lane,
   model->train->routers = (struct us_router_lesson){.opt_teacher = teacher ? teacher->train : NULL,
                                                     .target = pass->router_target,
                                                     .opt_weight = pass->weight,
-                                                    .scale = pass->scale * pass->routers};
+                                                    .scale = pass->scale * pass->routers,
+                                                    .margin = pass->margin,
+                                                    .margin_scale = pass->scale * pass->margin_weight};
   status = check_scratch(base->set, err);
   return status == US_OK && pass->gradient ? us_model_train_backward(model->train, err) : status;
 }

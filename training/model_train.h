@@ -41,8 +41,9 @@ struct us_router_lesson {
   const struct us_model_train
       *opt_teacher; /* after its forward pass over the same batch; NULL: `target` for every score */
   float target;
-  const float *opt_weight; /* (R) */
-  float scale;             /* 0: nothing */
+  const float *opt_weight;    /* (R) */
+  float scale;                /* 0: nothing of the scores */
+  float margin, margin_scale; /* 0: no margin around the choice */
 };
 
 struct us_model_train {

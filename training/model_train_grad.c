@@ -48,9 +48,13 @@ static void moe_grad(struct us_model_train *train, uint32_t l) {
   struct us_router_teacher scores = {.opt_scores = teacher ? teacher->state->saved[l].scores : NULL,
                                      .target = train->routers.target,
                                      .opt_weight = train->routers.opt_weight,
-                                     .scale = train->routers.scale};
+                                     .scale = train->routers.scale,
+                                     .margin = train->routers.margin,
+                                     .margin_scale = train->routers.margin_scale,
+                                     .opt_bias = roles->router_bias->compute};
+  bool taught = scores.scale > 0.0f || scores.margin_scale > 0.0f;
   us_router_grad(train->seq, &router, saved->norm2, roles->router->compute, saved->scores, s->id[l],
-                 s->dweight, train->routers.scale > 0.0f ? &scores : NULL, s->branch,
+                 s->dweight, taught ? &scores : NULL, s->branch,
                  us_param_grad(roles->router));
 }
 

@@ -5,9 +5,15 @@
 #include "training/pretrain.h"
 #include "training/lanes.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #define MOST_ROWS 16384
+
+/* Shares of a run between which the margin's weight climbs from 0. A fresh router's choice, kept as it is, would be one for all tokens,
+ * and a weight that is there at once keeps the balancing bias from following. */
+#define MARGIN_FROM 0.3
+#define MARGIN_WHOLE 0.8
 
 /* Everything a run holds beside its parameters. */
 struct session {
@@ -19,6 +25,7 @@ struct session {
   struct us_lanes lanes;
   size_t windows;  /* of the evaluation */
   double labels;   /* of the step */
+  float margin_weight; /* of the step */
   double loss_sum; /* since the last line */
   uint64_t loss_steps, tokens_then;
   double seconds_then;
@@ -35,6 +42,8 @@ static enum us_status run_pass(struct session *s, uint32_t lane, float scale, bo
                                  .scale = scale,
                                  .routers = s->run->score_decay,
                                  .router_target = s->run->score_target,
+                                 .margin = s->run->margin,
+                                 .margin_weight = s->margin_weight,
                                  .gradient = gradient};
   return us_learner_pass(s->model, lane, &pass, err);
 }
@@ -93,12 +102,22 @@ static enum us_status balance(struct session *s, struct us_err *err) {
   return status == US_OK ? us_learner_balance(s->model, rate, &run->last.imbalance, err) : status;
 }
 
+static enum us_status weigh_margin(struct session *s, struct us_err *err) {
+  double progress = 0.0;
+  if (!(s->run->margin > 0.0f)) return US_OK;
+  enum us_status status = us_trainer_agree(&s->run->trainer, &progress, err);
+  double share = (progress - MARGIN_FROM) / (MARGIN_WHOLE - MARGIN_FROM);
+  s->margin_weight = s->run->margin_weight * (float)fmin(fmax(share, 0.0), 1.0);
+  return status;
+}
+
 static enum us_status take_step(void *arg, struct us_err *err) {
   struct session *s = arg;
   struct us_pretrain *run = s->run;
   double loss = 0.0, counted = 0.0;
   s->labels = us_lanes_labels(&s->lanes, run->trainer.step, run->batch);
   enum us_status status = us_trainer_open_step(&run->trainer, err);
+  if (status == US_OK) status = weigh_margin(s, err);
   if (status == US_OK) status = us_learner_each(s->learner, step_lane, s, err);
   if (status == US_OK) status = us_learner_total(s->model, &loss, &counted, err);
   if (status == US_OK) status = balance(s, err); /* before the save that may follow */

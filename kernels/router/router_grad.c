@@ -2,6 +2,8 @@
 #include "kernels/router/router_grad.h"
 #include "kernels/linear/linear_grad.h"
 
+#include <math.h>
+
 struct router_task {
   const struct us_router_rows *router;
   const float *bias, *dweight;
@@ -53,13 +55,59 @@ void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, cons
   us_pool_for(seq->pool, router->R, 64, select_rows, &t);
 }
 
-/* d cross-entropy(theirs, sigmoid(logit)) / d logit = sigmoid(logit) - theirs. */
-static float taught(const struct us_router_teacher *opt_teacher, uint32_t E, size_t r, uint32_t e,
-                    float score) {
-  if (!opt_teacher) return 0.0f;
-  float factor = opt_teacher->scale * (opt_teacher->opt_weight ? opt_teacher->opt_weight[r] : 1.0f);
-  return factor *
-         (score - (opt_teacher->opt_scores ? opt_teacher->opt_scores[r * E + e] : opt_teacher->target));
+/* Half way from the least biased score that is chosen to the most that is not; ids ascend. */
+static float middle_of(const struct us_router_rows *router, const float *score, const float *opt_bias,
+                       const uint32_t *id) {
+  float least = INFINITY, most = -INFINITY;
+  uint32_t k = 0;
+  for (uint32_t e = 0; e < router->E; e++) {
+    float own = score[e] + (opt_bias ? opt_bias[e] : 0.0f);
+    if (k < router->K && id[k] == e)
+      least = fminf(least, own), k++;
+    else
+      most = fmaxf(most, own);
+  }
+  return 0.5f * (least + most);
+}
+
+/* The push of the hinge upwards along a logit: 1 - |tanh(d / 2)| / tanh(margin / 2), by the side it is on. */
+static float pushed(float score, float t, float tanh_half, bool chosen) {
+  if (!(t > 0.0f && t < 1.0f)) return 0.0f;
+  float push = 1.0f - fabsf(score - t) / ((score + t - 2.0f * score * t) * tanh_half);
+  return push > 0.0f ? (chosen ? push : -push) : 0.0f;
+}
+
+/* What a row's logits are taught. */
+struct row_lesson {
+  const struct us_router_teacher *teacher; /* NULL: nothing */
+  const float *opt_theirs;                 /* (E) */
+  float weight, middle, tanh_half;
+};
+
+static struct row_lesson lesson_of(const struct router_task *t, size_t r) {
+  const struct us_router_teacher *teacher = t->teacher;
+  uint32_t E = t->router->E, K = t->router->K;
+  struct row_lesson lesson = {.teacher = teacher};
+  if (!teacher) return lesson;
+  lesson.opt_theirs = teacher->opt_scores ? teacher->opt_scores + r * E : NULL;
+  lesson.weight = teacher->opt_weight ? teacher->opt_weight[r] : 1.0f;
+  if (teacher->margin_scale > 0.0f) {
+    lesson.middle = middle_of(t->router, t->scores + r * E, teacher->opt_bias, t->id + r * K);
+    lesson.tanh_half = tanhf(0.5f * teacher->margin);
+  }
+  return lesson;
+}
+
+/* d cross-entropy(theirs, sigmoid(logit)) / d logit = sigmoid(logit) - theirs, and the margin's push. */
+static float taught(const struct row_lesson *lesson, uint32_t e, float score, bool chosen) {
+  const struct us_router_teacher *teacher = lesson->teacher;
+  if (!teacher) return 0.0f;
+  float sum = teacher->scale * (score - (lesson->opt_theirs ? lesson->opt_theirs[e] : teacher->target));
+  if (teacher->margin_scale > 0.0f) {
+    float t = lesson->middle - (teacher->opt_bias ? teacher->opt_bias[e] : 0.0f);
+    sum -= teacher->margin_scale * pushed(score, t, lesson->tanh_half, chosen);
+  }
+  return lesson->weight * sum;
 }
 
 static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
@@ -70,13 +118,14 @@ static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
     float *row = t->scores + r * E, sum = 1e-20f, pull = 0.0f;
     const float *dweight = t->dweight + r * K;
     const uint32_t *id = t->id + r * K;
+    struct row_lesson lesson = lesson_of(t, r);
     for (uint32_t k = 0; k < K; k++) sum += row[id[k]];
     for (uint32_t k = 0; k < K; k++) pull += dweight[k] * row[id[k]] / sum;
-    uint32_t k = 0;
-    for (uint32_t e = 0; e < E; e++) {
+    for (uint32_t e = 0, k = 0; e < E; e++) {
       float s = row[e];
-      row[e] = taught(t->teacher, E, r, e, s);
-      if (k == K || id[k] != e) continue;
+      bool chosen = k < K && id[k] == e;
+      row[e] = taught(&lesson, e, s, chosen);
+      if (!chosen) continue;
       float ds = router->normalise ? (dweight[k] - pull) / sum : dweight[k];
       row[e] += ds * router->scaling * s * (1.0f - s);
       k++;

@@ -7,7 +7,9 @@
  *
  * scores = sigmoid(x w^T); the K largest of scores + bias are chosen (ties to the lowest id), listed in ascending id;
  * weight = score / (sum of the chosen scores + 1e-20) * scaling. The bias steers selection only: it has no gradient. Nor has the
- * choice itself, which another router's scores can teach: the cross-entropy of every expert's score against the other's.
+ * choice itself, which another router's scores can teach: the cross-entropy of every expert's score against the other's. And a margin
+ * keeps it from tipping: an expert is chosen where its score is above t = (least of the chosen + most of the others) / 2 - its bias, both
+ * with their biases, and its logit is d from there, with tanh(d / 2) = (score - t) / (score + t - 2 score t).
  */
 #ifndef US_KERNELS_ROUTER_GRAD_H
 #define US_KERNELS_ROUTER_GRAD_H
@@ -26,12 +28,17 @@ struct us_router_rows {
 void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
                    const float *bias, float *scores, uint32_t *id, float *weight);
 
-/* Adds sum over rows of scale * weight * sum over experts of cross-entropy(theirs, own), which is least where own is theirs. */
+/* Adds sum over rows of weight * sum over experts of
+ *   scale * cross-entropy(theirs, own), which is least where own is theirs, and
+ *   margin_scale * a hinge: the logit is pushed away from t by max(0, 1 - |tanh(d / 2)| / tanh(margin / 2)), t held. An expert
+ *   whose t is not within (0, 1) is (not) chosen whatever its score, and is not pushed. */
 struct us_router_teacher {
   const float *opt_scores; /* (R, E); NULL: `target` everywhere */
   float target;
   const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
+  float margin, margin_scale; /* logits, above 0; 0: no margin */
+  const float *opt_bias;      /* (E) that the choice was made with; NULL: 0 */
 };
 
 /* dweight (R, K). scores become the gradient of the logits. dx (R, D) is added to; dw (E, D) is added to, NULL if frozen. */

@@ -212,17 +212,59 @@ int us_router_train_grad(const struct us_router_train_grad *g, cudaStream_t stre
 
 /* --- another router's lesson --- */
 
-static __global__ void teach_logits(const struct us_router_train_lesson lesson) {
-  uint64_t i = (uint64_t)blockIdx.x * 256 + threadIdx.x;
-  if (i >= (uint64_t)lesson.R * lesson.E) return;
-  float weight = lesson.opt_weight ? lesson.opt_weight[i / lesson.E] : 1.0f;
-  float theirs = lesson.opt_theirs ? lesson.opt_theirs[i] : lesson.target;
-  lesson.dlogit[i] = us_bf16_from_f32(lesson.scale * weight * (lesson.scores[i] - theirs));
+static __device__ bool is_chosen(const struct us_router_train_lesson &lesson, const uint32_t *id, uint32_t e) {
+  for (uint32_t k = 0; k < lesson.K; k++)
+    if (__ldg(id + k) == e) return true;
+  return false;
+}
+
+/* As middle_of in router_grad.c; a warp. */
+static __device__ float middle_of(const struct us_router_train_lesson &lesson, const float *score,
+                                  const uint32_t *id, uint32_t lane) {
+  float least = INFINITY, most = -INFINITY;
+  for (uint32_t e = lane; e < lesson.E; e += 32) {
+    float own = score[e] + (lesson.opt_bias ? __ldg(lesson.opt_bias + e) : 0.0f);
+    if (is_chosen(lesson, id, e))
+      least = fminf(least, own);
+    else
+      most = fmaxf(most, own);
+  }
+  for (int distance = 16; distance; distance >>= 1) {
+    least = fminf(least, __shfl_xor_sync(~0u, least, distance));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+  }
+  return 0.5f * (least + most);
+}
+
+/* As pushed in router_grad.c. */
+static __device__ float pushed(float score, float t, float tanh_half, bool chosen) {
+  if (!(t > 0.0f && t < 1.0f)) return 0.0f;
+  float push = fmaxf(0.0f, 1.0f - fabsf(score - t) / ((score + t - 2.0f * score * t) * tanh_half));
+  return chosen ? push : -push;
+}
+
+/* A warp a row. */
+static __global__ void __launch_bounds__(THREADS) teach_rows(const struct us_router_train_lesson lesson) {
+  uint32_t r = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = lesson.E;
+  if (r >= lesson.R) return;
+  const float *score = lesson.scores + (uint64_t)r * E;
+  const float *theirs = lesson.opt_theirs ? lesson.opt_theirs + (uint64_t)r * E : NULL;
+  bool margin = lesson.margin_scale > 0.0f;
+  const uint32_t *id = margin ? lesson.id + (uint64_t)r * lesson.K : NULL;
+  float weight = lesson.opt_weight ? __ldg(lesson.opt_weight + r) : 1.0f;
+  float middle = margin ? middle_of(lesson, score, id, lane) : 0.0f;
+  float tanh_half = tanhf(0.5f * lesson.margin);
+  for (uint32_t e = lane; e < E; e += 32) {
+    float sum = lesson.scale * (score[e] - (theirs ? theirs[e] : lesson.target));
+    float t = middle - (margin && lesson.opt_bias ? __ldg(lesson.opt_bias + e) : 0.0f);
+    if (margin) sum -= lesson.margin_scale * pushed(score[e], t, tanh_half, is_chosen(lesson, id, e));
+    lesson.dlogit[(uint64_t)r * E + e] = us_bf16_from_f32(weight * sum);
+  }
 }
 
 int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream) {
-  uint64_t n = (uint64_t)lesson->R * lesson->E;
-  if (!n) return cudaSuccess;
-  teach_logits<<<(uint32_t)((n + 255) / 256), 256, 0, stream>>>(*lesson);
+  const uint32_t rows = THREADS / 32;
+  if (!lesson->R) return cudaSuccess;
+  teach_rows<<<(lesson->R + rows - 1) / rows, THREADS, 0, stream>>>(*lesson);
   return cudaGetLastError();
 }

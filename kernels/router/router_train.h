@@ -68,13 +68,16 @@ int us_router_train_grad(const struct us_router_train_grad *grad, cudaStream_t s
 
 /* us_router_teacher's part of the gradient, which no expert's logit is without: for two dense products. */
 struct us_router_train_lesson {
-  uint32_t R, E;
+  uint32_t R, E, K;
   const float *scores;     /* (R, E) */
   const float *opt_theirs; /* (R, E); NULL: `target` everywhere */
   float target;
   const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
-  uint16_t *dlogit; /* (R, E) bf16, written: scale * weight * (scores - theirs) */
+  float margin, margin_scale; /* logits, above 0; 0: no margin, and neither id nor opt_bias are read */
+  const uint32_t *id;         /* (R, K) ascending */
+  const float *opt_bias;      /* (E) that the choice was made with; NULL: 0 */
+  uint16_t *dlogit;           /* (R, E) bf16, written */
 };
 int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream);
 

@@ -230,6 +230,41 @@ static void test_grad(const struct router_sizes &z) {
   dropped.report_mutation("router dw without its sum " + name);
 }
 
+/* What every logit is taught, its sum with nothing else: the CPU's gradient of logits without one of weights. */
+static void test_lesson(const struct router_sizes &z, bool theirs, float margin) {
+  std::vector<uint16_t> x = random_halves((size_t)z.R * z.D, 5);
+  std::vector<float> w = random_floats((size_t)z.E * z.D, 6, 2 / std::sqrt((float)z.D)),
+                     bias = random_floats(z.E, 7, 0.2f), row_weight = random_floats(z.R, 8), teacher,
+                     dweight((size_t)z.R * z.K), wide = widen(x), dx((size_t)z.R * z.D);
+  struct routed cpu = run_cpu(z, x, w, bias);
+  for (float score : cpu.scores) teacher.push_back(0.9f * score + 0.05f);
+  device_array<float> scores(cpu.scores), d_teacher(teacher), d_bias(bias), d_weight(row_weight);
+  device_array<uint32_t> id(cpu.id);
+  device_array<uint16_t> dlogit((size_t)z.R * z.E);
+  struct us_router_train_lesson lesson = {z.R, z.E, z.K, scores.at, theirs ? d_teacher.at : NULL, 0.25f, d_weight.at,
+                                          0.5f, margin, margin > 0 ? 0.75f : 0.0f, id.at, d_bias.at, dlogit.at};
+  US_CUDA((cudaError_t)us_router_train_lesson(&lesson, 0));
+  struct us_router_teacher own = {theirs ? teacher.data() : NULL, 0.25f, row_weight.data(), 0.5f, margin,
+                                  margin > 0 ? 0.75f : 0.0f, bias.data()};
+  std::vector<float> logits = cpu.scores;
+  struct us_seq seq;
+  us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
+  struct us_router_rows rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f, NULL};
+  us_router_grad(&seq, &rows, wide.data(), w.data(), logits.data(), cpu.id.data(), dweight.data(), &own, dx.data(), NULL);
+  us_seq_release(&seq);
+  struct bound_check check, dropped;
+  std::vector<uint16_t> got = dlogit.get();
+  for (size_t i = 0; i < got.size(); i++) {
+    double allowed = ROUND_BF16 * std::fabs(logits[i]) + 1e-5; /* a push ends with a quotient of two differences of FP32 */
+    check.value(us_bf16_to_f32(got[i]), logits[i], allowed);
+    float other = theirs ? teacher[i] : 0.25f;
+    dropped.value(us_bf16_to_f32(got[i]), 0.5f * row_weight[i / z.E] * (cpu.scores[i] - other), allowed);
+  }
+  std::string name = "router lesson E " + std::to_string(z.E) + (theirs ? ", theirs" : ", a target");
+  check.report(name + (margin > 0 ? ", margin" : ""));
+  if (margin > 0 && z.K < z.E) dropped.report_mutation(name + " without its margin");
+}
+
 void test_router(void) {
   test_choice(16, 2, true);
   test_choice(64, 8, true);
@@ -248,4 +283,8 @@ void test_router(void) {
   test_grad({501, 320, 16, 2, true});
   test_grad({1030, 1024, 64, 8, true});
   test_grad({200, 64, 200, 4, false});
+  test_lesson({501, 320, 16, 2, true}, true, 0);
+  test_lesson({501, 320, 16, 2, true}, false, 0.5f);
+  test_lesson({300, 128, 200, 4, true}, true, 1);
+  test_lesson({77, 64, 8, 8, true}, false, 1);
 }

@@ -87,7 +87,9 @@ enum us_status us_cuda_learner_pass(struct us_learner_model *base, uint32_t lane
   own->routers = (struct us_cuda_router_lesson){.opt_teacher = teacher ? teacher->lane[lane] : NULL,
                                                 .target = pass->router_target,
                                                 .opt_weight = model->loss[lane]->weight,
-                                                .scale = pass->scale * pass->routers};
+                                                .scale = pass->scale * pass->routers,
+                                                .margin = pass->margin,
+                                                .margin_scale = pass->scale * pass->margin_weight};
   return status == US_OK && pass->gradient ? us_cuda_model_backward(own, err) : status;
 }
 

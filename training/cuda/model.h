@@ -31,7 +31,7 @@ struct us_cuda_router_lesson {
   const struct us_cuda_model *opt_teacher;
   float target;
   const float *opt_weight; /* device (R) */
-  float scale;
+  float scale, margin, margin_scale;
 };
 
 struct us_cuda_model {

@@ -82,6 +82,10 @@ static void experts_grad(struct us_cuda_model *model, uint32_t l, const struct u
               "gradient of experts' input");
 }
 
+static bool has_lesson(const struct us_cuda_model *model) {
+  return model->routers.scale > 0.0f || model->routers.margin_scale > 0.0f;
+}
+
 /* Adds what routers are taught to dnorm and to the router's gradient. */
 static void router_lesson(struct us_cuda_model *model, uint32_t l) {
   struct us_cuda_model_state *s = model->state;
@@ -96,6 +100,11 @@ static void router_lesson(struct us_cuda_model *model, uint32_t l) {
       .target = routers->target,
       .opt_weight = routers->opt_weight,
       .scale = routers->scale,
+      .K = model->shape.top_k,
+      .id = s->id[l],
+      .margin = routers->margin,
+      .margin_scale = routers->margin_scale,
+      .opt_bias = us_cuda_param_rounded(model->params, s->roles[l].router_bias),
       .dlogit = s->lesson};
   struct us_cuda_linear logits = {.R = R, .N = E, .K = model->shape.hidden};
   us_cuda_did(model->cuda, us_router_train_lesson(&lesson, model->cuda->stream), "lesson of the router");
@@ -133,7 +142,7 @@ static void moe_grad(struct us_cuda_model *model, uint32_t l) {
       .dlogit = s->dlogit, .id = s->id[l], .w = us_cuda_param_rounded(model->params, s->roles[l].router)};
   us_cuda_did(cuda, us_experts_train_gather_grad(&rows, s->slot_y, &part, s->dnorm, cuda->stream),
               "sum of experts' gradients");
-  if (model->routers.scale > 0.0f) router_lesson(model, l);
+  if (has_lesson(model)) router_lesson(model, l);
 }
 
 /* dnorm = gradient of the attention's normed input, from dx. */
@@ -183,7 +192,7 @@ enum us_status us_cuda_model_backward(struct us_cuda_model *model, struct us_err
   if (model->memory == US_TRAIN_FORWARD)
     return us_err_set(err, US_ERR_USAGE, "made for forward passes alone");
   if (!model->R) return US_OK;
-  if (model->routers.scale > 0.0f && shape->experts % 8)
+  if (has_lesson(model) && shape->experts % 8)
     return us_err_set(err, US_ERR_USAGE, "%u experts; on a GPU multiples of 8 are taught routing",
                       shape->experts);
   us_cuda_use(model->cuda);

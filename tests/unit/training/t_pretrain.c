@@ -3,6 +3,8 @@
 #include "training/pretrain.h"
 #include "training/rows.h"
 
+#include <math.h>
+
 #include "tiny_shards.h"
 
 static struct tiny_world world;
@@ -29,8 +31,31 @@ static struct us_pretrain new_run(void) {
                   .steps = 30}};
 }
 
-/* Of all experts of the MoE layers, on a held-out window. */
-static double mean_score(struct us_params *params) {
+/* Means over rows and MoE layers. */
+struct routing {
+  double score;    /* of all experts */
+  double distance; /* logits, about, between the last expert that is chosen and the first that is not */
+};
+
+static void add_row(struct routing *sum, const struct us_model_train *train, uint32_t l, size_t r) {
+  uint32_t E = world.shape.experts, K = world.shape.top_k;
+  const float *score = train->state->saved[l].scores + r * E;
+  const float *bias = train->state->roles[l].router_bias->compute;
+  const uint32_t *id = train->state->id[l] + r * K;
+  float least = INFINITY, most = -INFINITY, slope = 1.0f;
+  for (uint32_t e = 0, k = 0; e < E; e++) {
+    float own = score[e] + bias[e];
+    bool chosen = k < K && id[k] == e;
+    k += chosen;
+    sum->score += (double)score[e] / E;
+    if (chosen && own < least) least = own, slope = score[e] * (1.0f - score[e]);
+    if (!chosen && own > most) most = own;
+  }
+  sum->distance += (double)((least - most) / slope);
+}
+
+/* On a held-out window. */
+static struct routing routing_of(struct us_params *params) {
   struct us_err err = {0};
   struct us_seq seq;
   struct us_model_train *train;
@@ -45,15 +70,15 @@ static double mean_score(struct us_params *params) {
   US_OK_OR_FAIL(us_params_refresh(params, world.pool, US_SEQ_ROUND_BF16, &err));
   US_OK_OR_FAIL(us_model_train_create(&world.shape, params, &seq, 32, US_TRAIN_FORWARD, &train, &err));
   US_OK_OR_FAIL(us_model_train_forward(train, &batch, NULL, &err));
-  double sum = 0.0, count = 0.0;
+  struct routing sum = {0};
+  double count = 0.0;
   for (uint32_t l = 0; l < world.shape.layers; l++)
-    for (size_t i = 0; world.shape.moe_layer[l] && i < batch.R * world.shape.experts; i++, count++)
-      sum += (double)train->state->saved[l].scores[i];
+    for (size_t r = 0; world.shape.moe_layer[l] && r < batch.R; r++, count++) add_row(&sum, train, l, r);
   us_model_train_free(train);
   us_rows_release(&rows);
   us_window_release(&window);
   us_seq_release(&seq);
-  return sum / count;
+  return (struct routing){sum.score / count, sum.distance / count};
 }
 
 START_TEST(score_decay_makes_routing_scores_small_and_costs_no_loss) {
@@ -63,7 +88,7 @@ START_TEST(score_decay_makes_routing_scores_small_and_costs_no_loss) {
     struct us_pretrain run = new_run();
     run.score_decay = i ? 0.02f : 0.0f, run.score_target = 0.05f;
     US_OK_OR_FAIL(us_pretrain(&run, world.pool, &err));
-    heldout[i] = run.last.heldout, score[i] = mean_score(&run.params);
+    heldout[i] = run.last.heldout, score[i] = routing_of(&run.params).score;
     us_pretrain_release(&run);
   }
   ck_assert_msg(score[0] > 0.3 && score[1] < 0.5 * score[0] && score[1] > 0.02, "%g became %g", score[0],
@@ -72,10 +97,26 @@ START_TEST(score_decay_makes_routing_scores_small_and_costs_no_loss) {
 }
 END_TEST
 
+START_TEST(a_margin_parts_the_chosen_experts_from_the_others_and_costs_no_loss) {
+  struct us_err err = {0};
+  double distance[2], heldout[2];
+  for (int i = 0; i < 2; i++) {
+    struct us_pretrain run = new_run();
+    run.margin = i ? 1.0f : 0.0f, run.margin_weight = 0.05f;
+    US_OK_OR_FAIL(us_pretrain(&run, world.pool, &err));
+    heldout[i] = run.last.heldout, distance[i] = routing_of(&run.params).distance;
+    us_pretrain_release(&run);
+  }
+  ck_assert_msg(distance[1] > 1.5 * distance[0], "%g became %g", distance[0], distance[1]);
+  ck_assert_msg(heldout[1] < heldout[0] + 0.05, "held out %g became %g", heldout[0], heldout[1]);
+}
+END_TEST
+
 static Suite *make_suite(void) {
   TCase *c = tcase_create("pretrain");
   tcase_add_unchecked_fixture(c, open_all, close_all);
   tcase_add_test(c, score_decay_makes_routing_scores_small_and_costs_no_loss);
+  tcase_add_test(c, a_margin_parts_the_chosen_experts_from_the_others_and_costs_no_loss);
   return us_suite("pretrain", c);
 }
 
