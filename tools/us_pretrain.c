@@ -42,9 +42,10 @@ static const struct us_opt opts[] = {
                "weight of what draws routing scores to --score-target, so that gates are steep; 0: none",
                .def = "0"),
     US_OPT_NUM("score-target", 0, "S", "where it draws them", .def = "0.05", .max = 1),
-    US_OPT_NUM("margin", 0, "M",
-               "keep routing scores M logits from where choices of experts tip, from 0.3 of the run on; 0: none",
-               .def = "0", .max = 20),
+    US_OPT_NUM(
+        "margin", 0, "M",
+        "keep routing scores M logits from where choices of experts tip, from 0.3 of the run on; 0: none",
+        .def = "0", .max = 20),
     US_OPT_NUM("margin-weight", 0, "X", "of what keeps them there", .def = "0.01"),
     US_OPT_NUM("deviation", 0, "X", "of the initial weights; 0: 1/sqrt(inputs) of each matrix", .def = "0"),
     US_OPT_ENUM("loss", 0, "all|marked", "train on all tokens, or on those that the shards mark",
@@ -158,7 +159,8 @@ static enum us_status describe(const struct job *job, const char *data_sha256, c
            (unsigned long long)r->steps, r->minutes, t->batch, t->length, t->micro, (int)r->optim.kind,
            (int)r->optim.newton, r->schedule.peak, (int)r->schedule.kind, r->schedule.warmup,
            r->schedule.floor, r->optim.muon_decay, r->clip, (double)t->balance_rate, (double)t->score_decay,
-           (double)t->score_target, (double)t->margin, (double)t->margin_weight, (double)t->deviation, (int)t->marked_only, t->across);
+           (double)t->score_target, (double)t->margin, (double)t->margin_weight, (double)t->deviation,
+           (int)t->marked_only, t->across);
   return US_OK;
 }
 

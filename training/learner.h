@@ -139,7 +139,7 @@ struct us_learner_pass {
    * 0: none. */
   float routers, router_target;
   float margin, margin_weight; /* logits that choices of experts are kept apart by, and what of; 0: none */
-  bool gradient; /* add gradients to the lane's */
+  bool gradient;               /* add gradients to the lane's */
 };
 
 /* Room for passes of up to `capacity` rows in every lane. */

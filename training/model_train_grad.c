@@ -54,8 +54,7 @@ static void moe_grad(struct us_model_train *train, uint32_t l) {
                                      .opt_bias = roles->router_bias->compute};
   bool taught = scores.scale > 0.0f || scores.margin_scale > 0.0f;
   us_router_grad(train->seq, &router, saved->norm2, roles->router->compute, saved->scores, s->id[l],
-                 s->dweight, taught ? &scores : NULL, s->branch,
-                 us_param_grad(roles->router));
+                 s->dweight, taught ? &scores : NULL, s->branch, us_param_grad(roles->router));
 }
 
 /* branch = gradient of the attention's normed input, from dx. */

@@ -10,10 +10,9 @@
 
 #define MOST_ROWS 16384
 
-/* Shares of a run between which the margin's weight climbs from 0. A fresh router's choice, kept as it is, would be one for all tokens,
- * and a weight that is there at once keeps the balancing bias from following. */
-#define MARGIN_FROM 0.3
-#define MARGIN_WHOLE 0.8
+/* Shares of a run between which the margin's weight climbs from 0: a fresh router's choice, kept as it is, would be one for all tokens. */
+#define MARGIN_FROM  0.3
+#define MARGIN_WHOLE 0.4
 
 /* Everything a run holds beside its parameters. */
 struct session {
@@ -23,10 +22,10 @@ struct session {
   struct us_learner_set *set;
   struct us_learner_model *model;
   struct us_lanes lanes;
-  size_t windows;  /* of the evaluation */
-  double labels;   /* of the step */
+  size_t windows;      /* of the evaluation */
+  double labels;       /* of the step */
   float margin_weight; /* of the step */
-  double loss_sum; /* since the last line */
+  double loss_sum;     /* since the last line */
   uint64_t loss_steps, tokens_then;
   double seconds_then;
 };

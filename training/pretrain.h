@@ -41,8 +41,9 @@ struct us_pretrain {
   float
       score_decay; /* weight of what draws routing scores to score_target, and so makes gates steep; 0: none */
   float score_target;
-  float margin; /* logits that scores are kept from where the choice of experts tips, as in router_grad.h; 0: none */
-  float margin_weight; /* of that, from the time on when experts have found their roles */
+  float
+      margin; /* logits that scores are kept from where the choice of experts tips, as in router_grad.h; 0: none */
+  float margin_weight;         /* of that, from the time on when experts have found their roles */
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
   double across;               /* share of the windows in which attention goes on over document edges */

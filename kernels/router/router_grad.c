@@ -4,10 +4,13 @@
 
 #include <math.h>
 
+struct margin_task;
+
 struct router_task {
   const struct us_router_rows *router;
   const float *bias, *dweight;
   const struct us_router_teacher *teacher;
+  const struct margin_task *margin; /* NULL: none */
   float *scores, *weight;
   uint32_t *id;
 };
@@ -77,37 +80,71 @@ static float pushed(float score, float t, float tanh_half, bool chosen) {
   return push > 0.0f ? (chosen ? push : -push) : 0.0f;
 }
 
-/* What a row's logits are taught. */
-struct row_lesson {
-  const struct us_router_teacher *teacher; /* NULL: nothing */
-  const float *opt_theirs;                 /* (E) */
-  float weight, middle, tanh_half;
+/* The margin around the choice of all rows. */
+struct margin_task {
+  const struct us_router_rows *router;
+  const struct us_router_teacher *teacher;
+  const float *scores;
+  const uint32_t *id;
+  float tanh_half;
+  float *middle; /* (R) */
+  float *mean;   /* (E) of an expert's pushes, each by the weight of its row */
 };
 
-static struct row_lesson lesson_of(const struct router_task *t, size_t r) {
-  const struct us_router_teacher *teacher = t->teacher;
-  uint32_t E = t->router->E, K = t->router->K;
-  struct row_lesson lesson = {.teacher = teacher};
-  if (!teacher) return lesson;
-  lesson.opt_theirs = teacher->opt_scores ? teacher->opt_scores + r * E : NULL;
-  lesson.weight = teacher->opt_weight ? teacher->opt_weight[r] : 1.0f;
-  if (teacher->margin_scale > 0.0f) {
-    lesson.middle = middle_of(t->router, t->scores + r * E, teacher->opt_bias, t->id + r * K);
-    lesson.tanh_half = tanhf(0.5f * teacher->margin);
+static float row_weight(const struct us_router_teacher *teacher, size_t r) {
+  return teacher->opt_weight ? teacher->opt_weight[r] : 1.0f;
+}
+
+static bool is_chosen(const uint32_t *id, uint32_t K, uint32_t e) {
+  for (uint32_t k = 0; k < K; k++)
+    if (id[k] == e) return true;
+  return false;
+}
+
+static float push_of(const struct margin_task *m, size_t r, uint32_t e, bool chosen) {
+  float t = m->middle[r] - (m->teacher->opt_bias ? m->teacher->opt_bias[e] : 0.0f);
+  return pushed(m->scores[r * m->router->E + e], t, m->tanh_half, chosen);
+}
+
+static void middle_rows(void *arg, size_t begin, size_t end, int worker) {
+  const struct margin_task *m = arg;
+  uint32_t E = m->router->E, K = m->router->K;
+  for (size_t r = begin; r < end; r++)
+    m->middle[r] = middle_of(m->router, m->scores + r * E, m->teacher->opt_bias, m->id + r * K);
+}
+
+static void mean_experts(void *arg, size_t begin, size_t end, int worker) {
+  const struct margin_task *m = arg;
+  uint32_t K = m->router->K;
+  for (size_t e = begin; e < end; e++) {
+    double sum = 0.0, weights = 0.0;
+    for (size_t r = 0; r < m->router->R; r++) {
+      double weight = (double)row_weight(m->teacher, r);
+      sum += weight * (double)push_of(m, r, (uint32_t)e, is_chosen(m->id + r * K, K, (uint32_t)e));
+      weights += weight;
+    }
+    m->mean[e] = weights > 0.0 ? (float)(sum / weights) : 0.0f;
   }
-  return lesson;
+}
+
+/* Before the scores are overwritten. */
+static void prepare_margin(struct us_seq *seq, struct margin_task *m) {
+  m->tanh_half = tanhf(0.5f * m->teacher->margin);
+  m->middle = us_seq_scratch(seq, m->router->R + m->router->E);
+  if (!m->middle) return;
+  m->mean = m->middle + m->router->R;
+  us_pool_for(seq->pool, m->router->R, 64, middle_rows, m);
+  us_pool_for(seq->pool, m->router->E, 1, mean_experts, m);
 }
 
 /* d cross-entropy(theirs, sigmoid(logit)) / d logit = sigmoid(logit) - theirs, and the margin's push. */
-static float taught(const struct row_lesson *lesson, uint32_t e, float score, bool chosen) {
-  const struct us_router_teacher *teacher = lesson->teacher;
+static float taught(const struct router_task *t, size_t r, uint32_t e, float score, bool chosen) {
+  const struct us_router_teacher *teacher = t->teacher;
   if (!teacher) return 0.0f;
-  float sum = teacher->scale * (score - (lesson->opt_theirs ? lesson->opt_theirs[e] : teacher->target));
-  if (teacher->margin_scale > 0.0f) {
-    float t = lesson->middle - (teacher->opt_bias ? teacher->opt_bias[e] : 0.0f);
-    sum -= teacher->margin_scale * pushed(score, t, lesson->tanh_half, chosen);
-  }
-  return lesson->weight * sum;
+  float theirs = teacher->opt_scores ? teacher->opt_scores[r * t->router->E + e] : teacher->target;
+  float sum = teacher->scale * (score - theirs);
+  if (t->margin) sum -= teacher->margin_scale * (push_of(t->margin, r, e, chosen) - t->margin->mean[e]);
+  return row_weight(teacher, r) * sum;
 }
 
 static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
@@ -118,13 +155,12 @@ static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
     float *row = t->scores + r * E, sum = 1e-20f, pull = 0.0f;
     const float *dweight = t->dweight + r * K;
     const uint32_t *id = t->id + r * K;
-    struct row_lesson lesson = lesson_of(t, r);
     for (uint32_t k = 0; k < K; k++) sum += row[id[k]];
     for (uint32_t k = 0; k < K; k++) pull += dweight[k] * row[id[k]] / sum;
     for (uint32_t e = 0, k = 0; e < E; e++) {
       float s = row[e];
       bool chosen = k < K && id[k] == e;
-      row[e] = taught(&lesson, e, s, chosen);
+      row[e] = taught(t, r, e, s, chosen);
       if (!chosen) continue;
       float ds = router->normalise ? (dweight[k] - pull) / sum : dweight[k];
       row[e] += ds * router->scaling * s * (1.0f - s);
@@ -137,8 +173,14 @@ static void grad_rows(void *arg, size_t begin, size_t end, int worker) {
 void us_router_grad(struct us_seq *seq, const struct us_router_rows *router, const float *x, const float *w,
                     float *scores, const uint32_t *id, const float *dweight,
                     const struct us_router_teacher *opt_teacher, float *dx, float *dw) {
+  struct margin_task margin = {.router = router, .teacher = opt_teacher, .scores = scores, .id = id};
   struct router_task t = {.router = router, .dweight = dweight, .teacher = opt_teacher, .scores = scores};
   t.id = (uint32_t *)id;
+  if (opt_teacher && opt_teacher->margin_scale > 0.0f) {
+    prepare_margin(seq, &margin);
+    if (!margin.middle) return;
+    t.margin = &margin;
+  }
   us_pool_for(seq->pool, router->R, 64, grad_rows, &t);
   struct us_linear dims = {.R = router->R, .N = router->E, .K = router->D};
   us_linear_grad_x(seq, &dims, scores, w, 1.0f, dx);

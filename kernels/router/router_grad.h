@@ -30,8 +30,10 @@ void us_router_seq(struct us_seq *seq, const struct us_router_rows *router, cons
 
 /* Adds sum over rows of weight * sum over experts of
  *   scale * cross-entropy(theirs, own), which is least where own is theirs, and
- *   margin_scale * a hinge: the logit is pushed away from t by max(0, 1 - |tanh(d / 2)| / tanh(margin / 2)), t held. An expert
- *   whose t is not within (0, 1) is (not) chosen whatever its score, and is not pushed. */
+ *   margin_scale * a hinge: the logit is pushed away from t by max(0, 1 - |tanh(d / 2)| / tanh(margin / 2)), t held, less the
+ *   mean of such pushes to this expert over the rows, by their weights: a push that all rows share would draw them to the expert or
+ *   away from it faster than a bias can follow. An expert whose t is not within (0, 1) is (not) chosen whatever its score, and is
+ *   not pushed from there. */
 struct us_router_teacher {
   const float *opt_scores; /* (R, E); NULL: `target` everywhere */
   float target;

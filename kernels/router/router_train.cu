@@ -14,6 +14,7 @@
 #define MOST_CHOSEN  32
 #define WARPS        4 /* rows of a block that chooses */
 #define THREADS      128
+#define PUSH_BLOCKS  128 /* that add up a margin's pushes */
 
 /* Experts in one third of the split matrix: what the grouped product can multiply. */
 static inline __host__ __device__ uint32_t padded(uint32_t E) {
@@ -212,7 +213,8 @@ int us_router_train_grad(const struct us_router_train_grad *g, cudaStream_t stre
 
 /* --- another router's lesson --- */
 
-static __device__ bool is_chosen(const struct us_router_train_lesson &lesson, const uint32_t *id, uint32_t e) {
+static __device__ bool is_chosen(const struct us_router_train_lesson &lesson, const uint32_t *id,
+                                 uint32_t e) {
   for (uint32_t k = 0; k < lesson.K; k++)
     if (__ldg(id + k) == e) return true;
   return false;
@@ -243,28 +245,87 @@ static __device__ float pushed(float score, float t, float tanh_half, bool chose
   return chosen ? push : -push;
 }
 
-/* A warp a row. */
-static __global__ void __launch_bounds__(THREADS) teach_rows(const struct us_router_train_lesson lesson) {
-  uint32_t r = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = lesson.E;
-  if (r >= lesson.R) return;
-  const float *score = lesson.scores + (uint64_t)r * E;
-  const float *theirs = lesson.opt_theirs ? lesson.opt_theirs + (uint64_t)r * E : NULL;
-  bool margin = lesson.margin_scale > 0.0f;
-  const uint32_t *id = margin ? lesson.id + (uint64_t)r * lesson.K : NULL;
-  float weight = lesson.opt_weight ? __ldg(lesson.opt_weight + r) : 1.0f;
-  float middle = margin ? middle_of(lesson, score, id, lane) : 0.0f;
-  float tanh_half = tanhf(0.5f * lesson.margin);
-  for (uint32_t e = lane; e < E; e += 32) {
-    float sum = lesson.scale * (score[e] - (theirs ? theirs[e] : lesson.target));
-    float t = middle - (margin && lesson.opt_bias ? __ldg(lesson.opt_bias + e) : 0.0f);
-    if (margin) sum -= lesson.margin_scale * pushed(score[e], t, tanh_half, is_chosen(lesson, id, e));
-    lesson.dlogit[(uint64_t)r * E + e] = us_bf16_from_f32(weight * sum);
+/* What a warp knows of its row. */
+struct taught_row {
+  const float *score;
+  const uint32_t *id;
+  float weight, middle, tanh_half;
+};
+
+static __device__ struct taught_row row_of(const struct us_router_train_lesson &lesson, uint32_t r,
+                                           uint32_t lane) {
+  struct taught_row row = {lesson.scores + (uint64_t)r * lesson.E, NULL,
+                           lesson.opt_weight ? __ldg(lesson.opt_weight + r) : 1.0f, 0.0f, 0.0f};
+  if (!(lesson.margin_scale > 0.0f)) return row;
+  row.id = lesson.id + (uint64_t)r * lesson.K;
+  row.middle = middle_of(lesson, row.score, row.id, lane);
+  row.tanh_half = tanhf(0.5f * lesson.margin);
+  return row;
+}
+
+static __device__ float push_of(const struct us_router_train_lesson &lesson, const struct taught_row &row,
+                                uint32_t e) {
+  float t = row.middle - (lesson.opt_bias ? __ldg(lesson.opt_bias + e) : 0.0f);
+  return pushed(row.score[e], t, row.tanh_half, is_chosen(lesson, row.id, e));
+}
+
+/* sums (PUSH_BLOCKS, E + 1): weighted pushes to each expert over a block's rows, and the rows' weights. A warp a row, its lanes the
+ * experts, the rows of a warp in order: the same sums every time. */
+static __global__ void __launch_bounds__(THREADS)
+    sum_pushes(const struct us_router_train_lesson lesson, float *sums) {
+  extern __shared__ float of_warp[]; /* (THREADS / 32, E + 1) */
+  const uint32_t warps = THREADS / 32, E = lesson.E;
+  uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float *own = of_warp + warp * (E + 1);
+  for (uint32_t e = lane; e <= E; e += 32) own[e] = 0.0f;
+  __syncwarp();
+  for (uint32_t r = blockIdx.x * warps + warp; r < lesson.R; r += PUSH_BLOCKS * warps) {
+    struct taught_row row = row_of(lesson, r, lane);
+    for (uint32_t e = lane; e < E; e += 32) own[e] += row.weight * push_of(lesson, row, e);
+    if (lane == 0) own[E] += row.weight;
+  }
+  __syncthreads();
+  for (uint32_t e = threadIdx.x; e <= E; e += THREADS) {
+    float sum = 0.0f;
+    for (uint32_t w = 0; w < warps; w++) sum += of_warp[w * (E + 1) + e];
+    sums[blockIdx.x * (E + 1) + e] = sum;
   }
 }
 
+static __global__ void mean_pushes(uint32_t E, const float *sums, float *mean) {
+  uint32_t e = blockIdx.x * THREADS + threadIdx.x;
+  if (e >= E) return;
+  float sum = 0.0f, weights = 0.0f;
+  for (uint32_t b = 0; b < PUSH_BLOCKS; b++) sum += sums[b * (E + 1) + e], weights += sums[b * (E + 1) + E];
+  mean[e] = weights > 0.0f ? sum / weights : 0.0f;
+}
+
+/* A warp a row; mean (E) of the pushes, where there is a margin. */
+static __global__ void __launch_bounds__(THREADS)
+    teach_rows(const struct us_router_train_lesson lesson, const float *mean) {
+  uint32_t r = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = lesson.E;
+  if (r >= lesson.R) return;
+  const float *theirs = lesson.opt_theirs ? lesson.opt_theirs + (uint64_t)r * E : NULL;
+  struct taught_row row = row_of(lesson, r, lane);
+  for (uint32_t e = lane; e < E; e += 32) {
+    float sum = lesson.scale * (row.score[e] - (theirs ? theirs[e] : lesson.target));
+    if (lesson.margin_scale > 0.0f) sum -= lesson.margin_scale * (push_of(lesson, row, e) - __ldg(mean + e));
+    lesson.dlogit[(uint64_t)r * E + e] = us_bf16_from_f32(row.weight * sum);
+  }
+}
+
+size_t us_router_train_lesson_scratch(uint32_t E) {
+  return ((size_t)PUSH_BLOCKS * (E + 1) + E) * sizeof(float);
+}
+
 int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream) {
-  const uint32_t rows = THREADS / 32;
+  const uint32_t warps = THREADS / 32, E = lesson->E;
+  float *sums = (float *)lesson->scratch, *mean = sums + (size_t)PUSH_BLOCKS * (E + 1);
   if (!lesson->R) return cudaSuccess;
-  teach_rows<<<(lesson->R + rows - 1) / rows, THREADS, 0, stream>>>(*lesson);
+  if (lesson->margin_scale > 0.0f) {
+    sum_pushes<<<PUSH_BLOCKS, THREADS, warps *(E + 1) * sizeof(float), stream>>>(*lesson, sums);
+    mean_pushes<<<(E + THREADS - 1) / THREADS, THREADS, 0, stream>>>(E, sums, mean);
+  }
+  teach_rows<<<(lesson->R + warps - 1) / warps, THREADS, 0, stream>>>(*lesson, mean);
   return cudaGetLastError();
 }

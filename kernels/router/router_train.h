@@ -74,11 +74,14 @@ struct us_router_train_lesson {
   float target;
   const float *opt_weight; /* (R); NULL: all 1 */
   float scale;
-  float margin, margin_scale; /* logits, above 0; 0: no margin, and neither id nor opt_bias are read */
-  const uint32_t *id;         /* (R, K) ascending */
-  const float *opt_bias;      /* (E) that the choice was made with; NULL: 0 */
-  uint16_t *dlogit;           /* (R, E) bf16, written */
+  float margin,
+      margin_scale;   /* logits, above 0; 0: no margin, and neither id nor opt_bias nor scratch are touched */
+  const uint32_t *id; /* (R, K) ascending */
+  const float *opt_bias; /* (E) that the choice was made with; NULL: 0 */
+  uint16_t *dlogit;      /* (R, E) bf16, written */
+  void *scratch;         /* us_router_train_lesson_scratch bytes */
 };
+size_t us_router_train_lesson_scratch(uint32_t E);
 int us_router_train_lesson(const struct us_router_train_lesson *lesson, cudaStream_t stream);
 
 #ifdef __cplusplus

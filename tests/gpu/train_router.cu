@@ -24,8 +24,9 @@ static struct routed run_gpu(const struct router_sizes &z, const std::vector<uin
   device_array<uint32_t> id((size_t)z.R * z.K);
   device_array<uint8_t> scratch(us_router_train_scratch(z.R, z.D, z.E));
   device_array<uint32_t> chosen(z.opt_chosen ? *z.opt_chosen : std::vector<uint32_t>(1));
-  struct us_router_train r = {z.R,    z.D,       z.E,       z.K,   z.normalise, 1.5f,      d_x.at,
-                              d_w.at, d_bias.at, scores.at, id.at, weight.at,   scratch.at, z.opt_chosen ? chosen.at : NULL};
+  struct us_router_train r = {
+      z.R,    z.D,       z.E,       z.K,   z.normalise, 1.5f,       d_x.at,
+      d_w.at, d_bias.at, scores.at, id.at, weight.at,   scratch.at, z.opt_chosen ? chosen.at : NULL};
   US_CUDA((cudaError_t)us_router_train(&r, 0));
   return {scores.get(), weight.get(), id.get()};
 }
@@ -241,21 +242,26 @@ static void test_lesson(const struct router_sizes &z, bool theirs, float margin)
   device_array<float> scores(cpu.scores), d_teacher(teacher), d_bias(bias), d_weight(row_weight);
   device_array<uint32_t> id(cpu.id);
   device_array<uint16_t> dlogit((size_t)z.R * z.E);
-  struct us_router_train_lesson lesson = {z.R, z.E, z.K, scores.at, theirs ? d_teacher.at : NULL, 0.25f, d_weight.at,
-                                          0.5f, margin, margin > 0 ? 0.75f : 0.0f, id.at, d_bias.at, dlogit.at};
+  device_array<uint8_t> scratch(us_router_train_lesson_scratch(z.E));
+  struct us_router_train_lesson lesson = {
+      z.R,   z.E,         z.K,       scores.at, theirs ? d_teacher.at : NULL,
+      0.25f, d_weight.at, 0.5f,      margin,    margin > 0 ? 0.75f : 0.0f,
+      id.at, d_bias.at,   dlogit.at, scratch.at};
   US_CUDA((cudaError_t)us_router_train_lesson(&lesson, 0));
-  struct us_router_teacher own = {theirs ? teacher.data() : NULL, 0.25f, row_weight.data(), 0.5f, margin,
-                                  margin > 0 ? 0.75f : 0.0f, bias.data()};
+  struct us_router_teacher own = {theirs ? teacher.data() : NULL, 0.25f,      row_weight.data(), 0.5f, margin,
+                                  margin > 0 ? 0.75f : 0.0f,      bias.data()};
   std::vector<float> logits = cpu.scores;
   struct us_seq seq;
   us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
   struct us_router_rows rows = {z.R, z.D, z.E, z.K, z.normalise, 1.5f, NULL};
-  us_router_grad(&seq, &rows, wide.data(), w.data(), logits.data(), cpu.id.data(), dweight.data(), &own, dx.data(), NULL);
+  us_router_grad(&seq, &rows, wide.data(), w.data(), logits.data(), cpu.id.data(), dweight.data(), &own,
+                 dx.data(), NULL);
   us_seq_release(&seq);
   struct bound_check check, dropped;
   std::vector<uint16_t> got = dlogit.get();
   for (size_t i = 0; i < got.size(); i++) {
-    double allowed = ROUND_BF16 * std::fabs(logits[i]) + 1e-5; /* a push ends with a quotient of two differences of FP32 */
+    double allowed =
+        ROUND_BF16 * std::fabs(logits[i]) + 1e-5; /* a push ends with a quotient of two differences of FP32 */
     check.value(us_bf16_to_f32(got[i]), logits[i], allowed);
     float other = theirs ? teacher[i] : 0.25f;
     dropped.value(us_bf16_to_f32(got[i]), 0.5f * row_weight[i / z.E] * (cpu.scores[i] - other), allowed);

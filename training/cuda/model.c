@@ -89,6 +89,7 @@ static size_t scratch_bytes(const struct us_cuda_model *model) {
   bytes = larger(bytes, us_attention_train_scratch(R, shape->swa.q_heads));
   bytes = larger(bytes, us_rmsnorm_train_scratch(R, 1, D));
   if (E) bytes = larger(bytes, us_router_train_grad_scratch(D, E));
+  if (E) bytes = larger(bytes, us_router_train_lesson_scratch(E));
   return larger(bytes, us_embed_train_scratch(R, D));
 }
 

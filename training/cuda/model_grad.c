@@ -105,7 +105,8 @@ static void router_lesson(struct us_cuda_model *model, uint32_t l) {
       .margin = routers->margin,
       .margin_scale = routers->margin_scale,
       .opt_bias = us_cuda_param_rounded(model->params, s->roles[l].router_bias),
-      .dlogit = s->lesson};
+      .dlogit = s->lesson,
+      .scratch = s->scratch};
   struct us_cuda_linear logits = {.R = R, .N = E, .K = model->shape.hidden};
   us_cuda_did(model->cuda, us_router_train_lesson(&lesson, model->cuda->stream), "lesson of the router");
   us_cuda_linear_grad_x_f32(model->cuda, &logits, s->lesson, us_cuda_param_compute(model->params, router),

@@ -94,7 +94,7 @@ START_TEST(without_a_teachers_scores_all_are_drawn_to_one_target) {
 }
 END_TEST
 
-/* The least of the chosen and the most of the others, with their biases, tell where each expert's logit tips. */
+/* Downwards. The least of the chosen and the most of the others, with their biases, tell where each expert's logit tips. */
 static double push_of(const struct router_case *c, int r, uint32_t e, const float *scores, double margin) {
   double least = INFINITY, most = -INFINITY;
   bool chosen = false;
@@ -113,25 +113,31 @@ static double push_of(const struct router_case *c, int r, uint32_t e, const floa
   return chosen ? -push : push;
 }
 
-START_TEST(a_margin_pushes_logits_away_from_where_the_choice_tips) {
+START_TEST(a_margin_pushes_logits_apart_where_the_choice_tips) {
   struct router_case c = {.x = gc_random(R * D, 1), .w = gc_random(E * D, 1), .bias = gc_random(E, 0.3)};
   struct us_seq seq;
   us_seq_init(&seq, NULL, US_SEQ_ROUND_NONE);
   struct us_router_rows router = {.R = R, .D = D, .E = E, .K = K, .normalise = true, .scaling = 1.0f};
   float *x = gc_float(c.x, R * D), *w = gc_float(c.w, E * D), *bias = gc_float(c.bias, E);
-  float scores[R * E], logits[R * E], weight[R * K], *none = gc_zeros(R * K), *dx = gc_zeros(R * D), row_weight[R];
+  float scores[R * E], logits[R * E], weight[R * K], *none = gc_zeros(R * K), *dx = gc_zeros(R * D),
+                                                     row_weight[R];
   us_router_seq(&seq, &router, x, w, bias, scores, c.id, weight);
   for (int r = 0; r < R; r++) row_weight[r] = (float)(r + 1);
-  struct us_router_teacher teacher = {.opt_weight = row_weight, .margin = 1.0f, .margin_scale = 0.5f, .opt_bias = bias};
+  struct us_router_teacher teacher = {
+      .opt_weight = row_weight, .margin = 1.0f, .margin_scale = 0.5f, .opt_bias = bias};
   memcpy(logits, scores, sizeof logits);
   us_router_grad(&seq, &router, x, w, logits, c.id, none, &teacher, dx, NULL);
   int pushed = 0, past = 0;
-  for (int r = 0; r < R; r++)
-    for (uint32_t e = 0; e < E; e++) {
-      double push = push_of(&c, r, e, scores, 1.0);
-      pushed += push != 0.0, past += push == 0.0;
-      ck_assert_double_eq_tol((double)logits[r * E + (int)e], 0.5 * (r + 1) * push, 2e-5);
+  for (uint32_t e = 0; e < E; e++) {
+    double mean = 0.0, sum = 0.0;
+    for (int r = 0; r < R; r++) mean += (r + 1) * push_of(&c, r, e, scores, 1.0) / (R * (R + 1) / 2);
+    for (int r = 0; r < R; r++) {
+      double push = push_of(&c, r, e, scores, 1.0), own = (double)logits[r * E + (int)e];
+      pushed += push != 0.0, past += push == 0.0, sum += own;
+      ck_assert_double_eq_tol(own, 0.5 * (r + 1) * (push - mean), 2e-5);
     }
+    ck_assert_double_eq_tol(sum, 0.0, 2e-5);
+  }
   ck_assert(pushed > 5 && past > 5);
   us_seq_release(&seq);
 }
@@ -188,7 +194,7 @@ static Suite *make_suite(void) {
   tcase_add_test(c, plain_weights_with_a_scale);
   tcase_add_test(c, a_teacher_pulls_every_score_by_the_weight_of_its_row);
   tcase_add_test(c, without_a_teachers_scores_all_are_drawn_to_one_target);
-  tcase_add_test(c, a_margin_pushes_logits_away_from_where_the_choice_tips);
+  tcase_add_test(c, a_margin_pushes_logits_apart_where_the_choice_tips);
   tcase_add_test(c, ties_go_to_the_lowest_id);
   tcase_add_test(c, experts_chosen_elsewhere_get_their_own_gates);
   tcase_add_test(c, bias_moves_by_the_sign_of_the_missing_load);
