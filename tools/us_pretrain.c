@@ -46,7 +46,7 @@ static const struct us_opt opts[] = {
         "margin", 0, "M",
         "keep routing scores M logits from where choices of experts tip, from 0.3 of the run on; 0: none",
         .def = "0", .max = 20),
-    US_OPT_NUM("margin-weight", 0, "X", "of what keeps them there", .def = "0.01"),
+    US_OPT_NUM("margin-weight", 0, "X", "of what keeps them there", .def = "0.001"),
     US_OPT_NUM("deviation", 0, "X", "of the initial weights; 0: 1/sqrt(inputs) of each matrix", .def = "0"),
     US_OPT_ENUM("loss", 0, "all|marked", "train on all tokens, or on those that the shards mark",
                 .def = "all"),

@@ -138,8 +138,9 @@ struct us_learner_pass {
   /* Weight of the cross-entropy of all routing scores against the teacher's, without one against router_target; in the gradient alone.
    * 0: none. */
   float routers, router_target;
-  float margin, margin_weight; /* logits that choices of experts are kept apart by, and what of; 0: none */
-  bool gradient;               /* add gradients to the lane's */
+  /* Logits that scores are kept from where the choice of an expert tips, and the weight of that (router_grad.h); 0: none. */
+  float margin, margin_weight;
+  bool gradient; /* add gradients to the lane's */
 };
 
 /* Room for passes of up to `capacity` rows in every lane. */

@@ -101,6 +101,7 @@ static enum us_status balance(struct session *s, struct us_err *err) {
   return status == US_OK ? us_learner_balance(s->model, rate, &run->last.imbalance, err) : status;
 }
 
+/* The step's. */
 static enum us_status weigh_margin(struct session *s, struct us_err *err) {
   double progress = 0.0;
   if (!(s->run->margin > 0.0f)) return US_OK;

@@ -41,9 +41,9 @@ struct us_pretrain {
   float
       score_decay; /* weight of what draws routing scores to score_target, and so makes gates steep; 0: none */
   float score_target;
-  float
-      margin; /* logits that scores are kept from where the choice of experts tips, as in router_grad.h; 0: none */
-  float margin_weight;         /* of that, from the time on when experts have found their roles */
+  /* Logits that routing scores are kept from where a choice tips (kernels/router/router_grad.h), 0: none; and the weight of that, from
+   * 0.3 of the run on, whole from 0.4. */
+  float margin, margin_weight;
   enum us_train_memory memory; /* US_TRAIN_SAVE or US_TRAIN_RECOMPUTE */
   bool marked_only;            /* train on the tokens that the shards mark alone */
   double across;               /* share of the windows in which attention goes on over document edges */

@@ -127,7 +127,7 @@ static void mean_experts(void *arg, size_t begin, size_t end, int worker) {
   }
 }
 
-/* Before the scores are overwritten. */
+/* While all scores are there: those of a row are overwritten one by one, each after its push. */
 static void prepare_margin(struct us_seq *seq, struct margin_task *m) {
   m->tanh_half = tanhf(0.5f * m->teacher->margin);
   m->middle = us_seq_scratch(seq, m->router->R + m->router->E);
