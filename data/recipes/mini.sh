@@ -67,6 +67,7 @@ all_text() {
   token_shards text.h5 "$text" derived ${site:+site}
 }
 
+# Steep gates, and choices of experts that do not tip when weights are rounded: what lets finetuning close the gap.
 pretraining() {
   limit "$pretrain" 120
   recipe_prompts >prompts.log 2>&1 &
