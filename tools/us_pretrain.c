@@ -164,6 +164,15 @@ static enum us_status describe(const struct job *job, const char *data_sha256, c
   return US_OK;
 }
 
+/* What would be ignored is refused. */
+static enum us_status check_options(struct us_opts *o, struct us_err *err) {
+  static const char *const needs[][2] = {{"score-target", "score-decay"}, {"margin-weight", "margin"}};
+  for (size_t i = 0; i < sizeof needs / sizeof needs[0]; i++)
+    if (us_opt_given(o, needs[i][0]) && !us_opt_given(o, needs[i][1]))
+      return us_err_set(err, US_ERR_USAGE, "--%s needs --%s", needs[i][0], needs[i][1]);
+  return US_OK;
+}
+
 static void read_options(struct job *job) {
   struct us_opts *o = job->run->opts;
   struct us_pretrain *t = &job->train;
@@ -327,7 +336,8 @@ static enum us_status run_tool(struct us_tool_run *tool_run, struct us_err *err)
   struct us_shards *shards = NULL;
   struct us_buffer tokenizer = {0};
   char *provenance = NULL, hex[US_SHA256_HEX], init_hex[US_SHA256_HEX], options[1024];
-  enum us_status status = us_shape_load(us_opt_str(o, "shape"), &shape, err);
+  enum us_status status = check_options(o, err);
+  if (status == US_OK) status = us_shape_load(us_opt_str(o, "shape"), &shape, err);
   if (status == US_OK) status = us_record_resolve(us_opt_str(o, "data"), stdin, "tokens", &data, err);
   if (status == US_OK) status = us_shards_open(data.path, &shards, err);
   if (status == US_OK) status = read_tokenizer(us_opt_str(o, "tokenizer"), shards, &tokenizer, err);
