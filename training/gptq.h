@@ -17,6 +17,10 @@
  *
  *     W <- W + 0.8 (W sum (x' - x) x^T + sum (h' - h) x^T) (H + d)^-1
  *
+ * The embedding's rows multiply nothing. What counts is how much the loss minds an error of the stream that begins with a row: for it
+ * H = sum g g^T, g the gradients of the original's cross-entropy there on the first 131,072 tokens of the text, the diagonal of blocks of
+ * Fisher's matrix that rows have in common. What it loses is made up for like any other loss.
+ *
  * Inputs of an expert are its own rows, each times its routing weight; the rows visit the original's experts in both models, and each of a
  * row's experts makes up for an equal part of the stream's loss. Runs on the CPU, all sequences at once: two layers' activations,
  * about 2 (5 D + qkv + H V + K (D + 3 F)) floats a token. The same bits for any pool.
@@ -34,9 +38,8 @@ struct us_gptq {
   double across; /* as us_shards_sample_across */
 };
 
-/* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, but the
- * embedding, whose rows multiply nothing: it is rounded to nearest, and what that loses is made up for. They become the aims, not the
- * rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise
+/* Masters that round to what GPTQ chooses, for all matrices of `params` that train and are multiplied in FP8 or MXFP4, and for the
+ * embedding. They become the aims, not the rounded values, so that what nearly was rounded the other way is near it in training too; a block whose scale is chosen otherwise
  * for the aims may differ. Scales are those of the corrected masters. `original` is a frozen set of the same tensors, which `params`
  * begins at: a model's weights, or any others that are to be rounded. US_ERR_INPUT when the text is shorter than a sequence,
  * US_ERR_USAGE for more than 2^25 tokens. */

@@ -51,13 +51,12 @@ static void round_rows(void *arg, size_t begin, size_t end, int worker) {
   }
 }
 
-static enum us_status find_scales(struct us_gptq_matrix *m, struct us_err *err) {
-  const struct us_param *p = m->master;
+enum us_status us_gptq_scales(const struct us_param *p, void **ret_scales, struct us_err *err) {
   const struct us_matrix_encoding *e = &p->encoding;
   void *codes = malloc(us_matrix_data_bytes(e->format, p->rows, p->cols));
-  m->scales = malloc(us_matrix_scale_bytes(e->format, p->rows, p->cols, e->scale_chunk_rows));
-  enum us_status status = codes && m->scales
-                              ? us_matrix_encode(p->value, p->rows, p->cols, e, codes, m->scales, err)
+  *ret_scales = malloc(us_matrix_scale_bytes(e->format, p->rows, p->cols, e->scale_chunk_rows));
+  enum us_status status = codes && *ret_scales
+                              ? us_matrix_encode(p->value, p->rows, p->cols, e, codes, *ret_scales, err)
                               : us_err_memory(err, p->name, p->rows * p->cols);
   free(codes);
   return status;
@@ -69,7 +68,7 @@ static void find_all_scales(void *arg, size_t begin, size_t end, int worker) {
   (void)worker;
   for (size_t i = begin; i < end; i++) {
     struct us_gptq_matrix *m = &s->matrices[i];
-    if (find_scales(m, NULL) == US_OK) continue;
+    if (us_gptq_scales(m->master, &m->scales, NULL) == US_OK) continue;
     free(m->scales);
     m->scales = NULL;
   }
@@ -98,7 +97,8 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   us_pool_for(s->seq.pool, s->task_count, 1, correct_rows, s);
   us_pool_for(s->seq.pool, s->matrix_count, 1, find_all_scales, s);
   for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
-    if (!s->matrices[i].scales) status = find_scales(&s->matrices[i], err);
+    if (!s->matrices[i].scales)
+      status = us_gptq_scales(s->matrices[i].master, &s->matrices[i].scales, err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
   if (status != US_OK || s->failed) return status;
   us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
@@ -161,6 +161,7 @@ static void copy_block(void *arg, size_t begin, size_t end, int worker) {
 static enum us_status begin_student(struct us_gptq_session *s, struct us_err *err) {
   enum us_status status = US_OK;
   us_pool_for(s->seq.pool, s->masters->floats, COPY_BLOCK, copy_block, s->masters);
+  if (s->opt_embed) status = us_gptq_round_embed(s, s->opt_embed, err);
   for (size_t i = 0; i < s->masters->count && status == US_OK; i++) {
     const struct us_param *p = &s->masters->items[i];
     bool later = us_gptq_rounds(p) && p != s->student->state->model.embed;
@@ -212,6 +213,16 @@ static enum us_status run(struct us_gptq_session *s, struct us_err *err) {
   return status == US_OK ? round_head(s, err) : status;
 }
 
+static enum us_status sum_embed(struct us_gptq_session *s, const struct us_shape *shape,
+                                struct us_params *original, struct us_err *err) {
+  size_t D = shape->hidden;
+  const struct us_param *embed = us_params_find(s->masters, "model.embed_tokens.weight");
+  if (!us_gptq_rounds(embed)) return US_OK;
+  s->opt_embed = us_gptq_take(s, D * D, sizeof *s->opt_embed);
+  if (s->failed) return us_err_memory(err, "GPTQ", D * D);
+  return us_gptq_embed_moments(s->gptq, shape, original, &s->seq, s->opt_embed, err);
+}
+
 enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *shape,
                              struct us_params *original, struct us_params *params, struct us_pool *pool,
                              struct us_err *err) {
@@ -219,9 +230,11 @@ enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *
   enum us_status status = us_gptq_check(gptq, err);
   if (status != US_OK) return status;
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
+  status = sum_embed(&s, shape, original, err);
+  if (status == US_OK) status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
   if (status == US_OK) status = open_models(&s, shape, original, err);
   if (status == US_OK) status = run(&s, err);
+  free(s.opt_embed);
   free(s.inputs);
   free(s.matrices);
   us_model_train_free(s.student);

@@ -7,6 +7,7 @@
  */
 #include "kernels/optim/gptq_train.h"
 #include "training/cuda/gemm.h"
+#include "training/cuda/gptq_embed.h"
 #include "training/cuda/learner_state.h"
 #include "training/cuda/model_state.h"
 #include "training/cuda/params_state.h"
@@ -107,10 +108,16 @@ static struct work work_of(const struct session *s) {
   return w;
 }
 
+static struct work work_alone(struct us_param *p) {
+  return (struct work){.first = p, .tensors = 1, .groups = 1, .N = (uint32_t)p->rows, .K = (uint32_t)p->cols};
+}
+
 static struct work head_work(const struct session *s) {
-  struct us_param *head = s->student.model->state->model.head;
-  return (struct work){
-      .first = head, .tensors = 1, .groups = 1, .N = (uint32_t)head->rows, .K = (uint32_t)head->cols};
+  return work_alone(s->student.model->state->model.head);
+}
+
+static struct work embed_work(const struct session *s) {
+  return work_alone(s->student.model->state->model.embed);
 }
 
 static struct us_param *tensor_of(const struct work *w, uint32_t group, uint32_t i) {
@@ -277,7 +284,8 @@ static void quantize_all(struct session *s, const struct work *w, bool use) {
       if (us_gptq_rounds(tensor_of(w, g, i))) quantize(s, tensor_of(w, g, i), w->first->offset, use);
 }
 
-static void aim(struct session *s, const struct work *w) {
+/* From the sums; with `lost` what was lost is made up for first. */
+static void aim(struct session *s, const struct work *w, bool lost) {
   struct us_gptq_train g = s->sums;
   cudaStream_t stream = s->cuda->stream;
   g.groups = w->groups, g.N = w->N, g.K = w->K;
@@ -289,8 +297,9 @@ static void aim(struct session *s, const struct work *w) {
       cudaMemcpyAsync(s->format, s->format_host, (size_t)w->groups * w->N, cudaMemcpyHostToDevice, stream),
       "formats of rows");
   us_cuda_did(s->cuda, us_gptq_train_factor(&g, stream), "factors of moments");
-  us_cuda_did(s->cuda, us_gptq_train_correct(&g, US_GPTQ_OF_INPUTS, US_GPTQ_OF_STREAM, stream),
-              "corrections of weights");
+  if (lost)
+    us_cuda_did(s->cuda, us_gptq_train_correct(&g, US_GPTQ_OF_INPUTS, US_GPTQ_OF_STREAM, stream),
+                "corrections of weights");
   quantize_all(s, w, false);
   us_cuda_did(s->cuda, us_gptq_train_round(&g, stream), "aims of weights");
   quantize_all(s, w, true);
@@ -302,7 +311,7 @@ static enum us_status round_part(struct session *s, struct us_err *err) {
   struct work w = work_of(s);
   if (!list_formats(s, &w)) return US_OK;
   enum us_status status = sum_part(s, &w, err);
-  if (status == US_OK) aim(s, &w);
+  if (status == US_OK) aim(s, &w, true);
   return status == US_OK ? us_cuda_sync(s->cuda, err) : status;
 }
 
@@ -360,7 +369,7 @@ static enum us_status round_head(struct session *s, struct us_err *err) {
     add_inputs(s, &w, &in);
     status = us_cuda_failed(s->cuda, err);
   }
-  if (status == US_OK) aim(s, &w);
+  if (status == US_OK) aim(s, &w, true);
   return status;
 }
 
@@ -375,6 +384,18 @@ static enum us_status round_layers(struct session *s, struct us_err *err) {
 }
 
 /* --- session --- */
+
+static enum us_status round_embed(struct session *s, struct us_err *err) {
+  struct work w = embed_work(s);
+  if (!list_formats(s, &w)) return US_OK;
+  us_cuda_did(s->cuda,
+              cudaMemsetAsync(s->sums.moments, 0, (size_t)w.K * w.K * sizeof(float), s->cuda->stream),
+              "clearing sums");
+  enum us_status status = us_cuda_gptq_embed_moments(s->cuda, s->gptq, &s->original.model->shape,
+                                                     s->original.set, s->sums.moments, err);
+  if (status == US_OK) aim(s, &w, false);
+  return status == US_OK ? us_cuda_sync(s->cuda, err) : status;
+}
 
 /* What is rounded in its turn is the original's until then. */
 static enum us_status begin_student(struct session *s, struct us_err *err) {
@@ -391,10 +412,9 @@ static enum us_status begin_student(struct session *s, struct us_err *err) {
   us_cuda_did(cuda, us_bf16_train(set->floats, set->value, set->compute, cuda->stream), "rounding weights");
   for (size_t i = 0; i < s->masters->count; i++) {
     const struct us_param *p = &s->masters->items[i];
-    bool later = us_gptq_rounds(p) && p != s->student.model->state->model.embed;
-    if (!later) quantize(s, p, 0, true);
+    if (!us_gptq_rounds(p)) quantize(s, p, 0, true);
   }
-  return us_cuda_failed(cuda, err);
+  return round_embed(s, err);
 }
 
 static enum us_status open_side(struct session *s, struct side *side, const struct us_shape *shape,
@@ -435,13 +455,14 @@ static void count_work(struct sizes *most, const struct work *w) {
 static struct sizes sizes_of(struct session *s) {
   const struct us_shape *shape = &s->student.model->shape;
   struct sizes most = {.stream = s->chunk_rows * larger(shape->top_k, 1) * shape->hidden};
-  struct work head = head_work(s);
+  struct work head = head_work(s), embed = embed_work(s);
   for (s->layer = 0; s->layer < shape->layers; s->layer++)
     for (s->part = US_PART_ATTENTION_INPUTS; s->part <= US_PART_MLP; s->part++) {
       struct work w = work_of(s);
       count_work(&most, &w);
     }
   count_work(&most, &head);
+  count_work(&most, &embed);
   return most;
 }
 

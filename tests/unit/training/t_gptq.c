@@ -1,5 +1,6 @@
 /* t_gptq.c: GPTQ: what it minimises, against sums over the inputs themselves; and masters that begin there. */
-#include "training/gptq.h"
+#include "kernels/head_loss/head_loss.h"
+#include "training/gptq_state.h"
 #include "training/qat.h"
 
 #include "tiny_shards.h"
@@ -223,7 +224,7 @@ static double loss_after_gptq(const char *text) {
   return loss;
 }
 
-/* The embedding is rounded to nearest. The more is rounded behind it, finely, the less is lost: each sees what its inputs, and the
+/* The more is rounded behind the embedding, finely, the less is lost: each sees what its inputs, and the
  * stream that its output is added to, have lost. */
 START_TEST(later_matrices_make_up_for_earlier_ones) {
   double embed = loss_after_gptq("embed=mxfp4"), head = loss_after_gptq("embed=mxfp4,head=fp8"),
@@ -232,6 +233,115 @@ START_TEST(later_matrices_make_up_for_earlier_ones) {
   ck_assert_msg(head < 0.8 * embed, "embedding %g, and head %g", embed, head);
   ck_assert_msg(dense < 0.8 * head, "embedding and head %g, and dense %g", head, dense);
   ck_assert_msg(rest < 0.3 * embed, "embedding %g, and the rest %g", embed, rest);
+}
+END_TEST
+
+/* A window in which no token occurs twice, so that a row of the embedding has the gradient of one place. */
+static void draw_distinct(struct us_gptq *gptq, struct us_rows *rows) {
+  struct us_err err = {0};
+  for (bool again = true; again; gptq->seed += again) {
+    us_rows_release(rows);
+    US_OK_OR_FAIL(us_gptq_draw(gptq, 0, 1, rows, &err));
+    again = false;
+    for (size_t i = 0; i < rows->R; i++)
+      for (size_t j = 0; j < i; j++) again |= rows->token[i] == rows->token[j];
+  }
+}
+
+static void take_gradients(struct us_params *params, struct us_seq *seq, const struct us_rows *rows) {
+  struct us_model_train *train = NULL;
+  struct us_err err = {0};
+  struct us_batch batch = us_rows_batch(rows);
+  US_OK_OR_FAIL(
+      us_model_train_create(&world.model->shape, params, seq, rows->R, US_TRAIN_SAVE, &train, &err));
+  US_OK_OR_FAIL(us_model_train_forward(train, &batch, NULL, &err));
+  us_head_loss(seq, &(struct us_head_loss){.R = rows->R,
+                                           .D = train->shape.hidden,
+                                           .N = train->shape.vocab,
+                                           .x = train->hidden,
+                                           .head = train->head->compute,
+                                           .label = rows->label,
+                                           .scale = 1.0f,
+                                           .dx = train->dhidden});
+  US_OK_OR_FAIL(us_model_train_backward(train, &err));
+  us_model_train_free(train);
+}
+
+START_TEST(moments_of_the_embedding_are_those_of_its_rows_gradients) {
+  struct us_err err = {0};
+  struct us_gptq gptq = {.shards = world.shards, .windows = 1, .length = 5, .seed = us_test_seed()};
+  struct us_rows rows = {0};
+  struct us_params frozen = {0}, params = {0};
+  struct us_seq seq;
+  size_t D = world.model->shape.hidden;
+  float *moments = calloc(D * D, sizeof *moments);
+  ck_assert_ptr_nonnull(moments);
+  us_seq_init(&seq, NULL, US_SEQ_ROUND_BF16);
+  draw_distinct(&gptq, &rows);
+  US_OK_OR_FAIL(us_params_init_model(&frozen, world.model, NULL, true, &err));
+  US_OK_OR_FAIL(us_params_init_model(&params, world.model, NULL, false, &err));
+  US_OK_OR_FAIL(us_gptq_embed_moments(&gptq, &world.model->shape, &frozen, &seq, moments, &err));
+  memcpy(params.compute, frozen.compute, frozen.floats * sizeof *frozen.compute);
+  take_gradients(&params, &seq, &rows);
+  const float *g = us_param_grad(us_params_find(&params, "model.embed_tokens.weight"));
+  double largest = 0.0;
+  for (size_t i = 0; i < D; i++)
+    for (size_t j = 0; j < D; j++) {
+      double sum = 0.0;
+      for (size_t r = 0; r < rows.R; r++)
+        sum += (double)g[(size_t)rows.token[r] * D + i] * (double)g[(size_t)rows.token[r] * D + j];
+      largest = fmax(largest, fabs(sum));
+      ck_assert_double_eq_tol((double)moments[i * D + j], sum, 1e-5 * (1.0 + fabs(sum)));
+    }
+  ck_assert_double_gt(largest, 1e-3);
+  us_params_release(&frozen);
+  us_params_release(&params);
+  us_rows_release(&rows);
+  us_seq_release(&seq);
+  free(moments);
+}
+END_TEST
+
+/* tr(E H E^T), E what the embedding loses by being stored as `masters` round. */
+static double embed_loss(const struct us_param *p, const float *original, const float *moments) {
+  struct us_err err = {0};
+  size_t n = p->rows * p->cols, D = p->cols;
+  double total = 0.0;
+  float *stored = calloc(n, sizeof *stored);
+  ck_assert_ptr_nonnull(stored);
+  US_OK_OR_FAIL(us_matrix_fake_quant(p->value, p->rows, D, &p->encoding, stored, &err));
+  for (size_t k = 0; k < n; k++) stored[k] -= original[k];
+  for (size_t r = 0; r < p->rows; r++)
+    for (size_t i = 0; i < D; i++)
+      for (size_t j = 0; j < D; j++)
+        total += (double)stored[r * D + i] * (double)moments[i * D + j] * (double)stored[r * D + j];
+  free(stored);
+  return total;
+}
+
+START_TEST(the_embedding_loses_less_where_the_loss_minds) {
+  struct us_err err = {0};
+  struct us_qat plain = new_run("embed=mxfp4", 0), run = new_run("embed=mxfp4", 64);
+  struct us_gptq gptq = {.shards = world.shards, .windows = 64, .length = run.length, .seed = run.seed};
+  struct us_params frozen = {0};
+  struct us_seq seq;
+  size_t D = world.model->shape.hidden;
+  float *moments = calloc(D * D, sizeof *moments);
+  ck_assert_ptr_nonnull(moments);
+  us_seq_init(&seq, world.pool, US_SEQ_ROUND_BF16);
+  US_OK_OR_FAIL(us_params_init_model(&frozen, world.model, NULL, true, &err));
+  US_OK_OR_FAIL(us_gptq_embed_moments(&gptq, &world.model->shape, &frozen, &seq, moments, &err));
+  US_OK_OR_FAIL(us_qat_start(&plain, world.pool, &err));
+  US_OK_OR_FAIL(us_qat_start(&run, world.pool, &err));
+  const struct us_param *original = us_params_find(&plain.params, "model.embed_tokens.weight");
+  double nearest = embed_loss(original, original->value, moments),
+         aimed = embed_loss(us_params_find(&run.params, original->name), original->value, moments);
+  ck_assert_msg(aimed < 0.8 * nearest, "%g, to nearest %g", aimed, nearest);
+  us_qat_release(&plain);
+  us_qat_release(&run);
+  us_params_release(&frozen);
+  us_seq_release(&seq);
+  free(moments);
 }
 END_TEST
 
@@ -255,7 +365,7 @@ START_TEST(masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_b
   for (size_t i = 0; i < one.params.count; i++) {
     const struct us_param *p = &one.params.items[i];
     bool same = memcmp(p->value, plain.params.items[i].value, p->rows * p->cols * sizeof(float)) == 0;
-    bool kept = p->vector || p->encoding.format == US_FORMAT_F32 || strcmp(p->family, "embed") == 0;
+    bool kept = p->vector || p->encoding.format == US_FORMAT_F32;
     ck_assert_msg(same == kept, "%s: %s", p->name, same ? "kept" : "moved");
     moved += !same;
   }
@@ -299,6 +409,8 @@ static Suite *make_suite(void) {
   tcase_add_test(c, rows_do_not_depend_on_how_they_are_cut);
   tcase_add_test(c, a_model_begins_closer_to_the_original_than_rounded_to_nearest);
   tcase_add_test(c, later_matrices_make_up_for_earlier_ones);
+  tcase_add_test(c, moments_of_the_embedding_are_those_of_its_rows_gradients);
+  tcase_add_test(c, the_embedding_loses_less_where_the_loss_minds);
   tcase_add_test(c, more_tokens_than_fit_are_refused);
   tcase_add_test(c, masters_are_the_same_for_any_pool_and_what_is_not_rounded_keeps_its_bits);
   tcase_add_test(c, without_a_step_the_file_holds_what_the_masters_round_to);
