@@ -97,8 +97,7 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   us_pool_for(s->seq.pool, s->task_count, 1, correct_rows, s);
   us_pool_for(s->seq.pool, s->matrix_count, 1, find_all_scales, s);
   for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
-    if (!s->matrices[i].scales)
-      status = us_gptq_scales(s->matrices[i].master, &s->matrices[i].scales, err);
+    if (!s->matrices[i].scales) status = us_gptq_scales(s->matrices[i].master, &s->matrices[i].scales, err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
   if (status != US_OK || s->failed) return status;
   us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);

@@ -67,7 +67,7 @@ all_text() {
   token_shards text.h5 "$text" derived ${site:+site}
 }
 
-# Steep gates, and choices of experts that do not tip when weights are rounded: what lets finetuning close the gap.
+# Weights that begin small, steep gates, and choices of experts that do not tip when weights are rounded: what lets finetuning close the gap.
 pretraining() {
   limit "$pretrain" 120
   recipe_prompts >prompts.log 2>&1 &
@@ -76,7 +76,7 @@ pretraining() {
   [ "$save" = 0 ] || saved="--state pretrain.state --save-every $save --resume"
   # shellcheck disable=SC2086
   pretrain pretrain "$shape.h5" --data text.h5 --steps 0 --minutes "$pretrain" -b "$batch" -l "$length" --across 0.5 --lr 0.002 --warmup 0.03 \
-    --floor 0.02 --score-decay 0.001 --margin 0.5 --margin-weight 0.001 --log-every 20 --eval-windows 32 $saved
+    --floor 0.02 --deviation 0.006 --score-decay 0.001 --margin 0.5 --margin-weight 0.003 --log-every 20 --eval-windows 32 $saved
   wait $prepared || { cat prompts.log >&2 && exit 1; }
 }
 

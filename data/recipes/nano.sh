@@ -40,9 +40,12 @@ recipe_begin nano.sh
 
 most_seconds=$(awk -v m="$minutes" 'BEGIN { printf "%d", 60 * m + 60 }')
 answer_seconds=$(seconds 0.06)
+# Of GPTQ: five seconds on a GPU.
+gptq=512
+[ "$device" != cpu ] || gptq=64
 four=$(((batch + 3) / 4))
-pretrain_options="--steps 0 --log-every 25 --eval-windows 64"
-qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --across 0.3 --gptq 64 --routers 0.3 --freeze 0.05 --lr 0.0001
+pretrain_options="--score-decay 0.001 --margin 0.5 --margin-weight 0.003 --steps 0 --log-every 25 --eval-windows 64"
+qat_options="--train all --steps 0 --minutes $(part 0.22) -b 32 -l $length --across 0.3 --gptq $gptq --routers 0.3 --freeze 0.05 --lr 0.0001
   --schedule quadratic --beta2 0.99 --warmup 0.03 --floor 0
   --probe-every 500 --log-every 25 --eval-windows 200 ${US_QAT_OPTIONS:-}"
 draft_options="--steps 0 --minutes $(part 0.23) -b 64 -l $((2 * length)) --anchors 64 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256
@@ -62,7 +65,7 @@ token_shards late.h5 "$text" derived
 prepare >prepare.log 2>&1 &
 prepared=$!
 # shellcheck disable=SC2086
-pretrain pretrain-1 first.h5 --data late.h5 --minutes "$(part 0.12)" -b "$batch" -l "$length" --lr 0.004 --floor 1 --warmup 0.05 $pretrain_options
+pretrain pretrain-1 first.h5 --data late.h5 --minutes "$(part 0.12)" -b "$batch" -l "$length" --lr 0.004 --floor 1 --warmup 0.05 --deviation 0.01 $pretrain_options
 wait $prepared || { cat prepare.log >&2 && exit 1; }
 # shellcheck disable=SC2086
 pretrain pretrain-2 second.h5 --init first.h5 --data text.h5 --minutes "$(part 0.23)" -b "$batch" -l "$length" --lr 0.004 --floor 0.35 --warmup 0.01 \
