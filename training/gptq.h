@@ -18,8 +18,8 @@
  *     W <- W + 0.8 (W sum (x' - x) x^T + sum (h' - h) x^T) (H + d)^-1
  *
  * The embedding's rows multiply nothing. What counts is how much the loss minds an error of the stream that begins with a row: for it
- * H = sum g g^T, g the gradients of the original's cross-entropy there on the first 131,072 tokens of the text, the diagonal of blocks of
- * Fisher's matrix that rows have in common. What it loses is made up for like any other loss.
+ * H = sum g g^T, g the gradients of the original's cross-entropy there on the first 131,072 tokens of the text: an estimate of Fisher's
+ * matrix, one for all rows. What the embedding loses is made up for like any other loss.
  *
  * Inputs of an expert are its own rows, each times its routing weight; the rows visit the original's experts in both models, and each of a
  * row's experts makes up for an equal part of the stream's loss. Runs on the CPU, all sequences at once: two layers' activations,
