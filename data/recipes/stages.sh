@@ -120,7 +120,7 @@ pretrain() {
   pretrain_name=$1 pretrain_output=$2 && shift 2
   # shellcheck disable=SC2046,SC2086
   stage "pretraining, $pretrain_name" "$pretrain_output" us-pretrain "$shape" --tokenizer tokenizer.json -o "$pretrain_output" --log "$pretrain_name.tsv" \
-    --run "$pretrain_name.h5" --plot "$pretrain_name.png" "$@" $(on_device)
+    --run "$pretrain_name.h5" --plot "$pretrain_name.png" "$@" ${US_PRETRAIN_OPTIONS:-} $(on_device)
 }
 
 # quantize FILE SUFFIX OPTION...: finetune through the rounding into FILE, with metrics and logs of that suffix.
