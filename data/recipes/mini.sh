@@ -5,7 +5,7 @@
 # text: code of --site, derived text, vocabulary, token shards. pretrain: from random weights; the prompts to answer are made meanwhile.
 # finish: QAT to MXFP4 experts and FP8, the quantized model's answers, an MXFP4 drafter on them, tables and pictures. Without --stage all
 # of them, one after the other; what is there is skipped, so that a stage that was cut short is run again. finish goes on with what there
-# is: without QAT the model is rounded, without a drafter there are plain answers. Made for two H200 and 15 minutes. Tables and pictures are
+# is: without QAT the model is rounded, without a drafter there are plain answers. Made for two H200 and 17 minutes. Tables and pictures are
 # small; the weights stay where they were made.
 #
 #   --text DIR      what nano_text.py collected (required)
@@ -17,7 +17,7 @@
 #   --device D      cuda, cuda:N or cpu (cuda)
 #   --gpus N        GPUs, from --device on (2)
 #   --pretrain M    minutes of pretraining (5.75)
-#   --finish M      minutes of what trains and answers afterwards (4.75)
+#   --finish M      minutes of what trains and answers afterwards (6.25)
 #   --shape NAME    another shape (mini)
 #   --vocab N       its vocabulary (16384)
 #   --tokenizer F   a vocabulary that is there already
@@ -30,7 +30,7 @@ US_ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 . "$US_ROOT/data/recipes/common.sh"
 . "$US_ROOT/data/recipes/stages.sh"
 
-shape=mini vocab=16384 device=cuda gpus=2 threads=0 pretrain=5.75 finish=4.75 batch=16 length=4096 scale=4 answer_count=90000 save=0 stages=
+shape=mini vocab=16384 device=cuda gpus=2 threads=0 pretrain=5.75 finish=6.25 batch=16 length=4096 scale=4 answer_count=90000 save=0 stages=
 text='' math='' agent='' site='' most=1 prompt_most=2000 out=$US_ROOT/out/mini prompts="--prompts $US_ROOT/data/prompts" sets=$US_ROOT/data/prompts
 while [ $# -gt 0 ]; do
   case $1 in
@@ -46,13 +46,13 @@ done
 recipe_begin mini.sh
 
 minutes=$finish short=$((length / 4))
-answer_seconds=$(seconds 0.12)
+answer_seconds=$(seconds 0.09)
 # GPTQ of a million tokens takes five seconds on a GPU, with loading and measuring half a minute; a CPU holds them all at once.
 gptq=1024
 [ "$device" != cpu ] || gptq=48
-qat_options="--train all --gptq $gptq --lr 0.00001 --steps 0 --minutes $(part 0.42) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
+qat_options="--train all --gptq $gptq --lr 0.00001 --steps 0 --minutes $(part 0.55) -b $((16 * gpus)) -l $short --across 0.3 --routers 0.3
   --beta2 0.99 --schedule quadratic --warmup 0.1 --floor 0 --log-every 20 --probe-every 200 --eval-windows 200 ${US_QAT_OPTIONS:-}"
-draft_options="--steps 0 --minutes $(part 0.4) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
+draft_options="--steps 0 --minutes $(part 0.31) -b 64 -l $short --anchors 128 --text-share 0.25 --across 0.5 --layers 3 --block 8 --window 256 --heads 8
   --kv-heads 4 --head-dim 128 --inner 2048 --taps 1,5,10,15 --format mxfp4 --lr 0.004 --log-every 20 ${US_DRAFT_OPTIONS:-}"
 
 limit() { most_seconds=$(awk -v m="$1" -v s="$2" 'BEGIN { printf "%d", 60 * m + s }'); }
@@ -81,7 +81,7 @@ pretraining() {
 }
 
 finetuning() {
-  limit "$(part 0.42)" 300 # beside the steps: GPTQ, placing three models to compare them, reading back
+  limit "$(part 0.55)" 300 # beside the steps: GPTQ, placing three models to compare them, reading back
   recipe_qat
 }
 
@@ -89,7 +89,7 @@ finish() {
   # shellcheck disable=SC2046,SC2086
   finetuning || stage "rounding, not finetuned" q.h5 qat-quant "$shape.h5" --data text.h5 --steps 0 -o q.h5 $RECIPE_PRECISION --metrics quality.tsv \
     --eval-windows 200 $(on_one)
-  limit "$(part 0.58)" 120
+  limit "$(part 0.45)" 120
   recipe_draft || us_say "there is no drafter: plain answers alone"
   limit 0 120
   recipe_tables
