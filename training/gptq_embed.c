@@ -1,16 +1,9 @@
-/* gptq_embed.c: the embedding, whose rows multiply nothing: rounded where the loss minds least.
- *
- * Contents: gradients; aims.
- */
+/* gptq_embed.c: how much the loss minds errors of the embedding, whose rows multiply nothing. */
 #include "kernels/head_loss/head_loss.h"
 #include "training/gptq_state.h"
 
-#include <stdlib.h>
-
 #define PASS_ROWS 8192
-#define TASK_ROWS 64 /* of the sum, or of the embedding */
-
-/* --- gradients --- */
+#define SUM_ROWS  64 /* of the sum, a task */
 
 struct sum {
   const struct us_model_train *train;
@@ -23,7 +16,7 @@ static void add_rows(void *arg, size_t begin, size_t end, int worker) {
   const float *dx = s->train->state->dx;
   (void)worker;
   for (size_t i = begin; i < end; i++) {
-    size_t row = i * TASK_ROWS, rows = D - row < TASK_ROWS ? D - row : TASK_ROWS;
+    size_t row = i * SUM_ROWS, rows = D - row < SUM_ROWS ? D - row : SUM_ROWS;
     us_seq_gemm(true, false, rows, D, s->train->batch.R, 1.0f, dx + row, D, dx, D, 1.0f, s->moments + row * D,
                 D);
   }
@@ -61,50 +54,9 @@ enum us_status us_gptq_embed_moments(const struct us_gptq *gptq, const struct us
     status = us_gptq_draw(gptq, first, count - first < each ? count - first : each, &rows, err);
     if (status == US_OK) status = pass(train, &rows, err);
     struct sum sum = {.train = train, .moments = moments};
-    if (status == US_OK) us_pool_for(seq->pool, us_seq_blocks(shape->hidden, TASK_ROWS), 1, add_rows, &sum);
+    if (status == US_OK) us_pool_for(seq->pool, us_seq_blocks(shape->hidden, SUM_ROWS), 1, add_rows, &sum);
     us_rows_release(&rows);
   }
   us_model_train_free(train);
   return status;
-}
-
-/* --- aims --- */
-
-struct rounding {
-  struct us_gptq_session *s;
-  const struct us_param *p;
-  const void *scales;
-  const float *L;
-  const uint32_t *at;
-};
-
-static void round_rows(void *arg, size_t begin, size_t end, int worker) {
-  const struct rounding *r = arg;
-  size_t D = r->p->cols;
-  (void)worker;
-  for (size_t i = begin; i < end; i++) {
-    size_t row = i * TASK_ROWS, last = row + TASK_ROWS < r->p->rows ? row + TASK_ROWS : r->p->rows;
-    float *lost = us_gptq_take(r->s, (last - row) * D, sizeof *lost);
-    if (lost)
-      us_gptq_round(r->p->value, r->p->rows, D, &r->p->encoding, r->scales, r->L, r->at, row, last, lost);
-    free(lost);
-  }
-}
-
-enum us_status us_gptq_round_embed(struct us_gptq_session *s, float *moments, struct us_err *err) {
-  const struct us_param *p = s->student->state->model.embed;
-  size_t D = p->cols;
-  void *scales = NULL;
-  uint32_t *at = us_gptq_take(s, D, sizeof *at);
-  float *scratch = us_gptq_take(s, D * D + 1, sizeof *scratch);
-  enum us_status status = us_gptq_scales(p, &scales, err);
-  struct rounding r = {.s = s, .p = p, .scales = scales, .L = moments, .at = at};
-  if (status == US_OK && !s->failed) {
-    us_gptq_factor(moments, D, at, scratch);
-    us_pool_for(s->seq.pool, us_seq_blocks(p->rows, TASK_ROWS), 1, round_rows, &r);
-  }
-  free(scales);
-  free(scratch);
-  free(at);
-  return status == US_OK && s->failed ? us_err_memory(err, "GPTQ", p->rows * D) : status;
 }

@@ -51,12 +51,13 @@ static void round_rows(void *arg, size_t begin, size_t end, int worker) {
   }
 }
 
-enum us_status us_gptq_scales(const struct us_param *p, void **ret_scales, struct us_err *err) {
+static enum us_status find_scales(struct us_gptq_matrix *m, struct us_err *err) {
+  const struct us_param *p = m->master;
   const struct us_matrix_encoding *e = &p->encoding;
   void *codes = malloc(us_matrix_data_bytes(e->format, p->rows, p->cols));
-  *ret_scales = malloc(us_matrix_scale_bytes(e->format, p->rows, p->cols, e->scale_chunk_rows));
-  enum us_status status = codes && *ret_scales
-                              ? us_matrix_encode(p->value, p->rows, p->cols, e, codes, *ret_scales, err)
+  m->scales = malloc(us_matrix_scale_bytes(e->format, p->rows, p->cols, e->scale_chunk_rows));
+  enum us_status status = codes && m->scales
+                              ? us_matrix_encode(p->value, p->rows, p->cols, e, codes, m->scales, err)
                               : us_err_memory(err, p->name, p->rows * p->cols);
   free(codes);
   return status;
@@ -68,7 +69,7 @@ static void find_all_scales(void *arg, size_t begin, size_t end, int worker) {
   (void)worker;
   for (size_t i = begin; i < end; i++) {
     struct us_gptq_matrix *m = &s->matrices[i];
-    if (us_gptq_scales(m->master, &m->scales, NULL) == US_OK) continue;
+    if (find_scales(m, NULL) == US_OK) continue;
     free(m->scales);
     m->scales = NULL;
   }
@@ -84,7 +85,8 @@ static void use_aims(void *arg, size_t begin, size_t end, int worker) {
   }
 }
 
-static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
+/* From the factors; with `lost` what was lost is made up for first. */
+static enum us_status aim(struct us_gptq_session *s, bool lost, struct us_err *err) {
   enum us_status status = US_OK;
   size_t blocks = 0;
   for (size_t i = 0; i < s->matrix_count; i++)
@@ -94,10 +96,10 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
   for (size_t i = 0; i < s->matrix_count && !s->failed; i++)
     for (size_t row = 0; row < s->matrices[i].master->rows; row += TASK_ROWS)
       s->tasks[s->task_count++] = (struct us_gptq_task){.index = (uint32_t)i, .row = (uint32_t)row};
-  us_pool_for(s->seq.pool, s->task_count, 1, correct_rows, s);
+  if (lost) us_pool_for(s->seq.pool, s->task_count, 1, correct_rows, s);
   us_pool_for(s->seq.pool, s->matrix_count, 1, find_all_scales, s);
   for (size_t i = 0; i < s->matrix_count && status == US_OK; i++)
-    if (!s->matrices[i].scales) status = us_gptq_scales(s->matrices[i].master, &s->matrices[i].scales, err);
+    if (!s->matrices[i].scales) status = find_scales(&s->matrices[i], err);
   if (status == US_OK && !s->failed) us_pool_for(s->seq.pool, s->task_count, 1, round_rows, s);
   if (status != US_OK || s->failed) return status;
   us_pool_for(s->seq.pool, s->matrix_count, 1, use_aims, s);
@@ -111,7 +113,7 @@ static enum us_status aim(struct us_gptq_session *s, struct us_err *err) {
 static enum us_status round_inputs(struct us_gptq_session *s, struct us_err *err) {
   enum us_status status = US_OK;
   if (s->matrix_count) us_gptq_sum_inputs(s);
-  if (s->matrix_count && !s->failed) status = aim(s, err);
+  if (s->matrix_count && !s->failed) status = aim(s, true, err);
   us_gptq_forget_inputs(s);
   return status == US_OK && (s->failed || s->seq.failed) ? us_err_memory(err, "GPTQ", 0) : status;
 }
@@ -156,17 +158,38 @@ static void copy_block(void *arg, size_t begin, size_t end, int worker) {
   memcpy(params->compute + begin, params->value + begin, (end - begin) * sizeof *params->compute);
 }
 
+static enum us_status round_embed(struct us_gptq_session *s, struct us_err *err) {
+  struct us_param *p = s->student->state->model.embed;
+  size_t D = p->cols;
+  if (!us_gptq_rounds(p)) return US_OK;
+  s->input_count = s->matrix_count = 1;
+  s->matrices[0] = (struct us_gptq_matrix){.master = p};
+  struct us_gptq_input *in = &s->inputs[0];
+  *in = (struct us_gptq_input){.K = D,
+                               .moments = us_gptq_take(s, D * D, sizeof *in->moments),
+                               .at = us_gptq_take(s, D, sizeof *in->at)};
+  float *scratch = us_gptq_take(s, D * D + 1, sizeof *scratch);
+  enum us_status status = s->failed ? us_err_memory(err, "GPTQ", D * D)
+                                    : us_gptq_embed_moments(s->gptq, &s->original->shape, s->original->params,
+                                                            &s->seq, in->moments, err);
+  if (status == US_OK) {
+    us_gptq_factor(in->moments, D, in->at, scratch);
+    status = aim(s, false, err);
+  }
+  free(scratch);
+  us_gptq_forget_inputs(s);
+  return status == US_OK && s->failed ? us_err_memory(err, "GPTQ", p->rows * D) : status;
+}
+
 /* What is rounded in its turn is the original's until then. */
 static enum us_status begin_student(struct us_gptq_session *s, struct us_err *err) {
   enum us_status status = US_OK;
   us_pool_for(s->seq.pool, s->masters->floats, COPY_BLOCK, copy_block, s->masters);
-  if (s->opt_embed) status = us_gptq_round_embed(s, s->opt_embed, err);
   for (size_t i = 0; i < s->masters->count && status == US_OK; i++) {
     const struct us_param *p = &s->masters->items[i];
-    bool later = us_gptq_rounds(p) && p != s->student->state->model.embed;
-    if (!later) status = us_param_refresh(p, s->seq.rounding, err);
+    if (!us_gptq_rounds(p)) status = us_param_refresh(p, s->seq.rounding, err);
   }
-  return status;
+  return status == US_OK ? round_embed(s, err) : status;
 }
 
 enum us_status us_gptq_check(const struct us_gptq *gptq, struct us_err *err) {
@@ -212,16 +235,6 @@ static enum us_status run(struct us_gptq_session *s, struct us_err *err) {
   return status == US_OK ? round_head(s, err) : status;
 }
 
-static enum us_status sum_embed(struct us_gptq_session *s, const struct us_shape *shape,
-                                struct us_params *original, struct us_err *err) {
-  size_t D = shape->hidden;
-  const struct us_param *embed = us_params_find(s->masters, "model.embed_tokens.weight");
-  if (!us_gptq_rounds(embed)) return US_OK;
-  s->opt_embed = us_gptq_take(s, D * D, sizeof *s->opt_embed);
-  if (s->failed) return us_err_memory(err, "GPTQ", D * D);
-  return us_gptq_embed_moments(s->gptq, shape, original, &s->seq, s->opt_embed, err);
-}
-
 enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *shape,
                              struct us_params *original, struct us_params *params, struct us_pool *pool,
                              struct us_err *err) {
@@ -229,11 +242,9 @@ enum us_status us_gptq_start(const struct us_gptq *gptq, const struct us_shape *
   enum us_status status = us_gptq_check(gptq, err);
   if (status != US_OK) return status;
   us_seq_init(&s.seq, pool, US_SEQ_ROUND_BF16);
-  status = sum_embed(&s, shape, original, err);
-  if (status == US_OK) status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
+  status = us_gptq_draw(gptq, 0, gptq->windows, &s.rows, err);
   if (status == US_OK) status = open_models(&s, shape, original, err);
   if (status == US_OK) status = run(&s, err);
-  free(s.opt_embed);
   free(s.inputs);
   free(s.matrices);
   us_model_train_free(s.student);

@@ -48,7 +48,6 @@ struct us_gptq_session {
   struct us_gptq_input *inputs;    /* (E + 1) of the part at hand */
   struct us_gptq_matrix *matrices; /* (2 E + 2) */
   struct us_gptq_task *tasks;
-  float *opt_embed; /* (D, D) us_gptq_embed_moments, if the embedding is rounded */
   size_t input_count, matrix_count, task_count;
   bool failed; /* out of memory, or a value that is not finite */
 };
@@ -64,9 +63,6 @@ US_CHECKED enum us_status us_gptq_check(const struct us_gptq *gptq, struct us_er
 US_CHECKED enum us_status us_gptq_draw(const struct us_gptq *gptq, size_t first, size_t count,
                                        struct us_rows *rows, struct us_err *err);
 
-/* The scales that a tensor's values have, as us_matrix_encode makes them; the caller frees them. */
-US_CHECKED enum us_status us_gptq_scales(const struct us_param *p, void **ret_scales, struct us_err *err);
-
 /* Sequences whose gradients are taken: a part of the text, which is enough for one matrix of moments. */
 #define US_GPTQ_EMBED_TOKENS ((size_t)1 << 17)
 static inline size_t us_gptq_embed_windows(const struct us_gptq *gptq) {
@@ -78,9 +74,6 @@ static inline size_t us_gptq_embed_windows(const struct us_gptq *gptq) {
 US_CHECKED enum us_status us_gptq_embed_moments(const struct us_gptq *gptq, const struct us_shape *shape,
                                                 struct us_params *original, struct us_seq *seq,
                                                 float *moments, struct us_err *err);
-
-/* The embedding's masters become aims; moments becomes its factor. */
-US_CHECKED enum us_status us_gptq_round_embed(struct us_gptq_session *s, float *moments, struct us_err *err);
 
 /* List the matrices that multiply what s->part of s->layer has made in both models, with their inputs. The original's buffers
  * take what was lost, the student's experts their routing weights; the student's `branch` is overwritten. */

@@ -302,7 +302,7 @@ START_TEST(moments_of_the_embedding_are_those_of_its_rows_gradients) {
 }
 END_TEST
 
-/* tr(E H E^T), E what the embedding loses by being stored as `masters` round. */
+/* tr(E H E^T), E what the embedding loses by being stored as p's masters round. */
 static double embed_loss(const struct us_param *p, const float *original, const float *moments) {
   struct us_err err = {0};
   size_t n = p->rows * p->cols, D = p->cols;
